@@ -1,0 +1,63 @@
+"""The small protocol that every text environment speaks: a task goes in, text and admissible actions come out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to do, as a task panel stores it.
+
+    Attributes:
+        env: registered name of the environment, e.g. ``alfworld``.
+        task_id: stable name, unique within a panel and independent of where files lie.
+        task_type: the environment's own category; metrics are reported per type.
+        description: what is asked, in the environment's words; skill retrieval reads this and nothing else.
+        data: what the environment needs to start the task; JSON-serialisable.
+    """
+
+    env: str
+    task_id: str
+    task_type: str
+    description: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the environment answers to a reset or an action.
+
+    Attributes:
+        observation: text shown to the agent.
+        reward: reward of this step (0 unless the environment says otherwise).
+        done: True when the episode is over for the environment's own reasons.
+        success: True when the task is solved.
+        admissible_actions: actions that the environment accepts now, in a stable order; empty when it cannot tell.
+        info: anything else worth logging.
+    """
+
+    observation: str
+    reward: float = 0.0
+    done: bool = False
+    success: bool = False
+    admissible_actions: tuple[str, ...] = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TextEnv(ABC):
+    """One running episode at a time; reset starts the next."""
+
+    @abstractmethod
+    def reset(self, task: Task) -> Step:
+        """Start ``task`` and return the first observation."""
+
+    @abstractmethod
+    def step(self, action: str) -> Step:
+        """Apply ``action``; an action the environment does not understand is its own no-op, never an exception."""
+
+    def close(self) -> None:  # noqa: B027  environments without resources need not override it
+        """Release what the episode holds."""
