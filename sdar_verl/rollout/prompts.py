@@ -1,0 +1,198 @@
+"""One prompt template per environment, with a slot for the skills that only the teacher sees.
+
+Student and teacher are prompted by the same template: the student's skill slot is empty, the teacher's is filled, and
+it lies inside the user turn (arXiv:2605.15155, figures). Slot values come from games, files and models: they are data,
+never template code, and cannot open a turn of the chat template nor one of the response tags.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+TEMPLATES_DIR = Path(__file__).parent / "templates"
+RESPONSE_TAGS = ("<think>", "</think>", "<action>", "</action>")
+SLOTS = ("task", "skills", "history", "observation", "admissible_actions", "step", "max_steps")
+# A template may leave out the others; without one of these the agent, or its teacher, would be blind.
+REQUIRED_SLOTS = ("task", "skills", "observation")
+
+
+class PromptTemplateError(ValueError):
+    """A template that cannot be found, does not parse, or does not show what it has to show."""
+
+
+def special_tokens_of(tokenizer: Any) -> tuple[str, ...]:
+    """Strings that ``tokenizer`` turns into control tokens.
+
+    These are its special tokens and its added ones: Qwen3's tool tags are added without being marked special.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+    Returns:
+        Sorted, without the white-space runs and single characters that some tokenizers carry as added tokens.
+    """
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    return tuple(sorted({token for token in [*tokenizer.all_special_tokens, *added] if len(token.strip()) > 1}))
+
+
+@functools.lru_cache(maxsize=32)
+def _control_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
+    tokens = {token for token in (*RESPONSE_TAGS, *special_tokens) if token.strip()}
+    # Case is ignored because a tokenizer may lower-case its text before it looks a word up.
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens)), re.IGNORECASE)
+
+
+def _break_token(match: re.Match[str]) -> str:
+    token = match.group()
+    return f"{token[0]} {token[1:]}" if len(token) > 1 else " "
+
+
+def neutralise(text: str, special_tokens: Iterable[str] = ()) -> str:
+    """Break every control token and response tag in ``text`` with a space after its first character.
+
+    ``<|im_end|>`` becomes ``< |im_end|>``: still legible, but ordinary text to the tokenizer and the action parser.
+
+    Args:
+        text: the value of one slot.
+        special_tokens: control tokens besides the response tags, see :func:`special_tokens_of`.
+    """
+    pattern = _control_pattern(tuple(special_tokens))
+    # Overlapping tokens come apart one by one; each round adds a space inside a token, so this ends.
+    while pattern.search(text):
+        text = pattern.sub(_break_token, text)
+    return text
+
+
+@functools.lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True
+    )
+    # The same slots must always give the same prompt.
+    del environment.filters["random"]
+    del environment.globals["lipsum"]
+    return environment
+
+
+def template_names() -> list[str]:
+    """Names of the templates that come with the package."""
+    return sorted(path.stem for path in TEMPLATES_DIR.glob("*.jinja"))
+
+
+def _find(name_or_path: str | Path) -> Path:
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    if path.suffix == ".jinja" or path.name != name:
+        if not path.is_file():
+            raise PromptTemplateError(f"prompt template file {name!r} does not exist; shipped: {template_names()}")
+        return path
+    if name not in template_names():
+        raise PromptTemplateError(
+            f"unknown prompt template {name!r}; use one of {template_names()} or the path of a .jinja file"
+        )
+    return TEMPLATES_DIR / f"{name}.jinja"
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A compiled template; :meth:`load` makes and checks it.
+
+    Attributes:
+        name: shipped name or path, for messages.
+        special_tokens: control tokens of the policy's tokenizer that no slot may contain.
+    """
+
+    name: str
+    special_tokens: tuple[str, ...]
+    _template: Template
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, special_tokens: Iterable[str] = ()) -> PromptTemplate:
+        """Compile a shipped template or a file of the user's.
+
+        Args:
+            name_or_path: a shipped name (``alfworld``) or the path of a Jinja2 file.
+            special_tokens: control tokens of the tokenizer, see :func:`special_tokens_of`.
+        Raises:
+            PromptTemplateError: unknown name, missing or unreadable file, bad syntax, unknown slot, or a required slot
+                that is not shown.
+        """
+        path = _find(name_or_path)
+        environment = _environment()
+        try:
+            source = path.read_text(encoding="utf-8")
+            unknown = meta.find_undeclared_variables(environment.parse(source)) - {*SLOTS, *environment.globals}
+            compiled = environment.from_string(source)
+        except (OSError, UnicodeDecodeError, TemplateError) as error:
+            raise PromptTemplateError(f"prompt template {path}: {error}") from error
+        if unknown:
+            raise PromptTemplateError(f"prompt template {path}: unknown slots {sorted(unknown)}; known: {list(SLOTS)}")
+        template = cls(name=str(name_or_path), special_tokens=tuple(special_tokens), _template=compiled)
+        template._check_required_slots()
+        return template
+
+    def render(
+        self,
+        *,
+        task: str,
+        skills: str,
+        history: Sequence[Mapping[str, str | None]],
+        observation: str,
+        admissible_actions: Sequence[str],
+        step: int,
+        max_steps: int,
+    ) -> str:
+        """Content of the one user message of a turn.
+
+        Args:
+            task: what is asked.
+            skills: text of the retrieved skills; empty for the student.
+            history: the turns to show, oldest first, each with ``observation`` and ``action`` (None: the turn had no
+                valid action).
+            observation: what the environment answered last.
+            admissible_actions: what the environment accepts now; empty when it cannot tell.
+            step: number of this turn, from 1.
+            max_steps: limit of turns.
+        Raises:
+            PromptTemplateError: the template fails on these values.
+        """
+        clean = functools.partial(neutralise, special_tokens=self.special_tokens)
+        turns = [
+            {
+                "observation": clean(turn["observation"] or ""),
+                "action": None if turn["action"] is None else clean(turn["action"]),
+            }
+            for turn in history
+        ]
+        try:
+            return self._template.render(
+                task=clean(task),
+                skills=clean(skills),
+                history=turns,
+                observation=clean(observation),
+                admissible_actions=[clean(action) for action in admissible_actions],
+                step=step,
+                max_steps=max_steps,
+            ).strip()
+        except Exception as error:  # a user's template can fail in any way Python can
+            raise PromptTemplateError(f"prompt template {self.name!r}: {type(error).__name__}: {error}") from error
+
+    def _check_required_slots(self) -> None:
+        """Render a first and a later turn with marked slots: a slot that is named but not shown is found, too."""
+        marks = {slot: f"marked {slot}" for slot in REQUIRED_SLOTS}
+        for history in ([], [{"observation": "earlier", "action": "look"}]):
+            step = len(history) + 1
+            text = self.render(**marks, history=history, admissible_actions=["look"], step=step, max_steps=2)
+            missing = [slot for slot, mark in marks.items() if mark not in text]
+            if missing:
+                raise PromptTemplateError(
+                    f"prompt template {self.name!r} does not show the slots {missing} at step {step}; "
+                    f"put {', '.join('{{ ' + slot + ' }}' for slot in missing)} into every turn"
+                )
