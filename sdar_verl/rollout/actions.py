@@ -1,0 +1,92 @@
+"""Reading the action out of a response such as ``<think> apple in fridge </think> <action> go to fridge 1 </action>``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+_THINK_OPEN = re.compile(r"<think>", re.IGNORECASE)
+_THINK_CLOSE = re.compile(r"</think>", re.IGNORECASE)
+_ACTION_TAG = re.compile(r"<(/?)action>", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ParsedAction:
+    """What a response says.
+
+    Attributes:
+        action: the action with its white space squeezed and its case kept; None when there is an error.
+        thought: what stands in the think block, squeezed alike; None without a block, empty for an empty one.
+        error: why there is no action; None when there is one.
+    """
+
+    action: str | None
+    thought: str | None
+    error: str | None
+
+
+def parse_action(text: str, *, think: Literal["required", "optional"] = "optional") -> ParsedAction:
+    """Read thought and action; a response it cannot read is an error in the result, never an exception.
+
+    The thought ends at the first ``</think>``; it may have been opened by the chat template, so ``<think>`` need not
+    be there. Action tags inside the thought belong to the thought. After it comes one ``<action>`` block, with any
+    text around. Several blocks are an error unless they say the same: taking the first or the last would reward guessing.
+
+    Args:
+        text: the response, decoded with its tags kept.
+        think: ``required`` makes a missing think block an error. Qwen3 with thinking off writes none, hence the default.
+    """
+    thought, answer = None, text
+    if close := _THINK_CLOSE.search(text):
+        start = _THINK_OPEN.search(text, 0, close.start())
+        thought = _squeeze(text[start.end() if start else 0 : close.start()])
+        answer = text[close.end() :]
+    elif think == "required" and not _THINK_OPEN.search(text):
+        return ParsedAction(None, None, "no think block")
+    if _THINK_OPEN.search(answer) or _THINK_CLOSE.search(answer):
+        return ParsedAction(None, thought, "think block opened again" if close else "think block not closed")
+    action, error = _read_action_block(answer)
+    return ParsedAction(action, thought, error)
+
+
+def match_admissible(action: str, admissible: Iterable[str]) -> str | None:
+    """The admissible action that ``action`` means, whatever its case and white space; None when there is none.
+
+    Whether a response parses and whether its action is admissible are two figures; an action is valid when both hold.
+
+    Args:
+        action: see :attr:`ParsedAction.action`.
+        admissible: what the environment accepts now. Empty may mean that it cannot tell, which is for the caller to know.
+    """
+    wanted = _squeeze(action).casefold()
+    return next((candidate for candidate in admissible if _squeeze(candidate).casefold() == wanted), None)
+
+
+def _read_action_block(text: str) -> tuple[str | None, str | None]:
+    """(action, None) or (None, error)."""
+    actions: list[str] = []
+    start: int | None = None
+    for tag in _ACTION_TAG.finditer(text):
+        closes = bool(tag[1])
+        if closes and start is not None:
+            actions.append(_squeeze(text[start : tag.start()]))
+            start = None
+        elif not closes and start is None:
+            start = tag.end()
+        else:
+            return None, "action block closed but not opened" if closes else "action block inside another"
+    if start is not None:
+        return None, "action block not closed"
+    if not actions:
+        return None, "no action block"
+    if len(set(actions)) > 1:
+        return None, "several different actions"
+    if not actions[0]:
+        return None, "empty action"
+    return actions[0], None
+
+
+def _squeeze(text: str) -> str:
+    return " ".join(text.split())
