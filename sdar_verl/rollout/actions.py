@@ -1,4 +1,4 @@
-"""Reading the action out of a response such as ``<think> apple in fridge </think> <action> go to fridge 1 </action>``."""
+"""Reading the action out of a response: ``<think> apple in fridge </think> <action> go to fridge 1 </action>``."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def parse_action(text: str, *, think: Literal["required", "optional"] = "optiona
 
     The thought ends at the first ``</think>``; it may have been opened by the chat template, so ``<think>`` need not
     be there. Action tags inside the thought belong to the thought. After it comes one ``<action>`` block, with any
-    text around. Several blocks are an error unless they say the same: taking the first or the last would reward guessing.
+    text around. Several blocks are an error unless they agree: taking the first or the last would reward guessing.
 
     Args:
         text: the response, decoded with its tags kept.
-        think: ``required`` makes a missing think block an error. Qwen3 with thinking off writes none, hence the default.
+        think: ``required`` makes a missing think block an error. Qwen3 with thinking off writes none: the default.
     """
     thought, answer = None, text
     if close := _THINK_CLOSE.search(text):
@@ -58,7 +58,7 @@ def match_admissible(action: str, admissible: Iterable[str]) -> str | None:
 
     Args:
         action: see :attr:`ParsedAction.action`.
-        admissible: what the environment accepts now. Empty may mean that it cannot tell, which is for the caller to know.
+        admissible: what the environment accepts now. Where it cannot tell, do not ask.
     """
     wanted = _squeeze(action).casefold()
     return next((candidate for candidate in admissible if _squeeze(candidate).casefold() == wanted), None)

@@ -8,6 +8,7 @@ task description that call for it). A skill with neither is general: it applies 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -72,7 +73,7 @@ class SkillBank:
         if not self._skills:
             raise SkillBankError(f"skill bank {name!r} is empty; add folders <skill-name>/{SKILL_FILE}")
         names = [skill.name for skill in self._skills]
-        duplicates = sorted({one for one, other in zip(names, names[1:], strict=False) if one == other})
+        duplicates = sorted({one for one, other in itertools.pairwise(names) if one == other})
         if duplicates:
             raise SkillBankError(f"skill bank {name!r}: duplicate skill names {duplicates}; rename all but one of each")
 
