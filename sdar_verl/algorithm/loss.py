@@ -1,0 +1,229 @@
+"""The gated self-distillation loss, L_SDAR of arXiv:2605.15155.
+
+    Delta_t = sg[ log pi_T(y_t | s_t+) - log pi_theta(y_t | s_t) ]       gap on the sampled token, nats
+    g_t     = sg[ gate(Delta_t; beta) ]                                  default sigmoid(beta * Delta_t)
+    l_t     = g_t * objective(log pi_theta, log pi_T)                    default log pi_T - log pi_theta, minimised
+    L_SDAR  = aggregate(l_t over valid response tokens)
+
+s_t is the student's context, s_t+ the same with the privileged context, y_t the sampled token, sg[.] stop-gradient.
+The training loss is L_RL + lambda * L_SDAR; lambda belongs to the caller.
+
+Two steps, so that a worker can aggregate with verl's own function and its own global-batch numbers:
+:func:`distillation_terms` is the mathematics per token, pure torch; :func:`gated_distillation_loss` adds verl's
+``agg_loss`` and sums for the metrics. :func:`finalize_stats` turns summed sums into means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from sdar_verl.algorithm.gates import get_gate
+from sdar_verl.algorithm.masking import active_mask, clean
+from sdar_verl.algorithm.objectives import get_objective
+
+
+@dataclass(frozen=True)
+class DistillationTerms:
+    """What the loss is made of, per token; all tensors (batch, response_length), 0 (False) where ``mask`` is off.
+
+    Attributes:
+        loss: l_t = g_t * objective; the only tensor that carries a gradient, and that to the student alone.
+        gate: g_t, detached.
+        gap: Delta_t in nats, detached.
+        mask: bool, valid response tokens that have a teacher.
+    """
+
+    loss: torch.Tensor
+    gate: torch.Tensor
+    gap: torch.Tensor
+    mask: torch.Tensor
+
+
+def distillation_terms(
+    student_log_probs: torch.Tensor,
+    teacher_log_probs: torch.Tensor,
+    response_mask: torch.Tensor,
+    *,
+    gate: str = "gap",
+    beta: float = 5.0,
+    objective: str = "sampled",
+    entropy: torch.Tensor | None = None,
+    old_log_probs: torch.Tensor | None = None,
+    distill_mask: torch.Tensor | None = None,
+) -> DistillationTerms:
+    """Gap, gate and gated objective per token.
+
+    To get L_SDAR, aggregate ``terms.loss`` over the *response mask* (not ``terms.mask``), with the numbers of the
+    global batch: the term is then divided by what verl's own terms are divided by, and a row without a teacher
+    contributes zero.
+
+    Args:
+        student_log_probs: (batch, response_length), log pi_theta(y_t | s_t) in nats, with gradient.
+        teacher_log_probs: (batch, response_length), log pi_T(y_t | s_t+) of the same tokens at the same temperature.
+        response_mask: (batch, response_length), bool or 0/1; 0 at padding and at tokens the policy did not sample.
+        gate: registered name, see :mod:`sdar_verl.algorithm.gates`.
+        beta: sharpness of the gate, >= 0.
+        objective: registered name, see :mod:`sdar_verl.algorithm.objectives`.
+        entropy: (batch, response_length), the student's entropy in nats, for gates that read it.
+        old_log_probs: (batch, response_length), log pi_old(y_t | s_t), for objectives that read it.
+        distill_mask: (batch,) or (batch, response_length), False where there is no teacher log-prob (validation
+            rows, failed retrieval, padding rows). None: everywhere there is one.
+
+    Returns:
+        :class:`DistillationTerms`. Masked positions of the inputs may hold anything, NaN included.
+
+    Raises:
+        ValueError: unknown gate or objective (the message lists the known), beta negative or not finite, shapes that
+            do not fit, NaN or infinity at an unmasked position (names the tensor and the rows), a gate or an
+            objective that returns another shape.
+    """
+    if not (math.isfinite(beta) and beta >= 0.0):
+        raise ValueError(f"beta is {beta}; it must be finite and >= 0 (the paper uses 5)")
+    gate_fn, objective_fn = get_gate(gate), get_objective(objective)
+
+    mask = active_mask(response_mask, distill_mask)
+    student = clean("student_log_probs", student_log_probs, mask)
+    teacher = clean("teacher_log_probs", teacher_log_probs, mask).detach()
+    entropy = None if entropy is None else clean("entropy", entropy, mask).detach()
+    old = None if old_log_probs is None else clean("old_log_probs", old_log_probs, mask).detach()
+
+    gap = teacher - student.detach()
+    with torch.no_grad():
+        weight = gate_fn(gap, beta=beta, entropy=entropy).detach()
+    per_token = objective_fn(student, teacher, old_log_probs=old)
+    for kind, name, result in (("gate", gate, weight), ("objective", objective, per_token)):
+        if result.shape != mask.shape:
+            raise ValueError(f"{kind} {name!r} returned shape {tuple(result.shape)}; expected {tuple(mask.shape)}")
+
+    zero = torch.zeros_like(gap)
+    return DistillationTerms(
+        loss=torch.where(mask, weight * per_token, zero),
+        gate=torch.where(mask, weight, zero),
+        gap=gap,
+        mask=mask,
+    )
+
+
+def gated_distillation_loss(
+    student_log_probs: torch.Tensor,
+    teacher_log_probs: torch.Tensor,
+    response_mask: torch.Tensor,
+    *,
+    gate: str = "gap",
+    beta: float = 5.0,
+    objective: str = "sampled",
+    entropy: torch.Tensor | None = None,
+    old_log_probs: torch.Tensor | None = None,
+    loss_agg_mode: str = "token-mean",
+    distill_mask: torch.Tensor | None = None,
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """L_SDAR as a scalar, aggregated by verl's ``agg_loss``, and its sums for the metrics.
+
+    All arguments but the five below are those of :func:`distillation_terms`. The last four are verl's numbers of the
+    global batch: with them, gradients accumulated over micro-batches and averaged over ranks do not depend on how
+    the batch was split (a worker passes ``**config.global_batch_info``). Without them the loss is the mean over this
+    batch.
+
+    Args:
+        loss_agg_mode: one of verl's modes (token-mean, token-sum, seq-mean-token-sum, seq-mean-token-sum-norm,
+            seq-mean-token-mean). The paper's Agg is seq-mean-token-mean when a row is a trajectory.
+        dp_size: data-parallel ranks that average their gradients.
+        batch_num_tokens: valid response tokens in the global batch.
+        global_batch_size: rows in the global batch.
+        loss_scale_factor: divisor of seq-mean-token-sum-norm; None: response_length.
+
+    Returns:
+        loss: scalar; 0 with a gradient of 0 when no token is valid.
+        stats: see :func:`stats_sums`.
+
+    Raises:
+        ValueError: as :func:`distillation_terms`; an unknown ``loss_agg_mode``; dp_size > 1 without the global
+            number that the mode divides by.
+    """
+    from verl.trainer.ppo.core_algos import agg_loss  # here, so that importing this package does not import verl
+
+    terms = distillation_terms(
+        student_log_probs,
+        teacher_log_probs,
+        response_mask,
+        gate=gate,
+        beta=beta,
+        objective=objective,
+        entropy=entropy,
+        old_log_probs=old_log_probs,
+        distill_mask=distill_mask,
+    )
+    loss = agg_loss(
+        loss_mat=terms.loss,
+        loss_mask=response_mask.bool(),
+        loss_agg_mode=loss_agg_mode,
+        dp_size=dp_size,
+        batch_num_tokens=batch_num_tokens,
+        global_batch_size=global_batch_size,
+        loss_scale_factor=loss_scale_factor,
+    )
+    if not response_mask.any():
+        loss = terms.loss.sum()  # the mean over nothing would be 0 / 0; this 0 is still part of the graph
+    return loss, stats_sums(terms)
+
+
+def stats_sums(terms: DistillationTerms) -> dict[str, float]:
+    """Sums over the distilled tokens, which add up exactly over micro-batches and ranks where means would not.
+
+    Keys: ``tokens``; ``gate``, ``gap``, ``gap_squared``, ``loss`` (sums of g_t, Delta_t, Delta_t^2, l_t);
+    ``gate_active`` and ``gap_positive`` (tokens with g_t > 1/2, with Delta_t > 0).
+    """
+    mask = terms.mask
+    gate, gap = terms.gate.double(), terms.gap.double()
+    columns = {
+        "tokens": mask,
+        "gate": gate,
+        "gate_active": (terms.gate > 0.5) & mask,
+        "gap": gap,
+        "gap_squared": gap.square(),
+        "gap_positive": (terms.gap > 0.0) & mask,
+        "loss": terms.loss.detach(),
+    }
+    sums = torch.stack([column.double().sum() for column in columns.values()])
+    return dict(zip(columns, sums.tolist(), strict=True))  # one transfer from the device
+
+
+def add_stats(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Add the sums of several micro-batches or ranks, key by key."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for key, value in part.items():
+            total[key] = total.get(key, 0.0) + value
+    return total
+
+
+def finalize_stats(sums: Mapping[str, float]) -> dict[str, float]:
+    """Means over distilled tokens from summed :func:`stats_sums`.
+
+    Returns:
+        ``tokens``: distilled tokens. ``gate_mean``: mean g_t. ``active_share``: share with g_t > 1/2. ``gap_mean``,
+            ``gap_std``
+        (population, nats). ``gap_positive_share``: share with Delta_t > 0. ``distill_loss``: mean l_t per token,
+        before lambda, whatever the aggregation mode of the loss. NaN, apart from ``tokens``, when there was no token.
+    """
+    tokens = sums["tokens"]
+    names = ("gate", "gate_active", "gap", "gap_squared", "gap_positive", "loss")
+    mean = {name: sums[name] / tokens if tokens else math.nan for name in names}
+    variance = mean["gap_squared"] - mean["gap"] ** 2
+    return {
+        "tokens": tokens,
+        "gate_mean": mean["gate"],
+        "active_share": mean["gate_active"],
+        "gap_mean": mean["gap"],
+        "gap_std": 0.0 if variance < 0.0 else math.sqrt(variance),  # rounding can take a zero variance below zero
+        "gap_positive_share": mean["gap_positive"],
+        "distill_loss": mean["loss"],
+    }

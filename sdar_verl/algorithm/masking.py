@@ -1,0 +1,58 @@
+"""Masks and input checks shared by the loss and the advantages."""
+
+from __future__ import annotations
+
+import torch
+
+_ROWS_NAMED = 8
+
+
+def active_mask(response_mask: torch.Tensor, distill_mask: torch.Tensor | None) -> torch.Tensor:
+    """Positions that take part in distillation: valid response tokens that have a teacher.
+
+    Args:
+        response_mask: (batch, response_length), bool or 0/1.
+        distill_mask: None (every row has a teacher), (batch,) per row or (batch, response_length) per token.
+
+    Returns:
+        (batch, response_length) bool.
+
+    Raises:
+        ValueError: ``distill_mask`` has another shape.
+    """
+    mask = response_mask.bool()
+    if distill_mask is None:
+        return mask
+    if distill_mask.shape == mask.shape[:1]:
+        return mask & distill_mask.bool().unsqueeze(-1)
+    if distill_mask.shape == mask.shape:
+        return mask & distill_mask.bool()
+    raise ValueError(
+        f"distill_mask has shape {tuple(distill_mask.shape)}; expected (batch,) or (batch, response_length) "
+        f"for a response_mask of shape {tuple(mask.shape)}"
+    )
+
+
+def clean(name: str, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``values`` with 0 at masked positions, whatever they held, in at least float32; gradients pass where the mask
+    is on.
+
+    Multiplying by the mask would not do: NaN * 0 is NaN, forward and backward.
+
+    Raises:
+        ValueError: another shape than the mask, or NaN / infinity where the mask is on; names the tensor and the
+            rows.
+    """
+    if values.shape != mask.shape:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, but response_mask has {tuple(mask.shape)}")
+    bad = mask & ~torch.isfinite(values)
+    if bad.any():
+        rows = bad.any(dim=-1).nonzero().flatten().tolist()
+        named = ", ".join(map(str, rows[:_ROWS_NAMED])) + (", ..." if len(rows) > _ROWS_NAMED else "")
+        raise ValueError(
+            f"{name} holds NaN or infinity at {int(bad.sum())} unmasked positions, in {len(rows)} of {mask.shape[0]} "
+            f"rows: {named}. Find out why these values are broken; leave rows that have no teacher out with distill_mask."
+        )
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    return torch.where(mask, values, torch.zeros_like(values))
