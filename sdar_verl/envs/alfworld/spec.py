@@ -119,3 +119,104 @@ def usual_places(seed: int = DEFAULT_HOUSEHOLD_SEED) -> dict[str, str]:
     }
     places[LAMP] = rng.choice(LAMP_RECEPTACLES)
     return places
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """How games are drawn; every value is checked when the object is made (ValueError names field, value and remedy).
+
+    Attributes:
+        seed: games are a function of (seed, split, index) and of the other fields, on any machine.
+        household_seed: which map of usual places the objects follow.
+        task_types: games cycle through these, so a panel holds the same number of each.
+        rooms: kinds of room to draw from.
+        n_receptacles: receptacles in a room (fewer when the floor plan has no more, three of one type at most).
+        n_distractors: objects besides the target.
+        p_home: probability that an object lies at its usual place; otherwise anywhere else that fits.
+        scenes: floor plans to draw from; empty for all of the rooms' own.
+    """
+
+    seed: int = 0
+    household_seed: int = DEFAULT_HOUSEHOLD_SEED
+    task_types: tuple[str, ...] = TASK_TYPES
+    rooms: tuple[str, ...] = tuple(ROOMS)
+    n_receptacles: int = 7
+    n_distractors: int = 3
+    p_home: float = 0.85
+    scenes: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, name: str, remedy: str) -> None:
+            if not condition:
+                raise ValueError(f"GeneratorConfig.{name} = {getattr(self, name)!r}: {remedy}")
+
+        require(len(self.task_types) > 0, "task_types", f"name at least one of {', '.join(TASK_TYPES)}")
+        for task_type in self.task_types:
+            require(task_type in TASK_TYPES, "task_types", f"{task_type!r} is not one of {', '.join(TASK_TYPES)}")
+        require(len(set(self.task_types)) == len(self.task_types), "task_types", "name each type once")
+        require(len(self.rooms) > 0, "rooms", f"name at least one of {', '.join(ROOMS)}")
+        for room in self.rooms:
+            require(room in ROOMS, "rooms", f"{room!r} is not one of {', '.join(ROOMS)}")
+        for task_type in self.task_types:
+            fitting = [name for name, room in ROOMS.items() if task_type in room.task_types]
+            require(any(r in self.rooms for r in fitting), "rooms", f"{task_type} needs one of {', '.join(fitting)}")
+        require(4 <= self.n_receptacles <= 16, "n_receptacles", "choose 4 to 16; a task needs up to 4 of them")
+        require(0 <= self.n_distractors <= 6, "n_distractors", "choose 0 to 6")
+        require(0.0 <= self.p_home <= 1.0, "p_home", "a probability lies between 0 and 1")
+        known = {scene for name in self.rooms for scene in ROOMS[name].scenes}
+        unknown = [scene for scene in self.scenes if scene not in known]
+        require(not unknown, "scenes", f"{unknown} are no floor plans of {', '.join(self.rooms)}")
+
+
+@dataclass(frozen=True)
+class Receptacle:
+    """``receptacle_id`` in ALFRED's form, e.g. ``Fridge|+01.01|+00.23|+01.92``."""
+
+    receptacle_id: str
+    type: str
+
+
+@dataclass(frozen=True)
+class PlacedObject:
+    """An object and the receptacle it lies in at the start."""
+
+    object_id: str
+    type: str
+    receptacle_id: str
+
+
+@dataclass(frozen=True)
+class GameSpec:
+    """Everything that makes one game.
+
+    Attributes:
+        split: ``train``, ``valid_seen`` or ``valid_unseen``.
+        index: position within the split.
+        scene: floor plan number.
+        target: type of the object asked for.
+        destination: receptacle type it shall be put in; empty for look_at_obj_in_light.
+        toggle: lamp type to use; empty for the other tasks.
+        usual_place: where the household keeps the target (receptacle type), whether or not it lies there now.
+        description: the task in ALFWorld's words, without the final full stop.
+        receptacles: in random order.
+        objects: targets first, then the lamp if any, then distractors.
+    """
+
+    split: str
+    index: int
+    room: str
+    scene: int
+    task_type: str
+    target: str
+    destination: str
+    toggle: str
+    usual_place: str
+    description: str
+    receptacles: tuple[Receptacle, ...]
+    objects: tuple[PlacedObject, ...]
+
+    @property
+    def relative_path(self) -> str:
+        """``<task_type>-<Obj>-<Mrecep>-<Recep>-<scene>/trial_<index>``, as in ALFWorld's own data."""
+        goal = self.destination or self.toggle
+        return f"{self.task_type}-{self.target}-None-{goal}-{self.scene}/trial_{self.index:06d}"
