@@ -1,0 +1,191 @@
+"""Typed settings of the ``sdar:`` node: every option, its allowed range and where its default comes from.
+
+The node is plain YAML for Hydra; :func:`load_config` turns it into these models, and an unknown key or a value out of
+range is an error that names the option. Defaults are the paper's (arXiv:2605.15155, section 4.1) unless a line says
+otherwise. Options that belong to verl (group size, KL, learning rate, clip range, ...) stay in verl's own nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sdar_verl.errors import ConfigError
+
+
+class _Node(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class LossConfig(_Node):
+    """The gated self-distillation term, ``coef * Agg[g_t * objective_t]`` (paper, equations 5 to 8)."""
+
+    coef: float = Field(0.01, ge=0, description="lambda; 0 trains plain GRPO and still reports gate and gap")
+    beta: float = Field(5.0, ge=0, description="sharpness of the gate sigmoid(beta * gap)")
+    gate: str = Field("gap", description="registered gate: gap (paper), none (constant 1), half (constant 1/2)")
+    objective: str = Field("sampled", description="registered objective: sampled (paper)")
+
+
+class TeacherConfig(_Node):
+    """The privileged teacher: the same policy with skills in its prompt."""
+
+    source: Literal["actor", "reference", "none"] = Field(
+        "actor",
+        description="weights: actor (current weights, paper), reference (frozen start weights, through verl's "
+        "reference worker), none (no teacher pass)",
+    )
+    max_prompt_length: int = Field(4096, ge=1, description="tokens; the teacher's own limit, not the student's")
+    on_long_prompt: Literal["error", "drop_history", "mask"] = Field(
+        "error",
+        description="error stops the run; drop_history keeps the skills and drops the oldest history, then errors; "
+        "mask leaves the row out of the distillation term; the last two are counted in sdar/truncated_share",
+    )
+    sanity_check: bool = Field(
+        True, description="at the first step, the teacher with an empty context must give the student's log-probs"
+    )
+    sanity_tolerance: float = Field(1e-3, gt=0, description="largest mean |teacher - student| log-prob in that check")
+
+
+class SkillsConfig(_Node):
+    """Privileged context: a skill bank and the rules that pick from it."""
+
+    bank: str = Field("alfworld", min_length=1, description="name of a shipped bank or a folder of <name>/SKILL.md")
+    retrieval: list[str] = Field(
+        default_factory=lambda: ["keyword", "task_type"],
+        min_length=1,
+        description="registered retrieval rules, applied in order without duplicates",
+    )
+    seed: int = Field(0, ge=0, description="for rules that draw, such as random")
+
+
+class EnvConfig(_Node):
+    """The environment and the processes that run it."""
+
+    name: str = Field("alfworld", min_length=1, description="registered environment")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
+    modules: list[str] = Field(default_factory=list, description="modules imported first: they register environments")
+    max_steps: int = Field(50, ge=1, description="turns per episode (paper: 50 on ALFWorld)")
+    processes: int = Field(4, ge=1, description="environment processes per agent-loop worker")
+    envs_per_process: int = Field(16, ge=1, description="episodes that one process hosts at a time")
+    reset_timeout_s: float = Field(60.0, gt=0, description="seconds")
+    step_timeout_s: float = Field(30.0, gt=0, description="seconds")
+
+
+class PromptConfig(_Node):
+    """The prompt of student and teacher: one template, with the skill slot empty or filled."""
+
+    template: str = Field("alfworld", min_length=1, description="name of a shipped template or a .jinja file")
+    history_length: int = Field(2, ge=0, description="past (observation, action) pairs shown (paper: 2 on ALFWorld)")
+    think: Literal["optional", "required"] = Field(
+        "optional", description="required makes an answer without a think block invalid (released code's way)"
+    )
+
+
+class AdvantageConfig(_Node):
+    """The ``sdar`` advantage estimator (``algorithm.adv_estimator=sdar``)."""
+
+    group_stats: Literal["episode", "turn"] = Field(
+        "episode", description="group mean and std over episodes (paper) or over turn rows (released code)"
+    )
+    invalid_action_penalty: float = Field(
+        0.1, ge=0, description="taken off the turn that gave an invalid action (released scripts: 0.1)"
+    )
+
+
+class ValidationArm(_Node):
+    """One way to run the validation panel."""
+
+    context: Literal["none", "skills"] = Field("none", description="skills puts the teacher's context in the prompt")
+    temperature: float = Field(..., ge=0, description="sampling temperature, 0 is greedy")
+
+
+class ValidationConfig(_Node):
+    """Validation runs every arm over the whole panel, each task once (times ``rollout.val_kwargs.n``)."""
+
+    arms: dict[str, ValidationArm] = Field(
+        default_factory=lambda: {"student": ValidationArm(context="none", temperature=0.4)},
+        min_length=1,
+        description="name -> arm (released scripts: student at temperature 0.4)",
+    )
+
+
+class RolloutConfig(_Node):
+    """What the agent loop asks of verl's rollout engine beyond verl's own settings."""
+
+    seed: int | None = Field(
+        None, ge=0, description="per-request sampling seeds derived from this and the task, so that a run repeats"
+    )
+    poll_interval_s: float | None = Field(
+        None, gt=0, description="how often verl's replay buffer looks for finished rows; null keeps verl's 2 s"
+    )
+
+
+class UpdateConfig(_Node):
+    """How a step's rows become optimizer updates."""
+
+    mini_batch_rows: int | None = Field(
+        None, ge=1, description="rows per optimizer update; null keeps verl's ppo_mini_batch_size * rollout.n"
+    )
+
+
+class SdarConfig(_Node):
+    """The whole ``sdar:`` node."""
+
+    loss: LossConfig = LossConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    skills: SkillsConfig = SkillsConfig()
+    env: EnvConfig = EnvConfig()
+    prompt: PromptConfig = PromptConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    validation: ValidationConfig = ValidationConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    update: UpdateConfig = UpdateConfig()
+
+    @model_validator(mode="after")
+    def _teacher_for_the_loss(self) -> SdarConfig:
+        if self.teacher.source == "none" and self.loss.coef > 0:
+            raise ValueError(
+                f"sdar.loss.coef={self.loss.coef} needs a teacher, but sdar.teacher.source=none; "
+                "set sdar.loss.coef=0 for plain GRPO or choose a source (actor, reference)"
+            )
+        return self
+
+
+def load_config(node: Mapping[str, Any] | DictConfig | None) -> SdarConfig:
+    """Check the ``sdar:`` node and return it typed.
+
+    Raises:
+        ConfigError: naming every option that is unknown or out of range, its value and what is allowed.
+    """
+    if node is None:
+        raise ConfigError(
+            "the config has no `sdar:` node; start from one of our recipes, e.g. --config-name sdar_alfworld"
+        )
+    raw = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    try:
+        return SdarConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _explain(item: Any) -> str:
+    option = ".".join(["sdar", *(str(part) for part in item["loc"])])
+    if item["type"] == "extra_forbidden":
+        return f"{option}: no such option ({_known_keys(item['loc'])})"
+    if item["type"] == "value_error" and not item["loc"]:
+        return str(item["ctx"]["error"])
+    return f"{option}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> str:
+    model: type[BaseModel] = SdarConfig
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field is not None else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return "see docs/options.md"
+        model = annotation
+    return "known: " + ", ".join(model.model_fields)

@@ -1,0 +1,15 @@
+"""Errors that a user can mend: the message names the option, the value and the remedy."""
+
+from __future__ import annotations
+
+
+class SdarError(RuntimeError):
+    """Base of the errors this package raises on purpose."""
+
+
+class ConfigError(SdarError):
+    """An option is unknown, out of range, or without effect in the chosen mode."""
+
+
+class TeacherError(SdarError):
+    """The privileged teacher cannot do its work: it does not see its context, or its numbers are not to be trusted."""

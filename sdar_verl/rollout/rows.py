@@ -1,0 +1,64 @@
+"""What a training row carries beyond verl's own fields: how the agent loop talks to the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+ROW_KEY = "sdar"
+"""Key of the row's record inside verl's ``extra_fields``."""
+
+
+@dataclass
+class RowInfo:
+    """One turn's record.
+
+    Attributes:
+        turn: 0-based index in its episode.
+        task_type: the environment's category of the task.
+        skills: names of the skills given to the teacher, in order.
+        no_match: retrieval found no skill of this task's own.
+        teacher_prompt_ids: token ids of the teacher's prompt; None when the teacher has no say on this row.
+        context_tokens: tokens that the skills add to the prompt.
+        truncated: the teacher's prompt was too long for ``sdar.teacher.max_prompt_length`` as it was.
+        unparsed: the answer held no action.
+        inadmissible: it held one, but the environment does not offer it.
+        success: the episode solved its task.
+        failed: the environment failed, twice; the row is masked everywhere.
+        error: why the run must stop, or None.
+    """
+
+    turn: int
+    task_type: str
+    skills: tuple[str, ...] = ()
+    no_match: bool = False
+    teacher_prompt_ids: np.ndarray | None = None
+    context_tokens: int = 0
+    truncated: bool = False
+    unparsed: bool = False
+    inadmissible: bool = False
+    success: bool = False
+    failed: bool = False
+    error: str | None = None
+
+    @property
+    def invalid(self) -> bool:
+        """Neither parsed nor admissible: what the invalid-action penalty is for."""
+        return self.unparsed or self.inadmissible
+
+    def as_dict(self) -> dict[str, Any]:
+        """A plain dict, for verl's ``extra_fields`` (a shallow one: arrays are not copied)."""
+        return {**asdict(self), "teacher_prompt_ids": self.teacher_prompt_ids}
+
+    @classmethod
+    def from_extra_fields(cls, extra_fields: Any) -> RowInfo:
+        """Read the record back; an error when the row does not come from ``sdar_agent``."""
+        record = extra_fields.get(ROW_KEY) if isinstance(extra_fields, dict) else None
+        if record is None:
+            raise ValueError(
+                "a row has no sdar record; set actor_rollout_ref.rollout.agent.default_agent_loop=sdar_agent "
+                "(and leave the panel's agent_name column out)"
+            )
+        return cls(**record)

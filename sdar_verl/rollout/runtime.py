@@ -1,0 +1,92 @@
+"""What all episodes of one agent-loop process share: templates, skills and the pool of environment processes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from omegaconf import DictConfig
+
+from sdar_verl.config import SdarConfig, ValidationArm, load_config
+from sdar_verl.envs.base import Task
+from sdar_verl.envs.pool import EnvPool
+from sdar_verl.rollout.prompt_builder import PromptBuilder
+from sdar_verl.rollout.prompts import PromptTemplate, special_tokens_of
+from sdar_verl.skills.bank import SkillBank
+from sdar_verl.skills.retrieval import render_skills, retrieve
+
+
+@dataclass(frozen=True)
+class Context:
+    """Privileged context of one task.
+
+    Attributes:
+        names: skills that were picked, in order.
+        text: what goes into the skill slot; empty when there is none.
+        no_match: no skill of this task's own was found, at most general ones.
+    """
+
+    names: tuple[str, ...] = ()
+    text: str = ""
+    no_match: bool = False
+
+
+class Runtime:
+    """Built once per process from the run's config."""
+
+    def __init__(self, config: DictConfig, tokenizer: Any):
+        self.sdar: SdarConfig = load_config(config.sdar)
+        self.max_prompt_length = int(config.data.max_prompt_length)
+        self.max_response_length = int(config.data.max_response_length)
+        self._bank = SkillBank.load(self.sdar.skills.bank)
+        self.prompts = PromptBuilder(
+            tokenizer,
+            PromptTemplate.load(self.sdar.prompt.template, special_tokens_of(tokenizer)),
+            config.data.get("apply_chat_template_kwargs", {}),
+        )
+
+    @cached_property
+    def pool(self) -> EnvPool:
+        """Environment processes; started when the first episode asks for one."""
+        env = self.sdar.env
+        return EnvPool(
+            env.name,
+            env.options,
+            processes=env.processes,
+            envs_per_process=env.envs_per_process,
+            reset_timeout_s=env.reset_timeout_s,
+            step_timeout_s=env.step_timeout_s,
+            env_modules=env.modules,
+        )
+
+    def context(self, task: Task) -> Context:
+        """Skills for ``task``: what the teacher sees and the student does not."""
+        found = retrieve(self._bank, task, self.sdar.skills.retrieval, seed=self.sdar.skills.seed)
+        return Context(found.names, render_skills(found.skills), found.no_match)
+
+    def arm(self, name: str) -> ValidationArm:
+        """The validation arm called ``name``."""
+        return self.sdar.validation.arms[name]
+
+    def request_seed(self, *parts: object) -> int | None:
+        """A sampling seed for one request, or None when the run does not fix seeds.
+
+        Seeds are per request: one seed for a whole group would make its rollouts identical.
+        """
+        if self.sdar.rollout.seed is None:
+            return None
+        text = "|".join(str(part) for part in (self.sdar.rollout.seed, *parts))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+_runtime: tuple[DictConfig, Runtime] | None = None
+
+
+def get_runtime(config: DictConfig, tokenizer: Any) -> Runtime:
+    """The process's runtime; verl makes an agent loop per trajectory, these things are made once."""
+    global _runtime
+    if _runtime is None or _runtime[0] is not config:
+        _runtime = (config, Runtime(config, tokenizer))
+    return _runtime[1]

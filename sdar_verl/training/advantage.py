@@ -1,0 +1,114 @@
+"""verl's advantage estimator ``sdar``: group-relative over trajectories, whatever their number of turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from verl.trainer.ppo.core_algos import register_adv_est
+
+from sdar_verl.algorithm.advantages import GroupCounts, broadcast_to_tokens, trajectory_group_advantages
+from sdar_verl.config import AdvantageConfig
+from sdar_verl.errors import ConfigError
+from sdar_verl.rollout.rows import RowInfo
+
+
+@dataclass
+class AdvantageRows:
+    """What the estimator must know of the rows beyond verl's arguments, in the order of verl's tensors.
+
+    Attributes:
+        settings: the ``sdar.advantage`` node.
+        episode_ids: which episode each row belongs to.
+        valid: rows that count; False for padding rows and failed episodes.
+        invalid_action: turns whose answer was not an admissible action.
+        counts: filled in by the estimator.
+    """
+
+    settings: AdvantageConfig
+    episode_ids: list[str]
+    valid: torch.Tensor
+    invalid_action: torch.Tensor
+    counts: GroupCounts | None = field(default=None)
+
+    @classmethod
+    def from_batch(
+        cls, settings: AdvantageConfig, keys: Sequence[str], infos: Sequence[RowInfo | None]
+    ) -> AdvantageRows:
+        """Read verl's row keys, ``{uid}_{session}_{turn}``, and the agent loop's records (None: padding row)."""
+        return cls(
+            settings=settings,
+            episode_ids=[key.rsplit("_", 1)[0] for key in keys],
+            valid=torch.tensor([info is not None and not info.failed for info in infos]),
+            invalid_action=torch.tensor([info is not None and info.invalid for info in infos]),
+        )
+
+
+_rows: ContextVar[AdvantageRows | None] = ContextVar("sdar_advantage_rows", default=None)
+
+
+@contextmanager
+def advantage_rows(rows: AdvantageRows) -> Iterator[AdvantageRows]:
+    """Hand ``rows`` to the estimator: verl passes an estimator no more than rewards, mask and group id."""
+    token = _rows.set(rows)
+    try:
+        yield rows
+    finally:
+        _rows.reset(token)
+
+
+@register_adv_est("sdar")
+def compute_sdar_advantage(
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    config: Any = None,
+    index: np.ndarray | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """verl's estimator interface over :func:`sdar_verl.algorithm.advantages.trajectory_group_advantages`.
+
+    Args:
+        token_level_rewards: (rows, response tokens).
+        response_mask: (rows, response tokens).
+        config: verl's algorithm node; ``norm_adv_by_std_in_grpo`` is read.
+        index: (rows,) verl's group ids.
+        **kwargs: verl's other arguments, not needed.
+
+    Returns:
+        Advantages and returns, both (rows, response tokens).
+
+    Raises:
+        ConfigError: under a trainer that does not say which row belongs to which episode.
+    """
+    rows = _rows.get()
+    if rows is None or index is None:
+        raise ConfigError(
+            "algorithm.adv_estimator=sdar needs to know which row belongs to which episode; "
+            "set trainer.v1.trainer_mode=sdar, or use adv_estimator=grpo with verl's own trainers"
+        )
+    row_scores = token_level_rewards.sum(dim=-1)
+    advantages, rows.counts = trajectory_group_advantages(
+        _episode_means(row_scores, rows.episode_ids),
+        list(index),
+        rows.episode_ids,
+        rows.valid,
+        group_stats=rows.settings.group_stats,
+        norm_by_std=bool(config.get("norm_adv_by_std_in_grpo", True)) if config is not None else True,
+        invalid_action=rows.invalid_action,
+        invalid_action_penalty=rows.settings.invalid_action_penalty,
+    )
+    tokens = broadcast_to_tokens(advantages, response_mask)
+    return tokens, tokens
+
+
+def _episode_means(scores: torch.Tensor, episode_ids: Sequence[str]) -> torch.Tensor:
+    """Every row gets its episode's mean: verl puts the episode's reward on each row, a KL penalty differs by row."""
+    _, inverse = np.unique(np.asarray(episode_ids), return_inverse=True)
+    groups = torch.as_tensor(inverse)
+    totals = torch.zeros(int(groups.max()) + 1, dtype=scores.dtype).index_add(0, groups, scores)
+    return (totals / torch.bincount(groups))[groups]

@@ -1,0 +1,169 @@
+"""What can be known to be wrong before Ray starts: each a clear error that names the option, the value and the remedy."""
+
+from __future__ import annotations
+
+import importlib
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sdar_verl.algorithm.gates import get_gate
+from sdar_verl.algorithm.objectives import get_objective
+from sdar_verl.compat import check_verl_version
+from sdar_verl.config import SdarConfig
+from sdar_verl.errors import ConfigError
+
+SUPPORTED_STRATEGIES = ("fsdp", "fsdp2")
+
+
+def check_run(config: DictConfig, sdar: SdarConfig) -> None:
+    """Check a run's whole config.
+
+    Raises:
+        ConfigError: with every fault that was found, one per line.
+    """
+    check_verl_version()
+    faults = [fault for check in _CHECKS for fault in check(config, sdar)]
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    from sdar_verl.envs.registry import check_env
+    from sdar_verl.rollout.prompts import PromptTemplate
+    from sdar_verl.skills.bank import SkillBank
+    from sdar_verl.skills.retrieval import check_rules
+
+    for module in sdar.env.modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            return [f"sdar.env.modules: {module} cannot be imported here: {error}"]
+    attempts = {
+        "sdar.loss.gate": lambda: get_gate(sdar.loss.gate),
+        "sdar.loss.objective": lambda: get_objective(sdar.loss.objective),
+        "sdar.env": lambda: check_env(sdar.env.name, sdar.env.options),
+        "sdar.prompt.template": lambda: PromptTemplate.load(sdar.prompt.template),
+        "sdar.skills.bank": lambda: SkillBank.load(sdar.skills.bank),
+        "sdar.skills.retrieval": lambda: check_rules(sdar.skills.retrieval),
+    }
+    faults = []
+    for option, attempt in attempts.items():
+        try:
+            attempt()
+        except (ValueError, ImportError, OSError) as error:
+            faults.append(f"{option}: {error}")
+    return faults
+
+
+def _modes(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    faults = []
+    mode, estimator = config.trainer.v1.trainer_mode, config.algorithm.adv_estimator
+    if not config.trainer.get("use_v1", True):
+        faults.append("trainer.use_v1=False: SDAR runs on verl's v1 trainer; leave it at True")
+    if mode != "sdar":
+        faults.append(f"trainer.v1.trainer_mode={mode} ignores the sdar node; set trainer.v1.trainer_mode=sdar")
+    if estimator != "sdar" and sdar.advantage.invalid_action_penalty > 0:
+        faults.append(
+            f"sdar.advantage.invalid_action_penalty={sdar.advantage.invalid_action_penalty} has no effect with "
+            f"algorithm.adv_estimator={estimator}; set it to 0 or use adv_estimator=sdar"
+        )
+    strategy = config.actor_rollout_ref.actor.strategy
+    if strategy not in SUPPORTED_STRATEGIES:
+        faults.append(
+            f"actor_rollout_ref.actor.strategy={strategy} is not supported by the gated loss; "
+            f"use one of {', '.join(SUPPORTED_STRATEGIES)}"
+        )
+    agent = config.actor_rollout_ref.rollout.agent.default_agent_loop
+    if agent != "sdar_agent":
+        faults.append(
+            f"actor_rollout_ref.rollout.agent.default_agent_loop={agent} makes no teacher prompts; set it to sdar_agent"
+        )
+    if OmegaConf.select(config, "distillation.enabled"):
+        faults.append("distillation.enabled=True is verl's own distillation with a separate teacher; set it to False")
+    return faults
+
+
+def _teacher(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    teacher, faults = sdar.teacher, []
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    has_reference = bool(actor.use_kl_loss or config.algorithm.use_kl_in_reward)
+    if teacher.source == "reference" and not has_reference:
+        faults.append(
+            "sdar.teacher.source=reference uses verl's reference worker, which this run does not start; set "
+            "actor_rollout_ref.actor.use_kl_loss=True (kl_loss_coef may be 0)"
+        )
+    if teacher.source == "none":
+        return faults
+    longest = teacher.max_prompt_length + config.data.max_response_length
+    budgets = {"actor_rollout_ref.rollout.log_prob": rollout}
+    if teacher.source == "reference":
+        budgets["actor_rollout_ref.ref.log_prob"] = config.actor_rollout_ref.ref
+    for name, node in budgets.items():
+        budget = node.log_prob_max_token_len_per_gpu
+        if node.log_prob_use_dynamic_bsz and budget is not None and longest > budget:
+            faults.append(
+                f"{name}_max_token_len_per_gpu={budget} is less than the longest teacher row, "
+                f"sdar.teacher.max_prompt_length + data.max_response_length = {longest}; raise it to at least {longest}"
+            )
+    return faults
+
+
+def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    n, rows = config.actor_rollout_ref.rollout.n, sdar.update.mini_batch_rows
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    faults = []
+    if rows is not None and rows % n:
+        faults.append(f"sdar.update.mini_batch_rows={rows} must be a multiple of actor_rollout_ref.rollout.n={n}")
+    if rows is not None and rows % ranks:
+        faults.append(f"sdar.update.mini_batch_rows={rows} must be a multiple of the {ranks} ranks")
+    if n < 2 and config.algorithm.adv_estimator == "sdar":
+        faults.append(f"actor_rollout_ref.rollout.n={n}: group-relative advantages need at least 2 rollouts per task")
+    if not actor_uses_dynamic_batches(config):
+        micro = config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu
+        mini = (rows if rows is not None else config.actor_rollout_ref.actor.ppo_mini_batch_size * n) // ranks
+        if micro is not None and mini % micro:
+            faults.append(
+                f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={micro} does not divide the {mini} rows of a "
+                "mini-batch on one rank; choose a divisor or set actor_rollout_ref.actor.use_dynamic_bsz=True"
+            )
+    return faults
+
+
+def actor_uses_dynamic_batches(config: DictConfig) -> bool:
+    """Whether verl sizes micro-batches by tokens."""
+    return bool(config.actor_rollout_ref.actor.use_dynamic_bsz)
+
+
+def _engine(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    device, name = config.trainer.device, config.actor_rollout_ref.rollout.name
+    faults = []
+    if device == "cpu" and name != "transformers":
+        faults.append(
+            f"trainer.device=cpu runs with actor_rollout_ref.rollout.name=transformers, not {name}; "
+            "use hardware=cpu, which sets both"
+        )
+    if device != "cpu" and name == "vllm" and util.find_spec("vllm") is None:
+        faults.append(
+            'actor_rollout_ref.rollout.name=vllm, but vllm is not installed: pip install "sdar-verl[vllm]" '
+            "(or hardware=cpu to try the recipe without a GPU)"
+        )
+    return faults
+
+
+def _data(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    faults = []
+    for option in ("train_files", "val_files"):
+        files = config.data[option]
+        for file in [files] if isinstance(files, str) else list(files or [""]):
+            if "://" not in str(file) and not Path(str(file)).expanduser().is_file():
+                faults.append(
+                    f"data.{option}={file} does not exist; make the task panels with "
+                    f"`sdar-verl prepare {sdar.env.name} --out DIR` and point to its parquet files"
+                )
+    return faults
+
+
+_CHECKS: tuple[Any, ...] = (_names, _modes, _teacher, _batches, _engine, _data)

@@ -1,0 +1,162 @@
+"""Trainer mode ``sdar``: verl's v1 synchronous trainer with a teacher pass before the advantages.
+
+    rollout -> old log-probs -> reference -> teacher pass -> advantages -> update
+
+Everything not named here is verl's: rollout, replay buffer, checkpoints, validation loop, trackers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import transfer_queue as tq
+from omegaconf import open_dict
+from tensordict import TensorDict
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1 import PPOTrainerSync
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.debug import marked_timer
+
+from sdar_verl.config import load_config
+from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.training.advantage import AdvantageRows, advantage_rows
+from sdar_verl.training.checks import check_run
+from sdar_verl.training.loss import sdar_loss
+from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
+from sdar_verl.training.teacher import PrivilegedTeacher
+from sdar_verl.training.validation import ArmDataset, arm_metrics
+
+logger = logging.getLogger(__name__)
+
+
+@register_trainer("sdar")
+class SdarTrainer(PPOTrainerSync):
+    """verl's synchronous trainer, plus the privileged teacher and the ``sdar`` advantages."""
+
+    # verl compares trainer_mode with the literal "sync" in seven places and takes any other name for an asynchronous
+    # mode (another replay buffer, prompt batches of one, queue snapshots). This mode is a synchronous one.
+    trainer_mode = property(lambda self: "sync", lambda self, value: None)
+
+    def __init__(self, config: Any):
+        self.sdar = load_config(config.get("sdar"))
+        check_run(config, self.sdar)
+        super().__init__(config)
+        if self.sdar.rollout.poll_interval_s is not None:
+            self.replay_buffer.poll_interval = self.sdar.rollout.poll_interval_s
+        self._has_teacher = self.sdar.teacher.source != "none"
+        self._teacher = PrivilegedTeacher(self.sdar.teacher, self)
+        self._teacher_checked = False
+        self._infos: list[RowInfo | None] = []
+        self._prompts_submitted = 0
+
+    # ---------------------------------------------------------------- set-up
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        self.val_dataset = ArmDataset(self.val_dataset, self.sdar.validation.arms)
+        self.val_dataloader = StatefulDataLoader(
+            dataset=self.val_dataset,
+            batch_size=self.config.data.val_batch_size or len(self.val_dataset),
+            num_workers=self.config.data.dataloader_num_workers,
+            shuffle=False,
+            drop_last=False,
+            collate_fn=collate_fn,
+        )
+
+    def on_init_end(self) -> None:
+        """Give the actor workers their loss and set the size of an update; then verl's first weight sync."""
+        if self._has_teacher:
+            actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
+            self.actor_rollout_wg.set_loss_fn(partial(sdar_loss, config=actor, settings=self.sdar.loss))
+        rows = self.sdar.update.mini_batch_rows
+        if rows is not None:
+            # verl counts a mini-batch in prompts and bounds it by the prompts of a step; a step of T-turn episodes has
+            # T times as many rows. The workers are built by now, so this number is read by this process alone.
+            with open_dict(self.config):
+                self.config.actor_rollout_ref.actor.ppo_mini_batch_size = rows // self.config.actor_rollout_ref.rollout.n
+        super().on_init_end()
+
+    # ---------------------------------------------------------------- rollout
+
+    def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
+        """verl's, with numbered prompt ids: rows can then be put into one order, whichever episode ended first."""
+        batch = super()._next_train_batch(num_prompts)
+        first = self._prompts_submitted
+        self._prompts_submitted += len(batch)
+        uids = [f"s{self.global_steps:08d}p{first + i:08d}" for i in range(len(batch))]
+        tu.assign_non_tensor_stack(batch, "uid", uids)
+        return batch
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs: Any) -> KVBatchMeta:
+        batch.reorder(sorted(range(len(batch.keys)), key=lambda i: _row_order(batch.keys[i])))
+        batch = super()._balance_batch(batch, metrics, **kwargs)
+        self._infos = self._read_infos(batch)
+        metrics.update(row_metrics(batch.keys, self._infos))
+        return batch
+
+    def _read_infos(self, batch: KVBatchMeta) -> list[RowInfo | None]:
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
+        extras = list(data["extra_fields"])
+        return [
+            None if tag.get("is_padding", False) else RowInfo.from_extra_fields(extra)
+            for tag, extra in zip(batch.tags, extras, strict=True)
+        ]
+
+    # ---------------------------------------------------------------- teacher and advantages
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if self._has_teacher:
+            with marked_timer("teacher", self.timing_raw, color="blue"):
+                self._teacher_pass(batch, metrics)
+        with advantage_rows(AdvantageRows.from_batch(self.sdar.advantage, batch.keys, self._infos)) as rows:
+            batch = super()._compute_advantage(batch, metrics)
+        if rows.counts is not None:
+            metrics["sdar/groups_without_variance"] = rows.counts.groups_without_variance
+            metrics["sdar/groups"] = rows.counts.groups
+        return batch
+
+    def _teacher_pass(self, batch: KVBatchMeta, metrics: dict) -> None:
+        correction = self.config.algorithm.get("rollout_correction", None)
+        bypasses = bool(correction and correction.get("bypass_mode", False))
+        settings = self.sdar.teacher
+        # Under bypass the old log-probs are the rollout engine's, not these workers': nothing to compare with.
+        if settings.sanity_check and settings.source == "actor" and not self._teacher_checked and not bypasses:
+            metrics["sdar/empty_context_gap"] = self._teacher.check_empty_context(batch)
+        self._teacher_checked = True
+        self._teacher.score(batch, self._infos)
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch = super()._update_actor(batch, metrics)
+        if self._has_teacher:
+            metrics.update(reduce_loss_sums(metrics))
+            metrics["sdar/lambda"] = self.sdar.loss.coef
+            metrics["sdar/beta"] = self.sdar.loss.beta
+        return batch
+
+    # ---------------------------------------------------------------- validation
+
+    def _val_metrics_update(
+        self,
+        data_sources: Sequence[str],
+        sample_uids: Sequence[str],
+        reward_extra_infos_dict: dict[str, list[Any]],
+        sample_turns: Sequence[int],
+        **kwargs: Any,
+    ) -> dict[str, float]:
+        metrics = super()._val_metrics_update(
+            data_sources, sample_uids, reward_extra_infos_dict, sample_turns, **kwargs
+        )
+        metrics.update(arm_metrics(reward_extra_infos_dict))
+        return metrics
+
+
+def _row_order(key: str) -> tuple[str, int, int]:
+    uid, session, row = key.rsplit("_", 2)
+    return uid, int(session), int(row)

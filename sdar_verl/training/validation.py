@@ -1,0 +1,74 @@
+"""Validation arms: the same panel, run once per arm (say, without and with the teacher's context)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from sdar_verl.config import ValidationArm
+
+
+class ArmDataset(Dataset):
+    """The panel, repeated for every arm; a row's ``data_source`` and ``sdar_arm`` say which.
+
+    Args:
+        panel: verl's validation data set.
+        arms: the ``sdar.validation.arms`` node.
+    """
+
+    def __init__(self, panel: Dataset, arms: Mapping[str, ValidationArm]):
+        self._panel = panel
+        self._arms = list(arms)
+
+    def __len__(self) -> int:
+        return len(self._panel) * len(self._arms)  # type: ignore[arg-type]
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        arm_index, row_index = divmod(item, len(self._panel))  # type: ignore[arg-type]
+        row = dict(self._panel[row_index])
+        arm = self._arms[arm_index]
+        row["data_source"] = f"{row['data_source']}/{arm}"
+        row["sdar_arm"] = arm
+        return row
+
+
+def arm_metrics(outcomes: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+    """Means per arm over episodes, and per task type: never means of batch means.
+
+    Args:
+        outcomes: column name -> one value per episode; the agent loop's ``reward_extra_info``, as verl collects it.
+
+    Returns:
+        ``sdar-val/<arm>/...``: ``success``, ``success/<task type>``, ``turns``, ``invalid_share`` (of the turns),
+        ``failed`` (episodes whose environment failed; they count as not solved) and ``episodes``.
+    """
+    if "arm" not in outcomes:
+        return {}
+    episodes: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    names = ("acc", "turns", "invalid_actions", "failed", "task_type", "arm")
+    for values in zip(*(outcomes[name] for name in names), strict=True):
+        episode = dict(zip(names, values, strict=True))
+        episodes[episode["arm"]].append(episode)
+
+    metrics: dict[str, float] = {}
+    for arm, rows in episodes.items():
+        prefix = f"sdar-val/{arm}"
+        turns = sum(row["turns"] for row in rows)
+        metrics[f"{prefix}/success"] = _mean(row["acc"] for row in rows)
+        metrics[f"{prefix}/turns"] = turns / len(rows)
+        metrics[f"{prefix}/invalid_share"] = sum(row["invalid_actions"] for row in rows) / turns if turns else 0.0
+        metrics[f"{prefix}/failed"] = sum(row["failed"] for row in rows)
+        metrics[f"{prefix}/episodes"] = len(rows)
+        for task_type in sorted({row["task_type"] for row in rows}):
+            metrics[f"{prefix}/success/{task_type}"] = _mean(
+                row["acc"] for row in rows if row["task_type"] == task_type
+            )
+    return metrics
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return sum(values) / len(values)
