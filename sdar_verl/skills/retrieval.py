@@ -49,9 +49,10 @@ def register_retriever(name: str) -> Callable[[Retriever], Retriever]:
         RetrievalError: ``name`` is taken.
     """
 
+    if name in _RETRIEVERS:
+        raise RetrievalError(f"retrieval rule {name!r} is registered already; choose another name")
+
     def register(retriever: Retriever) -> Retriever:
-        if name in _RETRIEVERS:
-            raise RetrievalError(f"retrieval rule {name!r} is registered already; choose another name")
         _RETRIEVERS[name] = retriever
         return retriever
 

@@ -1,0 +1,93 @@
+"""Action parsing: one readable action or a named error, never an exception."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdar_verl.rollout.actions import match_admissible, parse_action
+
+TAGS = ["<think>", "</think>", "<action>", "</action>", "<ACTION>", "go to fridge 1", " ", "\n", "<", ">"]
+RESPONSES = st.lists(st.sampled_from(TAGS) | st.text(max_size=4), max_size=12).map("".join)
+
+
+@pytest.mark.parametrize(
+    ("text", "action", "thought"),
+    [
+        ("<think> apple in fridge </think> <action> go to fridge 1 </action>", "go to fridge 1", "apple in fridge"),
+        ("<action>go to fridge 1</action>", "go to fridge 1", None),
+        ("<think>\n\n</think>\n\n<action>look</action>", "look", ""),
+        ("so apple, then </think><action>look</action>", "look", "so apple, then"),
+        ("Sure: <think>a</think> I do <action>\n Go  to\tFridge 1 \n</action> now", "Go to Fridge 1", "a"),
+        ("<Think>a</THINK><Action>look</ACTION>", "look", "a"),
+        ("<think>or <action>a</action>?</think><action>b</action>", "b", "or <action>a</action>?"),
+        ("<think>an unclosed <action> tag</think><action>b</action>", "b", "an unclosed <action> tag"),
+        ("<action>look</action> <action> look </action>", "look", None),
+    ],
+)
+def test_readable_responses(text: str, action: str, thought: str | None) -> None:
+    parsed = parse_action(text)
+    assert (parsed.action, parsed.thought, parsed.error) == (action, thought, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "no action block"),
+        ("go to fridge 1", "no action block"),
+        ("<think>a</think> go to fridge 1", "no action block"),
+        ("<think>a <action>look</action>", "think block not closed"),
+        ("<action>look</action><think>a</think>", "no action block"),
+        ("<think>a</think><think>b</think><action>look</action>", "think block opened again"),
+        ("<think>a</think>b</think><action>look</action>", "think block opened again"),
+        ("<action>look", "action block not closed"),
+        ("look</action>", "action block closed but not opened"),
+        ("<action>a<action>b</action></action>", "action block inside another"),
+        ("<action> \n </action>", "empty action"),
+        ("<action>look</action><action>go to fridge 1</action>", "several different actions"),
+        ("< action>look< /action>", "no action block"),
+    ],
+)
+def test_unreadable_responses(text: str, error: str) -> None:
+    parsed = parse_action(text)
+    assert parsed.action is None
+    assert parsed.error == error
+
+
+def test_a_missing_think_block_is_an_error_only_when_required() -> None:
+    text = "<action>look</action>"
+    assert parse_action(text).action == "look"
+    assert parse_action(text, think="optional").action == "look"
+    assert parse_action(text, think="required").error == "no think block"
+    assert parse_action(f"<think></think>{text}", think="required").action == "look"
+
+
+@given(text=RESPONSES, think=st.sampled_from(["required", "optional"]))
+def test_never_raises_and_gives_an_action_or_an_error(text: str, think) -> None:
+    parsed = parse_action(text, think=think)
+    assert (parsed.action is None) != (parsed.error is None)
+    if parsed.action is not None:
+        assert parsed.action == " ".join(parsed.action.split()) != ""
+        assert not re.search("</?(action|think)>", parsed.action, re.IGNORECASE)
+
+
+@given(
+    thought=st.text(st.characters(exclude_characters="<"), max_size=20),
+    action=st.text(st.characters(exclude_characters="<"), max_size=20).filter(str.strip),
+)
+def test_a_well_formed_response_is_read_back(thought: str, action: str) -> None:
+    parsed = parse_action(f"<think>{thought}</think><action>{action}</action>")
+    assert parsed.action == " ".join(action.split())
+    assert parsed.thought == " ".join(thought.split())
+
+
+def test_match_admissible() -> None:
+    admissible = ("go to fridge 1", "take Apple 1 from fridge 1")
+    assert match_admissible("GO  to Fridge 1", admissible) == "go to fridge 1"
+    assert match_admissible("take apple 1 from fridge 1", admissible) == "take Apple 1 from fridge 1"
+    assert match_admissible("go to fridge", admissible) is None
+    assert match_admissible("go to fridge 11", admissible) is None
+    assert match_admissible("look", ()) is None

@@ -1,0 +1,124 @@
+"""Skill banks: loading, validation, content hash, and the shipped ones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sdar_verl.skills.bank import MAX_FILE_BYTES, Skill, SkillBank, SkillBankError, bank_names
+
+ALFWORLD_TASK_TYPES = {
+    "pick_and_place_simple",
+    "look_at_obj_in_light",
+    "pick_clean_then_place_in_recep",
+    "pick_heat_then_place_in_recep",
+    "pick_cool_then_place_in_recep",
+    "pick_two_obj_and_place",
+}
+GOOD = """---
+name: heat
+description: Heat things.
+task-types: [warm]
+keywords: [hot, AlarmClock]
+---
+Use the microwave.
+"""
+
+
+def write_skill(bank: Path, content: str | bytes, folder: str = "heat") -> Path:
+    path = bank / folder / "SKILL.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_load(tmp_path: Path) -> None:
+    write_skill(tmp_path, GOOD)
+    write_skill(
+        tmp_path, "---\nname: a-general-one\ndescription: d\nlicense: MIT\n---\ntext\n---\nmore", "a-general-one"
+    )
+    (tmp_path / "README.md").write_text("not a skill")
+    (tmp_path / ".git").mkdir()
+    general, heat = SkillBank.load(tmp_path, task_types={"warm"})
+    assert heat == Skill("heat", "Heat things.", "Use the microwave.", ("warm",), ("hot", "AlarmClock"))
+    assert general == Skill("a-general-one", "d", "text\n---\nmore")
+    assert general.general and not heat.general
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("Use the microwave.", "no front matter"),
+        ("---\nname: heat\ndescription: d\nUse the microwave.", "no front matter"),
+        (GOOD.replace("Use the microwave.", "  "), "no text"),
+        (GOOD.replace("name: heat\n", ""), "'name' must be text, not None"),
+        (GOOD.replace("Heat things.", ""), "'description' must be text, not None"),
+        (GOOD.replace("Heat things.", "7"), "'description' must be text, not 7"),
+        (GOOD.replace("task-types", "task_types"), r"unknown keys \['task_types'\].*task-types"),
+        (GOOD.replace("name: heat", "name: cool"), "name 'cool' differs from the folder 'heat'"),
+        (GOOD.replace("name: heat", "name: Heat it"), "lower-case"),
+        (GOOD.replace("[warm]", "[warm"), "not valid YAML"),
+        (GOOD.replace("[hot, AlarmClock]", "hot"), "'keywords' must be a list of words, not 'hot'"),
+        (GOOD.replace("[hot, AlarmClock]", "[no]"), r"not \[False\]; quote"),
+        (GOOD.replace("[hot, AlarmClock]", "['--']"), "'keywords' must be a list of words"),
+        ("---\n- name\n---\ntext", "front matter must be"),
+        ("---\nname: !!python/object:os.system x\ndescription: d\n---\ntext", "not valid YAML"),
+        (GOOD.encode() + b"\xff\xfe", "not UTF-8"),
+        (GOOD + "x" * MAX_FILE_BYTES, f"more than {MAX_FILE_BYTES}"),
+    ],
+)
+def test_faulty_files_are_refused_by_name(tmp_path: Path, content: str | bytes, message: str) -> None:
+    path = write_skill(tmp_path, content)
+    with pytest.raises(SkillBankError, match=message) as error:
+        SkillBank.load(tmp_path)
+    assert str(path) in str(error.value)
+
+
+def test_unknown_task_type_names_file_and_known_ones(tmp_path: Path) -> None:
+    path = write_skill(tmp_path, GOOD)
+    with pytest.raises(SkillBankError, match=r"unknown task types \['warm'\].*\['cold'\]") as error:
+        SkillBank.load(tmp_path, task_types={"cold"})
+    assert str(path) in str(error.value)
+
+
+def test_missing_pieces(tmp_path: Path) -> None:
+    with pytest.raises(SkillBankError, match=r"'nowhere' is neither one of .*alfworld_household.* nor a folder"):
+        SkillBank.load("nowhere")
+    with pytest.raises(SkillBankError, match="empty"):
+        SkillBank.load(tmp_path)
+    (tmp_path / "heat").mkdir()
+    with pytest.raises(SkillBankError, match=r"heat.SKILL\.md is missing"):
+        SkillBank.load(tmp_path)
+
+
+def test_duplicate_names() -> None:
+    with pytest.raises(SkillBankError, match=r"duplicate skill names \['a'\]"):
+        SkillBank([Skill("a", "", "x"), Skill("b", "", "y"), Skill("a", "", "z")])
+
+
+def test_digest_follows_content_only(tmp_path: Path) -> None:
+    write_skill(tmp_path / "unix", GOOD)
+    write_skill(tmp_path / "windows", b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    write_skill(tmp_path / "other", GOOD.replace("microwave", "stove"))
+    unix, windows, other = (SkillBank.load(tmp_path / name).digest for name in ("unix", "windows", "other"))
+    assert unix == windows
+    assert unix != other
+    skills = [Skill("a", "", "x"), Skill("b", "", "y")]
+    assert SkillBank(skills).digest == SkillBank(skills[::-1]).digest
+
+
+@pytest.mark.parametrize("name", bank_names())
+def test_shipped_banks_have_a_skill_for_every_task_type(name: str) -> None:
+    bank = SkillBank.load(name, task_types=ALFWORLD_TASK_TYPES)
+    assert sorted(task_type for skill in bank for task_type in skill.task_types) == sorted(ALFWORLD_TASK_TYPES)
+
+
+def test_household_bank_keeps_the_form_that_the_tiny_policy_was_trained_on() -> None:
+    for skill in SkillBank.load("alfworld_household"):
+        if skill.keywords:
+            assert [keyword.lower() for keyword in skill.keywords] == [skill.name]
+            assert re.fullmatch(rf"{skill.name} in [a-z]+ \.", skill.text)
+        else:
+            assert re.fullmatch(r"find it , take it , [a-z ,]+ \.", skill.text)
