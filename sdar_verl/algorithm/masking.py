@@ -51,7 +51,7 @@ def clean(name: str, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         named = ", ".join(map(str, rows[:_ROWS_NAMED])) + (", ..." if len(rows) > _ROWS_NAMED else "")
         raise ValueError(
             f"{name} holds NaN or infinity at {int(bad.sum())} unmasked positions, in {len(rows)} of {mask.shape[0]} "
-            f"rows: {named}. Find out why these values are broken; leave rows that have no teacher out with distill_mask."
+            f"rows: {named}. Find out why these values are broken; leave rows without a teacher out with distill_mask."
         )
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
