@@ -64,6 +64,21 @@ def retriever_names() -> list[str]:
     return sorted(_RETRIEVERS)
 
 
+def check_rules(rules: str | Sequence[str]) -> list[str]:
+    """``rules`` as a list of registered names.
+
+    Raises:
+        RetrievalError: an unknown rule, or none at all; `none` among others, which would have no effect.
+    """
+    names = [rules] if isinstance(rules, str) else list(rules)
+    unknown = [name for name in names if name not in _RETRIEVERS]
+    if unknown or not names:
+        raise RetrievalError(f"unknown retrieval rules {unknown or names}; use some of {retriever_names()}")
+    if "none" in names and len(names) > 1:
+        raise RetrievalError(f"retrieval rules {names}: 'none' has no effect beside others; leave it out or alone")
+    return names
+
+
 def retrieve(bank: SkillBank, task: Task, rules: str | Sequence[str], seed: int = 0) -> Retrieval:
     """Skills of ``bank`` for ``task``.
 
@@ -73,17 +88,14 @@ def retrieve(bank: SkillBank, task: Task, rules: str | Sequence[str], seed: int 
         rules: a rule's name, or several: their results follow each other, without duplicates.
         seed: for rules that draw; the same task gets the same skills under the same seed.
     Raises:
-        RetrievalError: an unknown rule.
+        RetrievalError: see :func:`check_rules`.
     """
-    names = [rules] if isinstance(rules, str) else list(rules)
-    unknown = [name for name in names if name not in _RETRIEVERS]
-    if unknown or not names:
-        raise RetrievalError(f"unknown retrieval rules {unknown or names}; use some of {retriever_names()}")
+    names = check_rules(rules)
     found = [skill for name in names for skill in _RETRIEVERS[name](bank, task, seed)]
     unique = list({skill.name: skill for skill in found}.values())
     specific = [skill for skill in unique if not skill.general]
     general = [skill for skill in unique if skill.general]
-    return Retrieval(skills=(*specific, *general), no_match=set(names) != {"none"} and not specific)
+    return Retrieval(skills=(*specific, *general), no_match=names != ["none"] and not specific)
 
 
 def render_skills(skills: Iterable[Skill]) -> str:

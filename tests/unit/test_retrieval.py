@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from sdar_verl.envs.base import Task
 from sdar_verl.skills import retrieval
 from sdar_verl.skills.bank import Skill, SkillBank
-from sdar_verl.skills.retrieval import RetrievalError, register_retriever, render_skills, retrieve, retriever_names
+from sdar_verl.skills.retrieval import (
+    RetrievalError,
+    check_rules,
+    register_retriever,
+    render_skills,
+    retrieve,
+    retriever_names,
+)
 
 BANK = SkillBank(
     [
@@ -114,7 +121,11 @@ def test_unknown_rules_list_the_known_ones() -> None:
     with pytest.raises(RetrievalError, match=r"\['keywords'\].*'keyword'.*'task_type'"):
         retrieve(BANK, task(), ["keyword", "keywords"])
     with pytest.raises(RetrievalError, match="use some of"):
-        retrieve(BANK, task(), [])
+        check_rules([])
+    with pytest.raises(RetrievalError, match="'none' has no effect"):
+        check_rules(["keyword", "none"])
+    assert check_rules("full") == ["full"]
+    assert check_rules(("keyword", "task_type")) == ["keyword", "task_type"]
 
 
 def test_a_new_rule_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
