@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -20,7 +21,8 @@ class CheckBeforeStart(Callback):
         """Hydra's hook, in the driver, with the composed config."""
         try:
             check_run(config, load_config(config.get("sdar")))
-        except ConfigError as error:
-            print(f"\nThis run cannot start:\n{error}\n", file=sys.stderr, flush=True)
+        except Exception as error:
+            reason = str(error) if isinstance(error, ConfigError) else traceback.format_exc()
+            print(f"\nThis run cannot start:\n{reason}\n", file=sys.stderr, flush=True)
             # Hydra turns a callback's exception into a warning; only this ends the program.
             raise SystemExit(2) from None

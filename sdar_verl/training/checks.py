@@ -34,7 +34,7 @@ def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
     from sdar_verl.envs.registry import check_env
     from sdar_verl.rollout.prompts import PromptTemplate
     from sdar_verl.skills.bank import SkillBank
-    from sdar_verl.skills.retrieval import check_rules
+    from sdar_verl.skills.retrieval import retriever_names
 
     for module in sdar.env.modules:
         try:
@@ -47,9 +47,12 @@ def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
         "sdar.env": lambda: check_env(sdar.env.name, sdar.env.options),
         "sdar.prompt.template": lambda: PromptTemplate.load(sdar.prompt.template),
         "sdar.skills.bank": lambda: SkillBank.load(sdar.skills.bank),
-        "sdar.skills.retrieval": lambda: check_rules(sdar.skills.retrieval),
     }
-    faults = []
+    faults = [
+        f"sdar.skills.retrieval: unknown rule {rule!r}; known: {', '.join(retriever_names())}"
+        for rule in sdar.skills.retrieval
+        if rule not in retriever_names()
+    ]
     for option, attempt in attempts.items():
         try:
             attempt()

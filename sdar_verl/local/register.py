@@ -1,0 +1,5 @@
+"""Registers the CPU default."""
+
+
+def register_local() -> None:
+    """Nothing yet."""
