@@ -27,7 +27,7 @@ from sdar_verl.rollout.runtime import Context, Runtime, get_runtime
 logger = logging.getLogger(__name__)
 
 NO_ACTION = "none"
-"""Stands in the history, and is sent to the environment, where an answer held no action."""
+"""Sent to the environment, which does not know it, where an answer held no action."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class _Episode:
 
 @register("sdar_agent")
 class SdarAgentLoop(AgentLoopBase):
-    """One episode: reset, then prompt, sample, parse and step until the environment or ``sdar.env.max_steps`` ends it."""
+    """One episode: reset, then prompt, sample, parse, step until the environment or ``sdar.env.max_steps`` ends it."""
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> list[AgentLoopOutput]:
         """Play the task of this dataset row.
@@ -95,7 +95,8 @@ class SdarAgentLoop(AgentLoopBase):
         shows_skills = arm is not None and arm.context == "skills"
         context = runtime.context(task) if wants_teacher or shows_skills else Context()
 
-        episode, history = _Episode(), []
+        episode = _Episode()
+        history: list[tuple[str, str | None]] = []
         request_id = uuid4().hex
         async with runtime.pool.session(task) as session:
             started = time.perf_counter()
@@ -146,7 +147,7 @@ class SdarAgentLoop(AgentLoopBase):
                 info.unparsed = answer.action is None
                 episode.turns.append(_Turn(prompt_ids, response_ids, output.log_probs, info))
 
-                history.append((state.observation, action or NO_ACTION))
+                history.append((state.observation, action))
                 started = time.perf_counter()
                 state = await session.step(action or NO_ACTION)
                 episode.env_s += time.perf_counter() - started

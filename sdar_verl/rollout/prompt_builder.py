@@ -19,7 +19,7 @@ class TurnContext:
 
     Attributes:
         task: description of the task.
-        history: past (observation, action) pairs, oldest first.
+        history: past (observation, action) pairs, oldest first; None where an answer held no action.
         observation: what the environment said last.
         admissible_actions: actions offered in the prompt.
         step: 1-based number of this turn.
@@ -27,7 +27,7 @@ class TurnContext:
     """
 
     task: str
-    history: tuple[tuple[str, str], ...]
+    history: tuple[tuple[str, str | None], ...]
     observation: str
     admissible_actions: tuple[str, ...]
     step: int
@@ -46,7 +46,7 @@ class PromptBuilder:
         self._template = template
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
 
-    def encode(self, context: TurnContext, skills: str, history: Sequence[tuple[str, str]]) -> list[int]:
+    def encode(self, context: TurnContext, skills: str, history: Sequence[tuple[str, str | None]]) -> list[int]:
         """Token ids of ``context`` with ``skills`` in the slot and this much ``history``."""
         text = self._template.render(
             task=context.task,

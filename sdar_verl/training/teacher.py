@@ -127,9 +127,7 @@ class PrivilegedTeacher:
             for tag, prompt in zip(batch.tags, prompts, strict=True)
         ]
         keys = list(batch.keys)
-        tq.kv_batch_put(
-            keys=keys, partition_id=TEACHER_PARTITION, fields=list_of_dict_to_tensordict(inputs), tags=tags
-        )
+        tq.kv_batch_put(keys=keys, partition_id=TEACHER_PARTITION, fields=list_of_dict_to_tensordict(inputs), tags=tags)
         try:
             self._forward(KVBatchMeta(partition_id=TEACHER_PARTITION, keys=keys, tags=tags, extra_info=self._extra()))
             data = tq.kv_batch_get(
@@ -156,4 +154,4 @@ class PrivilegedTeacher:
         else:
             output = trainer.ref_policy_wg.compute_ref_log_prob(rows)
         if len(output) != len(rows):
-            raise TeacherError(f"the teacher pass returned {len(output)} rows for {len(rows)}; this is a fault of the engine")
+            raise TeacherError(f"the teacher pass returned {len(output)} rows for {len(rows)}: a fault of the engine")

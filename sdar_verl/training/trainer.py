@@ -28,6 +28,7 @@ from sdar_verl.config import load_config
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.advantage import AdvantageRows, advantage_rows
 from sdar_verl.training.checks import check_run
+from sdar_verl.training.live import step_line, validation_line
 from sdar_verl.training.loss import sdar_loss
 from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
 from sdar_verl.training.teacher import PrivilegedTeacher
@@ -80,7 +81,8 @@ class SdarTrainer(PPOTrainerSync):
             # verl counts a mini-batch in prompts and bounds it by the prompts of a step; a step of T-turn episodes has
             # T times as many rows. The workers are built by now, so this number is read by this process alone.
             with open_dict(self.config):
-                self.config.actor_rollout_ref.actor.ppo_mini_batch_size = rows // self.config.actor_rollout_ref.rollout.n
+                group = self.config.actor_rollout_ref.rollout.n
+                self.config.actor_rollout_ref.actor.ppo_mini_batch_size = rows // group
         super().on_init_end()
 
     # ---------------------------------------------------------------- rollout
@@ -153,8 +155,16 @@ class SdarTrainer(PPOTrainerSync):
         metrics = super()._val_metrics_update(
             data_sources, sample_uids, reward_extra_infos_dict, sample_turns, **kwargs
         )
-        metrics.update(arm_metrics(reward_extra_infos_dict))
-        return metrics
+        arms = arm_metrics(reward_extra_infos_dict)
+        if arms:
+            print(validation_line(self.global_steps, arms), flush=True)
+        return {**metrics, **arms}
+
+    # ---------------------------------------------------------------- what a person sees
+
+    def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> None:
+        super()._compute_metrics(batch, metrics, *args, **kwargs)
+        print(step_line(self.global_steps, self.total_training_steps, metrics), flush=True)
 
 
 def _row_order(key: str) -> tuple[str, int, int]:

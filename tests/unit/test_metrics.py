@@ -1,0 +1,102 @@
+"""Means over rows, episodes and arms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sdar_verl.algorithm.loss import add_stats, distillation_terms, finalize_stats, stats_sums
+from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.training.live import step_line, validation_line
+from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
+from sdar_verl.training.validation import ArmDataset, arm_metrics
+
+
+def info(**kwargs) -> RowInfo:
+    return RowInfo(**{"turn": 0, "task_type": "pick", **kwargs})
+
+
+def test_row_metrics_count_episodes_once_and_leave_padding_out():
+    ids = np.arange(4)
+    infos = [
+        info(success=True, skills=("a",), teacher_prompt_ids=ids, context_tokens=10),
+        info(success=True, skills=("a",), teacher_prompt_ids=ids, context_tokens=20, unparsed=True),
+        info(skills=("a", "b"), inadmissible=True, truncated=True, no_match=True),
+        info(failed=True),
+        None,
+    ]
+    metrics = row_metrics(["u1_0_0", "u1_0_1", "u1_1_0", "u2_0_0", "pad_0_0"], infos)
+    assert metrics["sdar/episodes"] == 3
+    assert metrics["sdar/success"] == pytest.approx(1 / 3)
+    assert metrics["sdar/failed_episodes"] == 1
+    assert metrics["sdar/rows"] == 4
+    assert metrics["sdar/turns"] == pytest.approx(3 / 2)
+    assert metrics["sdar/invalid_share"] == pytest.approx(2 / 3)
+    assert metrics["sdar/unparsed_share"] == pytest.approx(1 / 3)
+    assert metrics["sdar/context_share"] == pytest.approx(2 / 3)
+    assert metrics["sdar/truncated_share"] == pytest.approx(1 / 3)
+    assert metrics["sdar/no_match_share"] == pytest.approx(1 / 3)
+    assert metrics["sdar/context_tokens/mean"] == 15
+    assert metrics["sdar/context_tokens/max"] == 20
+    assert metrics["sdar/skill_episodes/a"] == 2
+    assert metrics["sdar/skill_episodes/b"] == 1
+
+
+def test_row_metrics_of_failed_episodes_alone():
+    assert row_metrics(["u_0_0"], [info(failed=True)])["sdar/failed_episodes"] == 1
+    assert row_metrics([], []) == {}
+
+
+def test_loss_sums_reduce_to_the_means_of_the_whole_batch():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (-torch.rand(6, 5, generator=generator) for _ in range(2))
+    mask = torch.rand(6, 5, generator=generator) > 0.3
+    whole = finalize_stats(stats_sums(distillation_terms(student, teacher, mask)))
+    parts = [stats_sums(distillation_terms(student[s], teacher[s], mask[s])) for s in (slice(0, 1), slice(1, 6))]
+    # verl averages over mini-batches and ranks: a common factor on every sum.
+    metrics = {f"actor/sdar_total/{key}": value / 2 for key, value in add_stats(parts).items()}
+    metrics |= {"actor/sdar/loss": 0.5, "actor/pg_loss": 1.0}
+    reduced = reduce_loss_sums(metrics)
+    for name in ("gate_mean", "active_share", "gap_mean", "gap_std", "gap_positive_share", "distill_loss"):
+        assert reduced[f"sdar/{name}"] == pytest.approx(whole[name], abs=1e-6)
+    assert reduced["sdar/loss"] == 0.5
+    assert metrics == {"actor/pg_loss": 1.0}
+
+
+def test_arm_metrics_are_means_over_episodes():
+    outcomes = {
+        "acc": [1.0, 0.0, 1.0, 1.0],
+        "turns": [2.0, 8.0, 4.0, 4.0],
+        "invalid_actions": [1.0, 4.0, 0.0, 2.0],
+        "failed": [0.0, 1.0, 0.0, 0.0],
+        "task_type": ["pick", "pick", "look", "pick"],
+        "arm": ["student", "student", "student", "teacher"],
+        "task_id": ["a", "b", "c", "a"],
+    }
+    metrics = arm_metrics(outcomes)
+    assert metrics["sdar-val/student/success"] == pytest.approx(2 / 3)
+    assert metrics["sdar-val/student/success/pick"] == 0.5
+    assert metrics["sdar-val/student/success/look"] == 1.0
+    assert metrics["sdar-val/student/invalid_share"] == pytest.approx(5 / 14)
+    assert metrics["sdar-val/student/failed"] == 1
+    assert metrics["sdar-val/student/episodes"] == 3
+    assert metrics["sdar-val/teacher/success"] == 1.0
+    assert arm_metrics({"acc": [1.0]}) == {}
+
+
+def test_arm_dataset_repeats_the_panel_in_order():
+    panel = [{"data_source": "alfworld", "index": i} for i in range(3)]
+    arms = ArmDataset(panel, {"student": None, "teacher": None})
+    assert len(arms) == 6
+    assert [arms[i]["index"] for i in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert arms[4]["data_source"] == "alfworld/teacher"
+    assert arms[4]["sdar_arm"] == "teacher"
+    assert panel[1] == {"data_source": "alfworld", "index": 1}
+
+
+def test_lines_show_what_there_is():
+    line = step_line(3, 20, {"sdar/success": 0.5, "sdar/gate_mean": 0.49, "timing_s/step": 9.87})
+    assert line == "sdar step 3/20  success 0.500  gate 0.490  seconds 9.9"
+    values = {"sdar-val/student/success": 0.4, "sdar-val/student/success/pick": 0.1, "sdar-val/teacher/success": 0.8}
+    assert validation_line(0, values) == "sdar validation at step 0  student 0.400  teacher 0.800"
