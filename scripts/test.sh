@@ -1,2 +1,19 @@
 #!/usr/bin/env bash
+# Sets up an environment and runs the tests.
+#   bash scripts/test.sh            everything but the slow ones
+#   bash scripts/test.sh --all      the slow ones too
+#   bash scripts/test.sh ARGS ...   further arguments go to pytest
+# SDAR_VENV names the virtual environment (default .venv in the checkout).
 set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv="${SDAR_VENV:-.venv}"
+bash scripts/make_env.sh "$venv" local,test
+
+selection=(-m "not slow")
+if [ "${1:-}" = "--all" ]; then
+  selection=()
+  shift
+fi
+source scripts/cpu_env.sh
+"$venv/bin/python" -m pytest "${selection[@]}" "$@"

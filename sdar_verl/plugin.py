@@ -1,8 +1,8 @@
 """The only door to verl's registries; entry point of the group ``verl.plugins``.
 
-verl imports this module at the end of ``import verl`` in every process: driver, Ray actors, workers. So it imports next to
-nothing itself: each registration waits until verl loads the registry it belongs to, and a process that never does so
-(most of them) pays nothing. verl drops an exception of a plugin at debug level and goes on without it; here it is
+verl imports this module at the end of ``import verl`` in every process: driver, Ray actors, workers. So it imports next
+to nothing itself: each registration waits until verl loads the registry it belongs to, and a process that never does
+so (most of them) pays nothing. verl drops an exception of a plugin at debug level and goes on without it; here it is
 shown on stderr first.
 """
 
@@ -38,9 +38,9 @@ def _import_loudly(name: str) -> Callable[[ModuleType], None]:
 
 def _complain(what: str) -> None:
     print(
-        f"\n{traceback.format_exc()}\n{what}: see the error above. Without it verl would go on as if sdar_verl were not "
-        "installed. Repair the installation (pip install --upgrade --force-reinstall sdar-verl), or run verl without this "
-        "plugin: VERL_USE_EXTERNAL_PLUGINS=none\n",
+        f"\n{traceback.format_exc()}\n{what}: see the error above. Without it verl would go on as if sdar_verl were "
+        "not installed. Repair the installation (pip install --upgrade --force-reinstall sdar-verl), or run verl "
+        "without this plugin: VERL_USE_EXTERNAL_PLUGINS=none\n",
         file=sys.stderr,
         flush=True,
     )

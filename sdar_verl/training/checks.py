@@ -1,4 +1,4 @@
-"""What can be known to be wrong before Ray starts: each a clear error that names the option, the value and the remedy."""
+"""What can be known to be wrong before Ray starts; each error names the option, the value and the remedy."""
 
 from __future__ import annotations
 

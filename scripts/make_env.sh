@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Makes (or reuses) a virtual environment and installs sdar_verl from this checkout into it.
+#   bash scripts/make_env.sh VENV_DIR EXTRAS        e.g. bash scripts/make_env.sh .venv local,test
+# PYTHON picks the interpreter (3.10 to 3.12). A finished installation is recognised and takes no time.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="$1"
+extras="$2"
+stamp="$venv/.sdar_verl_installed"
+wanted="$(cat "$root/setup.cfg" "$root/scripts/constraints-cpu.txt" | cksum) $root $extras"
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3.11 python3.12 python3.10 python3; do
+    [ -n "$candidate" ] || continue
+    if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "No Python 3.10 to 3.12 found; install one or set PYTHON=/path/to/python" >&2
+  return 1
+}
+
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+  exit 0
+fi
+
+python="$(find_python)"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/scripts/constraints-cpu.txt")
+echo "installing into $venv (a few minutes the first time) ..."
+# torch first and by its own: asked for by another package, pip may take a build with gigabytes of CUDA.
+"${pip[@]}" torch
+"${pip[@]}" -e "$root[$extras]"
+echo "$wanted" > "$stamp"
