@@ -1,0 +1,77 @@
+"""What runs inside one environment process: a few environments, stepped one at a time.
+
+Imports neither verl nor torch, so that the process starts fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdar_verl.envs.base import Step, Task, TextEnv
+from sdar_verl.envs.registry import make_env
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A step and the seconds that the environment took for it."""
+
+    step: Step
+    seconds: float
+
+
+class EnvHost:
+    """Environments of one process, by slot; made when a slot is first used, and used again for later episodes.
+
+    Args:
+        env_name: registered name.
+        env_options: keyword arguments of the environment.
+        env_modules: modules imported first; they register environments of other packages.
+    """
+
+    def __init__(self, env_name: str, env_options: Mapping[str, Any], env_modules: Sequence[str]) -> None:
+        self._name = env_name
+        self._options = dict(env_options)
+        self._modules = tuple(env_modules)
+        self._envs: dict[int, TextEnv] = {}
+
+    def start(self) -> int:
+        """Import the modules and make the first environment.
+
+        Returns:
+            The process id.
+
+        Raises:
+            Exception: whatever the imports or the environment's constructor raise.
+        """
+        for module in self._modules:
+            importlib.import_module(module)
+        self._env(0)
+        return os.getpid()
+
+    def reset(self, slot: int, task: Task) -> Timed:
+        """Start ``task`` in the environment of ``slot``."""
+        return self._timed(slot, "reset", task)
+
+    def step(self, slot: int, action: str) -> Timed:
+        """Apply ``action`` in the environment of ``slot``."""
+        return self._timed(slot, "step", action)
+
+    def _timed(self, slot: int, method: str, argument: Any) -> Timed:
+        started = time.perf_counter()
+        env = self._env(slot)
+        try:
+            step = getattr(env, method)(argument)
+        except BaseException:
+            del self._envs[slot]  # its state is unknown: the next episode gets a new one
+            raise
+        return Timed(step, time.perf_counter() - started)
+
+    def _env(self, slot: int) -> TextEnv:
+        if slot not in self._envs:
+            self._envs[slot] = make_env(self._name, **self._options)
+        return self._envs[slot]

@@ -1,0 +1,289 @@
+"""A pool of environment processes for the episodes of one agent-loop process.
+
+Each process is a Ray actor that hosts several environments and steps them one at a time (game engines are rarely
+thread-safe); processes run in parallel. Episodes advance on their own: no lock-step, a finished one costs nothing more. A
+process that dies or hangs takes its own episodes with it and is replaced; the others do not notice.
+
+The pool belongs to the process and event loop that use it, and its actors end with that process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sdar_verl.envs.base import Step, Task
+from sdar_verl.envs.host import EnvHost, Timed
+from sdar_verl.errors import SdarError
+
+logger = logging.getLogger(__name__)
+
+
+class EnvProcessError(SdarError):
+    """The process of this episode died or hung, or its environment raised in a step: the episode is lost.
+
+    A new reset, of the same session or another, runs on another process where there is one.
+    """
+
+
+class EnvError(SdarError):
+    """The environment cannot be made, or refuses the task; trying again does not help."""
+
+
+@dataclass
+class PoolStats:
+    """Counters since the pool was made.
+
+    Attributes:
+        resets: resets that succeeded.
+        steps: steps that succeeded.
+        reset_seconds: seconds that environments spent in them.
+        step_seconds: same for steps.
+        wait_seconds: seconds that sessions waited for a free slot.
+        restarts: processes replaced after a failure.
+        timeouts: resets and steps that ran past their limit.
+        failures: episodes lost (:class:`EnvProcessError`).
+    """
+
+    resets: int = 0
+    steps: int = 0
+    reset_seconds: float = 0.0
+    step_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    restarts: int = 0
+    timeouts: int = 0
+    failures: int = 0
+
+    def as_dict(self) -> dict[str, float]:
+        """All counters, and ``seconds_per_step``, ``seconds_per_reset`` (0 before the first)."""
+        return {
+            **asdict(self),
+            "seconds_per_step": self.step_seconds / max(1, self.steps),
+            "seconds_per_reset": self.reset_seconds / max(1, self.resets),
+        }
+
+
+@dataclass(eq=False)
+class _Process:
+    """One actor, until it fails."""
+
+    index: int
+    actor: Any
+    free: list[int]
+    started: asyncio.Task[None] | None = None
+    failure: str | None = None
+    # One call at a time, first come first served, so that a time limit covers an episode's own call and no other's.
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class EnvPool:
+    """Processes for many concurrent episodes of one environment.
+
+    Args:
+        env_name: registered name of the environment.
+        env_options: its keyword arguments.
+        processes: number of processes.
+        envs_per_process: episodes that a process hosts at a time; more sessions than
+            ``processes * envs_per_process`` wait in order of arrival.
+        reset_timeout_s: limit for one reset, in seconds.
+        step_timeout_s: limit for one step, in seconds.
+        start_timeout_s: limit for the start of a process, in seconds.
+        env_modules: modules that each process imports first; they register environments of other packages.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+
+    def __init__(
+        self,
+        env_name: str,
+        env_options: Mapping[str, Any] | None = None,
+        *,
+        processes: int = 4,
+        envs_per_process: int = 16,
+        reset_timeout_s: float = 60.0,
+        step_timeout_s: float = 30.0,
+        start_timeout_s: float = 180.0,
+        env_modules: Sequence[str] = (),
+    ) -> None:
+        numbers = {
+            "processes": processes,
+            "envs_per_process": envs_per_process,
+            "reset_timeout_s": reset_timeout_s,
+            "step_timeout_s": step_timeout_s,
+            "start_timeout_s": start_timeout_s,
+        }
+        for name, value in numbers.items():
+            if value <= 0:
+                raise ValueError(f"EnvPool {name}={value}: must be above 0")
+        self._host_arguments = (env_name, dict(env_options or {}), tuple(env_modules))
+        self._envs_per_process = envs_per_process
+        self._reset_timeout_s = reset_timeout_s
+        self._step_timeout_s = step_timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._size = processes
+        self._processes: list[_Process] = []
+        self._seats = asyncio.Semaphore(processes * envs_per_process)
+        self.stats = PoolStats()
+
+    def session(self, task: Task) -> EnvSession:
+        """An episode of ``task``, to be used as ``async with pool.session(task) as session``."""
+        return EnvSession(self, task)
+
+    def close(self) -> None:
+        """End all processes; sessions still open fail."""
+        for process in self._processes:
+            self._stop(process, "the pool was closed")
+        self._processes = []
+
+    def _place(self, avoid: int | None) -> _Process:
+        """The process with most free slots, another than ``avoid`` where there is a choice."""
+        while len(self._processes) < self._size:
+            self._processes.append(self._launch(len(self._processes)))
+        open_ = [process for process in self._processes if process.free]
+        return max(open_, key=lambda process: (process.index != avoid, len(process.free), -process.index))
+
+    def _launch(self, index: int) -> _Process:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = ray.get_runtime_context().get_node_id()
+        actor = (
+            ray.remote(EnvHost)
+            .options(
+                # Nothing reserved: verl's placement groups may have taken every CPU of the node.
+                num_cpus=0,
+                max_restarts=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}},
+            )
+            .remote(*self._host_arguments)
+        )
+        process = _Process(index, actor, free=list(range(self._envs_per_process)))
+        process.started = asyncio.ensure_future(self._start(process))
+        # Whoever awaits the start sees its exception; nobody may be there to await it.
+        process.started.add_done_callback(lambda started: started.cancelled() or started.exception())
+        return process
+
+    async def _start(self, process: _Process) -> None:
+        try:
+            await self._answer(process, process.actor.start.remote(), self._start_timeout_s, "start")
+        except EnvError as error:
+            if process.failure is None:
+                self._replace(process, str(error))
+            raise
+
+    async def _call(self, process: _Process, method: str, *arguments: Any) -> Step:
+        limit = self._reset_timeout_s if method == "reset" else self._step_timeout_s
+        assert process.started is not None
+        await asyncio.shield(process.started)
+        async with process.turn:
+            if process.failure is not None:
+                raise self._lost(process)
+            answer: Timed = await self._answer(
+                process, getattr(process.actor, method).remote(*arguments), limit, method
+            )
+        if method == "reset":
+            self.stats.resets += 1
+            self.stats.reset_seconds += answer.seconds
+        else:
+            self.stats.steps += 1
+            self.stats.step_seconds += answer.seconds
+        return answer.step
+
+    async def _answer(self, process: _Process, reference: Any, limit: float, method: str) -> Any:
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            return await asyncio.wait_for(_result(reference), limit)
+        except asyncio.TimeoutError:
+            self.stats.timeouts += 1
+            self._replace(process, f"{method} took more than {limit:g} s (sdar.env.{method}_timeout_s)")
+        except RayActorError as error:
+            self._replace(process, f"it died during a {method}: {' '.join(str(error).split())[:500]}")
+        except RayTaskError as error:
+            reason = f"{type(error.cause).__name__}: {error.cause}"
+            if method == "step":
+                self.stats.failures += 1
+                logger.warning("environment raised in a step:\n%s", error)
+                raise EnvProcessError(f"environment {self._host_arguments[0]!r} raised in a step: {reason}") from error
+            raise EnvError(f"environment {self._host_arguments[0]!r} cannot {method}: {reason}") from error
+        raise self._lost(process)
+
+    def _replace(self, process: _Process, reason: str) -> None:
+        if process.failure is not None:
+            return
+        self._stop(process, reason)
+        if process in self._processes:
+            logger.warning("environment process %d is replaced: %s", process.index, reason)
+            self.stats.restarts += 1
+            self._processes[process.index] = self._launch(process.index)
+
+    def _stop(self, process: _Process, reason: str) -> None:
+        import ray
+
+        process.failure = reason
+        ray.kill(process.actor, no_restart=True)
+
+    def _lost(self, process: _Process) -> EnvProcessError:
+        self.stats.failures += 1
+        return EnvProcessError(f"environment process {process.index} is gone: {process.failure}")
+
+
+class EnvSession:
+    """One episode: reset first, then step until done; after an :class:`EnvProcessError`, reset starts it afresh."""
+
+    def __init__(self, pool: EnvPool, task: Task) -> None:
+        self.task = task
+        self._pool = pool
+        self._process: _Process | None = None
+        self._slot = 0
+
+    async def __aenter__(self) -> EnvSession:
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        await self._pool._seats.acquire()
+        self._pool.stats.wait_seconds += loop.time() - asked
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._leave()
+        self._pool._seats.release()
+
+    async def reset(self) -> Step:
+        """Start the task.
+
+        Raises:
+            EnvProcessError: the process died or hung; calling reset again moves to another one.
+            EnvError: the environment cannot be made, or refuses the task.
+        """
+        failed = self._process is not None and self._process.failure is not None
+        if self._process is None or failed:
+            avoid = self._process.index if self._process is not None else None
+            self._leave()
+            self._process = self._pool._place(avoid)
+            self._slot = self._process.free.pop()
+        return await self._pool._call(self._process, "reset", self._slot, self.task)
+
+    async def step(self, action: str) -> Step:
+        """Apply ``action``.
+
+        Raises:
+            EnvProcessError: the process died or hung, or the environment raised; the episode is lost.
+            RuntimeError: no reset before.
+        """
+        if self._process is None:
+            raise RuntimeError("step before reset: the session has no environment yet")
+        return await self._pool._call(self._process, "step", self._slot, action)
+
+    def _leave(self) -> None:
+        if self._process is not None:
+            self._process.free.append(self._slot)
+            self._process = None
+
+
+async def _result(reference: Any) -> Any:
+    return await reference

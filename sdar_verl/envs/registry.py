@@ -1,0 +1,120 @@
+"""Environments by name; a third party adds its own with one decorator, without touching this package."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import util
+from typing import Any, TypeVar
+
+from sdar_verl.envs.base import TextEnv
+
+Factory = TypeVar("Factory", bound=Callable[..., TextEnv])
+
+
+@dataclass(frozen=True)
+class _Builtin:
+    """An environment of this package: imported when it is first asked for.
+
+    Attributes:
+        module: registers the environment when imported.
+        extra: pip extra that brings what it needs.
+        requires: top-level modules of that extra.
+    """
+
+    module: str
+    extra: str
+    requires: tuple[str, ...]
+
+
+_BUILTINS = {"alfworld": _Builtin("sdar_verl.envs.alfworld.env", "alfworld", ("alfworld", "textworld"))}
+_registered: dict[str, Callable[..., TextEnv]] = {}
+
+
+def register_env(name: str) -> Callable[[Factory], Factory]:
+    """Decorator that enters an environment class (or a function that makes one) under ``name``.
+
+    Its keyword arguments become the environment's options. Constructing it must be cheap and hold no resources:
+    settings are checked by constructing one before training starts. What is heavy belongs into the first reset.
+
+    Raises:
+        ValueError: the name is taken by another class. The same class registered again (a module imported twice, under
+            one name) replaces itself.
+    """
+
+    def enter(factory: Factory) -> Factory:
+        known = _registered.get(name)
+        owner = _origin(known) if known else None
+        if owner is None and name in _BUILTINS and _origin(factory)[0] != _BUILTINS[name].module:
+            owner = (_BUILTINS[name].module,)
+        if owner is not None and owner != _origin(factory):
+            raise ValueError(f"environment {name!r} is already registered by {'.'.join(owner)}; choose another name")
+        _registered[name] = factory
+        return factory
+
+    return enter
+
+
+def known_envs() -> tuple[str, ...]:
+    """Names that :func:`make_env` takes, sorted."""
+    return tuple(sorted(_BUILTINS.keys() | _registered.keys()))
+
+
+def make_env(name: str, **options: Any) -> TextEnv:
+    """Construct the environment called ``name``.
+
+    Args:
+        name: see :func:`known_envs`.
+        **options: keyword arguments of the environment.
+
+    Raises:
+        ValueError: unknown name, unknown option, or a value that the environment refuses.
+        ImportError: the environment needs an extra that is not installed; the message names the pip command.
+    """
+    factory = _factory(name)
+    _check_options(name, factory, options)
+    return factory(**options)
+
+
+def check_env(name: str, options: dict[str, Any]) -> None:
+    """Raise what :func:`make_env` would, and leave nothing open."""
+    make_env(name, **options).close()
+
+
+def _factory(name: str) -> Callable[..., TextEnv]:
+    if name not in _registered and name in _BUILTINS:
+        builtin = _BUILTINS[name]
+        missing = [module for module in builtin.requires if util.find_spec(module) is None]
+        if missing:
+            raise ImportError(
+                f"environment {name!r} needs {', '.join(missing)}, not installed here: "
+                f'pip install "sdar-verl[{builtin.extra}]"'
+            )
+        importlib.import_module(builtin.module)
+    if name not in _registered:
+        raise ValueError(
+            f"unknown environment {name!r}; known: {', '.join(known_envs())}. An environment of another package must "
+            "be imported first: name its module in sdar.env.modules"
+        )
+    return _registered[name]
+
+
+def _check_options(name: str, factory: Callable[..., TextEnv], options: dict[str, Any]) -> None:
+    parameters = inspect.signature(factory).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise ValueError(
+            f"environment {name!r} has no option {', '.join(map(repr, unknown))}; known: {', '.join(known) or 'none'}"
+        )
+    missing = [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in options]
+    if missing:
+        raise ValueError(f"environment {name!r} needs the option {', '.join(map(repr, missing))}")
+
+
+def _origin(factory: Callable[..., TextEnv]) -> tuple[str, ...]:
+    return (getattr(factory, "__module__", ""), getattr(factory, "__qualname__", repr(factory)))
