@@ -10,8 +10,8 @@ A gate is a pure function ``gate(gap, *, beta, **signals) -> weight``:
   those it reads and takes the rest as ``**_``, so that later signals do not break it;
 - ``weight``: same shape as ``gap``, in [0, 1].
 
-Gaps are finite; at masked positions they are 0. The loss calls a gate without gradient and detaches what it returns:
-the teacher acts through the size of the weight only. A gate of your own, in your own package::
+Gaps are finite; at masked positions they are 0. The loss calls a gate without gradient: the
+teacher acts through the size of the weight only. A gate of your own, in your own package::
 
     @register_gate("clipped")
     def clipped(gap, *, beta, **_):

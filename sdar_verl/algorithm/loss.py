@@ -93,7 +93,7 @@ def distillation_terms(
 
     gap = teacher - student.detach()
     with torch.no_grad():
-        weight = gate_fn(gap, beta=beta, entropy=entropy).detach()
+        weight = gate_fn(gap, beta=beta, entropy=entropy)
     per_token = objective_fn(student, teacher, old_log_probs=old)
     for kind, name, result in (("gate", gate, weight), ("objective", objective, per_token)):
         if result.shape != mask.shape:
@@ -181,15 +181,14 @@ def stats_sums(terms: DistillationTerms) -> dict[str, float]:
     Keys: ``tokens``; ``gate``, ``gap``, ``gap_squared``, ``loss`` (sums of g_t, Delta_t, Delta_t^2, l_t);
     ``gate_active`` and ``gap_positive`` (tokens with g_t > 1/2, with Delta_t > 0).
     """
-    mask = terms.mask
-    gate, gap = terms.gate.double(), terms.gap.double()
+    gap = terms.gap.double()
     columns = {
-        "tokens": mask,
-        "gate": gate,
-        "gate_active": (terms.gate > 0.5) & mask,
+        "tokens": terms.mask,
+        "gate": terms.gate,
+        "gate_active": terms.gate > 0.5,
         "gap": gap,
         "gap_squared": gap.square(),
-        "gap_positive": (terms.gap > 0.0) & mask,
+        "gap_positive": terms.gap > 0.0,
         "loss": terms.loss.detach(),
     }
     sums = torch.stack([column.double().sum() for column in columns.values()])

@@ -114,11 +114,11 @@ def test_no_valid_row_at_all() -> None:
 @pytest.mark.parametrize("group_stats", ["episode", "turn"])
 @pytest.mark.parametrize("score", [0.0, 0.1, 10.0])
 def test_a_group_without_variance_is_exactly_zero_and_counted(group_stats: str, score: float) -> None:
-    scores = torch.tensor([score] * 6 + [1.0, 0.0])
+    scores = torch.tensor([score] * 6 + [1.0, 0.0], dtype=torch.float64)
     advantages, counts = trajectory_group_advantages(
         scores, ["flat"] * 6 + ["b"] * 2, [0, 0, 1, 2, 2, 2, 3, 4], group_stats=group_stats
     )
-    assert torch.equal(advantages[:6], torch.zeros(6))
+    assert torch.equal(advantages[:6], torch.zeros(6, dtype=torch.float64))
     assert advantages[6] > 0 > advantages[7]
     assert (counts.groups, counts.groups_without_variance) == (2, 1)
 
