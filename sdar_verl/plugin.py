@@ -22,6 +22,7 @@ _REGISTRATIONS = {
     "verl.trainer.ppo.v1": "sdar_verl.training.trainer",
     "verl.experimental.agent_loop": "sdar_verl.rollout.agent_loop",
     "hydra.core.plugins": "sdar_verl.hydra_search_path",
+    "omegaconf": "sdar_verl.resolvers",
 }
 
 

@@ -1,0 +1,42 @@
+"""A trainer that also writes down what the update reads; loaded into every process by VERL_USE_EXTERNAL_MODULES."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import wrapt
+
+
+def _register(_) -> None:
+    import torch
+    import transfer_queue as tq
+    from verl.trainer.ppo.v1.trainer_base import register_trainer
+
+    from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK
+    from sdar_verl.training.trainer import SdarTrainer
+
+    fields = [
+        "prompts",
+        "responses",
+        "response_mask",
+        "old_log_probs",
+        "ref_log_prob",
+        "advantages",
+        "rm_scores",
+        TEACHER_LOG_PROBS,
+        TEACHER_MASK,
+    ]
+
+    @register_trainer("sdar_recording")
+    class RecordingTrainer(SdarTrainer):
+        def _update_actor(self, batch, metrics):
+            wanted = fields if self._has_teacher else fields[:-2]
+            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=wanted)
+            record = {name: [row.clone() for row in data[name].unbind()] for name in wanted}
+            record |= {"keys": list(batch.keys), "infos": self._infos, "tags": list(batch.tags)}
+            torch.save(record, Path(os.environ["SDAR_RECORD"]) / f"step_{self.global_steps}.pt")
+            return super()._update_actor(batch, metrics)
+
+
+wrapt.register_post_import_hook(_register, "sdar_verl.training.trainer")

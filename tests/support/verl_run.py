@@ -1,0 +1,84 @@
+"""Runs verl's own entry point in a process of its own and reads what it logged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: its working folder.
+        output: stdout and stderr.
+        returncode: exit status.
+    """
+
+    folder: Path
+    output: str
+    returncode: int
+
+    @property
+    def metrics(self) -> dict[int, dict[str, Any]]:
+        """Step -> what verl's file tracker got; records of one step are merged."""
+        steps: dict[int, dict[str, Any]] = {}
+        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            steps.setdefault(record["step"], {}).update(record["data"])
+        return steps
+
+    def column(self, name: str) -> dict[int, float]:
+        """Step -> one metric, where it was logged."""
+        return {step: data[name] for step, data in self.metrics.items() if name in data}
+
+
+def run_main_ppo(
+    folder: Path,
+    overrides: list[str],
+    *,
+    config: str = "sdar_quickstart",
+    timeout: float = 400,
+    check: bool = True,
+    **env: str,
+) -> Run:
+    """``python -m verl.trainer.main_ppo --config-name CONFIG OVERRIDES`` with its files under ``folder``.
+
+    Raises:
+        AssertionError: with the end of the output, when it does not end in time, or (``check``) not well.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    command = [
+        *[sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", config],
+        f"trainer.default_local_dir={folder / 'checkpoints'}",
+        f"hydra.run.dir={folder / 'hydra'}",
+        *overrides,
+    ]
+    log = folder / "log.txt"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, **settings, **env}, stdout=stream, stderr=subprocess.STDOUT
+        )
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise AssertionError(f"no end after {timeout} s:\n{log.read_text()[-6000:]}") from None
+    run = Run(folder, log.read_text(), process.returncode)
+    assert not check or run.returncode == 0, run.output[-8000:]
+    return run

@@ -1,0 +1,115 @@
+"""Faults that are known before Ray starts: named with option, value and remedy."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+import verl  # noqa: F401  loads the plugin, which puts our configs on the search path
+from sdar_verl.compat import check_verl_version
+from sdar_verl.config import load_config
+from sdar_verl.errors import ConfigError
+from sdar_verl.training.checks import check_run
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """The quick start's recipe, with panels that exist."""
+    folder = tmp_path_factory.mktemp("panels")
+    panels = [folder / "train.parquet", folder / "test.parquet"]
+    for panel in panels:
+        panel.write_bytes(b"")
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose(
+            "sdar_quickstart", overrides=[f"data.train_files={panels[0]}", f"data.val_files={panels[1]}"]
+        )
+    return config
+
+
+def run_checks(recipe, **overrides) -> None:
+    config = copy.deepcopy(recipe)
+    for option, value in overrides.items():
+        OmegaConf.update(config, option, value, force_add=True)
+    check_run(config, load_config(config.sdar))
+
+
+def test_the_quick_starts_recipe_is_sound(recipe):
+    run_checks(recipe)
+
+
+CASES = {
+    "gate": ({"sdar.loss.gate": "gpa"}, ["sdar.loss.gate", "gpa", "gap"]),
+    "objective": ({"sdar.loss.objective": "kl"}, ["sdar.loss.objective", "sampled"]),
+    "environment": ({"sdar.env.name": "alfwrld"}, ["sdar.env", "alfwrld", "alfworld"]),
+    "environment option": ({"sdar.env.options": {"colour": 1}}, ["sdar.env", "colour"]),
+    "environment module": ({"sdar.env.modules": ["no_such_module_here"]}, ["sdar.env.modules", "no_such_module_here"]),
+    "template": ({"sdar.prompt.template": "alfwrld"}, ["sdar.prompt.template", "alfworld_compact"]),
+    "bank": ({"sdar.skills.bank": "/no/such/bank"}, ["sdar.skills.bank", "/no/such/bank"]),
+    "retrieval": ({"sdar.skills.retrieval": ["keywrd"]}, ["sdar.skills.retrieval", "keywrd", "keyword"]),
+    "trainer mode": ({"trainer.v1.trainer_mode": "sync"}, ["trainer.v1.trainer_mode=sync", "=sdar"]),
+    "legacy trainer": ({"trainer.use_v1": False}, ["trainer.use_v1=False"]),
+    "estimator": ({"algorithm.adv_estimator": "grpo"}, ["invalid_action_penalty=0.1 has no effect", "grpo"]),
+    "strategy": ({"actor_rollout_ref.actor.strategy": "megatron"}, ["strategy=megatron", "fsdp2"]),
+    "agent loop": (
+        {"actor_rollout_ref.rollout.agent.default_agent_loop": "tool_agent"},
+        ["default_agent_loop=tool_agent", "sdar_agent"],
+    ),
+    "verl's distillation": ({"distillation.enabled": True}, ["distillation.enabled=True"]),
+    "no reference": (
+        {"sdar.teacher.source": "reference", "actor_rollout_ref.actor.use_kl_loss": False},
+        ["sdar.teacher.source=reference", "use_kl_loss=True"],
+    ),
+    "mini-batch": ({"sdar.update.mini_batch_rows": 100}, ["sdar.update.mini_batch_rows=100", "rollout.n=8"]),
+    "ranks": ({"trainer.n_gpus_per_node": 3}, ["sdar.update.mini_batch_rows=128", "3 ranks"]),
+    "group of one": ({"actor_rollout_ref.rollout.n": 1}, ["rollout.n=1", "at least 2"]),
+    "micro-batch": (
+        {
+            "actor_rollout_ref.actor.use_dynamic_bsz": False,
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 48,
+        },
+        ["ppo_micro_batch_size_per_gpu=48", "128 rows", "use_dynamic_bsz=True"],
+    ),
+    "vllm on a cpu": ({"actor_rollout_ref.rollout.name": "vllm"}, ["trainer.device=cpu", "vllm", "hardware=cpu"]),
+    "no vllm": (
+        {"actor_rollout_ref.rollout.name": "vllm", "trainer.device": "cuda"},
+        ["vllm is not installed", 'pip install "sdar-verl[vllm]"'],
+    ),
+    "no panel": ({"data.val_files": "/no/such/panel.parquet"}, ["data.val_files=/no/such/panel.parquet", "prepare"]),
+    "teacher budget": (
+        {
+            "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": True,
+            "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 300,
+            "sdar.teacher.max_prompt_length": 384,
+        },
+        ["log_prob_max_token_len_per_gpu=300", "404"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_fault_is_named(recipe, case):
+    overrides, words = CASES[case]
+    with pytest.raises(ConfigError) as error:
+        run_checks(recipe, **overrides)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def test_all_faults_are_told_at_once(recipe):
+    with pytest.raises(ConfigError) as error:
+        run_checks(recipe, **{"sdar.loss.gate": "x", "trainer.v1.trainer_mode": "sync"})
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("version", ["0.8.9", "0.10.0", "1.0"])
+def test_another_verl_is_refused(version):
+    with pytest.raises(ConfigError, match=f"verl {version} is installed"):
+        check_verl_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.9.0", "0.9.1", "0.9.7"])
+def test_the_supported_verl_is_accepted(version):
+    check_verl_version(version)
