@@ -86,10 +86,11 @@ def _lesson(
         _set_rate(steppers, schedule.learning_rate * min(1.0, (step + 1) / 30))
         losses.append(_step(model, [lookup_lesson(tokenizer, rng) for _ in range(schedule.lookup_batch)], steppers))
         mean = sum(losses[-25:]) / len(losses[-25:])
-        if step > 100 and mean < schedule.lookup_goal:
+        learnt = step > 100 and mean < schedule.lookup_goal
+        if learnt or (step + 1) % 100 == 0:
+            log(f"look-up lesson, step {step + 1}: loss {mean:.4f}, {time.monotonic() - started:.0f} s")
+        if learnt:
             break
-    if losses:
-        log(f"look-up lesson: {len(losses)} steps, loss {mean:.4f}, {time.monotonic() - started:.0f} s")
 
 
 def _step(model: PreTrainedModel, rows: Sequence[Row], steppers: list[torch.optim.Optimizer]) -> float:

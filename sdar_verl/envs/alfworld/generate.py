@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,8 +37,9 @@ def solve(spec: GameSpec) -> list[str]:
     """
     environment = _engine()
     try:
-        environment.load(game_data(spec, walkthrough=None))
-        plan = list(environment.reset()["extra.walkthrough"] or ())
+        with _translated_once():
+            environment.load(game_data(spec, walkthrough=None))
+            plan = list(environment.reset()["extra.walkthrough"] or ())
     except KeyError as error:  # how fast downward's translator reports a goal that cannot hold (KeyError: 'val1')
         raise UnsolvableGameError(f"{spec.split} game {spec.index} ({spec.relative_path}): the goal cannot hold") from error
     state: Mapping[str, Any] = {"won": False}
@@ -137,12 +140,28 @@ def _claim(folder: Path, config: GeneratorConfig) -> None:
     note.write_text(json.dumps(described, indent=1))
 
 
+@contextmanager
+def _translated_once() -> Iterator[None]:
+    """Load and reset share their translations of the problem; the planner gets its own, optimised one (tenfold quicker)."""
+    import fast_downward
+
+    installed = fast_downward.pddl2sas
+    fast_downward.pddl2sas = lru_cache(maxsize=2)(inspect.unwrap(installed))
+    try:
+        yield
+    finally:
+        fast_downward.pddl2sas = installed
+
+
 @lru_cache(maxsize=1)
 def _engine() -> Any:
-    """ALFWorld's engine as AlfredTWEnv wraps it, one per process."""
+    """ALFWorld's engine as AlfredTWEnv wraps it, one per process, with the speed-ups that change no word of it."""
     import textworld
     from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
     from textworld.envs import PddlEnv
 
+    from sdar_verl.envs.alfworld import speedups
+
+    speedups.install()
     infos = textworld.EnvInfos(won=True, admissible_commands=True, extras=["walkthrough"])
     return AlfredDemangler(PddlEnv(infos), shuffle=False)
