@@ -1,8 +1,8 @@
 """A pool of environment processes for the episodes of one agent-loop process.
 
 Each process is a Ray actor that hosts several environments and steps them one at a time (game engines are rarely
-thread-safe); processes run in parallel. Episodes advance on their own: no lock-step, a finished one costs nothing more. A
-process that dies or hangs takes its own episodes with it and is replaced; the others do not notice.
+thread-safe); processes run in parallel. Episodes advance on their own: no lock-step, a finished one costs nothing
+more. A process that dies or hangs takes its own episodes with it and is replaced; the others do not notice.
 
 The pool belongs to the process and event loop that use it, and its actors end with that process.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,11 +22,14 @@ from sdar_verl.errors import SdarError
 
 logger = logging.getLogger(__name__)
 
+MAX_FAILED_STARTS = 3
+"""Processes that may die in a row while they start; then the environment itself is taken to be at fault."""
+
 
 class EnvProcessError(SdarError):
     """The process of this episode died or hung, or its environment raised in a step: the episode is lost.
 
-    A new reset, of the same session or another, runs on another process where there is one.
+    A new reset, of the same session or another, runs on a fresh process.
     """
 
 
@@ -70,13 +74,27 @@ class PoolStats:
 class _Process:
     """One actor, until it fails."""
 
-    index: int
     actor: Any
     free: list[int]
     started: asyncio.Task[None] | None = None
+    pid: int | None = None
     failure: str | None = None
     # One call at a time, first come first served, so that a time limit covers an episode's own call and no other's.
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def check(self) -> None:
+        if self.failure is not None:
+            raise EnvProcessError(f"environment process {self.pid} is gone: {self.failure}")
+
+    def vanished(self) -> bool:
+        """Whether its process is known and no longer there; it runs on this machine."""
+        if self.pid is None:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
 
 
 class EnvPool:
@@ -121,11 +139,10 @@ class EnvPool:
                 raise ValueError(f"EnvPool {name}={value}: must be above 0")
         self._host_arguments = (env_name, dict(env_options or {}), tuple(env_modules))
         self._envs_per_process = envs_per_process
-        self._reset_timeout_s = reset_timeout_s
-        self._step_timeout_s = step_timeout_s
-        self._start_timeout_s = start_timeout_s
+        self._limits = {"start": start_timeout_s, "reset": reset_timeout_s, "step": step_timeout_s}
         self._size = processes
         self._processes: list[_Process] = []
+        self._failed_starts = 0
         self._seats = asyncio.Semaphore(processes * envs_per_process)
         self.stats = PoolStats()
 
@@ -137,16 +154,21 @@ class EnvPool:
         """End all processes; sessions still open fail."""
         for process in self._processes:
             self._stop(process, "the pool was closed")
-        self._processes = []
 
-    def _place(self, avoid: int | None) -> _Process:
-        """The process with most free slots, another than ``avoid`` where there is a choice."""
-        while len(self._processes) < self._size:
-            self._processes.append(self._launch(len(self._processes)))
-        open_ = [process for process in self._processes if process.free]
-        return max(open_, key=lambda process: (process.index != avoid, len(process.free), -process.index))
+    def _place(self) -> _Process:
+        """The process with most free slots; ended ones are replaced first."""
+        for process in self._processes:
+            if process.failure is None and process.vanished():
+                self._stop(process, "it died between two calls")
+        for index in range(self._size):
+            if index >= len(self._processes):
+                self._processes.append(self._launch())
+            elif self._processes[index].failure is not None:
+                self.stats.restarts += 1
+                self._processes[index] = self._launch()
+        return max(self._processes, key=lambda process: len(process.free))
 
-    def _launch(self, index: int) -> _Process:
+    def _launch(self) -> _Process:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -154,7 +176,7 @@ class EnvPool:
         actor = (
             ray.remote(EnvHost)
             .options(
-                # Nothing reserved: verl's placement groups may have taken every CPU of the node.
+                # Nothing is reserved: verl's placement groups may have taken every CPU of the node.
                 num_cpus=0,
                 max_restarts=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
@@ -162,30 +184,35 @@ class EnvPool:
             )
             .remote(*self._host_arguments)
         )
-        process = _Process(index, actor, free=list(range(self._envs_per_process)))
+        # Slots are taken from the end, so that a low number is used again before a higher one is made.
+        process = _Process(actor, free=list(reversed(range(self._envs_per_process))))
         process.started = asyncio.ensure_future(self._start(process))
-        # Whoever awaits the start sees its exception; nobody may be there to await it.
+        # Sessions see its exception when they await it; there may be none to do so.
         process.started.add_done_callback(lambda started: started.cancelled() or started.exception())
         return process
 
     async def _start(self, process: _Process) -> None:
         try:
-            await self._answer(process, process.actor.start.remote(), self._start_timeout_s, "start")
+            process.pid = await self._answer(process, process.actor.start.remote(), "start")
+            self._failed_starts = 0
         except EnvError as error:
-            if process.failure is None:
-                self._replace(process, str(error))
+            self._stop(process, str(error))
             raise
+        except EnvProcessError as error:
+            self._failed_starts += 1
+            if self._failed_starts < MAX_FAILED_STARTS:
+                raise
+            raise EnvError(
+                f"{self._failed_starts} environment processes in a row did not start; the last: {error}. See the "
+                "processes' own output in Ray's logs"
+            ) from error
 
     async def _call(self, process: _Process, method: str, *arguments: Any) -> Step:
-        limit = self._reset_timeout_s if method == "reset" else self._step_timeout_s
         assert process.started is not None
         await asyncio.shield(process.started)
         async with process.turn:
-            if process.failure is not None:
-                raise self._lost(process)
-            answer: Timed = await self._answer(
-                process, getattr(process.actor, method).remote(*arguments), limit, method
-            )
+            process.check()
+            answer: Timed = await self._answer(process, getattr(process.actor, method).remote(*arguments), method)
         if method == "reset":
             self.stats.resets += 1
             self.stats.reset_seconds += answer.seconds
@@ -194,43 +221,32 @@ class EnvPool:
             self.stats.step_seconds += answer.seconds
         return answer.step
 
-    async def _answer(self, process: _Process, reference: Any, limit: float, method: str) -> Any:
-        from ray.exceptions import RayActorError, RayTaskError
+    async def _answer(self, process: _Process, reference: Any, method: str) -> Any:
+        from ray.exceptions import RayError, RayTaskError
 
+        limit = self._limits[method]
         try:
             return await asyncio.wait_for(_result(reference), limit)
         except asyncio.TimeoutError:
             self.stats.timeouts += 1
-            self._replace(process, f"{method} took more than {limit:g} s (sdar.env.{method}_timeout_s)")
-        except RayActorError as error:
-            self._replace(process, f"it died during a {method}: {' '.join(str(error).split())[:500]}")
+            self._stop(process, f"a {method} took more than {method}_timeout_s={limit:g}")
         except RayTaskError as error:
-            reason = f"{type(error.cause).__name__}: {error.cause}"
+            reason = f"environment {self._host_arguments[0]!r} raised in a {method}: {_first_line(error.cause)}"
             if method == "step":
-                self.stats.failures += 1
-                logger.warning("environment raised in a step:\n%s", error)
-                raise EnvProcessError(f"environment {self._host_arguments[0]!r} raised in a step: {reason}") from error
-            raise EnvError(f"environment {self._host_arguments[0]!r} cannot {method}: {reason}") from error
-        raise self._lost(process)
-
-    def _replace(self, process: _Process, reason: str) -> None:
-        if process.failure is not None:
-            return
-        self._stop(process, reason)
-        if process in self._processes:
-            logger.warning("environment process %d is replaced: %s", process.index, reason)
-            self.stats.restarts += 1
-            self._processes[process.index] = self._launch(process.index)
+                logger.warning("%s\n%s", reason, error)
+                raise EnvProcessError(reason) from error
+            raise EnvError(reason) from error
+        except RayError as error:
+            self._stop(process, f"it died during a {method} ({_first_line(error)})")
+        process.check()
 
     def _stop(self, process: _Process, reason: str) -> None:
         import ray
 
-        process.failure = reason
-        ray.kill(process.actor, no_restart=True)
-
-    def _lost(self, process: _Process) -> EnvProcessError:
-        self.stats.failures += 1
-        return EnvProcessError(f"environment process {process.index} is gone: {process.failure}")
+        if process.failure is None:
+            process.failure = reason
+            logger.warning("environment process %s ended: %s", process.pid, reason)
+            ray.kill(process.actor, no_restart=True)
 
 
 class EnvSession:
@@ -257,16 +273,15 @@ class EnvSession:
         """Start the task.
 
         Raises:
-            EnvProcessError: the process died or hung; calling reset again moves to another one.
+            EnvProcessError: the process died or hung; calling reset again moves to a fresh one.
             EnvError: the environment cannot be made, or refuses the task.
         """
-        failed = self._process is not None and self._process.failure is not None
-        if self._process is None or failed:
-            avoid = self._process.index if self._process is not None else None
+        if self._process is not None and self._process.failure is not None:
             self._leave()
-            self._process = self._pool._place(avoid)
+        if self._process is None:
+            self._process = self._pool._place()
             self._slot = self._process.free.pop()
-        return await self._pool._call(self._process, "reset", self._slot, self.task)
+        return await self._call(self._process, "reset", self._slot, self.task)
 
     async def step(self, action: str) -> Step:
         """Apply ``action``.
@@ -277,7 +292,14 @@ class EnvSession:
         """
         if self._process is None:
             raise RuntimeError("step before reset: the session has no environment yet")
-        return await self._pool._call(self._process, "step", self._slot, action)
+        return await self._call(self._process, "step", self._slot, action)
+
+    async def _call(self, process: _Process, method: str, *arguments: Any) -> Step:
+        try:
+            return await self._pool._call(process, method, *arguments)
+        except EnvProcessError:
+            self._pool.stats.failures += 1
+            raise
 
     def _leave(self) -> None:
         if self._process is not None:
@@ -287,3 +309,8 @@ class EnvSession:
 
 async def _result(reference: Any) -> Any:
     return await reference
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:500]}"
