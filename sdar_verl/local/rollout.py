@@ -1,0 +1,117 @@
+"""Rollout backend ``transformers``: what verl's replica and rollout registries load.
+
+``TransformersReplica`` starts the server (one process per replica); ``ServerAdapter`` lives in the training worker and
+sends it the weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from typing import Any
+
+import ray
+import torch
+from verl.workers.rollout.base import BaseRollout
+from verl.workers.rollout.replica import RolloutMode, RolloutReplica
+
+
+def _server_name(replica_rank: int) -> str:
+    return f"transformers_server_{replica_rank}_0"
+
+
+class TransformersReplica(RolloutReplica):
+    """One rollout server on the CPU, colocated with the training workers of its rank."""
+
+    async def launch_servers(self) -> None:
+        """Start the server.
+
+        Raises:
+            ValueError: for settings of ``actor_rollout_ref.rollout`` that only a GPU engine has.
+        """
+        from sdar_verl.local.server import TransformersServer
+
+        self._check_config()
+        name = _server_name(self.replica_rank)
+        server = (
+            ray.remote(TransformersServer)
+            .options(name=name, max_concurrency=self.max_concurrency)
+            .remote(self.config, self.model_config, self.replica_rank)
+        )
+        await server.ready.remote()
+        self.servers = [server]
+        self._server_handle = server
+        self._server_address = name
+
+    def _check_config(self) -> None:
+        required = {
+            "tensor_model_parallel_size": 1,
+            "data_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
+            "logprobs_mode": "processed_logprobs",
+            "full_determinism": False,  # verl's request ids do not tell the rollouts of a group apart
+            "quantization": None,
+            "enable_rollout_routing_replay": False,
+        }
+        for key, value in required.items():
+            if self.config.get(key) != value:
+                raise ValueError(
+                    f"actor_rollout_ref.rollout.{key}={self.config.get(key)!r}: rollout.name=transformers (the CPU "
+                    f"default) knows only {value!r}; set it so, or use rollout.name=vllm on a GPU"
+                )
+        if self.rollout_mode != RolloutMode.HYBRID:
+            raise ValueError(
+                f"rollout.name=transformers gets its weights from the trainer's workers (hybrid mode), not in mode "
+                f"{self.rollout_mode.value!r}: use trainer.v1.trainer_mode=sync or a colocated mode, without reward "
+                "or teacher servers"
+            )
+
+
+class ServerAdapter(BaseRollout):
+    """The training worker's side: one per rank, the first rank of a replica talks to the server."""
+
+    def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1) -> None:
+        super().__init__(config, model_config, device_mesh)
+        self.replica_rank = int(os.environ["RANK"]) if replica_rank == -1 else replica_rank
+        self.is_leader_rank = True  # a replica has one rank: tensor, data and pipeline parallel size are 1
+        self._server: Any = None
+
+    @property
+    def server(self) -> Any:
+        """Handle of the server, which starts after this worker."""
+        if self._server is None:
+            self._server = ray.get_actor(_server_name(self.replica_rank))
+        return self._server
+
+    async def resume(self, tags: list[str]) -> None:
+        """Wake the server, see ``TransformersServer.wake_up``."""
+        await self.server.wake_up.remote(tags=tags)
+
+    async def release(self) -> None:
+        """Put the server to sleep."""
+        await self.server.sleep.remote()
+
+    @torch.no_grad()
+    async def update_weights(
+        self,
+        weights: Generator[tuple[str, torch.Tensor], None, None],
+        global_steps: int | None = None,
+        wire_format: str = "named_tensors",
+        **kwargs: Any,
+    ) -> None:
+        """Send all weights.
+
+        Args:
+            weights: (name, full tensor) pairs; gathering them is collective, so every rank reads them all.
+            global_steps: the trainer's step they belong to.
+            wire_format: ``named_tensors``.
+            kwargs: ``peft_config`` must be None: adapters are merged (``model.lora.merge=True``) or not used.
+        """
+        if wire_format != "named_tensors" or kwargs.get("peft_config") is not None:
+            raise ValueError(
+                "rollout.name=transformers takes full weights: set model.lora.merge=True, or lora_rank=0, and "
+                "rollout.checkpoint_engine.backend=naive"
+            )
+        # A copy each: the generator may hand out views of buffers that it reuses.
+        tensors = {name: tensor.detach().clone() for name, tensor in weights}
+        await self.server.update_weights.remote(tensors, global_steps)

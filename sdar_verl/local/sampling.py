@@ -1,0 +1,150 @@
+"""Per-request sampling parameters and one vectorised sampling step, for the CPU rollout backend.
+
+The meaning of every parameter, and of the returned log-probs, is that of verl's vLLM rollout with its default
+``logprobs_mode: processed_logprobs``: the log-prob of a token is taken after temperature, top-k and top-p. Without
+top-k and top-p it equals the actor's own log-prob at the rollout temperature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Parameters of other engines that verl's agent loops may pass along, with the values that change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1, None),
+    "repetition_penalty": (1, None),
+    "presence_penalty": (0, None),
+    "frequency_penalty": (0, None),
+    "min_p": (0, None),
+    "min_tokens": (0, None),
+    "stop": (None, [], ()),
+    "stop_token_ids": (None, [], ()),
+    "prompt_logprobs": (None, False),
+}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request samples.
+
+    Attributes:
+        max_tokens: upper bound of the response length in tokens, the end-of-sequence token included.
+        temperature: divisor of the logits; 0 takes the most probable token (and reports its log-prob at temperature 1).
+        top_p: nucleus mass in (0, 1]; 1 keeps all tokens.
+        top_k: number of most probable tokens kept; -1 or 0 keeps all.
+        ignore_eos: go on after an end-of-sequence token.
+        logprobs: whether the caller wants log-probs.
+        seed: seed of this request's own random stream; None lets the server draw one.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    ignore_eos: bool = False
+    logprobs: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"sampling parameter max_tokens={self.max_tokens}: must be at least 1")
+        if not (self.temperature >= 0.0 and math.isfinite(self.temperature)):
+            raise ValueError(f"sampling parameter temperature={self.temperature}: must be finite and >= 0 (0 = greedy)")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"sampling parameter top_p={self.top_p}: must be in (0, 1] (1 = off)")
+        if self.top_k < -1:
+            raise ValueError(f"sampling parameter top_k={self.top_k}: must be >= -1 (-1 or 0 = off)")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k or top-p take tokens away; a greedy request ignores both."""
+        return self.temperature > 0.0 and (self.top_p < 1.0 or self.top_k > 0)
+
+    @classmethod
+    def from_request(cls, params: Mapping[str, Any], *, default_max_tokens: int, room: int) -> SamplingParams:
+        """Read the ``sampling_params`` of a rollout request.
+
+        Args:
+            params: as passed by an agent loop to ``server_manager.generate``.
+            default_max_tokens: response length when the request names none.
+            room: tokens left in the model's context after the prompt; ``max_tokens`` is cut to it.
+
+        Raises:
+            ValueError: for a parameter this backend does not have, unless its value changes nothing.
+        """
+        given = dict(params)
+        max_tokens = given.pop("max_tokens", None)
+        alias = given.pop("max_new_tokens", None)  # SGLang's name for the same limit
+        max_tokens = next(limit for limit in (max_tokens, alias, default_max_tokens) if limit is not None)
+        known = {
+            "temperature": float(given.pop("temperature", 1.0)),
+            "top_p": float(given.pop("top_p", 1.0)),
+            "top_k": int(given.pop("top_k", -1)),
+            "ignore_eos": bool(given.pop("ignore_eos", False)),
+            "logprobs": bool(given.pop("logprobs", False)),
+            "seed": given.pop("seed", None),
+        }
+        for name, value in given.items():
+            if name not in _NEUTRAL or value not in _NEUTRAL[name]:
+                raise ValueError(
+                    f"sampling parameter {name}={value!r} is not supported by rollout.name=transformers (the CPU "
+                    "default): leave it out, or use rollout.name=vllm on a GPU"
+                )
+        return cls(max_tokens=max(1, min(int(max_tokens), room)), **known)
+
+
+def sample(
+    logits: torch.Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row by inverting the cumulative distribution.
+
+    Each row brings its own uniform number, so what a request samples does not depend on which other requests happen
+    to share its batch.
+
+    Args:
+        logits: (rows, vocabulary), any floating type.
+        params: one per row.
+        uniforms: one number in [0, 1) per row; unused by greedy rows.
+
+    Returns:
+        tokens: (rows,) int64.
+        log_probs: (rows,) float32, of those tokens under the distribution they were drawn from.
+
+    Raises:
+        FloatingPointError: for logits that are not finite.
+    """
+    temperature = torch.tensor([p.temperature for p in params])
+    greedy = temperature == 0.0
+    log_probs = (logits.float() / temperature.masked_fill(greedy, 1.0)[:, None]).log_softmax(-1)
+    if any(p.truncates for p in params):
+        log_probs = _truncate(log_probs, params)
+    # float64: the cumulative sum over a large vocabulary must not lose the mass of rare tokens.
+    cumulative = log_probs.exp().double().cumsum(-1)
+    total = cumulative[:, -1]
+    if not bool(total.isfinite().all()):
+        raise FloatingPointError("the policy's logits are not finite: training diverged (lower the learning rate)")
+    # Strictly below the total, so that rounding can never select past the last token with a probability.
+    point = torch.minimum(
+        torch.tensor(uniforms, dtype=torch.float64) * total, torch.nextafter(total, torch.zeros_like(total))
+    )
+    drawn = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
+    tokens = torch.where(greedy, log_probs.argmax(-1), drawn)
+    return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
+
+
+def _truncate(log_probs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Keep the top-k tokens of each row, of those the smallest set holding top-p of the mass, and renormalise."""
+    vocabulary = log_probs.shape[-1]
+    top_k = torch.tensor([p.top_k if p.truncates and p.top_k > 0 else vocabulary for p in params])
+    # top_p = 1 must keep every token, also where the running mass rounds to 1 before the end.
+    top_p = torch.tensor([p.top_p if p.truncates and p.top_p < 1.0 else 2.0 for p in params])
+    ordered, order = log_probs.sort(dim=-1, descending=True)
+    ordered = ordered.masked_fill(torch.arange(vocabulary) >= top_k[:, None], -torch.inf)
+    mass = ordered.softmax(-1)
+    ordered = ordered.masked_fill(mass.cumsum(-1) - mass >= top_p[:, None], -torch.inf)
+    return torch.full_like(log_probs, -torch.inf).scatter(-1, order, ordered).log_softmax(-1)

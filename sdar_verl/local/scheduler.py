@@ -1,0 +1,305 @@
+"""Continuous batching of one transformers model on the CPU: requests join and leave the batch at every token.
+
+A single thread owns the model and a key-value cache made of slots, one per running request. Each turn of its loop
+admits waiting requests (a prefill over their prompts), then decodes one token for all running requests together; a
+request that ends gives its slot away at once. Callers get a ``concurrent.futures.Future``.
+
+Measured against collecting requests into batches that run to their end, and against transformers' own continuous
+batching: docs/local.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from sdar_verl.local.sampling import SamplingParams, sample
+from sdar_verl.local.slot_cache import SlotCache
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a request got.
+
+    Attributes:
+        token_ids: response tokens, the end-of-sequence token included when it was drawn.
+        log_probs: one per token; None when the request did not ask.
+        finish_reason: ``stop`` (end of sequence), ``length`` (max_tokens reached) or ``abort``.
+    """
+
+    token_ids: list[int]
+    log_probs: list[float] | None
+    finish_reason: str
+
+
+@dataclass
+class Counters:
+    """Work done since the start; seconds are those of the scheduler's thread while it had requests."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    prefills: int = 0
+    decode_steps: int = 0
+    busy_seconds: float = 0.0
+
+
+@dataclass
+class _Request:
+    """A request on its way; ``offset`` is the padding in front of its prompt inside its slot."""
+
+    prompt_ids: Sequence[int]
+    params: SamplingParams
+    rng: random.Random
+    future: Future[Completion]
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    offset: int = 0
+
+    @property
+    def length(self) -> int:
+        """Cells of its slot that hold, or get next, a token of this request or the padding in front of it."""
+        return self.offset + len(self.prompt_ids) + len(self.token_ids)
+
+    def completion(self, finish_reason: str) -> Completion:
+        return Completion(self.token_ids, self.log_probs if self.params.logprobs else None, finish_reason)
+
+
+@dataclass
+class _Call:
+    """A function to run between two forward passes."""
+
+    function: Callable[[], Any]
+    future: Future[Any]
+
+
+class BatchScheduler:
+    """Runs generation requests through one model, sharing every forward pass.
+
+    Args:
+        model: a causal language model of transformers with full attention in every layer, attention by sdpa, in eval
+            mode on the CPU.
+        eos_token_ids: tokens that end a response.
+        max_num_seqs: most requests that run at the same time; more wait.
+        max_num_batched_tokens: most prompt tokens, padding included, of one prefill.
+        seed: seed of the random streams handed to requests that bring no seed of their own.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        eos_token_ids: Sequence[int],
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        seed: int = 0,
+    ) -> None:
+        if max_num_seqs < 1 or max_num_batched_tokens < 1:
+            raise ValueError(
+                f"rollout.max_num_seqs={max_num_seqs}, rollout.max_num_batched_tokens={max_num_batched_tokens}: "
+                "both must be at least 1"
+            )
+        self._model = model
+        self._cache = SlotCache(model.config)
+        self._eos = frozenset(eos_token_ids)
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._seeds = random.Random(seed)
+        self._inbox: queue.SimpleQueue[_Request | _Call | None] = queue.SimpleQueue()
+        self._waiting: list[_Request] = []
+        self._running: list[_Request] = []  # the request in slot i is self._running[i]
+        self._counters = Counters()
+        self._failure: BaseException | None = None
+        self._gate = threading.Lock()  # orders "the thread has stopped" and "put into the inbox"
+        self._thread = threading.Thread(target=self._loop, name="sdar-batch-scheduler", daemon=True)
+        self._thread.start()
+
+    # Called from any thread.
+
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Future[Completion]:
+        """Queue one request.
+
+        Args:
+            prompt_ids: at least one token id.
+            params: how to sample.
+
+        Raises:
+            RuntimeError: when the scheduler has stopped; so does the future of a request that was under way.
+        """
+        if not prompt_ids:
+            raise ValueError("a rollout request has an empty prompt")
+        rng = random.Random(self._seeds.getrandbits(64) if params.seed is None else params.seed)
+        request = _Request(prompt_ids, params, rng, Future())
+        self._put(request)
+        return request.future
+
+    def call(self, function: Callable[[], _T]) -> Future[_T]:
+        """Run ``function`` in the scheduler's thread, between two forward passes."""
+        call = _Call(function, Future())
+        self._put(call)
+        return call.future
+
+    def abort_all(self) -> Future[int]:
+        """End every running and waiting request with what it has; the future holds their number."""
+        return self.call(self._abort_all)
+
+    def counters(self) -> dict[str, float]:
+        """Work done so far, and the requests now running and waiting."""
+        return {**asdict(self._counters), "running": len(self._running), "waiting": len(self._waiting)}
+
+    def close(self) -> None:
+        """Stop the thread; requests under way fail."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _put(self, item: _Request | _Call) -> None:
+        with self._gate:
+            if self._failure is not None:
+                raise self._stopped()
+            self._inbox.put(item)
+
+    # The scheduler's thread.
+
+    def _loop(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._receive():
+                    started = time.perf_counter()
+                    while self._waiting and len(self._running) < self._max_num_seqs:
+                        self._prefill(self._admit())
+                    if self._running:
+                        self._decode()
+                    self._counters.busy_seconds += time.perf_counter() - started
+            self._stop(RuntimeError("the server was closed"))
+        except BaseException as error:
+            logger.exception("the rollout server's sampling loop failed")
+            self._stop(error)
+
+    def _receive(self) -> bool:
+        """Take in what has arrived; waits only when there is nothing to do. False means: stop."""
+        while True:
+            try:
+                item = self._inbox.get(block=not (self._running or self._waiting))
+            except queue.Empty:
+                return True
+            if item is None:
+                return False
+            if not item.future.set_running_or_notify_cancel():  # the caller went away
+                continue
+            if isinstance(item, _Request):
+                self._waiting.append(item)
+                self._counters.requests += 1
+                continue
+            try:
+                item.future.set_result(item.function())
+            except Exception as error:
+                item.future.set_exception(error)
+
+    def _admit(self) -> list[_Request]:
+        """Choose waiting requests for one prefill: of similar length, within the token budget and the free slots."""
+        self._waiting.sort(key=lambda request: len(request.prompt_ids))
+        room = min(self._max_num_seqs - len(self._running), len(self._waiting))
+        count = 1
+        while count < room and (count + 1) * len(self._waiting[count].prompt_ids) <= self._max_num_batched_tokens:
+            count += 1
+        chosen, self._waiting = self._waiting[:count], self._waiting[count:]
+        return chosen
+
+    def _prefill(self, requests: list[_Request]) -> None:
+        """Run the prompts of ``requests``, left-padded to a common width, into fresh slots; draw their first token."""
+        width = len(requests[-1].prompt_ids)  # _admit sorts
+        input_ids = torch.zeros(len(requests), width, dtype=torch.long)
+        attention_mask = torch.zeros(len(requests), width, dtype=torch.long)
+        for row, request in enumerate(requests):
+            request.offset = width - len(request.prompt_ids)
+            input_ids[row, request.offset :] = torch.tensor(request.prompt_ids)
+            attention_mask[row, request.offset :] = 1
+        first_slot = len(self._running)
+        self._running += requests
+        self._cache.begin_prefill(first_slot)
+        logits = self._model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        self._counters.prefills += 1
+        self._counters.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
+        self._append_tokens(first_slot, logits)
+
+    def _decode(self) -> None:
+        """One more token for every running request."""
+        lengths = torch.tensor([request.length for request in self._running])
+        offsets = torch.tensor([request.offset for request in self._running])
+        width = int(lengths.max())
+        cells = torch.arange(width)
+        visible = (cells >= offsets[:, None]) & (cells < lengths[:, None])
+        self._cache.begin_decode(lengths - 1, width)
+        logits = self._model(
+            input_ids=torch.tensor([request.token_ids[-1:] for request in self._running]),
+            attention_mask=visible[:, None, None, :],  # transformers passes 4-d masks on as they are
+            position_ids=(lengths - 1 - offsets)[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+        ).logits[:, -1]
+        self._counters.decode_steps += 1
+        self._append_tokens(0, logits)
+
+    def _append_tokens(self, first_slot: int, logits: torch.Tensor) -> None:
+        """Draw a token for the slots from ``first_slot`` on and let finished requests go."""
+        requests = self._running[first_slot:]
+        tokens, log_probs = sample(logits, [r.params for r in requests], [r.rng.random() for r in requests])
+        self._counters.response_tokens += len(requests)
+        for request, token, log_prob in zip(requests, tokens.tolist(), log_probs.tolist(), strict=True):
+            request.token_ids.append(token)
+            request.log_probs.append(log_prob)
+        for slot in range(len(self._running) - 1, first_slot - 1, -1):  # downwards: a freed slot takes the last one
+            request = self._running[slot]
+            if request.token_ids[-1] in self._eos and not request.params.ignore_eos:
+                self._finish(slot, "stop")
+            elif len(request.token_ids) >= request.params.max_tokens:
+                self._finish(slot, "length")
+
+    def _finish(self, slot: int, reason: str) -> None:
+        request, last = self._running[slot], self._running.pop()
+        if last is not request:
+            self._running[slot] = last
+            self._cache.move(len(self._running), slot, last.length - 1)
+        request.future.set_result(request.completion(reason))
+
+    def _abort_all(self) -> int:
+        requests = self._running + self._waiting
+        self._running, self._waiting = [], []
+        for request in requests:
+            request.future.set_result(request.completion("abort"))
+        return len(requests)
+
+    def _stop(self, error: BaseException) -> None:
+        """Refuse whatever comes, and fail whatever still waits for an answer."""
+        with self._gate:
+            self._failure = error
+        for request in self._running + self._waiting:
+            request.future.set_exception(self._stopped())
+        self._running, self._waiting = [], []
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            if item is not None and item.future.set_running_or_notify_cancel():
+                item.future.set_exception(self._stopped())
+
+    def _stopped(self) -> RuntimeError:
+        return RuntimeError(f"the rollout server's sampling loop has stopped: {self._failure!r}")
