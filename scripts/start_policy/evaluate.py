@@ -1,4 +1,4 @@
-"""Measures a start policy: python scripts/start_policy/evaluate.py --policy DIR [--games 128] [--engine real|simulator]
+"""Measures a start policy: python scripts/start_policy/evaluate.py --policy DIR [--games 128] [--data GAMES]
 
 Success, invalid actions and lengths on held-out floor plans of the default household, without a skill, with it, and with a
 skill that names wrong places. The project's own evaluation goes through verl; this one needs a minute.
@@ -11,6 +11,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ import torch
 from episodes import HISTORY, MAX_STEPS, TEMPLATE, SkillWriter
 from simulator import Simulator
 
-from sdar_verl.envs.alfworld.problem import game_data
+from sdar_verl.envs.alfworld.env import AlfworldEnv
+from sdar_verl.envs.alfworld.generate import generate_games
 from sdar_verl.envs.alfworld.sampling import sample_spec
 from sdar_verl.envs.alfworld.spec import LAMP, LAMP_RECEPTACLES, ROOMS, GameSpec, GeneratorConfig, fits, usual_places
+from sdar_verl.envs.base import Task
+from sdar_verl.local.probe import first_turns, internalisation
 from sdar_verl.rollout.actions import match_admissible, parse_action
 from sdar_verl.rollout.prompts import PromptTemplate
 
@@ -43,27 +47,22 @@ class SimulatedGame:
 
 
 class EngineGame:
-    """The stock engine as a game to play."""
+    """The project's own environment on a generated game file."""
 
-    def __init__(self, spec: GameSpec) -> None:
-        import textworld
-        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
-        from textworld.envs import PddlEnv
+    def __init__(self, task: Task) -> None:
+        self._environment = AlfworldEnv()
+        self._last = self._environment.reset(task)
 
-        infos = textworld.EnvInfos(won=True, admissible_commands=True)
-        self._engine = AlfredDemangler(PddlEnv(infos), shuffle=False)
-        self._engine.load(game_data(spec, walkthrough=[]))
-        self._state = self._engine.reset()
-        text = self._state.feedback.split("=-", 1)[1]
-        self.observation = text.split("Your task is to:")[0].strip()
+    @property
+    def observation(self) -> str:
+        return self._last.observation
 
     def actions(self) -> list[str]:
-        return list(self._state["admissible_commands"])
+        return list(self._last.admissible_actions)
 
     def step(self, action: str) -> bool:
-        self._state, _, _ = self._engine.step(action)
-        self.observation = self._state.feedback
-        return bool(self._state["won"])
+        self._last = self._environment.step(action)
+        return self._last.success
 
 
 class Episode:
@@ -179,13 +178,15 @@ def wrong_places(places: Mapping[str, str], seed: int) -> dict[str, str]:
 
 
 def main() -> None:
-    """Print one JSON line per condition."""
+    """Print one JSON line per condition, then the probe."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--games", type=int, default=128)
-    parser.add_argument("--engine", choices=("real", "simulator"), default="real")
+    parser.add_argument(
+        "--data", type=Path, help="where the games are or shall be; default: the simulator plays instead"
+    )
     parser.add_argument("--split", default="valid_unseen")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; the games are the household's own")
     options = parser.parse_args()
@@ -193,17 +194,33 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.policy)
     model = AutoModelForCausalLM.from_pretrained(options.policy, dtype=torch.float32).eval()
     template, writer, places = PromptTemplate.load(TEMPLATE), SkillWriter(), usual_places()
-    if options.engine == "real":
-        from sdar_verl.envs.alfworld import speedups
-
-        speedups.install()
-    world = EngineGame if options.engine == "real" else SimulatedGame
     specs = [sample_spec(GeneratorConfig(), options.split, i) for i in range(options.games)]
+    tasks: list[Task] = []
+    if options.data:
+        files = generate_games(options.data, options.split, options.games, GeneratorConfig())
+        tasks = [
+            Task("alfworld", str(i), spec.task_type, spec.description, {"game_file": str(file)})
+            for i, (spec, file) in enumerate(zip(specs, files, strict=True))
+        ]
     conditions = [("no skill", None, 1.0), ("no skill", None, 0.4), ("skill", places, 1.0), ("skill", places, 0.4)]
     for name, told, temperature in [*conditions, ("wrong skill", wrong_places(places, 3), 1.0)]:
-        episodes = [Episode(s, world(s), writer.write(s, told) if told else "") for s in specs]
+        games = [EngineGame(task) for task in tasks] or [SimulatedGame(spec) for spec in specs]
+        episodes = [
+            Episode(spec, game, writer.write(spec, told) if told else "")
+            for spec, game in zip(specs, games, strict=True)
+        ]
         figures = play(model, tokenizer, template, episodes, temperature, options.seed)
         print(json.dumps({"skill": name, "temperature": temperature, "games": options.games, **figures}), flush=True)
+    if tasks:
+        turns = first_turns(tasks, AlfworldEnv())
+        told_turns = [replace(turn, skills=writer.write(spec, places)) for turn, spec in zip(turns, specs, strict=True)]
+        probe = {
+            "internalisation": internalisation(model, tokenizer, turns, template, max_steps=MAX_STEPS),
+            "with the skill": internalisation(model, tokenizer, told_turns, template, max_steps=MAX_STEPS),
+            "uniform over the types in the room": sum(1 / len({r.type for r in s.receptacles}) for s in specs)
+            / len(specs),
+        }
+        print(json.dumps({name: round(value, 3) for name, value in probe.items()}))
 
 
 if __name__ == "__main__":

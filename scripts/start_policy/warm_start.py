@@ -55,7 +55,12 @@ def optimizers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimize
 
 
 def train(
-    model: PreTrainedModel, tokenizer: Any, rows: Sequence[Row], schedule: Schedule, seed: int, log: Callable[[str], None]
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    schedule: Schedule,
+    seed: int,
+    log: Callable[[str], None],
 ) -> None:
     """Train in place, in float32 on the CPU."""
     model.train()

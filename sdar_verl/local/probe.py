@@ -8,12 +8,14 @@ room; one that has taken its teacher's knowledge into its weights comes near 1.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdar_verl.envs.base import Task, TextEnv
     from sdar_verl.rollout.prompts import PromptTemplate
 
 
@@ -36,6 +38,37 @@ class FirstTurn:
     target: str
     usual_place: str
     skills: str = ""
+
+
+def first_turns(tasks: Sequence[Task], environment: TextEnv) -> list[FirstTurn]:
+    """The first turn of each task, as the environment itself shows it.
+
+    Args:
+        tasks: ALFWorld tasks of generated games: ``data["game_file"]`` lies beside a ``traj_data.json`` that tells the usual place.
+        environment: the run's own kind of environment (about 0.3 s a game on the stock engine).
+
+    Raises:
+        ValueError: a task whose game does not say where its target usually lies, such as one of ALFWorld's download.
+    """
+    turns = []
+    for task in tasks:
+        trajectory = json.loads((Path(str(task.data["game_file"])).parent / "traj_data.json").read_text())
+        if "sdar" not in trajectory:
+            raise ValueError(
+                f"{task.data['game_file']} was not made by sdar_verl's generator: no usual place is known for its target, so "
+                "the internalisation probe has nothing to ask"
+            )
+        start = environment.reset(task)
+        turns.append(
+            FirstTurn(
+                task=task.description,
+                observation=start.observation,
+                admissible_actions=start.admissible_actions,
+                target=trajectory["pddl_params"]["object_target"].lower(),
+                usual_place=trajectory["sdar"]["usual_place"].lower(),
+            )
+        )
+    return turns
 
 
 def internalisation(
@@ -87,9 +120,7 @@ def internalisation(
     return total / len(questions)
 
 
-def _question(
-    tokenizer: Any, template: PromptTemplate, turn: FirstTurn, max_steps: int
-) -> tuple[list[int], list[int]]:
+def _question(tokenizer: Any, template: PromptTemplate, turn: FirstTurn, max_steps: int) -> tuple[list[int], list[int]]:
     """Token ids up to ``in``, and those of the place."""
     content = template.render(
         task=turn.task,

@@ -14,12 +14,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.envs.alfworld.games import GAME_FILE, TRAJECTORY_FILE
 from sdar_verl.envs.alfworld.problem import game_data, trajectory_data
 from sdar_verl.envs.alfworld.sampling import sample_spec
 from sdar_verl.envs.alfworld.spec import GameSpec, GeneratorConfig
 
-GAME_FILE, TRAJECTORY_FILE, STATE_FILE = "game.tw-pddl", "traj_data.json", "initial_state.pddl"
-CONFIG_FILE = "generator.json"
+STATE_FILE, CONFIG_FILE = "initial_state.pddl", "generator.json"
 
 
 class UnsolvableGameError(RuntimeError):
@@ -41,12 +41,16 @@ def solve(spec: GameSpec) -> list[str]:
             environment.load(game_data(spec, walkthrough=None))
             plan = list(environment.reset()["extra.walkthrough"] or ())
     except KeyError as error:  # how fast downward's translator reports a goal that cannot hold (KeyError: 'val1')
-        raise UnsolvableGameError(f"{spec.split} game {spec.index} ({spec.relative_path}): the goal cannot hold") from error
+        raise UnsolvableGameError(
+            f"{spec.split} game {spec.index} ({spec.relative_path}): the goal cannot hold"
+        ) from error
     state: Mapping[str, Any] = {"won": False}
     for command in plan:
         state, _, _ = environment.step(command)
     if not state["won"]:
-        raise UnsolvableGameError(f"{spec.split} game {spec.index} ({spec.relative_path}): the plan {plan} does not win")
+        raise UnsolvableGameError(
+            f"{spec.split} game {spec.index} ({spec.relative_path}): the plan {plan} does not win"
+        )
     return plan
 
 

@@ -44,9 +44,7 @@ def floor_plan(scene: int) -> dict[str, tuple[str, ...]]:
     return {receptacle_type: tuple(ids) for receptacle_type, ids in by_type.items()}
 
 
-def sample_spec(
-    config: GeneratorConfig, split: str, index: int, places: Mapping[str, str] | None = None
-) -> GameSpec:
+def sample_spec(config: GeneratorConfig, split: str, index: int, places: Mapping[str, str] | None = None) -> GameSpec:
     """Draw game ``index`` of a split.
 
     Args:
