@@ -145,7 +145,8 @@ def test_only_the_winning_step_is_rewarded_and_the_episode_is_then_over(games: l
 
 def test_the_words_do_not_depend_on_the_process(games: list[Path]) -> None:
     program = (
-        "import sys, random; from sdar_verl.envs.alfworld.env import AlfworldEnv; from sdar_verl.envs.base import Task\n"
+        "import sys, random\n"
+        "from sdar_verl.envs.alfworld.env import AlfworldEnv\nfrom sdar_verl.envs.base import Task\n"
         "env = AlfworldEnv(); step = env.reset(Task('alfworld', '', '', '', {'game_file': sys.argv[1]}))\n"
         "rng = random.Random(0)\n"
         "for _ in range(20): print(step); step = env.step(rng.choice(step.admissible_actions))\n"
