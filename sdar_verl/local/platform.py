@@ -81,7 +81,7 @@ class CpuPlatform(PlatformBase):
 
         Only when no other registered platform finds its device, and only in a process that will start a Ray cluster of
         its own: the head node of a GPU cluster often has no GPU, and there verl's own fallback is the right answer.
-        The Ray workers of a CPU run do not guess, they are told (``VERL_PLATFORM=cpu`` in hydra_configs/hardware/cpu.yaml).
+        The Ray workers of a CPU run do not guess: hydra_configs/hardware/cpu.yaml tells them (``VERL_PLATFORM=cpu``).
         """
         return not _joins_ray_cluster() and not _other_platform_available(use_smi_check)
 

@@ -33,10 +33,9 @@ class TransformersReplica(RolloutReplica):
 
         self._check_config()
         name = _server_name(self.replica_rank)
-        server = (
-            ray.remote(TransformersServer)
-            .options(name=name, max_concurrency=self.max_concurrency)
-            .remote(self.config, self.model_config, self.replica_rank)
+        actor_class: Any = ray.remote(TransformersServer)
+        server = actor_class.options(name=name, max_concurrency=self.max_concurrency).remote(
+            self.config, self.model_config, self.replica_rank
         )
         await server.ready.remote()
         self.servers = [server]
@@ -95,19 +94,22 @@ class ServerAdapter(BaseRollout):
     async def update_weights(
         self,
         weights: Generator[tuple[str, torch.Tensor], None, None],
-        global_steps: int | None = None,
         wire_format: str = "named_tensors",
+        *,
+        global_steps: int | None = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
         """Send all weights.
 
         Args:
             weights: (name, full tensor) pairs; gathering them is collective, so every rank reads them all.
-            global_steps: the trainer's step they belong to.
             wire_format: ``named_tensors``.
-            kwargs: ``peft_config`` must be None: adapters are merged (``model.lora.merge=True``) or not used.
+            global_steps: the trainer's step they belong to.
+            peft_config: None: adapters are merged (``model.lora.merge=True``) or not used.
+            kwargs: what verl tells other backends.
         """
-        if wire_format != "named_tensors" or kwargs.get("peft_config") is not None:
+        if wire_format != "named_tensors" or peft_config is not None:
             raise ValueError(
                 "rollout.name=transformers takes full weights: set model.lora.merge=True, or lora_rank=0, and "
                 "rollout.checkpoint_engine.backend=naive"

@@ -128,10 +128,8 @@ def sample(
     total = cumulative[:, -1]
     if not bool(total.isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite: training diverged (lower the learning rate)")
-    # Strictly below the total, so that rounding can never select past the last token with a probability.
-    point = torch.minimum(
-        torch.tensor(uniforms, dtype=torch.float64) * total, torch.nextafter(total, torch.zeros_like(total))
-    )
+    # A float64 below 1 times the total stays below the total, so a token without probability is never drawn.
+    point = torch.tensor(uniforms, dtype=torch.float64) * total
     drawn = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
     tokens = torch.where(greedy, log_probs.argmax(-1), drawn)
     return tokens, log_probs.gather(1, tokens[:, None])[:, 0]

@@ -22,6 +22,8 @@ class _SlotLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
+        self.keys: torch.Tensor
+        self.values: torch.Tensor
         self.first_slot = 0
         self.rows: torch.Tensor | None = None  # set during decode, None during prefill
         self.cells: torch.Tensor | None = None
@@ -97,11 +99,12 @@ class SlotCache(Cache):
                 f"{config.model_type!r} has {sorted(kinds)} with sliding_window="
                 f"{getattr(config, 'sliding_window', None)}: use another model, or rollout.name=vllm on a GPU"
             )
-        super().__init__(layers=[_SlotLayer() for _ in range(config.num_hidden_layers)])
+        self._slot_layers = [_SlotLayer() for _ in range(config.num_hidden_layers)]
+        super().__init__(layers=list(self._slot_layers))
 
     def begin_prefill(self, first_slot: int) -> None:
         """The next forward pass writes its rows, whole, to the slots from ``first_slot`` on."""
-        for layer in self.layers:
+        for layer in self._slot_layers:
             layer.first_slot, layer.rows, layer.cells = first_slot, None, None
 
     def begin_decode(self, cells: torch.Tensor, width: int) -> None:
@@ -112,12 +115,12 @@ class SlotCache(Cache):
             width: number of cells that attention reads; above every entry of ``cells``.
         """
         rows = torch.arange(len(cells))
-        for layer in self.layers:
+        for layer in self._slot_layers:
             layer.rows, layer.cells, layer.width = rows, cells, width
 
     def move(self, source: int, target: int, filled: int) -> None:
         """Copy the first ``filled`` cells of slot ``source`` to slot ``target``."""
-        for layer in self.layers:
+        for layer in self._slot_layers:
             layer.move(source, target, filled)
 
 
