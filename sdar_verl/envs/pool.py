@@ -153,7 +153,7 @@ class EnvPool:
     def close(self) -> None:
         """End all processes; sessions still open fail."""
         for process in self._processes:
-            self._stop(process, "the pool was closed")
+            self._stop(process, "the pool was closed", logging.DEBUG)
 
     def _place(self) -> _Process:
         """The process with most free slots; ended ones are replaced first."""
@@ -240,12 +240,12 @@ class EnvPool:
             self._stop(process, f"it died during a {method} ({_first_line(error)})")
         process.check()
 
-    def _stop(self, process: _Process, reason: str) -> None:
+    def _stop(self, process: _Process, reason: str, level: int = logging.WARNING) -> None:
         import ray
 
         if process.failure is None:
             process.failure = reason
-            logger.warning("environment process %s ended: %s", process.pid, reason)
+            logger.log(level, "environment process %s ended: %s", process.pid, reason)
             ray.kill(process.actor, no_restart=True)
 
 
