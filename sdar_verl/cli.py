@@ -13,7 +13,7 @@ from sdar_verl.envs.alfworld.prepare import PANELS, Prepared, Source, prepare
 from sdar_verl.envs.alfworld.spec import DEFAULT_HOUSEHOLD_SEED, TASK_TYPES, GeneratorConfig
 from sdar_verl.errors import SdarError
 
-_GENERATED_COUNTS = {"train": 1024, "validation": 128, "test": 128}
+_GENERATED_COUNTS = {"train": 512, "validation": 128, "test": 128}
 
 # Options that only make sense when games are generated, and the fields of GeneratorConfig that they set.
 _GENERATOR_OPTIONS = {
