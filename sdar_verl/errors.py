@@ -13,3 +13,7 @@ class ConfigError(SdarError):
 
 class TeacherError(SdarError):
     """The privileged teacher cannot do its work: it does not see its context, or its numbers are not to be trusted."""
+
+
+class RolloutError(SdarError):
+    """Episodes cannot be played as configured: a prompt does not fit, a task does not exist, an environment refuses."""

@@ -18,7 +18,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetr
 
 from sdar_verl.config import ValidationArm
 from sdar_verl.envs.base import Step, Task
-from sdar_verl.envs.pool import EnvProcessError
+from sdar_verl.envs.pool import EnvError, EnvProcessError
 from sdar_verl.rollout.actions import match_admissible, parse_action
 from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnContext
 from sdar_verl.rollout.rows import ROW_KEY, RowInfo
@@ -83,6 +83,10 @@ class SdarAgentLoop(AgentLoopBase):
                 break
             except EnvProcessError as error:
                 logger.warning("task %s, attempt %d: %s", task.task_id, attempt, error)
+            except (EnvError, PromptTooLong) as error:
+                # Not this episode's bad luck but a fault of the set-up. An exception here would only cost the group;
+                # the trainer reads this text and stops.
+                return [self._failed_row(task, arm_name, kwargs, f"task {task.task_id}: {error}")]
         else:
             return [self._failed_row(task, arm_name, kwargs)]
         return self._rows(episode, task, arm_name)
@@ -191,7 +195,10 @@ class SdarAgentLoop(AgentLoopBase):
             info.truncated = True
             if teacher.on_long_prompt != "mask":
                 # The trainer stops the run with this text: raising here would only cost the group.
-                info.error = f"teacher prompt with skills {', '.join(context.names)}: {error}"
+                info.error = (
+                    f"teacher prompt with skills {', '.join(context.names)}: {error}; or choose what happens then: "
+                    "sdar.teacher.on_long_prompt=drop_history or mask"
+                )
             return
         info.truncated = dropped > 0
         info.context_tokens = len(ids) - student_tokens
@@ -232,10 +239,12 @@ class SdarAgentLoop(AgentLoopBase):
             return None
         return [0.0] if empty else list(turn.log_probs or [])[: len(turn.response_ids)]
 
-    def _failed_row(self, task: Task, arm: str | None, kwargs: dict[str, Any]) -> AgentLoopOutput:
+    def _failed_row(
+        self, task: Task, arm: str | None, kwargs: dict[str, Any], error: str | None = None
+    ) -> AgentLoopOutput:
         step = int(kwargs.get("global_steps") or 0)
         eos = self.tokenizer.eos_token_id
-        info = RowInfo(turn=0, task_type=task.task_type, failed=True)
+        info = RowInfo(turn=0, task_type=task.task_type, failed=True, error=error)
         return AgentLoopOutput(
             prompt_ids=[eos],
             response_ids=[eos],
@@ -247,13 +256,13 @@ class SdarAgentLoop(AgentLoopBase):
             extra_fields={
                 "min_global_steps": step,
                 "max_global_steps": step,
-                "reward_extra_info": self._outcome(task, arm, None),
+                "reward_extra_info": self._outcome(task, arm, None, error),
                 ROW_KEY: info.as_dict(),
             },
         )
 
     @staticmethod
-    def _outcome(task: Task, arm: str | None, episode: _Episode | None) -> dict[str, Any]:
+    def _outcome(task: Task, arm: str | None, episode: _Episode | None, error: str | None = None) -> dict[str, Any]:
         """The episode's result, for verl's validation tables; ``acc`` is the name verl looks for."""
         turns = episode.turns if episode else []
         return {
@@ -264,4 +273,5 @@ class SdarAgentLoop(AgentLoopBase):
             "task_type": task.task_type,
             "task_id": task.task_id,
             "arm": arm or "train",
+            "error": error or "",
         }

@@ -15,6 +15,7 @@ from sdar_verl.compat import check_verl_version
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 
+VERL_TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 SUPPORTED_STRATEGIES = ("fsdp", "fsdp2")
 
 
@@ -66,7 +67,7 @@ def _modes(config: DictConfig, sdar: SdarConfig) -> list[str]:
     mode, estimator = config.trainer.v1.trainer_mode, config.algorithm.adv_estimator
     if not config.trainer.get("use_v1", True):
         faults.append("trainer.use_v1=False: SDAR runs on verl's v1 trainer; leave it at True")
-    if mode != "sdar":
+    if mode in VERL_TRAINER_MODES:  # any other name is ours or a subclass's; verl itself refuses unknown ones
         faults.append(f"trainer.v1.trainer_mode={mode} ignores the sdar node; set trainer.v1.trainer_mode=sdar")
     if estimator != "sdar" and sdar.advantage.invalid_action_penalty > 0:
         faults.append(

@@ -55,14 +55,8 @@ class PrivilegedTeacher:
             infos: the agent loop's record of each row, None for verl's padding rows.
 
         Raises:
-            TeacherError: a row asked for the run to stop (its prompt is too long), or no row has a context at all.
+            TeacherError: no row has a context at all.
         """
-        errors = [info.error for info in infos if info is not None and info.error]
-        if errors:
-            raise TeacherError(
-                f"{errors[0]}\n{len(errors)} of {len(infos)} rows of this step have this fault. To go on without them: "
-                "sdar.teacher.on_long_prompt=drop_history or mask (both are counted in sdar/truncated_share)."
-            )
         has_context = [info is not None and info.teacher_prompt_ids is not None for info in infos]
         if not any(has_context):
             raise TeacherError(

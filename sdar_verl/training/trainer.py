@@ -25,6 +25,7 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.debug import marked_timer
 
 from sdar_verl.config import load_config
+from sdar_verl.errors import RolloutError
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.advantage import AdvantageRows, advantage_rows
 from sdar_verl.training.checks import check_run
@@ -106,10 +107,12 @@ class SdarTrainer(PPOTrainerSync):
     def _read_infos(self, batch: KVBatchMeta) -> list[RowInfo | None]:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
         extras = list(data["extra_fields"])
-        return [
+        infos = [
             None if tag.get("is_padding", False) else RowInfo.from_extra_fields(extra)
             for tag, extra in zip(batch.tags, extras, strict=True)
         ]
+        stop_on_errors([info.error for info in infos if info is not None])
+        return infos
 
     # ---------------------------------------------------------------- teacher and advantages
 
@@ -155,6 +158,7 @@ class SdarTrainer(PPOTrainerSync):
         metrics = super()._val_metrics_update(
             data_sources, sample_uids, reward_extra_infos_dict, sample_turns, **kwargs
         )
+        stop_on_errors(reward_extra_infos_dict.get("error", []))
         arms = arm_metrics(reward_extra_infos_dict)
         if arms:
             print(validation_line(self.global_steps, arms), flush=True)
@@ -165,6 +169,13 @@ class SdarTrainer(PPOTrainerSync):
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> None:
         super()._compute_metrics(batch, metrics, *args, **kwargs)
         print(step_line(self.global_steps, self.total_training_steps, metrics), flush=True)
+
+
+def stop_on_errors(errors: Sequence[str | None]) -> None:
+    """Raise the first fault that an agent loop noted, if any: such a fault is the set-up's, not an episode's bad luck."""
+    faults = [error for error in errors if error]
+    if faults:
+        raise RolloutError(f"{faults[0]}\n({len(faults)} of {len(errors)} rows of this step have such a fault)")
 
 
 def _row_order(key: str) -> tuple[str, int, int]:

@@ -1,0 +1,202 @@
+"""SDAR through verl's own main_ppo on the CPU: real Ray, real workers, a small policy, a toy environment."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from sdar_verl.algorithm.loss import gated_distillation_loss
+from sdar_verl.local import start_policy
+from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK
+from tests.support.toy_panel import write_toy_panels
+from tests.support.verl_run import Run, run_main_ppo
+
+pytestmark = pytest.mark.integration
+
+SHORT = [
+    "data.train_batch_size=4",
+    "actor_rollout_ref.rollout.n=4",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "sdar.env.max_steps=3",
+    "sdar.env.processes=1",
+    "sdar.loss.coef=0.5",
+    # All rows of a step in one update, so that the loss is taken at the weights the step began with.
+    "sdar.update.mini_batch_rows=48",
+    "trainer.val_before_train=False",
+    "trainer.test_freq=-1",
+    "trainer.save_freq=2",
+]
+# What two runs of the same arithmetic may differ by: the order of float32 sums.
+SAME = dict(rel=2e-4, abs=2e-5)
+LEARNING = ("actor/loss", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "sdar/success")
+DISTILLING = ("sdar/loss", "sdar/gate_mean", "sdar/gap_mean", "sdar/gap_std")
+
+
+def train(folder: Path, *overrides: str, steps: int = 4, record: bool = False, **kwargs) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    env = {}
+    if record:
+        env = {"VERL_USE_EXTERNAL_MODULES": "sdar_verl.plugin,tests.support.recording", "SDAR_RECORD": str(folder)}
+        overrides = (*overrides, "trainer.v1.trainer_mode=sdar_recording")
+    panels = write_toy_panels(folder)
+    return run_main_ppo(folder, [*panels, *SHORT, f"trainer.total_training_steps={steps}", *overrides], **env, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Run:
+    """Four steps, with the paper's teacher (current weights)."""
+    return train(tmp_path_factory.mktemp("whole"), "sdar.teacher.source=actor", record=True)
+
+
+def padded(rows: list[torch.Tensor]) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    return torch.stack([pad(row.float(), (0, width - len(row))) for row in rows])
+
+
+def plain_log_probs(prompts: list[torch.Tensor], responses: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Log-probs of the responses by one plain forward pass per row."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(start_policy(), dtype=torch.float32).eval()
+    out = []
+    with torch.no_grad():
+        for prompt, response in zip(prompts, responses, strict=True):
+            ids = torch.cat([prompt, response])
+            log_probs = model(ids[None]).logits[0].log_softmax(-1)
+            out.append(log_probs[len(prompt) - 1 : -1].gather(1, response[:, None])[:, 0])
+    return out
+
+
+def test_the_first_steps_loss_is_the_equation(whole):
+    """Everything logged at step 1, recomputed from the recorded tensors and from plain forward passes."""
+    record = torch.load(whole.folder / "step_1.pt", weights_only=False)
+    metrics = whole.metrics[1]
+    real = [not tag.get("is_padding", False) for tag in record["tags"]]
+    assert sum(real) == metrics["sdar/rows"]
+    infos = [info for info in record["infos"] if info is not None]
+
+    def rows(name: str) -> list[torch.Tensor]:
+        return [row for row, is_real in zip(record[name], real, strict=True) if is_real]
+
+    # Student and teacher: the very log-probs that a plain forward pass gives, at the right positions.
+    student = plain_log_probs(rows("prompts"), rows("responses"))
+    prompts = [torch.as_tensor(info.teacher_prompt_ids, dtype=torch.int64) for info in infos]
+    teacher = plain_log_probs(prompts, rows("responses"))
+    for recorded, plain in ((rows("old_log_probs"), student), (rows(TEACHER_LOG_PROBS), teacher)):
+        worst = max((a - b).abs().max().item() for a, b in zip(recorded, plain, strict=True))
+        assert worst < 2e-4
+    assert any((a - b).abs().max() > 0.05 for a, b in zip(student, teacher, strict=True)), "the teacher saw nothing"
+
+    mask = padded(rows("response_mask"))
+    assert torch.equal(mask, padded(rows(TEACHER_MASK)))
+    loss, _ = gated_distillation_loss(padded(student), padded(teacher), mask, gate="gap", beta=5.0)
+    assert metrics["sdar/loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
+    gap = (padded(teacher) - padded(student))[mask.bool()]
+    gate = torch.sigmoid(5.0 * gap)
+    assert metrics["sdar/gap_mean"] == pytest.approx(gap.mean().item(), rel=1e-3, abs=1e-5)
+    assert metrics["sdar/gap_std"] == pytest.approx(gap.std(unbiased=False).item(), rel=1e-3)
+    assert metrics["sdar/gate_mean"] == pytest.approx(gate.mean().item(), rel=1e-4)
+    # Many tokens are as good as certain for both, with a gap of rounding size and any sign.
+    shares = [(gap > threshold).float().mean().item() for threshold in (1e-4, -1e-4)]
+    assert shares[0] <= metrics["sdar/gap_positive_share"] <= shares[1]
+
+    # At the sampling weights the ratio is 1: the policy-gradient loss is minus the mean advantage, the KL is 0.
+    advantages = padded(rows("advantages"))
+    assert metrics["actor/pg_loss"] == pytest.approx(-(advantages * mask).sum().item() / mask.sum().item(), abs=1e-5)
+    assert metrics["actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)
+    expected = metrics["actor/pg_loss"] + 0.5 * metrics["sdar/loss"] + 0.001 * metrics["actor/kl_loss"]
+    assert metrics["actor/loss"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert metrics["sdar/lambda"] == 0.5
+    assert metrics["sdar/beta"] == 5.0
+    assert metrics["sdar/empty_context_gap"] <= 1e-6
+
+
+def test_advantages_are_over_episodes_with_the_penalty_on_its_turn(whole):
+    record = torch.load(whole.folder / "step_1.pt", weights_only=False)
+    episodes: dict[str, dict[str, float]] = {}
+    for key, info, scores in zip(record["keys"], record["infos"], record["rm_scores"], strict=True):
+        if info is not None:
+            uid, session, _ = key.rsplit("_", 2)
+            episodes.setdefault(uid, {})[session] = scores.sum().item()
+    for key, info, advantages, mask in zip(
+        record["keys"], record["infos"], record["advantages"], record["response_mask"], strict=True
+    ):
+        if info is None:
+            assert advantages.abs().max() == 0
+            continue
+        uid, session, _ = key.rsplit("_", 2)
+        scores = torch.tensor(list(episodes[uid].values()))
+        assert len(scores) == 4
+        flat = bool((scores == scores[0]).all())
+        expected = 0.0 if flat else (episodes[uid][session] - scores.mean().item()) / (scores.std().item() + 1e-6)
+        expected -= 0.1 * info.invalid
+        assert torch.allclose(advantages, expected * mask.float(), atol=1e-5)
+
+
+def test_turns_end_with_success_and_are_logged(whole):
+    record = torch.load(whole.folder / "step_1.pt", weights_only=False)
+    by_episode: dict[str, list] = {}
+    for key, info in zip(record["keys"], record["infos"], strict=True):
+        if info is not None:
+            by_episode.setdefault(key.rsplit("_", 1)[0], []).append(info)
+    assert len(by_episode) == 16
+    for infos in by_episode.values():
+        turns = sorted(info.turn for info in infos)
+        assert turns == list(range(len(turns)))
+        assert len(turns) <= 3
+        assert len(turns) == 3 or infos[0].success
+        assert {"recipe-place"} < set(infos[0].skills)
+    success = sum(infos[0].success for infos in by_episode.values()) / 16
+    assert whole.metrics[1]["sdar/success"] == pytest.approx(success)
+
+
+def test_a_resumed_run_goes_on_as_if_never_stopped(whole, tmp_path):
+    """Steps 3 and 4 again, from the checkpoint of step 2."""
+    checkpoint = whole.folder / "checkpoints" / "global_step_2"
+    resumed = train(
+        tmp_path / "resumed",
+        "sdar.teacher.source=actor",
+        "trainer.resume_mode=resume_path",
+        f"trainer.resume_from_path={checkpoint}",
+    )
+    assert sorted(resumed.metrics) == [3, 4]
+    for step in (3, 4):
+        for name in (*LEARNING, *DISTILLING):
+            assert resumed.metrics[step][name] == pytest.approx(whole.metrics[step][name], **SAME), (step, name)
+
+
+def test_two_ranks_equal_one(whole, tmp_path):
+    two = train(tmp_path / "two", "sdar.teacher.source=actor", "trainer.n_gpus_per_node=2", steps=2)
+    for step in (1, 2):
+        for name in (*LEARNING, *DISTILLING):
+            assert two.metrics[step][name] == pytest.approx(whole.metrics[step][name], **SAME), (step, name)
+
+
+def test_lambda_zero_is_grpo_bit_for_bit(tmp_path):
+    """A watched run (teacher on, lambda 0) and one without a teacher take the same steps, to the last bit."""
+    watched = train(tmp_path / "watched", "sdar.teacher.source=reference", "sdar.loss.coef=0", steps=2)
+    plain = train(tmp_path / "plain", "sdar.teacher.source=none", "sdar.loss.coef=0", steps=2)
+    for step in (1, 2):
+        for name in LEARNING:
+            assert watched.metrics[step][name] == plain.metrics[step][name], (step, name)
+    assert "sdar/gate_mean" not in plain.metrics[1]
+    assert 0 < watched.metrics[1]["sdar/gate_mean"] < 1
+    assert watched.metrics[1]["sdar/loss"] != 0
+    weights = [run.folder / "checkpoints/global_step_2/actor/huggingface/model.safetensors" for run in (watched, plain)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_dead_environment_process_costs_nothing_but_a_retry(tmp_path):
+    """One environment process kills itself in mid-episode; the step completes and no episode is lost."""
+    marker = tmp_path / "died"
+    run = train(
+        tmp_path / "run", "~sdar.env.options", f"+sdar.env.options={{die_once: {marker}}}", steps=1, timeout=300
+    )
+    assert marker.exists()
+    assert run.metrics[1]["sdar/episodes"] == 16
+    assert run.metrics[1]["sdar/failed_episodes"] == 0
+    assert math.isfinite(run.metrics[1]["actor/loss"])
