@@ -53,12 +53,16 @@ class _Episode:
 class SdarAgentLoop(AgentLoopBase):
     """One episode: reset, then prompt, sample, parse, step until the environment or ``sdar.env.max_steps`` ends it."""
 
+    tokenizer: Any  # verl's annotation names the factory, not a tokenizer
+
     def __init__(self, *args: Any, **kwargs: Any):
-        # verl would build a token merger for the model's family, which growing conversations need and which makes demands
-        # on the tokenizer. Here every turn is a prompt of its own, encoded once, so the plain one does.
+        # verl would build a token merger for the model's family, which growing conversations need and which makes
+        # demands on the tokenizer. Here every turn is a prompt of its own, encoded once, so the plain one does.
         super().__init__(*args, **{**kwargs, "hf_model_type": None})
 
-    async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> list[AgentLoopOutput]:
+    async def run(  # type: ignore[override]  # verl's worker takes lists, its annotation has not followed
+        self, sampling_params: dict[str, Any], **kwargs: Any
+    ) -> list[AgentLoopOutput]:
         """Play the task of this dataset row.
 
         Args:

@@ -97,9 +97,9 @@ class SdarTrainer(PPOTrainerSync):
         tu.assign_non_tensor_stack(batch, "uid", uids)
         return batch
 
-    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs: Any) -> KVBatchMeta:
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
         batch.reorder(sorted(range(len(batch.keys)), key=lambda i: _row_order(batch.keys[i])))
-        batch = super()._balance_batch(batch, metrics, **kwargs)
+        batch = super()._balance_batch(batch, metrics, *args, **kwargs)
         self._infos = self._read_infos(batch)
         metrics.update(row_metrics(batch.keys, self._infos))
         return batch
@@ -152,12 +152,10 @@ class SdarTrainer(PPOTrainerSync):
         data_sources: Sequence[str],
         sample_uids: Sequence[str],
         reward_extra_infos_dict: dict[str, list[Any]],
-        sample_turns: Sequence[int],
+        *args: Any,
         **kwargs: Any,
     ) -> dict[str, float]:
-        metrics = super()._val_metrics_update(
-            data_sources, sample_uids, reward_extra_infos_dict, sample_turns, **kwargs
-        )
+        metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
         stop_on_errors(reward_extra_infos_dict.get("error", []))
         arms = arm_metrics(reward_extra_infos_dict)
         if arms:
@@ -172,7 +170,7 @@ class SdarTrainer(PPOTrainerSync):
 
 
 def stop_on_errors(errors: Sequence[str | None]) -> None:
-    """Raise the first fault that an agent loop noted, if any: such a fault is the set-up's, not an episode's bad luck."""
+    """Raise the first fault that an agent loop noted: such a fault is the set-up's, not an episode's bad luck."""
     faults = [error for error in errors if error]
     if faults:
         raise RolloutError(f"{faults[0]}\n({len(faults)} of {len(errors)} rows of this step have such a fault)")

@@ -31,7 +31,7 @@ SHORT = [
     "trainer.save_freq=2",
 ]
 # What two runs of the same arithmetic may differ by: the order of float32 sums.
-SAME = dict(rel=2e-4, abs=2e-5)
+SAME = {"rel": 2e-4, "abs": 2e-5}
 LEARNING = ("actor/loss", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "sdar/success")
 DISTILLING = ("sdar/loss", "sdar/gate_mean", "sdar/gap_mean", "sdar/gap_std")
 

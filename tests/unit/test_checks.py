@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+import verl  # noqa: F401  loads the plugin, which puts our configs on the search path
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-import verl  # noqa: F401  loads the plugin, which puts our configs on the search path
 from sdar_verl.compat import check_verl_version
 from sdar_verl.config import load_config
 from sdar_verl.errors import ConfigError
