@@ -1,4 +1,4 @@
-"""Scripted players of the simulator. They decide by what the policy sees in its prompt, so it can learn to do the same."""
+"""Scripted players of the simulator; they decide by what the policy sees in its prompt, so it can learn from them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Measures a start policy: python scripts/start_policy/evaluate.py --policy DIR [--games 128] [--data GAMES]
 
-Success, invalid actions and lengths on held-out floor plans of the default household, without a skill, with it, and with a
-skill that names wrong places. The project's own evaluation goes through verl; this one needs a minute.
+Success, invalid actions and lengths on held-out floor plans of the default household: without a skill, with it, and
+with a skill that names wrong places. The project's own evaluation goes through verl; this one needs a minute.
 """
 
 from __future__ import annotations

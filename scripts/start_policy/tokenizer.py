@@ -13,7 +13,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}<user> {{ message['content'] }} "
     "{% elif message['role'] == 'assistant' %}<assistant> {{ message['content'] }} <eos> "
-    "{% else %}{{ raise_exception('this policy knows the roles user and assistant, not ' + message['role']) }}{% endif %}"
+    "{% else %}{{ raise_exception('this policy knows the roles user and assistant, not ' + message['role']) }}"
+    "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
@@ -49,7 +50,6 @@ def build_tokenizer(words: Iterable[str]) -> Any:
         pad_token="<pad>",
         unk_token="<unk>",
         eos_token="<eos>",
-        additional_special_tokens=["<user>", "<assistant>"],
         clean_up_tokenization_spaces=False,
         model_max_length=512,
         padding_side="left",

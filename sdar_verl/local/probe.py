@@ -1,9 +1,9 @@
 """How much of the household a policy knows by heart: the noise-free measure of internalisation.
 
-In its first thought the quick start's policy names the target and where it will look: ``<think> apple in fridge </think>``. The
-probe gives it the first prompt of a game *without* a skill and the beginning ``<think> apple in``, and reads off the probability
-of the usual place. Nothing is sampled. A policy that knows nothing is at about one over the number of receptacle types in the
-room; one that has taken its teacher's knowledge into its weights comes near 1.
+In its first thought the quick start's policy names the target and where it will look: ``<think> apple in fridge
+</think>``. The probe gives it the first prompt of a game *without* a skill and the beginning ``<think> apple in``, and
+reads off the probability of the usual place. Nothing is sampled. A policy that knows nothing is at about one over the
+number of receptacle types in the room; one that has taken its teacher's knowledge into its weights comes near 1.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def first_turns(tasks: Sequence[Task], environment: TextEnv) -> list[FirstTurn]:
     """The first turn of each task, as the environment itself shows it.
 
     Args:
-        tasks: ALFWorld tasks of generated games: ``data["game_file"]`` lies beside a ``traj_data.json`` that tells the usual place.
+        tasks: of generated games; the ``traj_data.json`` beside their ``data["game_file"]`` tells the usual place.
         environment: the run's own kind of environment (about 0.3 s a game on the stock engine).
 
     Raises:
@@ -55,8 +55,8 @@ def first_turns(tasks: Sequence[Task], environment: TextEnv) -> list[FirstTurn]:
         trajectory = json.loads((Path(str(task.data["game_file"])).parent / "traj_data.json").read_text())
         if "sdar" not in trajectory:
             raise ValueError(
-                f"{task.data['game_file']} was not made by sdar_verl's generator: no usual place is known for its target, so "
-                "the internalisation probe has nothing to ask"
+                f"{task.data['game_file']} was not made by sdar_verl's generator: no usual place is known for its "
+                "target, so the internalisation probe has nothing to ask; leave it out or use generated games"
             )
         start = environment.reset(task)
         turns.append(
@@ -139,8 +139,8 @@ def _question(tokenizer: Any, template: PromptTemplate, turn: FirstTurn, max_ste
     whole = tokenizer(f"{beginning} {turn.usual_place}", add_special_tokens=False)["input_ids"]
     if whole[: len(begun)] != begun or len(whole) == len(begun) or tokenizer.unk_token_id in whole:
         raise ValueError(
-            f"the tokenizer cannot ask for {turn.target!r} in {turn.usual_place!r}: a word is unknown to it, or it joins "
-            "words; the probe is for the quick start's policy"
+            f"the tokenizer cannot ask for {turn.target!r} in {turn.usual_place!r}: a word is unknown to it, or it "
+            "joins words; the probe is for the quick start's policy"
         )
     return [*prompt, *begun], whole[len(begun) :]
 

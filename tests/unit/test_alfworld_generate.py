@@ -1,4 +1,4 @@
-"""Game generation: the same games everywhere, all six task types, each won on the stock engine, in ALFWorld's layout."""
+"""Game generation: the same games everywhere, all six task types, won on the stock engine, in ALFWorld's layout."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def _claim(folder: Path, config: GeneratorConfig) -> None:
 
 @contextmanager
 def _translated_once() -> Iterator[None]:
-    """Load and reset share their translations of the problem; the planner gets its own, optimised one (tenfold quicker)."""
+    """Load and reset share their translations of the problem; the planner gets its own, much quicker to plan with."""
     import fast_downward
 
     installed = fast_downward.pddl2sas

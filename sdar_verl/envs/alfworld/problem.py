@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from sdar_verl.envs.alfworld.spec import LAMP, PROCESSES, GameSpec, alfred_constants, fits
+from sdar_verl.envs.alfworld.spec import LAMP, PROCESSES, GameSpec, alfred_constants, alfred_folder, fits
 
 _START = "loc|0|0|0|30"
 
@@ -21,7 +20,7 @@ def escape(name: str) -> str:
 @lru_cache(maxsize=1)
 def domain_and_grammar() -> tuple[str, str]:
     """ALFWorld's own PDDL domain and text grammar."""
-    data = Path(alfred_constants().__file__).parents[1] / "data"
+    data = alfred_folder() / "data"
     return (data / "alfred.pddl").read_text(), (data / "alfred.twl2").read_text()
 
 

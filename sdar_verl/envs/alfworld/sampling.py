@@ -7,7 +7,6 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 
 from sdar_verl.envs.alfworld.spec import (
     LAMP,
@@ -20,6 +19,7 @@ from sdar_verl.envs.alfworld.spec import (
     Receptacle,
     Room,
     alfred_constants,
+    alfred_folder,
     fits,
     held_out,
     process_of,
@@ -33,7 +33,7 @@ _MAX_PER_TYPE = 3
 @lru_cache(maxsize=64)
 def floor_plan(scene: int) -> dict[str, tuple[str, ...]]:
     """Receptacle ids of an AI2-THOR floor plan by type, as ALFRED recorded them."""
-    folder = Path(alfred_constants().__file__).parent / "layouts"
+    folder = alfred_folder() / "gen" / "layouts"
     by_type: dict[str, list[str]] = {}
     for receptacle_id in sorted(json.loads((folder / f"FloorPlan{scene}-openable.json").read_text())):
         receptacle_type = receptacle_id.split("|")[0]
@@ -68,8 +68,8 @@ def sample_spec(config: GeneratorConfig, split: str, index: int, places: Mapping
         if spec is not None:
             return spec
     raise ValueError(
-        f"no {task_type} game for split {split!r} in {_ATTEMPTS} draws: the floor plans {config.scenes or 'chosen'} lack the "
-        "receptacles it needs; allow more of them in GeneratorConfig.scenes or raise n_receptacles"
+        f"no {task_type} game for split {split!r} in {_ATTEMPTS} draws: no floor plan of "
+        f"{config.scenes or 'the rooms'} belongs to this split and has the receptacles; allow more in GeneratorConfig.scenes or raise n_receptacles"
     )
 
 

@@ -1,6 +1,6 @@
-"""What a generated ALFWorld game is: rooms, the household's usual places, the generator's settings, one game's specification.
+"""What a generated ALFWorld game is: rooms, the household's usual places, the generator's settings, a game's parts.
 
-The rooms, object classes and what fits where are ALFRED's own (read from the ``alfworld`` package); the choice of a small
+Rooms, object classes and what fits where are ALFRED's own (read from the ``alfworld`` package); the choice of a small
 subset is ours, so that a policy of half a million weights can learn it.
 """
 
@@ -10,6 +10,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 
 TASK_TYPES = (
@@ -91,6 +92,11 @@ def alfred_constants() -> ModuleType:
             "the ALFWorld environment needs the package `alfworld`: pip install 'sdar-verl[alfworld]'"
         ) from error
     return constants
+
+
+def alfred_folder() -> Path:
+    """Where the ``alfworld`` package lies, with its ``data`` and ``gen`` folders."""
+    return Path(str(alfred_constants().__file__)).parents[1]
 
 
 def fits(receptacle_type: str, object_type: str) -> bool:
