@@ -69,7 +69,8 @@ def sample_spec(config: GeneratorConfig, split: str, index: int, places: Mapping
             return spec
     raise ValueError(
         f"no {task_type} game for split {split!r} in {_ATTEMPTS} draws: no floor plan of "
-        f"{config.scenes or 'the rooms'} belongs to this split and has the receptacles; allow more in GeneratorConfig.scenes or raise n_receptacles"
+        f"{config.scenes or 'the rooms'} belongs to this split and has the receptacles; allow more in "
+        "GeneratorConfig.scenes or raise n_receptacles"
     )
 
 
