@@ -1,0 +1,149 @@
+"""Writes docs/options.md from the typed settings of the ``sdar:`` node.
+
+python scripts/make_options_doc.py            write the file
+python scripts/make_options_doc.py --check    exit status 1 when the file is stale
+"""
+
+from __future__ import annotations
+
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from sdar_verl.algorithm.gates import list_gates
+from sdar_verl.algorithm.objectives import list_objectives
+from sdar_verl.config import SdarConfig
+from sdar_verl.envs.registry import known_envs
+from sdar_verl.rollout.prompts import template_names
+from sdar_verl.skills.bank import bank_names
+from sdar_verl.skills.retrieval import retriever_names
+
+PATH = Path(__file__).resolve().parents[1] / "docs" / "options.md"
+
+# Options whose values are names that a registry or a folder knows.
+NAMES: dict[str, tuple[Callable[[], typing.Iterable[str]], str]] = {
+    "sdar.loss.gate": (list_gates, ""),
+    "sdar.loss.objective": (list_objectives, ""),
+    "sdar.skills.bank": (bank_names, ", or a folder"),
+    "sdar.skills.retrieval": (retriever_names, "; a list"),
+    "sdar.env.name": (known_envs, ", or one registered by `sdar.env.modules`"),
+    "sdar.prompt.template": (template_names, ", or a `.jinja` file"),
+}
+
+HEADER = """\
+# Options of the `sdar:` node
+
+Written by `python scripts/make_options_doc.py` from `sdar_verl/config.py`; a test fails when it is stale.
+
+An unknown key, or a value that is not allowed, stops the run before Ray starts, with a message that names the option.
+Options are set like any of verl's: `sdar.loss.coef=0.1` on the command line, or in a YAML file of your own. Everything
+that is verl's (group size, learning rate, KL, clip range, ...) stays in verl's nodes.
+
+`<arm>` stands for a name of your choice. A recipe that names arms adds to those it inherits; leave an inherited one out
+with `~sdar.validation.arms.student`. Keyword arguments for `sdar.env.options` are listed in
+[environments.md](environments.md).
+"""
+
+
+class Option(NamedTuple):
+    """One row: dotted name, default in YAML, allowed values, meaning."""
+
+    name: str
+    default: str
+    allowed: str
+    meaning: str
+
+
+def main(arguments: list[str]) -> int:
+    """Write or check; returns the exit status."""
+    text = render()
+    if "--check" not in arguments:
+        PATH.write_text(text)
+        return 0
+    if PATH.is_file() and PATH.read_text() == text:
+        return 0
+    print(f"{PATH} is stale: run python {Path(__file__).name}", file=sys.stderr)
+    return 1
+
+
+def render() -> str:
+    """The whole document."""
+    parts = [HEADER]
+    for name, field in SdarConfig.model_fields.items():
+        model = field.annotation
+        assert isinstance(model, type) and issubclass(model, BaseModel)
+        summary = " ".join((model.__doc__ or "").split()).replace("``", "`")
+        rows = "\n".join(f"| {' | '.join(option)} |" for option in _options(model, f"sdar.{name}"))
+        parts.append(
+            f"\n## `sdar.{name}`\n\n{summary}\n\n| option | default | allowed | meaning |\n|---|---|---|---|\n{rows}\n"
+        )
+    return "".join(parts)
+
+
+def _options(model: type[BaseModel], prefix: str) -> Iterator[Option]:
+    for key, field in model.model_fields.items():
+        name = f"{prefix}.{key}"
+        yield Option(f"`{name}`", _default(field), _allowed(name, field), _escape(field.description or ""))
+        values = typing.get_args(field.annotation)[1:] if typing.get_origin(field.annotation) is dict else ()
+        for value in values:
+            if isinstance(value, type) and issubclass(value, BaseModel):
+                yield from _options(value, f"{name}.<{key.removesuffix('s')}>")
+
+
+def _escape(text: str) -> str:
+    """Plain text as a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "none, must be given"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, dict):
+        value = {key: item.model_dump() if isinstance(item, BaseModel) else item for key, item in value.items()}
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    return f"`{text}`"
+
+
+def _allowed(name: str, field: FieldInfo) -> str:
+    if name in NAMES:
+        names, more = NAMES[name]
+        return ", ".join(f"`{known}`" for known in names()) + more
+    limits = {
+        symbol: getattr(limit, attribute)
+        for limit in field.metadata
+        for attribute, symbol in (("ge", "at least"), ("gt", "above"), ("min_length", "at least"))
+        if getattr(limit, attribute, None) is not None
+    }
+    kind = _type_name(field.annotation)
+    if kind.startswith(("text", "a list", "a mapping")):
+        return kind + (", not empty" if limits else "")
+    return kind + "".join(f", {symbol} {limit:g}" for symbol, limit in limits.items())
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if isinstance(annotation, UnionType):
+        parts = [part for part in typing.get_args(annotation) if part is not NoneType]
+        return " or ".join(["null", *map(_type_name, parts)])
+    simple = {float: "number", int: "whole number", bool: "`true`, `false`", str: "text"}
+    if annotation in simple:
+        return simple[annotation]
+    origin = typing.get_origin(annotation)
+    if origin is list:
+        return "a list of names"
+    if origin is dict:
+        return "a mapping"
+    raise TypeError(f"no words for the type {annotation}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
