@@ -7,11 +7,11 @@ import time
 
 import pytest
 import torch
-from support.tiny_model import make_tiny_model
 
 from sdar_verl.local.sampling import SamplingParams, sample
 from sdar_verl.local.scheduler import BatchScheduler
 from sdar_verl.local.slot_cache import SlotCache, verify_slot_cache
+from tests.support.tiny_model import make_tiny_model
 
 EOS = 2  # make_tiny_model's <|im_end|>
 

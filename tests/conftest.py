@@ -1,1 +1,0 @@
-"""Being here puts tests/ on sys.path, so that tests import ``support``."""

@@ -1,0 +1,108 @@
+"""When verl takes the CPU for its device, and what it is told then."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from verl.plugin.platform import PlatformRegistry
+
+from sdar_verl.local import platform as cpu
+
+
+@pytest.fixture
+def lonely(monkeypatch):
+    """A process on a machine of its own: no accelerator, no Ray cluster to join."""
+    import ray._private.utils
+
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID", "VERL_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ray._private.utils, "read_ray_address", lambda *_: None)
+    monkeypatch.setattr(cpu, "_other_platform_available", lambda *_: False)
+    return monkeypatch
+
+
+def chosen() -> bool:
+    return cpu.CpuPlatform().is_platform_available(use_smi_check=True)
+
+
+def test_it_is_the_fallback_on_a_machine_of_its_own(lonely):
+    assert chosen()
+
+
+def test_an_accelerator_wins(lonely):
+    class Gpu(cpu.CpuPlatform):
+        def is_platform_available(self, use_smi_check=False):
+            return use_smi_check
+
+    class Unprobed(cpu.CpuPlatform):
+        def is_platform_available(self, use_smi_check=False):
+            raise OSError("no driver")
+
+    lonely.undo()
+    lonely.setattr(PlatformRegistry, "_platforms", {"cpu": cpu.CpuPlatform, "later": Unprobed})
+    assert not cpu._other_platform_available(True)
+    # Also one that another plugin registers after ours.
+    lonely.setattr(PlatformRegistry, "_platforms", {"cpu": cpu.CpuPlatform, "later": Unprobed, "latest": Gpu})
+    assert cpu._other_platform_available(True)
+
+
+@pytest.mark.parametrize("name", ["RAY_ADDRESS", "RAY_JOB_ID"])
+def test_it_is_never_guessed_inside_a_ray_cluster(lonely, name):
+    lonely.setenv(name, "01000000")
+    assert not chosen()
+
+
+def test_it_is_not_guessed_where_ray_start_has_run(lonely):
+    import ray._private.utils
+
+    lonely.setattr(ray._private.utils, "read_ray_address", lambda *_: "10.0.0.1:6379")
+    assert not chosen()
+
+
+def test_verl_finds_platform_engine_and_rollout_by_importing_itself():
+    """In a fresh process that imports nothing of ours; the entry point does the rest."""
+    code = (
+        "import verl\n"
+        "from verl.utils.device import get_device_name, get_nccl_backend\n"
+        "from verl.workers.engine import EngineRegistry\n"
+        "from verl.workers.rollout.base import get_rollout_class\n"
+        "engine = EngineRegistry.get_engine_cls('language_model', 'fsdp2')\n"
+        "rollout = get_rollout_class('transformers')\n"
+        "print(get_device_name(), get_nccl_backend(), engine.__name__, rollout.__name__)"
+    )
+    env = {**os.environ, "VERL_PLATFORM": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
+    assert done.stdout.split() == ["cpu", "gloo", "CpuFSDPEngine", "ServerAdapter"], done.stderr[-3000:]
+
+
+def test_verls_memory_and_random_state_calls_work_on_the_device_module():
+    device = cpu.CpuPlatform().device_module
+    state = device.get_rng_state()
+    first = torch.rand(3)
+    device.set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+    device.manual_seed_all(3)
+    assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(3)))
+    assert device.mem_get_info() == (0, 0)
+    assert device.max_memory_allocated() == device.memory_reserved(0) == 0
+    assert device.is_available()  # torch.cpu's own
+    assert torch.zeros(1).to(cpu.CpuPlatform().current_device()).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("engine_config", "message"),
+    [
+        ({"strategy": "fsdp", "offload_policy": False}, "actor.strategy=fsdp .FSDP1. cannot run on the CPU"),
+        ({"strategy": "fsdp2", "offload_policy": True}, "fsdp_config.offload_policy=True"),
+    ],
+)
+def test_the_engine_refuses_what_needs_an_accelerator(engine_config, message):
+    from sdar_verl.local.engine import CpuFSDPEngine
+
+    with pytest.raises(ValueError, match=message):
+        CpuFSDPEngine(None, SimpleNamespace(**engine_config), None, None)

@@ -1,0 +1,161 @@
+"""The CPU rollout server and the pieces that verl loads on the CPU, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from sdar_verl.local.server import TransformersServer
+from tests.support.tiny_model import make_tiny_model
+
+PROMPT = list(range(10, 30))
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"), scale=3.0)
+
+
+@pytest.fixture(scope="module")
+def weights(model_path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).state_dict()
+
+
+def rollout_config(**given):
+    from verl.workers.config import RolloutConfig
+
+    settings = {"name": "transformers", "tensor_model_parallel_size": 1, "dtype": "float32", "max_num_seqs": 8}
+    return RolloutConfig(**{**settings, "prompt_length": 40, "response_length": 12, **given})
+
+
+def make_server(model_path, **given):
+    model_config = OmegaConf.create(
+        {
+            "_target_": "verl.workers.config.HFModelConfig",
+            "path": str(model_path),
+            "override_config": {"attn_implementation": "sdpa"},
+        }
+    )
+    return TransformersServer(rollout_config(**given), model_config, replica_rank=0)
+
+
+def test_a_response_carries_tokens_log_probs_and_the_step_of_its_weights(model_path, weights):
+    async def main():
+        server = make_server(model_path, ignore_eos=True)
+        await server.update_weights(weights, global_steps=7)
+        asked = server.generate(PROMPT, {"logprobs": True, "temperature": 0.7}, "a")
+        plain = server.generate(PROMPT, {"max_tokens": 3}, "b")
+        return await asyncio.gather(asked, plain), await server.get_stats()
+
+    (asked, plain), stats = asyncio.run(main())
+    assert len(asked.token_ids) == len(asked.log_probs) == 12  # response_length
+    assert len(plain.token_ids) == 3 and plain.log_probs is None
+    assert (asked.stop_reason, asked.extra_fields["global_steps"], asked.num_preempted) == ("completed", 7, 0)
+    assert (stats["requests"], stats["response_tokens"]) == (2, 15)
+
+
+def test_the_default_length_is_that_of_verls_vllm_server(model_path, weights):
+    async def main():
+        server = make_server(model_path, ignore_eos=True)
+        await server.update_weights(weights, 0)
+        # Longer than prompt_length = 40: the response gives way, so that both fit in 52 tokens.
+        return await server.generate(PROMPT * 2 + PROMPT[:5], {}, "a")
+
+    assert len(asyncio.run(main()).token_ids) == 52 - 45
+
+
+def test_no_response_without_weights_or_while_asleep(model_path, weights):
+    async def main():
+        server = make_server(model_path)
+        with pytest.raises(RuntimeError, match="before its first weights"):
+            await server.generate(PROMPT, {}, "a")
+        await server.update_weights(weights, 0)
+        await server.sleep()
+        with pytest.raises(RuntimeError, match="request a reached rollout replica while it sleeps"):
+            await server.generate(PROMPT, {}, "a")
+        await server.wake_up(tags=["weights"])  # verl: weights first, then the update, then the cache
+        with pytest.raises(RuntimeError, match="sleeps"):
+            await server.generate(PROMPT, {}, "a")
+        await server.wake_up(tags=["kv_cache"])
+        assert (await server.generate(PROMPT, {}, "a")).token_ids
+        never_sleeps = make_server(model_path, free_cache_engine=False)  # verl wakes nothing then
+        await never_sleeps.update_weights(weights, 0)
+        await never_sleeps.sleep()
+        assert (await never_sleeps.generate(PROMPT, {}, "a")).token_ids
+
+    asyncio.run(main())
+
+
+def test_weights_that_do_not_fit_are_an_error(model_path, weights, tmp_path):
+    async def main():
+        server = make_server(model_path)
+        with pytest.raises(ValueError, match=r"missing \['model.norm.weight'\]"):
+            await server.update_weights({k: v for k, v in weights.items() if k != "model.norm.weight"}, 0)
+        with pytest.raises(ValueError, match=r"unexpected \['adapter'\]"):
+            await server.update_weights({**weights, "adapter": torch.zeros(1)}, 0)
+        # With one matrix for input and output the trainer sends the embedding alone; with two it must send both.
+        untied = make_server(make_tiny_model(tmp_path, tie_word_embeddings=False))
+        without_head = {k: v for k, v in weights.items() if k != "lm_head.weight"}
+        await server.update_weights(without_head, 0)
+        with pytest.raises(ValueError, match=r"missing \['lm_head.weight'\]"):
+            await untied.update_weights(without_head, 0)
+
+    asyncio.run(main())
+
+
+def test_input_it_cannot_serve_is_an_error(model_path, weights):
+    async def main():
+        server = make_server(model_path, max_model_len=30)
+        await server.update_weights(weights, 0)
+        with pytest.raises(ValueError, match="30 tokens leaves no room in the model's context of 30"):
+            await server.generate(list(range(10, 40)), {}, "a")
+        with pytest.raises(ValueError, match=r"text only, but the request carries \['image_data'\]"):
+            await server.generate(PROMPT, {}, "a", image_data=["picture"])
+        with pytest.raises(ValueError, match="min_p="):
+            await server.generate(PROMPT, {"min_p": 0.2}, "a")
+        full = await server.generate(list(range(10, 39)), {"ignore_eos": True}, "a")
+        assert len(full.token_ids) == 1
+
+    asyncio.run(main())
+
+
+def test_abort_holds_or_rejects_requests_until_generation_resumes(model_path, weights):
+    async def main():
+        server = make_server(model_path)
+        await server.update_weights(weights, 0)
+        assert await server.abort_all_requests() == 0
+        held = asyncio.create_task(server.generate(PROMPT, {}, "a"))
+        await asyncio.sleep(0.05)
+        assert not held.done()
+        await server.abort_all_requests(reject_request=True)
+        rejected = await server.generate(PROMPT, {}, "b")
+        assert (rejected.stop_reason, rejected.token_ids) == ("aborted", [])
+        await server.resume_generation()
+        assert (await asyncio.wait_for(held, 30)).stop_reason == "completed"
+
+    asyncio.run(main())
+
+
+def test_settings_of_a_gpu_engine_are_refused():
+    from verl.workers.rollout.replica import RolloutMode, get_rollout_replica_class
+
+    replica_class = get_rollout_replica_class("transformers")
+
+    def launch(mode=RolloutMode.HYBRID, **given):
+        replica = replica_class(0, rollout_config(**given), OmegaConf.create({}), gpus_per_node=1)
+        replica.rollout_mode = mode
+        asyncio.run(replica.launch_servers())
+
+    with pytest.raises(ValueError, match=r"rollout.logprobs_mode='raw_logprobs'"):
+        launch(logprobs_mode="raw_logprobs")
+    with pytest.raises(ValueError, match=r"rollout.full_determinism=True"):
+        launch(full_determinism=True)
+    with pytest.raises(ValueError, match=r"rollout.data_parallel_size=2"):
+        launch(data_parallel_size=2)
+    with pytest.raises(ValueError, match="not in mode 'standalone'"):
+        launch(mode=RolloutMode.STANDALONE)
