@@ -32,7 +32,7 @@ def wheel(tmp_path_factory) -> Path:
     for name in tracked:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
-    run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, source, cwd=folder)
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source, cwd=folder)
     return next(folder.glob("sdar_verl-*.whl"))
 
 
