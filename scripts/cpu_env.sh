@@ -5,3 +5,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export MALLOC_TOP_PAD_=1000000000 MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000
 export TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1
+# Ray runs its workers at niceness 15, where anything else on the machine starves them.
+export RAY_worker_niceness=0

@@ -55,10 +55,14 @@ class SdarAgentLoop(AgentLoopBase):
 
     tokenizer: Any  # verl's annotation names the factory, not a tokenizer
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        # verl would build a token merger for the model's family, which growing conversations need and which makes
-        # demands on the tokenizer. Here every turn is a prompt of its own, encoded once, so the plain one does.
-        super().__init__(*args, **{**kwargs, "hf_model_type": None})
+    def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, **kwargs: Any):
+        # verl's own initialiser builds a token merger for the model's family, per trajectory, which growing
+        # conversations need and which makes demands on the tokenizer. Here every turn is a prompt of its own, encoded
+        # once; so it is not called.
+        self.config = trainer_config.config
+        self.rollout_config = self.config.actor_rollout_ref.rollout
+        self.server_manager = server_manager
+        self.tokenizer = tokenizer
 
     async def run(  # type: ignore[override]  # verl's worker takes lists, its annotation has not followed
         self, sampling_params: dict[str, Any], **kwargs: Any
