@@ -46,8 +46,8 @@ An unknown key, or a value that is not allowed, stops the run before Ray starts,
 Options are set like any of verl's: `sdar.loss.coef=0.1` on the command line, or in a YAML file of your own. Everything
 that is verl's (group size, learning rate, KL, clip range, ...) stays in verl's nodes.
 
-`<arm>` stands for a name of your choice. A recipe that names arms adds to those it inherits; leave an inherited one out
-with `~sdar.validation.arms.student`. Keyword arguments for `sdar.env.options` are listed in
+`<arm>` stands for a name of your choice. A recipe that names arms adds to those it inherits; beside another arm, leave
+an inherited one out with `~sdar.validation.arms.student`. Keyword arguments for `sdar.env.options` are listed in
 [environments.md](environments.md).
 """
 

@@ -1,0 +1,152 @@
+"""The documents say what the code does: options, metrics, names of settings, links."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import verl  # noqa: F401  loads the plugin, which puts our configs on the search path
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sdar_verl.algorithm.loss import distillation_terms, stats_sums
+from sdar_verl.config import load_config
+from sdar_verl.errors import SdarError
+from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.training.fields import SUMS_PREFIX
+from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
+from sdar_verl.training.validation import arm_metrics
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [
+    *sorted(path.relative_to(ROOT) for folder in ("docs", "recipes") for path in (ROOT / folder).rglob("*.md")),
+    Path("CHANGELOG.md"),
+]
+TRAINER = ROOT / "sdar_verl" / "training" / "trainer.py"
+METRIC = re.compile(r"`(sdar(?:-val)?/[^`]+|timing_s/teacher)`")
+SETTING = re.compile(r"(?:sdar|actor_rollout_ref|data|trainer|algorithm)(?:\.\w+)+(?:=\S+)?|(?:model|hardware)=\S+")
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_options_is_fresh():
+    script = load_script("make_options_doc")
+    assert script.PATH.read_text() == script.render(), "run python scripts/make_options_doc.py"
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def documented_metrics() -> list[str]:
+    rows = [line for line in (ROOT / "docs" / "metrics.md").read_text().splitlines() if line.startswith("| `")]
+    return [line.split("`")[1] for line in rows]
+
+
+def emitted_metrics() -> set[str]:
+    """Every name, from the functions that make them, given all they can be given, and the trainer's source."""
+    seen = RowInfo(0, "<task type>", skills=("<skill>",), teacher_prompt_ids=np.arange(3), context_tokens=1)
+    names = set(row_metrics(["u_0_0", "u_1_0"], [seen, RowInfo(0, "<task type>", failed=True)]))
+    outcomes = {"acc": [1.0], "turns": [1.0], "invalid_actions": [0.0], "failed": [0.0], "task_id": ["t"]}
+    names |= set(arm_metrics({**outcomes, "task_type": ["<task type>"], "arm": ["<arm>"]}))
+    names |= set(reduce_loss_sums(worker_metrics()))
+    return names | set(trainer_constants())
+
+
+def worker_metrics() -> dict[str, float]:
+    terms = distillation_terms(-torch.ones(1, 2), -torch.ones(1, 2), torch.ones(1, 2))
+    sums = {f"actor/{SUMS_PREFIX}{name}": value for name, value in stats_sums(terms).items()}
+    return {**sums, "actor/sdar/loss": 0.0}
+
+
+def trainer_constants() -> Iterator[str]:
+    """``metrics["sdar/..."] = ...`` and the names of timers."""
+    for node in ast.walk(ast.parse(TRAINER.read_text())):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and isinstance(node.slice, ast.Constant):
+            yield node.slice.value
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "marked_timer":
+            assert isinstance(node.args[0], ast.Constant)
+            yield f"timing_s/{node.args[0].value}"
+
+
+def test_every_metric_is_documented_and_every_documented_one_exists():
+    documented = documented_metrics()
+    assert len(documented) == len(set(documented))
+    assert set(documented) == emitted_metrics()
+
+
+def test_metrics_named_elsewhere_exist():
+    emitted = emitted_metrics()
+    for path in DOCUMENTS:
+        for name in METRIC.findall((ROOT / path).read_text()):
+            assert name in emitted, f"{path} names the metric {name}"
+
+
+# ---------------------------------------------------------------- options, links
+
+
+def documented_settings() -> set[tuple[str, ...]]:
+    """What stands in backticks and is made of nothing but options (``node.key``) or overrides (``node.key=value``)."""
+    found = set()
+    for path in DOCUMENTS:
+        for code in re.findall(r"`([^`\n]+)`", (ROOT / path).read_text()):
+            words = tuple(code.split()) if "=" in code else (code,)
+            if all(SETTING.fullmatch(word) for word in words):
+                found.add(words)
+    return found
+
+
+def _has(config, name: str) -> bool:
+    parent, _, key = name.rpartition(".")
+    node = OmegaConf.select(config, parent)
+    return OmegaConf.is_dict(node) and key in node
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        yield functools.cache(lambda *groups: compose("sdar_alfworld", overrides=list(groups)))
+
+
+def test_settings_in_the_documents_exist_and_are_accepted(recipe):
+    settings = documented_settings()
+    assert len(settings) > 50, "the documents, or the pattern that reads them, changed"
+    faults = []
+    for words in sorted(settings):
+        groups = [word for word in words if word.startswith(("model=", "hardware="))]
+        try:
+            config = recipe(*groups)
+            for name in (word.split("=")[0] for word in words if word not in groups):
+                assert any(_has(node, name) for node in (config, recipe("hardware=cpu"))), f"no such option: {name}"
+            ours = [word.removeprefix("sdar.") for word in words if word.startswith("sdar.") and "=" in word]
+            if ours:
+                load_config(OmegaConf.merge(config.sdar, OmegaConf.from_dotlist(ours)))
+        except (AssertionError, OmegaConfBaseException, SdarError) as error:
+            faults.append(f"{' '.join(words)}: {error}")
+    assert not faults, "\n".join(faults)
+
+
+def test_links_lead_somewhere():
+    dead = []
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / path).read_text()):
+            if not ((ROOT / path).parent / target).exists():
+                dead.append(f"{path}: {target}")
+    assert not dead, "\n".join(dead)
+
+
+def test_no_paths_of_one_machine():
+    for path in DOCUMENTS:
+        assert not re.search(r"(?<![\w.$}~-])/(?:tmp|work|home|root)/", (ROOT / path).read_text()), path
