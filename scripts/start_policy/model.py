@@ -31,7 +31,7 @@ def new_model(tokenizer: Any, *, hidden: int = 128, layers: int = 3, heads: int 
     )
     model = Qwen3ForCausalLM(config)
     # Mimetic initialisation: from the second layer on, attention begins by finding equal tokens and copying what it
-    # finds. Without it, reading a skill out of the prompt took many times longer to learn.
+    # finds, which is most of what reading a skill out of the prompt takes.
     with torch.no_grad():
         for layer in model.model.layers[1:]:
             attention = layer.self_attn

@@ -45,7 +45,7 @@ def first_turns(tasks: Sequence[Task], environment: TextEnv) -> list[FirstTurn]:
 
     Args:
         tasks: of generated games; the ``traj_data.json`` beside their ``data["game_file"]`` tells the usual place.
-        environment: the run's own kind of environment (about 0.3 s a game on the stock engine).
+        environment: the run's own kind of environment.
 
     Raises:
         ValueError: a task whose game does not say where its target usually lies, such as one of ALFWorld's download.
