@@ -2,7 +2,7 @@
 
 A tiny Qwen3 with a word-level tokenizer learns from scripted players in a simulator of the generated ALFWorld games.
 Every episode draws a household of its own, so the weights learn to read a skill, never where things lie. The shipped
-one took 37 minutes with --threads 1 on two busy cores (75 s of data, 17 minutes of look-up lesson, 19 of demonstrations).
+one took 37 minutes with --threads 1 on two busy cores (75 s data, 17 minutes look-up lesson, 19 demonstrations).
 """
 
 from __future__ import annotations
