@@ -74,9 +74,15 @@ class SdarTrainer(PPOTrainerSync):
 
     def on_init_end(self) -> None:
         """Give the actor workers their loss and set the size of an update; then verl's first weight sync."""
+        actor = self.config.actor_rollout_ref.actor.copy()
+        if self._has_teacher and self.use_reference_policy and not _reads_reference(self.config):
+            # The reference is there for the teacher alone: a KL with coefficient 0 is not worth a pass per step.
+            self.use_reference_policy = False
+            actor.use_kl_loss = False
         if self._has_teacher:
-            actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
-            self.actor_rollout_wg.set_loss_fn(partial(sdar_loss, config=actor, settings=self.sdar.loss))
+            self.actor_rollout_wg.set_loss_fn(
+                partial(sdar_loss, config=omega_conf_to_dataclass(actor), settings=self.sdar.loss)
+            )
         rows = self.sdar.update.mini_batch_rows
         if rows is not None:
             # verl counts a mini-batch in prompts and bounds it by the prompts of a step; a step of T-turn episodes has
@@ -167,6 +173,11 @@ class SdarTrainer(PPOTrainerSync):
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> None:
         super()._compute_metrics(batch, metrics, *args, **kwargs)
         print(step_line(self.global_steps, self.total_training_steps, metrics), flush=True)
+
+
+def _reads_reference(config: Any) -> bool:
+    """Whether verl itself needs the reference's log-probs of the student's rows."""
+    return bool(config.actor_rollout_ref.actor.kl_loss_coef or config.algorithm.use_kl_in_reward)
 
 
 def stop_on_errors(errors: Sequence[str | None]) -> None:
