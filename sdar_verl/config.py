@@ -67,7 +67,7 @@ class EnvConfig(_Node):
     name: str = Field("alfworld", min_length=1, description="registered environment")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
     modules: list[str] = Field(default_factory=list, description="modules imported first: they register environments")
-    max_steps: int = Field(50, ge=1, description="turns per episode (paper: 50 on ALFWorld)")
+    max_steps: int = Field(50, ge=1, description="turns per episode (released scripts: 50 on ALFWorld)")
     processes: int = Field(4, ge=1, description="environment processes per agent-loop worker")
     envs_per_process: int = Field(16, ge=1, description="episodes that one process hosts at a time")
     reset_timeout_s: float = Field(60.0, gt=0, description="seconds")
@@ -78,7 +78,9 @@ class PromptConfig(_Node):
     """The prompt of student and teacher: one template, with the skill slot empty or filled."""
 
     template: str = Field("alfworld", min_length=1, description="name of a shipped template or a .jinja file")
-    history_length: int = Field(2, ge=0, description="past (observation, action) pairs shown (paper: 2 on ALFWorld)")
+    history_length: int = Field(
+        2, ge=0, description="past (observation, action) pairs shown (released scripts: 2 on ALFWorld)"
+    )
     think: Literal["optional", "required"] = Field(
         "optional", description="required makes an answer without a think block invalid (released code's way)"
     )

@@ -66,7 +66,7 @@ def gap_gate(gap: torch.Tensor, *, beta: float, **_: Any) -> torch.Tensor:
 
 @register_gate("none")
 def no_gate(gap: torch.Tensor, **_: Any) -> torch.Tensor:
-    """g_t = 1: the objective as it is, no gating (the paper's OPSD and GRPO+OPSD are ungated)."""
+    """g_t = 1: the objective as it is, no gating; with the ``sampled`` objective a control, see above."""
     return torch.ones_like(gap)
 
 

@@ -128,8 +128,8 @@ class SdarAgentLoop(AgentLoopBase):
                     step=turn_index + 1,
                     max_steps=settings.env.max_steps,
                 )
-                prompt_ids, shown = self._student_prompt(runtime, shown, context.text if shows_skills else "")
-                info = RowInfo(turn=turn_index, task_type=task.task_type)
+                prompt_ids, shown, dropped = self._student_prompt(runtime, shown, context.text if shows_skills else "")
+                info = RowInfo(turn=turn_index, task_type=task.task_type, history_dropped=dropped)
                 if wants_teacher:
                     self._teacher_prompt(runtime, shown, context, len(prompt_ids), info)
 
@@ -174,14 +174,14 @@ class SdarAgentLoop(AgentLoopBase):
             episode.success = state.success
         return episode
 
-    def _student_prompt(self, runtime: Runtime, shown: TurnContext, skills: str) -> tuple[list[int], TurnContext]:
+    def _student_prompt(self, runtime: Runtime, shown: TurnContext, skills: str) -> tuple[list[int], TurnContext, int]:
         ids, dropped = runtime.prompts.fit(
             shown, skills, limit=runtime.max_prompt_length, drop_history=True, option="data.max_prompt_length"
         )
         if dropped:
             # The teacher answers the student's question: it gets the history that the student got.
             shown = TurnContext(**{**shown.__dict__, "history": shown.history[dropped:]})
-        return ids, shown
+        return ids, shown, dropped
 
     def _teacher_prompt(
         self, runtime: Runtime, shown: TurnContext, context: Context, student_tokens: int, info: RowInfo

@@ -22,6 +22,7 @@ class RowInfo:
         no_match: retrieval found no skill of this task's own.
         teacher_prompt_ids: token ids of the teacher's prompt; None when the teacher has no say on this row.
         context_tokens: tokens that the skills add to the prompt.
+        history_dropped: (observation, action) pairs left out so that the student's prompt fits.
         truncated: the teacher's prompt was too long for ``sdar.teacher.max_prompt_length`` as it was.
         unparsed: the answer held no action.
         inadmissible: it held one, but the environment does not offer it.
@@ -36,6 +37,7 @@ class RowInfo:
     no_match: bool = False
     teacher_prompt_ids: np.ndarray | None = None
     context_tokens: int = 0
+    history_dropped: int = 0
     truncated: bool = False
     unparsed: bool = False
     inadmissible: bool = False

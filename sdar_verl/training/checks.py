@@ -14,6 +14,7 @@ from sdar_verl.algorithm.objectives import get_objective
 from sdar_verl.compat import check_verl_version
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
+from sdar_verl.panels import PanelError, read_panel
 
 VERL_TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 SUPPORTED_STRATEGIES = ("fsdp", "fsdp2")
@@ -35,7 +36,7 @@ def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
     from sdar_verl.envs.registry import check_env
     from sdar_verl.rollout.prompts import PromptTemplate
     from sdar_verl.skills.bank import SkillBank
-    from sdar_verl.skills.retrieval import retriever_names
+    from sdar_verl.skills.retrieval import check_rules
 
     for module in sdar.env.modules:
         try:
@@ -48,12 +49,9 @@ def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
         "sdar.env": lambda: check_env(sdar.env.name, sdar.env.options),
         "sdar.prompt.template": lambda: PromptTemplate.load(sdar.prompt.template),
         "sdar.skills.bank": lambda: SkillBank.load(sdar.skills.bank),
+        "sdar.skills.retrieval": lambda: check_rules(sdar.skills.retrieval),
     }
-    faults = [
-        f"sdar.skills.retrieval: unknown rule {rule!r}; known: {', '.join(retriever_names())}"
-        for rule in sdar.skills.retrieval
-        if rule not in retriever_names()
-    ]
+    faults = []
     for option, attempt in attempts.items():
         try:
             attempt()
@@ -101,6 +99,11 @@ def _teacher(config: DictConfig, sdar: SdarConfig) -> list[str]:
         )
     if teacher.source == "none":
         return faults
+    if sdar.skills.retrieval == ["none"]:
+        faults.append(
+            f"sdar.skills.retrieval=[none] leaves the teacher (sdar.teacher.source={teacher.source}) without a context; "
+            "choose a rule, or set sdar.teacher.source=none and sdar.loss.coef=0"
+        )
     longest = teacher.max_prompt_length + config.data.max_response_length
     budgets = {"actor_rollout_ref.rollout.log_prob": rollout}
     if teacher.source == "reference":
@@ -154,20 +157,43 @@ def _engine(config: DictConfig, sdar: SdarConfig) -> list[str]:
             'actor_rollout_ref.rollout.name=vllm, but vllm is not installed: pip install "sdar-verl[vllm]" '
             "(or hardware=cpu to try the recipe without a GPU)"
         )
+    attention = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
+    if device != "cpu" and attention in (None, "flash_attention_2") and util.find_spec("flash_attn") is None:
+        faults.append(
+            'flash-attn is not installed, and verl uses it unless told otherwise: pip install "sdar-verl[flash-attn]", or '
+            "+actor_rollout_ref.model.override_config.attn_implementation=sdpa"
+        )
     return faults
 
 
 def _data(config: DictConfig, sdar: SdarConfig) -> list[str]:
     faults = []
     for option in ("train_files", "val_files"):
-        files = config.data[option]
-        for file in [files] if isinstance(files, str) else list(files or [""]):
-            if "://" not in str(file) and not Path(str(file)).expanduser().is_file():
+        for file in panel_files(config, option):
+            path = Path(file).expanduser()
+            if not path.is_file():
                 faults.append(
                     f"data.{option}={file} does not exist; make the task panels with "
                     f"`sdar-verl prepare {sdar.env.name} --out DIR` and point to its parquet files"
                 )
+                continue
+            try:
+                others = {task.env for task in read_panel(path)} - {sdar.env.name}
+            except PanelError as error:
+                faults.append(f"data.{option}: {error}")
+                continue
+            if others:
+                faults.append(
+                    f"data.{option}={file} holds tasks of {', '.join(sorted(others))}, but sdar.env.name={sdar.env.name}"
+                )
     return faults
+
+
+def panel_files(config: DictConfig, option: str) -> list[str]:
+    """The local files of ``data.train_files`` or ``data.val_files``; remote ones (``hdfs://``) are verl's to fetch."""
+    files = config.data[option]
+    listed = [files] if isinstance(files, str) else list(files or [""])
+    return [str(file) for file in listed if "://" not in str(file)]
 
 
 _CHECKS: tuple[Any, ...] = (_names, _modes, _teacher, _batches, _engine, _data)

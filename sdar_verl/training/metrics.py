@@ -36,6 +36,7 @@ def row_metrics(keys: Sequence[str], infos: Sequence[RowInfo | None]) -> dict[st
         "sdar/turns": len(played) / len({key for key, info in real if not info.failed}),
         "sdar/invalid_share": _share(info.invalid for info in played),
         "sdar/unparsed_share": _share(info.unparsed for info in played),
+        "sdar/history_dropped_share": _share(info.history_dropped > 0 for info in played),
         "sdar/context_share": len(seen) / len(played),
         "sdar/truncated_share": _share(info.truncated for info in played),
         "sdar/no_match_share": _share(info.no_match for info in played),

@@ -26,14 +26,15 @@ from verl.utils.debug import marked_timer
 
 from sdar_verl.config import load_config
 from sdar_verl.errors import RolloutError
+from sdar_verl.panels import panel_digest
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.advantage import AdvantageRows, advantage_rows
-from sdar_verl.training.checks import check_run
+from sdar_verl.training.checks import check_run, panel_files
 from sdar_verl.training.live import step_line, validation_line
 from sdar_verl.training.loss import sdar_loss
 from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
 from sdar_verl.training.teacher import PrivilegedTeacher
-from sdar_verl.training.validation import ArmDataset, arm_metrics
+from sdar_verl.training.validation import ArmDataset, arm_metrics, expected_episodes
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,9 @@ class SdarTrainer(PPOTrainerSync):
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
+        for option in ("train_files", "val_files"):
+            for file in panel_files(self.config, option):
+                print(f"sdar panel {file}: hash {panel_digest(file)}", flush=True)
         self.val_dataset = ArmDataset(self.val_dataset, self.sdar.validation.arms)
         self.val_dataloader = StatefulDataLoader(
             dataset=self.val_dataset,
@@ -163,15 +167,17 @@ class SdarTrainer(PPOTrainerSync):
     ) -> dict[str, float]:
         metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
         stop_on_errors(reward_extra_infos_dict.get("error", []))
-        arms = arm_metrics(reward_extra_infos_dict)
+        arms = arm_metrics(reward_extra_infos_dict, expected_episodes(kwargs["expected_acc_counts"]))
         if arms:
             print(validation_line(self.global_steps, arms), flush=True)
         return {**metrics, **arms}
 
     # ---------------------------------------------------------------- what a person sees
 
-    def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> None:
-        super()._compute_metrics(batch, metrics, *args, **kwargs)
+    def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, **kwargs: Any) -> None:
+        # The teacher pass runs within verl's advantage phase; its time is shown on its own.
+        timing_raw["adv"] -= timing_raw.get("teacher", 0.0)
+        super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
         print(step_line(self.global_steps, self.total_training_steps, metrics), flush=True)
 
 

@@ -35,15 +35,28 @@ class ArmDataset(Dataset):
         return row
 
 
-def arm_metrics(outcomes: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+def expected_episodes(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
+    """Arm -> episodes that validation asked for.
+
+    Args:
+        counts: verl's ``(data source, uid) -> rollouts``; the data sources are those of :class:`ArmDataset`.
+    """
+    expected: dict[str, int] = defaultdict(int)
+    for (source, _), number in counts.items():
+        expected[source.rsplit("/", 1)[-1]] += number
+    return dict(expected)
+
+
+def arm_metrics(outcomes: Mapping[str, Sequence[Any]], expected: Mapping[str, int]) -> dict[str, float]:
     """Means per arm over episodes, and per task type: never means of batch means.
 
     Args:
         outcomes: column name -> one value per episode; the agent loop's ``reward_extra_info``, as verl collects it.
+        expected: arm -> episodes asked for; one that crashed and left no outcome is a failed one.
 
     Returns:
         ``sdar-val/<arm>/...``: ``success``, ``success/<task type>``, ``turns``, ``invalid_share`` (of the turns),
-        ``failed`` (episodes whose environment failed; they count as not solved) and ``episodes``.
+        ``failed`` (episodes that crashed or whose environment failed; they count as not solved) and ``episodes``.
     """
     if "arm" not in outcomes:
         return {}
@@ -57,11 +70,12 @@ def arm_metrics(outcomes: Mapping[str, Sequence[Any]]) -> dict[str, float]:
     for arm, rows in episodes.items():
         prefix = f"sdar-val/{arm}"
         turns = sum(row["turns"] for row in rows)
-        metrics[f"{prefix}/success"] = _mean(row["acc"] for row in rows)
+        asked = max(expected.get(arm, 0), len(rows))
+        metrics[f"{prefix}/success"] = sum(row["acc"] for row in rows) / asked
         metrics[f"{prefix}/turns"] = turns / len(rows)
         metrics[f"{prefix}/invalid_share"] = sum(row["invalid_actions"] for row in rows) / turns if turns else 0.0
-        metrics[f"{prefix}/failed"] = sum(row["failed"] for row in rows)
-        metrics[f"{prefix}/episodes"] = len(rows)
+        metrics[f"{prefix}/failed"] = sum(row["failed"] for row in rows) + asked - len(rows)
+        metrics[f"{prefix}/episodes"] = asked
         for task_type in sorted({row["task_type"] for row in rows}):
             metrics[f"{prefix}/success/{task_type}"] = _mean(
                 row["acc"] for row in rows if row["task_type"] == task_type

@@ -11,7 +11,9 @@ from omegaconf import OmegaConf
 
 from sdar_verl.compat import check_verl_version
 from sdar_verl.config import load_config
+from sdar_verl.envs.base import Task
 from sdar_verl.errors import ConfigError
+from sdar_verl.panels import write_panel
 from sdar_verl.training.checks import check_run
 
 
@@ -21,11 +23,9 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("panels")
     panels = [folder / "train.parquet", folder / "test.parquet"]
     for panel in panels:
-        panel.write_bytes(b"")
+        write_panel([Task("alfworld", "game", "pick_and_place_simple", "put a mug on desk")], panel, panel.stem)
     with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose(
-            "sdar_quickstart", overrides=[f"data.train_files={panels[0]}", f"data.val_files={panels[1]}"]
-        )
+        config = compose("sdar_quickstart", overrides=[f"data.train_files={panels[0]}", f"data.val_files={panels[1]}"])
     return config
 
 
@@ -49,6 +49,20 @@ CASES = {
     "template": ({"sdar.prompt.template": "alfwrld"}, ["sdar.prompt.template", "alfworld_compact"]),
     "bank": ({"sdar.skills.bank": "/no/such/bank"}, ["sdar.skills.bank", "/no/such/bank"]),
     "retrieval": ({"sdar.skills.retrieval": ["keywrd"]}, ["sdar.skills.retrieval", "keywrd", "keyword"]),
+    "retrieval that has no effect": ({"sdar.skills.retrieval": ["none", "keyword"]}, ["sdar.skills.retrieval", "none"]),
+    "a teacher without context": (
+        {"sdar.skills.retrieval": ["none"]},
+        ["retrieval=[none]", "sdar.teacher.source=none"],
+    ),
+    "another environment's panel": (
+        {"sdar.env.name": "toy_search", "sdar.env.modules": ["tests.support.toy_env"], "sdar.env.options": {}},
+        ["data.train_files", "tasks of alfworld", "sdar.env.name=toy_search"],
+    ),
+    "not a panel": ({"data.val_files": __file__}, ["data.val_files", "not a task panel"]),
+    "no flash-attn": (
+        {"trainer.device": "cuda", "actor_rollout_ref.model.override_config.attn_implementation": "flash_attention_2"},
+        ["flash-attn is not installed", 'pip install "sdar-verl[flash-attn]"'],
+    ),
     "trainer mode": ({"trainer.v1.trainer_mode": "sync"}, ["trainer.v1.trainer_mode=sync", "=sdar"]),
     "legacy trainer": ({"trainer.use_v1": False}, ["trainer.use_v1=False"]),
     "estimator": ({"algorithm.adv_estimator": "grpo"}, ["invalid_action_penalty=0.1 has no effect", "grpo"]),

@@ -10,7 +10,7 @@ from sdar_verl.algorithm.loss import add_stats, distillation_terms, finalize_sta
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.live import step_line, validation_line
 from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
-from sdar_verl.training.validation import ArmDataset, arm_metrics
+from sdar_verl.training.validation import ArmDataset, arm_metrics, expected_episodes
 
 
 def info(**kwargs) -> RowInfo:
@@ -20,7 +20,7 @@ def info(**kwargs) -> RowInfo:
 def test_row_metrics_count_episodes_once_and_leave_padding_out():
     ids = np.arange(4)
     infos = [
-        info(success=True, skills=("a",), teacher_prompt_ids=ids, context_tokens=10),
+        info(success=True, skills=("a",), teacher_prompt_ids=ids, context_tokens=10, history_dropped=1),
         info(success=True, skills=("a",), teacher_prompt_ids=ids, context_tokens=20, unparsed=True),
         info(skills=("a", "b"), inadmissible=True, truncated=True, no_match=True),
         info(failed=True),
@@ -34,6 +34,7 @@ def test_row_metrics_count_episodes_once_and_leave_padding_out():
     assert metrics["sdar/turns"] == pytest.approx(3 / 2)
     assert metrics["sdar/invalid_share"] == pytest.approx(2 / 3)
     assert metrics["sdar/unparsed_share"] == pytest.approx(1 / 3)
+    assert metrics["sdar/history_dropped_share"] == pytest.approx(1 / 3)
     assert metrics["sdar/context_share"] == pytest.approx(2 / 3)
     assert metrics["sdar/truncated_share"] == pytest.approx(1 / 3)
     assert metrics["sdar/no_match_share"] == pytest.approx(1 / 3)
@@ -74,7 +75,7 @@ def test_arm_metrics_are_means_over_episodes():
         "arm": ["student", "student", "student", "teacher"],
         "task_id": ["a", "b", "c", "a"],
     }
-    metrics = arm_metrics(outcomes)
+    metrics = arm_metrics(outcomes, {"student": 3, "teacher": 1})
     assert metrics["sdar-val/student/success"] == pytest.approx(2 / 3)
     assert metrics["sdar-val/student/success/pick"] == 0.5
     assert metrics["sdar-val/student/success/look"] == 1.0
@@ -82,7 +83,18 @@ def test_arm_metrics_are_means_over_episodes():
     assert metrics["sdar-val/student/failed"] == 1
     assert metrics["sdar-val/student/episodes"] == 3
     assert metrics["sdar-val/teacher/success"] == 1.0
-    assert arm_metrics({"acc": [1.0]}) == {}
+    assert arm_metrics({"acc": [1.0]}, {}) == {}
+
+    # An episode that crashed leaves no outcome: it was asked for, so it counts, as not solved.
+    crashed = arm_metrics(outcomes, {"student": 4, "teacher": 1})
+    assert crashed["sdar-val/student/success"] == pytest.approx(2 / 4)
+    assert crashed["sdar-val/student/failed"] == 2
+    assert crashed["sdar-val/student/episodes"] == 4
+
+
+def test_expected_episodes_are_counted_per_arm():
+    counts = {("alfworld/student", "u1"): 2, ("alfworld/student", "u2"): 2, ("alfworld/teacher", "u3"): 1}
+    assert expected_episodes(counts) == {"student": 4, "teacher": 1}
 
 
 def test_arm_dataset_repeats_the_panel_in_order():
