@@ -101,8 +101,8 @@ def _teacher(config: DictConfig, sdar: SdarConfig) -> list[str]:
         return faults
     if sdar.skills.retrieval == ["none"]:
         faults.append(
-            f"sdar.skills.retrieval=[none] leaves the teacher (sdar.teacher.source={teacher.source}) without a context; "
-            "choose a rule, or set sdar.teacher.source=none and sdar.loss.coef=0"
+            f"sdar.skills.retrieval=[none] leaves the teacher (sdar.teacher.source={teacher.source}) without a "
+            "context; choose a rule, or set sdar.teacher.source=none and sdar.loss.coef=0"
         )
     longest = teacher.max_prompt_length + config.data.max_response_length
     budgets = {"actor_rollout_ref.rollout.log_prob": rollout}
@@ -160,8 +160,8 @@ def _engine(config: DictConfig, sdar: SdarConfig) -> list[str]:
     attention = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
     if device != "cpu" and attention in (None, "flash_attention_2") and util.find_spec("flash_attn") is None:
         faults.append(
-            'flash-attn is not installed, and verl uses it unless told otherwise: pip install "sdar-verl[flash-attn]", or '
-            "+actor_rollout_ref.model.override_config.attn_implementation=sdpa"
+            'flash-attn is not installed, and verl uses it unless told otherwise: pip install "sdar-verl[flash-attn]", '
+            "or +actor_rollout_ref.model.override_config.attn_implementation=sdpa"
         )
     return faults
 
@@ -184,7 +184,8 @@ def _data(config: DictConfig, sdar: SdarConfig) -> list[str]:
                 continue
             if others:
                 faults.append(
-                    f"data.{option}={file} holds tasks of {', '.join(sorted(others))}, but sdar.env.name={sdar.env.name}"
+                    f"data.{option}={file} holds tasks of {', '.join(sorted(others))}, "
+                    f"but sdar.env.name={sdar.env.name}"
                 )
     return faults
 
