@@ -2,8 +2,8 @@
 
     python benchmarks/cpu_rollout.py [--threads 1] [--latency 0.03] [--repeats 5]
 
-64 episodes run at the same time. Each asks five times for 12 to 20 tokens after a prompt of 90 to 120, and waits for its
-environment in between. Prompts, lengths and waits come from fixed seeds. Arms:
+64 episodes run at the same time. Each asks five times for 12 to 20 tokens after a prompt of 90 to 120, and waits for
+its environment in between. Prompts, lengths and waits come from fixed seeds. Arms:
 
 slots         sdar_verl.local.scheduler: requests join and leave at every token.
 batches       requests that arrive within 5 ms run as one batch with transformers' own cache, until its slowest ends.
