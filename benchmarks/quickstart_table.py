@@ -2,8 +2,8 @@
 
     python benchmarks/quickstart_table.py --panel PANEL RUN [RUN ...]
 
-A run is a folder with ``metrics.jsonl`` and ``checkpoints/``; the first row is the start policy, from a run that validated
-before training.
+A run is a folder with ``metrics.jsonl`` and ``checkpoints/``; the first row is the start policy, from a run that
+validated before training.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ def main() -> None:
             starts.setdefault("start", row("start policy", validations[0]["data"], probes[0], None))
         lines.append(row(run.name, validations[-1]["data"], internalised, sum(times) / len(times)))
     print("\n".join([*starts.values(), *lines]))
-
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import verl  # noqa: F401  loads the plugin, which puts our configs on the search path
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 
 from sdar_verl.compat import check_verl_version
 from sdar_verl.config import load_config
+from sdar_verl.envs import registry
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import write_panel
@@ -27,6 +29,14 @@ def recipe(tmp_path_factory):
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("sdar_quickstart", overrides=[f"data.train_files={panels[0]}", f"data.val_files={panels[1]}"])
     return config
+
+
+@pytest.fixture(autouse=True)
+def no_new_environments(monkeypatch):
+    """What a case registers is gone after it."""
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    yield
+    sys.modules.pop("tests.support.toy_env", None)
 
 
 def run_checks(recipe, **overrides) -> None:

@@ -15,7 +15,9 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
 from sdar_verl.config import load_config
+from sdar_verl.envs.base import Task
 from sdar_verl.errors import ConfigError
+from sdar_verl.panels import write_panel
 from sdar_verl.training.checks import check_run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -78,7 +80,7 @@ def panels(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("panels")
     files = {"train_files": folder / "train.parquet", "val_files": folder / "validation.parquet"}
     for file in files.values():
-        file.write_bytes(b"")
+        write_panel([Task("alfworld", "game", "pick_and_place_simple", "put a mug on desk")], file, file.stem)
     return [f"data.{option}={file}" for option, file in files.items()]
 
 
