@@ -123,6 +123,7 @@ def plot(records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], path:
     axes[1, 1].axhline(0.0, color="#bbbbbb", linewidth=0.8)
     axes[1, 1].set(title="teacher-student gap, nats per token", xlabel="step")
     for axis in axes.flat:
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
