@@ -7,3 +7,5 @@ export TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1
 # Ray runs its workers at niceness 15, where anything else on the machine starves them.
 export RAY_worker_niceness=0
+# On a machine that has a GPU, too: the quick start and the tests run on the CPU.
+export VERL_PLATFORM=cpu

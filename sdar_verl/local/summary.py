@@ -63,6 +63,9 @@ def summarise(
     if len(validations) < 2:
         raise IncompleteRun(f"{len(validations)} validations in the run's metrics; one before and one after are needed")
     before, after = validations[0]["data"], validations[-1]["data"]
+    missing = [arm for arm in (*ARMS.values(), *TEACHER_ARMS.values()) if f"sdar-val/{arm}/success" not in after]
+    if missing:
+        raise IncompleteRun(f"the run did not validate the arms {', '.join(missing)} (sdar.validation.arms)")
     steps = [record for record in records if "sdar/gate_mean" in record["data"] or "sdar/success" in record["data"]]
     summary: dict[str, Any] = {}
     for suffix, arm in ARMS.items():
@@ -148,8 +151,12 @@ def describe(summary: Mapping[str, Any]) -> str:
             change_t04("success with the skill, T=0.4", "teacher_success"),
             change("internalisation probe", "internalisation"),
             change("invalid actions, share of turns", "invalid_share"),
-            f"  gate mean {summary['gate_mean']:.3f}, gap mean {summary['gap_mean']:+.3f} nats; "
-            f"training {summary['seconds_train']:.0f} s, everything {summary['seconds_total']:.0f} s",
+            *(
+                [f"  gate mean {summary['gate_mean']:.3f}, gap mean {summary['gap_mean']:+.3f} nats"]
+                if summary["gate_mean"] is not None
+                else []
+            ),
+            f"  training {summary['seconds_train']:.0f} s, everything {summary['seconds_total']:.0f} s",
         ]
     )
 

@@ -21,8 +21,10 @@ from sdar_verl.envs.base import Step, Task
 from sdar_verl.envs.pool import EnvError, EnvProcessError
 from sdar_verl.rollout.actions import match_admissible, parse_action
 from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnContext
+from sdar_verl.rollout.prompts import PromptTemplateError
 from sdar_verl.rollout.rows import ROW_KEY, RowInfo
 from sdar_verl.rollout.runtime import Context, Runtime, get_runtime
+from sdar_verl.skills.retrieval import RetrievalError
 
 logger = logging.getLogger(__name__)
 
@@ -85,18 +87,20 @@ class SdarAgentLoop(AgentLoopBase):
             sampling_params = {**sampling_params, "temperature": arm.temperature}
         seed_parts = (task.task_id, arm_name, kwargs.get("global_steps"), kwargs.get("session_id"))
 
+        failure = ""
         for attempt in (1, 2):
             try:
                 episode = await self._play(runtime, task, arm, sampling_params, seed_parts)
                 break
             except EnvProcessError as error:
                 logger.warning("task %s, attempt %d: %s", task.task_id, attempt, error)
-            except (EnvError, PromptTooLong) as error:
+                failure = str(error)
+            except (EnvError, PromptTooLong, PromptTemplateError, RetrievalError) as error:
                 # Not this episode's bad luck but a fault of the set-up. An exception here would only cost the group;
                 # the trainer reads this text and stops.
                 return [self._failed_row(task, arm_name, kwargs, f"task {task.task_id}: {error}")]
         else:
-            return [self._failed_row(task, arm_name, kwargs)]
+            return [self._failed_row(task, arm_name, kwargs, failure=failure)]
         return self._rows(episode, task, arm_name)
 
     async def _play(
@@ -248,11 +252,16 @@ class SdarAgentLoop(AgentLoopBase):
         return [0.0] if empty else list(turn.log_probs or [])[: len(turn.response_ids)]
 
     def _failed_row(
-        self, task: Task, arm: str | None, kwargs: dict[str, Any], error: str | None = None
+        self,
+        task: Task,
+        arm: str | None,
+        kwargs: dict[str, Any],
+        error: str | None = None,
+        failure: str | None = None,
     ) -> AgentLoopOutput:
         step = int(kwargs.get("global_steps") or 0)
         eos = self.tokenizer.eos_token_id
-        info = RowInfo(turn=0, task_type=task.task_type, failed=True, error=error)
+        info = RowInfo(turn=0, task_type=task.task_type, failed=True, failure=failure, error=error)
         return AgentLoopOutput(
             prompt_ids=[eos],
             response_ids=[eos],

@@ -187,7 +187,12 @@ class PromptTemplate:
     def _check_required_slots(self) -> None:
         """Render a first and a later turn with marked slots: a slot that is named but not shown is found, too."""
         marks = {slot: f"marked {slot}" for slot in REQUIRED_SLOTS}
-        for history in ([], [{"observation": "earlier", "action": "look"}]):
+        histories: list[list[dict[str, str | None]]] = [
+            [],
+            [{"observation": "earlier", "action": "look"}],
+            [{"observation": "earlier", "action": None}],
+        ]
+        for history in histories:
             step = len(history) + 1
             text = self.render(**marks, history=history, admissible_actions=["look"], step=step, max_steps=2)
             missing = [slot for slot, mark in marks.items() if mark not in text]

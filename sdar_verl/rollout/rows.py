@@ -28,6 +28,7 @@ class RowInfo:
         inadmissible: it held one, but the environment does not offer it.
         success: the episode solved its task.
         failed: the environment failed, twice; the row is masked everywhere.
+        failure: why the environment failed, or None.
         error: why the run must stop, or None.
     """
 
@@ -43,6 +44,7 @@ class RowInfo:
     inadmissible: bool = False
     success: bool = False
     failed: bool = False
+    failure: str | None = None
     error: str | None = None
 
     @property

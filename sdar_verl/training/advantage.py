@@ -92,8 +92,10 @@ def compute_sdar_advantage(
             "set trainer.v1.trainer_mode=sdar, or use adv_estimator=grpo with verl's own trainers"
         )
     row_scores = token_level_rewards.sum(dim=-1)
+    if config is not None and config.get("use_kl_in_reward", False):
+        row_scores = _episode_means(row_scores, rows.episode_ids)
     advantages, rows.counts = trajectory_group_advantages(
-        _episode_means(row_scores, rows.episode_ids),
+        row_scores,
         list(index),
         rows.episode_ids,
         rows.valid,
@@ -107,8 +109,8 @@ def compute_sdar_advantage(
 
 
 def _episode_means(scores: torch.Tensor, episode_ids: Sequence[str]) -> torch.Tensor:
-    """Every row gets its episode's mean: verl puts the episode's reward on each row, a KL penalty differs by row."""
+    """Every row gets its episode's mean: verl puts the episode's reward on each row, its KL penalty differs by row."""
     _, inverse = np.unique(np.asarray(episode_ids), return_inverse=True)
     groups = torch.as_tensor(inverse)
-    totals = torch.zeros(int(groups.max()) + 1, dtype=scores.dtype).index_add(0, groups, scores)
-    return (totals / torch.bincount(groups))[groups]
+    totals = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add(0, groups, scores.double())
+    return (totals / torch.bincount(groups))[groups].to(scores.dtype)

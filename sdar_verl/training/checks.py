@@ -121,6 +121,7 @@ def _teacher(config: DictConfig, sdar: SdarConfig) -> list[str]:
 def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
     n, rows = config.actor_rollout_ref.rollout.n, sdar.update.mini_batch_rows
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    ranks //= config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
     faults = []
     if rows is not None and rows % n:
         faults.append(f"sdar.update.mini_batch_rows={rows} must be a multiple of actor_rollout_ref.rollout.n={n}")
@@ -147,6 +148,11 @@ def actor_uses_dynamic_batches(config: DictConfig) -> bool:
 def _engine(config: DictConfig, sdar: SdarConfig) -> list[str]:
     device, name = config.trainer.device, config.actor_rollout_ref.rollout.name
     faults = []
+    if device != "cpu" and name == "transformers":
+        faults.append(
+            f"trainer.device={device}, but actor_rollout_ref.rollout.name=transformers is the CPU's rollout. On a "
+            "machine with a GPU, export VERL_PLATFORM=cpu to run on the CPU all the same, or use hardware=8gpu"
+        )
     if device == "cpu" and name != "transformers":
         faults.append(
             f"trainer.device=cpu runs with actor_rollout_ref.rollout.name=transformers, not {name}; "
@@ -167,7 +173,8 @@ def _engine(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 
 def _data(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    faults = []
+    faults: list[str] = []
+    train_tasks = 0
     for option in ("train_files", "val_files"):
         for file in panel_files(config, option):
             path = Path(file).expanduser()
@@ -178,15 +185,22 @@ def _data(config: DictConfig, sdar: SdarConfig) -> list[str]:
                 )
                 continue
             try:
-                others = {task.env for task in read_panel(path)} - {sdar.env.name}
+                tasks = read_panel(path)
             except PanelError as error:
                 faults.append(f"data.{option}: {error}")
                 continue
+            train_tasks += len(tasks) if option == "train_files" else 0
+            others = {task.env for task in tasks} - {sdar.env.name}
             if others:
                 faults.append(
                     f"data.{option}={file} holds tasks of {', '.join(sorted(others))}, "
                     f"but sdar.env.name={sdar.env.name}"
                 )
+    if not faults and 0 < train_tasks < config.data.train_batch_size:
+        faults.append(
+            f"data.train_batch_size={config.data.train_batch_size}, but data.train_files holds {train_tasks} tasks; "
+            "prepare more, or lower the batch size"
+        )
     return faults
 
 

@@ -33,6 +33,7 @@ from sdar_verl.training.checks import check_run, panel_files
 from sdar_verl.training.live import step_line, validation_line
 from sdar_verl.training.loss import sdar_loss
 from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
+from sdar_verl.training.resume import claim_checkpoints
 from sdar_verl.training.teacher import PrivilegedTeacher
 from sdar_verl.training.validation import ArmDataset, arm_metrics, expected_episodes
 
@@ -50,6 +51,7 @@ class SdarTrainer(PPOTrainerSync):
     def __init__(self, config: Any):
         self.sdar = load_config(config.get("sdar"))
         check_run(config, self.sdar)
+        claim_checkpoints(config)
         super().__init__(config)
         if self.sdar.rollout.poll_interval_s is not None:
             self.replay_buffer.poll_interval = self.sdar.rollout.poll_interval_s
@@ -112,6 +114,8 @@ class SdarTrainer(PPOTrainerSync):
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
         self._infos = self._read_infos(batch)
         metrics.update(row_metrics(batch.keys, self._infos))
+        asked = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        metrics["sdar/crashed_episodes"] = asked - metrics["sdar/episodes"]
         return batch
 
     def _read_infos(self, batch: KVBatchMeta) -> list[RowInfo | None]:
@@ -121,7 +125,10 @@ class SdarTrainer(PPOTrainerSync):
             None if tag.get("is_padding", False) else RowInfo.from_extra_fields(extra)
             for tag, extra in zip(batch.tags, extras, strict=True)
         ]
-        stop_on_errors([info.error for info in infos if info is not None])
+        rows = [info for info in infos if info is not None]
+        stop_on_errors([info.error for info in rows])
+        if all(info.failed for info in rows):
+            raise RolloutError(f"not one episode of this step could be played; the last reason: {rows[-1].failure}")
         return infos
 
     # ---------------------------------------------------------------- teacher and advantages
@@ -167,17 +174,17 @@ class SdarTrainer(PPOTrainerSync):
     ) -> dict[str, float]:
         metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
         stop_on_errors(reward_extra_infos_dict.get("error", []))
-        arms = arm_metrics(reward_extra_infos_dict, expected_episodes(kwargs["expected_acc_counts"]))
+        arms = arm_metrics(reward_extra_infos_dict, expected_episodes(kwargs.get("expected_acc_counts") or {}))
         if arms:
             print(validation_line(self.global_steps, arms), flush=True)
         return {**metrics, **arms}
 
     # ---------------------------------------------------------------- what a person sees
 
-    def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, **kwargs: Any) -> None:
+    def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, *args: Any, **kwargs: Any) -> None:
         # The teacher pass runs within verl's advantage phase; its time is shown on its own.
         timing_raw["adv"] -= timing_raw.get("teacher", 0.0)
-        super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
+        super()._compute_metrics(batch, metrics, timing_raw, *args, **kwargs)
         print(step_line(self.global_steps, self.total_training_steps, metrics), flush=True)
 
 

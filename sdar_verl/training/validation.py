@@ -67,12 +67,14 @@ def arm_metrics(outcomes: Mapping[str, Sequence[Any]], expected: Mapping[str, in
         episodes[episode["arm"]].append(episode)
 
     metrics: dict[str, float] = {}
-    for arm, rows in episodes.items():
+    for arm in sorted({*episodes, *expected}):
+        rows = episodes[arm]
         prefix = f"sdar-val/{arm}"
         turns = sum(row["turns"] for row in rows)
         asked = max(expected.get(arm, 0), len(rows))
         metrics[f"{prefix}/success"] = sum(row["acc"] for row in rows) / asked
-        metrics[f"{prefix}/turns"] = turns / len(rows)
+        played = sum(not row["failed"] for row in rows)
+        metrics[f"{prefix}/turns"] = turns / played if played else 0.0
         metrics[f"{prefix}/invalid_share"] = sum(row["invalid_actions"] for row in rows) / turns if turns else 0.0
         metrics[f"{prefix}/failed"] = sum(row["failed"] for row in rows) + asked - len(rows)
         metrics[f"{prefix}/episodes"] = asked

@@ -61,6 +61,7 @@ def run_main_ppo(
         "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "VERL_PLATFORM": "cpu",
         # A loaded machine may take long to start Ray; its own limit is 30 s.
         "RAY_raylet_start_wait_time_s": "120",
     }

@@ -25,17 +25,18 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("panels")
     panels = [folder / "train.parquet", folder / "test.parquet"]
     for panel in panels:
-        write_panel([Task("alfworld", "game", "pick_and_place_simple", "put a mug on desk")], panel, panel.stem)
+        tasks = [Task("alfworld", f"game-{i:02d}", "pick_and_place_simple", "put a mug on desk") for i in range(16)]
+        write_panel(tasks, panel, panel.stem)
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("sdar_quickstart", overrides=[f"data.train_files={panels[0]}", f"data.val_files={panels[1]}"])
     return config
 
 
 @pytest.fixture(autouse=True)
-def no_new_environments(monkeypatch):
+def no_toy_environment():
     """What a case registers is gone after it."""
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     yield
+    registry._registered.pop("toy_search", None)
     sys.modules.pop("tests.support.toy_env", None)
 
 
@@ -73,6 +74,8 @@ CASES = {
         {"trainer.device": "cuda", "actor_rollout_ref.model.override_config.attn_implementation": "flash_attention_2"},
         ["flash-attn is not installed", 'pip install "sdar-verl[flash-attn]"'],
     ),
+    "too few tasks": ({"data.train_batch_size": 17}, ["data.train_batch_size=17", "holds 16 tasks"]),
+    "a GPU beside the CPU's rollout": ({"trainer.device": "cuda"}, ["trainer.device=cuda", "VERL_PLATFORM=cpu"]),
     "trainer mode": ({"trainer.v1.trainer_mode": "sync"}, ["trainer.v1.trainer_mode=sync", "=sdar"]),
     "legacy trainer": ({"trainer.use_v1": False}, ["trainer.use_v1=False"]),
     "estimator": ({"algorithm.adv_estimator": "grpo"}, ["invalid_action_penalty=0.1 has no effect", "grpo"]),

@@ -112,3 +112,23 @@ def test_lines_show_what_there_is():
     assert line == "sdar step 3/20  success 0.500  gate 0.490  seconds 9.9"
     values = {"sdar-val/student/success": 0.4, "sdar-val/student/success/pick": 0.1, "sdar-val/teacher/success": 0.8}
     assert validation_line(0, values) == "sdar validation at step 0  student 0.400  teacher 0.800"
+
+
+def test_equal_fractional_rewards_are_a_flat_group_whatever_the_turns():
+    """.7 has no exact float; its mean over 3 turns must not make a group look as if it varied."""
+    from types import SimpleNamespace
+
+    from sdar_verl.training.advantage import AdvantageRows, advantage_rows, compute_sdar_advantage
+
+    keys = [f"u_{session}_{turn}" for session, turns in enumerate((3, 5, 7, 11)) for turn in range(turns)]
+    infos = [info() for _ in keys]
+    rewards = torch.zeros(len(keys), 4)
+    rewards[:, -1] = 0.7
+    settings = SimpleNamespace(group_stats="episode", invalid_action_penalty=0.0)
+    for kl_in_reward in (False, True):
+        with advantage_rows(AdvantageRows.from_batch(settings, keys, infos)) as rows:
+            advantages, _ = compute_sdar_advantage(
+                rewards, torch.ones(len(keys), 4), config={"use_kl_in_reward": kl_in_reward}, index=np.array(["u"] * 26)
+            )
+        assert advantages.abs().max() == 0
+        assert rows.counts.groups_without_variance == 1

@@ -80,7 +80,8 @@ def panels(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("panels")
     files = {"train_files": folder / "train.parquet", "val_files": folder / "validation.parquet"}
     for file in files.values():
-        write_panel([Task("alfworld", "game", "pick_and_place_simple", "put a mug on desk")], file, file.stem)
+        tasks = [Task("alfworld", f"game-{i:02d}", "pick_and_place_simple", "put a mug on desk") for i in range(16)]
+        write_panel(tasks, file, file.stem)
     return [f"data.{option}={file}" for option, file in files.items()]
 
 

@@ -1,0 +1,75 @@
+"""Guards verl's ``resume_mode=auto``: a run must not go on from the checkpoint of another experiment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sdar_verl.errors import ConfigError
+
+RUN_FILE = "sdar_run.json"
+
+# What makes two runs different experiments; lengths, frequencies, process counts and validation do not.
+_OPTIONS = (
+    "sdar.loss",
+    "sdar.teacher",
+    "sdar.skills",
+    "sdar.prompt",
+    "sdar.advantage",
+    "sdar.update",
+    "sdar.env.name",
+    "sdar.env.options",
+    "sdar.env.max_steps",
+    "sdar.rollout.seed",
+    "algorithm.adv_estimator",
+    "algorithm.norm_adv_by_std_in_grpo",
+    "actor_rollout_ref.model.path",
+    "actor_rollout_ref.rollout.n",
+    "actor_rollout_ref.actor.optim.lr",
+    "actor_rollout_ref.actor.use_kl_loss",
+    "actor_rollout_ref.actor.kl_loss_coef",
+    "data.train_batch_size",
+    "data.seed",
+)
+
+
+def fingerprint(config: DictConfig) -> dict[str, Any]:
+    """Option -> value of everything that makes this experiment what it is."""
+    values: dict[str, Any] = {}
+    for option in _OPTIONS:
+        value = OmegaConf.select(config, option)
+        if OmegaConf.is_config(value):
+            nested = OmegaConf.to_container(value, resolve=True)
+            assert isinstance(nested, dict)
+            values |= {f"{option}.{key}": item for key, item in nested.items()}
+        else:
+            values[option] = value
+    return values
+
+
+def claim_checkpoints(config: DictConfig) -> None:
+    """Note this experiment in its checkpoint folder, or refuse the folder of another one.
+
+    Raises:
+        ConfigError: ``trainer.resume_mode=auto`` would resume an experiment with other settings; names them.
+    """
+    folder = Path(str(config.trainer.default_local_dir)).expanduser()
+    note, wanted = folder / RUN_FILE, fingerprint(config)
+    resumable = (folder / "latest_checkpointed_iteration.txt").is_file()
+    if config.trainer.resume_mode == "auto" and resumable and note.is_file():
+        found = json.loads(note.read_text())
+        different = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        if different:
+            changes = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in different)
+            raise ConfigError(
+                f"trainer.default_local_dir={folder} holds checkpoints of another experiment ({changes}). Give this "
+                "run its own folder (trainer.experiment_name=... or trainer.default_local_dir=...), or start over with "
+                "trainer.resume_mode=disable"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = note.with_suffix(".partial")
+    partial.write_text(json.dumps(wanted, indent=1) + "\n")
+    partial.replace(note)

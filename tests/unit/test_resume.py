@@ -1,0 +1,57 @@
+"""A run claims its checkpoint folder; another experiment's is refused."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from sdar_verl.config import SdarConfig
+from sdar_verl.errors import ConfigError
+from sdar_verl.training.resume import RUN_FILE, claim_checkpoints
+
+
+def config(folder, mode="auto", **overrides):
+    root = OmegaConf.create(
+        {
+            "sdar": SdarConfig().model_dump(),
+            "trainer": {"default_local_dir": str(folder), "resume_mode": mode, "total_training_steps": 10},
+            "algorithm": {"adv_estimator": "sdar"},
+            "data": {"seed": 0, "train_batch_size": 4},
+            "actor_rollout_ref": {"model": {"path": "m"}, "rollout": {"n": 8}, "actor": {"optim": {"lr": 1e-6}}},
+        }
+    )
+    for option, value in overrides.items():
+        OmegaConf.update(root, option, value)
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a checkpoint of the default experiment."""
+    claim_checkpoints(config(tmp_path))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    return tmp_path
+
+
+def test_the_same_experiment_goes_on(folder):
+    claim_checkpoints(config(folder, **{"trainer.total_training_steps": 20, "sdar.env.processes": 9}))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("sdar.loss.beta", 1.0), ("sdar.skills.bank", "mine"), ("data.seed", 1), ("actor_rollout_ref.model.path", "n")],
+)
+def test_another_experiment_is_refused_by_name(folder, option, value):
+    with pytest.raises(ConfigError, match=rf"{option}: .*{value!r} here.*resume_mode=disable"):
+        claim_checkpoints(config(folder, **{option: value}))
+
+
+def test_starting_over_takes_the_folder(folder):
+    claim_checkpoints(config(folder, mode="disable", **{"data.seed": 1}))
+    claim_checkpoints(config(folder, **{"data.seed": 1}))
+
+
+def test_a_folder_without_a_checkpoint_is_free(tmp_path):
+    claim_checkpoints(config(tmp_path))
+    claim_checkpoints(config(tmp_path, **{"data.seed": 1}))
+    assert '"data.seed": 1' in (tmp_path / RUN_FILE).read_text()
