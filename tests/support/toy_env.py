@@ -8,8 +8,7 @@ from pathlib import Path
 
 from sdar_verl.envs.base import Step, Task, TextEnv
 from sdar_verl.envs.registry import register_env
-
-PLACES = ("fridge 1", "cabinet 1", "desk 1")
+from tests.support.toy_panel import PLACES
 
 
 @register_env("toy_search")
