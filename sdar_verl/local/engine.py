@@ -21,8 +21,8 @@ class CpuFSDPEngine(FSDPEngineWithLMHead):
         if engine_config.strategy != "fsdp2":
             raise ValueError(
                 f"actor.strategy={engine_config.strategy} (FSDP1) cannot run on the CPU: torch broadcasts its module "
-                "states on an accelerator only. Set actor_rollout_ref.actor.strategy=fsdp2 (ref and critic follow "
-                "it), or start from the config group hardware: cpu"
+                "states on an accelerator only. Set actor_rollout_ref.actor.strategy=fsdp2 (ref follows it), or start "
+                "from the config group hardware: cpu"
             )
         if engine_config.offload_policy:
             raise ValueError(

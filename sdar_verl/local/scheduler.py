@@ -4,8 +4,8 @@ A single thread owns the model and a key-value cache made of slots, one per runn
 admits waiting requests (a prefill over their prompts), then decodes one token for all running requests together; a
 request that ends gives its slot away at once. Callers get a ``concurrent.futures.Future``.
 
-Measured against collecting requests into batches that run to their end, and against transformers' own continuous
-batching: docs/local.md.
+Compared with batches that run to their end, and with transformers' own continuous batching, in docs/local.md
+(benchmarks/cpu_rollout.py).
 """
 
 from __future__ import annotations
@@ -276,11 +276,12 @@ class BatchScheduler:
                 self._finish(slot, "length")
 
     def _finish(self, slot: int, reason: str) -> None:
-        request, last = self._running[slot], self._running.pop()
+        request = self._running[slot]
+        request.future.set_result(request.completion(reason))
+        last = self._running.pop()
         if last is not request:
             self._running[slot] = last
             self._cache.move(len(self._running), slot, last.length - 1)
-        request.future.set_result(request.completion(reason))
 
     def _abort_all(self) -> int:
         requests = self._running + self._waiting
