@@ -200,7 +200,6 @@ def load_quickstart() -> SdarConfig:
 
     folder = resources.files("sdar_verl.hydra_configs")
     nodes = [OmegaConf.create((folder / f"sdar_{name}.yaml").read_text()).sdar for name in ("base", "quickstart")]
-    # The recipe names its arms; OmegaConf would add them to the base's, as Hydra does.
     return load_config(OmegaConf.to_container(OmegaConf.merge(*nodes)))  # type: ignore[arg-type]
 
 

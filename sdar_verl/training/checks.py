@@ -129,7 +129,7 @@ def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
         faults.append(f"sdar.update.mini_batch_rows={rows} must be a multiple of the {ranks} ranks")
     if n < 2 and config.algorithm.adv_estimator == "sdar":
         faults.append(f"actor_rollout_ref.rollout.n={n}: group-relative advantages need at least 2 rollouts per task")
-    if not actor_uses_dynamic_batches(config):
+    if not config.actor_rollout_ref.actor.use_dynamic_bsz:
         micro = config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu
         mini = (rows if rows is not None else config.actor_rollout_ref.actor.ppo_mini_batch_size * n) // ranks
         if micro is not None and mini % micro:
@@ -138,11 +138,6 @@ def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
                 "mini-batch on one rank; choose a divisor or set actor_rollout_ref.actor.use_dynamic_bsz=True"
             )
     return faults
-
-
-def actor_uses_dynamic_batches(config: DictConfig) -> bool:
-    """Whether verl sizes micro-batches by tokens."""
-    return bool(config.actor_rollout_ref.actor.use_dynamic_bsz)
 
 
 def _engine(config: DictConfig, sdar: SdarConfig) -> list[str]:

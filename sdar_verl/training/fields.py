@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 TEACHER_LOG_PROBS = "sdar_teacher_log_probs"
-"""Nested (rows, response tokens), nats: log pi_T of the sampled tokens; 0 where the teacher has no say."""
+"""Nested (rows, response tokens), nats: log pi_T of the sampled tokens; read only where the mask is 1."""
 
 TEACHER_MASK = "sdar_teacher_mask"
 """Nested (rows, response tokens), int64: 1 where the distillation term reads the teacher."""
