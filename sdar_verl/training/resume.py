@@ -73,3 +73,10 @@ def claim_checkpoints(config: DictConfig) -> None:
     partial = note.with_suffix(".partial")
     partial.write_text(json.dumps(wanted, indent=1) + "\n")
     partial.replace(note)
+
+
+def resumed_folder(config: DictConfig, step: int) -> Path:
+    """The checkpoint folder that verl has just resumed from."""
+    if config.trainer.resume_mode == "resume_path":
+        return Path(str(config.trainer.resume_from_path))
+    return Path(str(config.trainer.default_local_dir)) / f"global_step_{step}"

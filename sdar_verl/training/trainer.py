@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import transfer_queue as tq
@@ -33,7 +34,8 @@ from sdar_verl.training.checks import check_run, panel_files
 from sdar_verl.training.live import step_line, validation_line
 from sdar_verl.training.loss import sdar_loss
 from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
-from sdar_verl.training.resume import claim_checkpoints
+from sdar_verl.training.parts import StepRows, load_parts, make_parts, save_parts
+from sdar_verl.training.resume import claim_checkpoints, resumed_folder
 from sdar_verl.training.teacher import PrivilegedTeacher
 from sdar_verl.training.validation import ArmDataset, arm_metrics, expected_episodes
 
@@ -59,6 +61,7 @@ class SdarTrainer(PPOTrainerSync):
         self._teacher = PrivilegedTeacher(self.sdar.teacher, self)
         self._teacher_checked = False
         self._infos: list[RowInfo | None] = []
+        self.parts = make_parts(self.sdar, config)
         self._prompts_submitted = 0
 
     # ---------------------------------------------------------------- set-up
@@ -116,7 +119,13 @@ class SdarTrainer(PPOTrainerSync):
         metrics.update(row_metrics(batch.keys, self._infos))
         asked = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
         metrics["sdar/crashed_episodes"] = asked - metrics["sdar/episodes"]
+        rows = self._step_rows(batch, metrics)
+        for part in self.parts:
+            part.on_rows(rows)
         return batch
+
+    def _step_rows(self, batch: KVBatchMeta, metrics: dict) -> StepRows:
+        return StepRows(self.global_steps, batch, self._infos, metrics, self.sdar, self)
 
     def _read_infos(self, batch: KVBatchMeta) -> list[RowInfo | None]:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
@@ -142,6 +151,9 @@ class SdarTrainer(PPOTrainerSync):
         if rows.counts is not None:
             metrics["sdar/groups_without_variance"] = rows.counts.groups_without_variance
             metrics["sdar/groups"] = rows.counts.groups
+        step_rows = self._step_rows(batch, metrics)
+        for part in self.parts:
+            part.on_advantages(step_rows)
         return batch
 
     def _teacher_pass(self, batch: KVBatchMeta, metrics: dict) -> None:
@@ -160,6 +172,9 @@ class SdarTrainer(PPOTrainerSync):
             metrics.update(reduce_loss_sums(metrics))
             metrics["sdar/lambda"] = self.sdar.loss.coef
             metrics["sdar/beta"] = self.sdar.loss.beta
+        rows = self._step_rows(batch, metrics)
+        for part in self.parts:
+            part.on_updated(rows)
         return batch
 
     # ---------------------------------------------------------------- validation
@@ -177,7 +192,21 @@ class SdarTrainer(PPOTrainerSync):
         arms = arm_metrics(reward_extra_infos_dict, expected_episodes(kwargs.get("expected_acc_counts") or {}))
         if arms:
             print(validation_line(self.global_steps, arms), flush=True)
+            for part in self.parts:
+                part.on_validated(self.global_steps, arms, reward_extra_infos_dict)
         return {**metrics, **arms}
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self) -> None:
+        # Before verl's own: its last act is to name this checkpoint the latest.
+        save_parts(self.parts, Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}")
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        if self.global_steps > 0:
+            load_parts(self.parts, resumed_folder(self.config, self.global_steps))
 
     # ---------------------------------------------------------------- what a person sees
 

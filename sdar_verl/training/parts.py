@@ -1,0 +1,107 @@
+"""Parts of the trainer: what takes part in every step beside the algorithm itself (schedules, statistics, traces).
+
+A part sees the step's rows as they come into being and may keep a state, which is saved with every checkpoint and
+comes back on resume. The trainer calls all parts in the order of :func:`make_parts`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sdar_verl.config import SdarConfig
+from sdar_verl.errors import ConfigError
+from sdar_verl.rollout.rows import RowInfo
+
+if TYPE_CHECKING:
+    from transfer_queue import KVBatchMeta
+
+STATE_FILE = "sdar_state.json"
+
+
+@dataclass
+class StepRows:
+    """One training step, as parts see it.
+
+    Attributes:
+        step: verl's global step, from 1.
+        batch: keys, tags and partition of the step's rows in verl's TransferQueue; fields are read from there.
+        infos: the agent loop's record of each row, in the order of ``batch.keys``; None for verl's padding rows.
+        metrics: the step's metrics; a part adds its own under ``sdar/``.
+        settings: the whole ``sdar`` node.
+        trainer: verl's trainer, for its worker groups and config.
+    """
+
+    step: int
+    batch: KVBatchMeta
+    infos: list[RowInfo | None]
+    metrics: dict[str, Any]
+    settings: SdarConfig
+    trainer: Any = field(repr=False)
+
+
+class TrainerPart:
+    """Base class of a part; override what is needed."""
+
+    name: ClassVar[str]
+    """Key of the part's state in a checkpoint; unique among parts."""
+
+    def on_rows(self, rows: StepRows) -> None:
+        """Called when the step's episodes are played, before any log-prob is computed; may change ``rows.infos``."""
+
+    def on_advantages(self, rows: StepRows) -> None:
+        """Called when log-probs, teacher log-probs and advantages are in the batch, before the update."""
+
+    def on_updated(self, rows: StepRows) -> None:
+        """Called after the actor's update, with the workers' metrics reduced."""
+
+    def on_validated(self, step: int, metrics: dict[str, float], outcomes: dict[str, list[Any]]) -> None:
+        """Called after a validation with its metrics and, per episode, the agent loop's outcome columns."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a resume, as plain JSON values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+
+
+def make_parts(settings: SdarConfig, config: Any) -> list[TrainerPart]:
+    """The parts that this run's settings ask for, in the order in which they are called.
+
+    Args:
+        settings: the ``sdar`` node.
+        config: verl's whole config.
+    """
+    return []
+
+
+def save_parts(parts: Sequence[TrainerPart], folder: str | Path) -> None:
+    """Write all states into a checkpoint ``folder``, atomically."""
+    path = Path(folder) / STATE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({part.name: part.state_dict() for part in parts}, indent=1) + "\n")
+    partial.replace(path)
+
+
+def load_parts(parts: Sequence[TrainerPart], folder: str | Path) -> None:
+    """Give every part the state that a checkpoint ``folder`` holds for it.
+
+    Raises:
+        ConfigError: a part that keeps a state finds none: the checkpoint was made without it.
+    """
+    path = Path(folder) / STATE_FILE
+    states = json.loads(path.read_text()) if path.is_file() else {}
+    missing = [part.name for part in parts if part.state_dict() and part.name not in states]
+    if missing:
+        raise ConfigError(
+            f"{path} holds no state of {', '.join(missing)}: the checkpoint was made without it. Resume with the "
+            "settings it was made with, or start over with trainer.resume_mode=disable"
+        )
+    for part in parts:
+        if part.name in states:
+            part.load_state_dict(states[part.name])
