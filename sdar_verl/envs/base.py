@@ -37,6 +37,8 @@ class Step:
         done: True when the episode is over for the environment's own reasons.
         success: True when the task is solved.
         admissible_actions: actions that the environment accepts now, in a stable order; empty when it cannot tell.
+        action_forms: further actions that it accepts, with a free part in angle brackets: ``search[<query>]``.
+        score: how well the task was done, 0 to 1, where the environment grades it; None: success is all there is.
         info: anything else worth logging.
     """
 
@@ -45,6 +47,8 @@ class Step:
     done: bool = False
     success: bool = False
     admissible_actions: tuple[str, ...] = ()
+    action_forms: tuple[str, ...] = ()
+    score: float | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 _THINK_OPEN = re.compile(r"<think>", re.IGNORECASE)
 _THINK_CLOSE = re.compile(r"</think>", re.IGNORECASE)
+_FREE_PART = re.compile(r"<(\w+)>")
 _ACTION_TAG = re.compile(r"<(/?)action>", re.IGNORECASE)
 
 
@@ -51,7 +52,7 @@ def parse_action(text: str, *, think: Literal["required", "optional"] = "optiona
     return ParsedAction(action, thought, error)
 
 
-def match_admissible(action: str, admissible: Iterable[str]) -> str | None:
+def match_admissible(action: str, admissible: Iterable[str], forms: Iterable[str] = ()) -> str | None:
     """The admissible action that ``action`` means, whatever its case and white space; None when there is none.
 
     Whether a response parses and whether its action is admissible are two figures; an action is valid when both hold.
@@ -59,9 +60,21 @@ def match_admissible(action: str, admissible: Iterable[str]) -> str | None:
     Args:
         action: see :attr:`ParsedAction.action`.
         admissible: what the environment accepts now. Where it cannot tell, do not ask.
+        forms: actions with a free part, see :attr:`sdar_verl.envs.base.Step.action_forms`; the free part is any text
+            that is not blank, and comes back as it was written.
     """
     wanted = _squeeze(action).casefold()
-    return next((candidate for candidate in admissible if _squeeze(candidate).casefold() == wanted), None)
+    for candidate in admissible:
+        if _squeeze(candidate).casefold() == wanted:
+            return candidate
+    return next((filled for form in forms if (filled := _fill(form, action)) is not None), None)
+
+
+def _fill(form: str, action: str) -> str | None:
+    """``form`` with the free part of ``action``; None when ``action`` is not of that form."""
+    before, part, after = (re.escape(text) for text in _FREE_PART.split(form, maxsplit=1))
+    match = re.fullmatch(rf"{before}(?P<{part}>.*\S.*){after}", _squeeze(action), re.IGNORECASE)
+    return None if match is None else _FREE_PART.sub(lambda _: match[part].strip(), form, count=1)
 
 
 def _read_action_block(text: str) -> tuple[str | None, str | None]:

@@ -45,6 +45,7 @@ class _Episode:
     turns: list[_Turn] = field(default_factory=list)
     reward: float = 0.0
     success: bool = False
+    score: float = 0.0
     weight_steps: list[int] = field(default_factory=list)
     generate_s: float = 0.0
     env_s: float = 0.0
@@ -128,7 +129,7 @@ class SdarAgentLoop(AgentLoopBase):
                     task=task.description,
                     history=tuple(history[-settings.prompt.history_length :] if settings.prompt.history_length else ()),
                     observation=state.observation,
-                    admissible_actions=state.admissible_actions,
+                    admissible_actions=(*state.action_forms, *state.admissible_actions),
                     step=turn_index + 1,
                     max_steps=settings.env.max_steps,
                 )
@@ -161,8 +162,8 @@ class SdarAgentLoop(AgentLoopBase):
                     self.tokenizer.decode(response_ids, skip_special_tokens=True), think=settings.prompt.think
                 )
                 action = answer.action
-                if action is not None and state.admissible_actions:
-                    matched = match_admissible(action, state.admissible_actions)
+                if action is not None and (state.admissible_actions or state.action_forms):
+                    matched = match_admissible(action, state.admissible_actions, state.action_forms)
                     info.inadmissible = matched is None
                     action = matched or action
                 info.unparsed = answer.action is None
@@ -176,6 +177,7 @@ class SdarAgentLoop(AgentLoopBase):
                 if state.done or state.success:
                     break
             episode.success = state.success
+            episode.score = float(state.success) if state.score is None else state.score
         return episode
 
     def _student_prompt(self, runtime: Runtime, shown: TurnContext, skills: str) -> tuple[list[int], TurnContext, int]:
@@ -225,6 +227,7 @@ class SdarAgentLoop(AgentLoopBase):
         rows = []
         for turn in episode.turns:
             turn.info.success = episode.success
+            turn.info.score = episode.score
             # A server that was cut off before its first token leaves nothing to train on: one masked token keeps shape.
             empty = not turn.response_ids
             rows.append(
@@ -284,6 +287,7 @@ class SdarAgentLoop(AgentLoopBase):
         turns = episode.turns if episode else []
         return {
             "acc": float(episode.success) if episode else 0.0,
+            "task_score": episode.score if episode else 0.0,
             "turns": float(len(turns)),
             "invalid_actions": float(sum(turn.info.invalid for turn in turns)),
             "failed": float(episode is None),

@@ -27,6 +27,7 @@ class RowInfo:
         unparsed: the answer held no action.
         inadmissible: it held one, but the environment does not offer it.
         success: the episode solved its task.
+        score: how well it did, 0 to 1, where the environment grades it; else 1 for success.
         failed: the environment failed, twice; the row is masked everywhere.
         failure: why the environment failed, or None.
         error: why the run must stop, or None.
@@ -43,6 +44,7 @@ class RowInfo:
     unparsed: bool = False
     inadmissible: bool = False
     success: bool = False
+    score: float = 0.0
     failed: bool = False
     failure: str | None = None
     error: str | None = None

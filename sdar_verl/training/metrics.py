@@ -25,6 +25,7 @@ def row_metrics(keys: Sequence[str], infos: Sequence[RowInfo | None]) -> dict[st
     episodes = dict(real)  # one record per episode: success and failure are the same on all its rows
     metrics = {
         "sdar/success": sum(info.success for info in episodes.values()) / len(episodes),
+        "sdar/score": sum(info.score for info in episodes.values()) / len(episodes),
         "sdar/episodes": len(episodes),
         "sdar/failed_episodes": sum(info.failed for info in episodes.values()),
         "sdar/rows": len(real),

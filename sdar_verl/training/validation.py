@@ -55,13 +55,13 @@ def arm_metrics(outcomes: Mapping[str, Sequence[Any]], expected: Mapping[str, in
         expected: arm -> episodes asked for; one that crashed and left no outcome is a failed one.
 
     Returns:
-        ``sdar-val/<arm>/...``: ``success``, ``success/<task type>``, ``turns``, ``invalid_share`` (of the turns),
+        ``sdar-val/<arm>/...``: ``success``, ``success/<task type>``, ``score`` (graded, 0 to 1), ``turns``, ``invalid_share`` (of the turns),
         ``failed`` (episodes that crashed or whose environment failed; they count as not solved) and ``episodes``.
     """
     if "arm" not in outcomes:
         return {}
     episodes: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    names = ("acc", "turns", "invalid_actions", "failed", "task_type", "arm")
+    names = ("acc", "task_score", "turns", "invalid_actions", "failed", "task_type", "arm")
     for values in zip(*(outcomes[name] for name in names), strict=True):
         episode = dict(zip(names, values, strict=True))
         episodes[episode["arm"]].append(episode)
@@ -73,6 +73,7 @@ def arm_metrics(outcomes: Mapping[str, Sequence[Any]], expected: Mapping[str, in
         turns = sum(row["turns"] for row in rows)
         asked = max(expected.get(arm, 0), len(rows))
         metrics[f"{prefix}/success"] = sum(row["acc"] for row in rows) / asked
+        metrics[f"{prefix}/score"] = sum(row["task_score"] for row in rows) / asked
         played = sum(not row["failed"] for row in rows)
         metrics[f"{prefix}/turns"] = turns / played if played else 0.0
         metrics[f"{prefix}/invalid_share"] = sum(row["invalid_actions"] for row in rows) / turns if turns else 0.0

@@ -91,3 +91,20 @@ def test_match_admissible() -> None:
     assert match_admissible("go to fridge", admissible) is None
     assert match_admissible("go to fridge 11", admissible) is None
     assert match_admissible("look", ()) is None
+
+
+@pytest.mark.parametrize(
+    ("action", "matched"),
+    [
+        ("search[red shoes]", "search[red shoes]"),
+        ("Search[ Red  Shoes ]", "search[Red Shoes]"),
+        ("search[a [b] c]", "search[a [b] c]"),
+        (r"search[\1 <x>]", r"search[\1 <x>]"),
+        ("search[ ]", None),
+        ("search[red", None),
+        ("research[red]", None),
+        ("CLICK[Buy Now]", "click[buy now]"),
+    ],
+)
+def test_a_form_takes_any_text_for_its_free_part(action: str, matched: str | None) -> None:
+    assert match_admissible(action, ["click[buy now]"], ["search[<query>]"]) == matched

@@ -132,6 +132,24 @@ def test_each_turn_is_a_row_with_the_episodes_reward(play, tokenizer):
     assert (outcome["acc"], outcome["turns"], outcome["invalid_actions"]) == (1.0, 2.0, 0.0)
 
 
+def test_forms_are_offered_and_graded_scores_are_kept(play, tokenizer):
+    class Graded(Session):
+        async def reset(self):
+            return Step("you see a fridge 1 .", action_forms=("go to <place>",))
+
+        async def step(self, action):
+            self.pool.actions.append(action)
+            return Step("done .", done=True, score=0.25)
+
+    pool = Pool()
+    pool.session = lambda task: Graded(pool)
+    rows, infos, _, _ = play([WRONG], pool=pool)
+    assert pool.actions == ["go to bed 1"]
+    assert not infos[0].invalid
+    assert (infos[0].score, infos[0].success) == (0.25, False)
+    assert rows[0].extra_fields["reward_extra_info"]["task_score"] == 0.25
+
+
 def test_the_teacher_sees_the_skill_and_the_student_does_not(play, tokenizer):
     rows, infos, _, _ = play([GOOD])
     teacher = tokenizer.decode(infos[0].teacher_prompt_ids.tolist())

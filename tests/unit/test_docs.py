@@ -55,7 +55,8 @@ def emitted_metrics() -> set[str]:
     """Every name, from the functions that make them, given all they can be given, and the trainer's source."""
     seen = RowInfo(0, "<task type>", skills=("<skill>",), teacher_prompt_ids=np.arange(3), context_tokens=1)
     names = set(row_metrics(["u_0_0", "u_1_0"], [seen, RowInfo(0, "<task type>", failed=True)]))
-    outcomes = {"acc": [1.0], "turns": [1.0], "invalid_actions": [0.0], "failed": [0.0], "task_id": ["t"]}
+    counted = {"acc": [1.0], "task_score": [1.0], "turns": [1.0], "invalid_actions": [0.0], "failed": [0.0]}
+    outcomes = {**counted, "task_id": ["t"]}
     names |= set(arm_metrics({**outcomes, "task_type": ["<task type>"], "arm": ["<arm>"]}, {}))
     names |= set(reduce_loss_sums(worker_metrics()))
     return names | set(trainer_constants())

@@ -68,6 +68,7 @@ def test_loss_sums_reduce_to_the_means_of_the_whole_batch():
 def test_arm_metrics_are_means_over_episodes():
     outcomes = {
         "acc": [1.0, 0.0, 1.0, 1.0],
+        "task_score": [1.0, 0.25, 1.0, 1.0],
         "turns": [2.0, 8.0, 4.0, 4.0],
         "invalid_actions": [1.0, 4.0, 0.0, 2.0],
         "failed": [0.0, 1.0, 0.0, 0.0],
@@ -78,6 +79,7 @@ def test_arm_metrics_are_means_over_episodes():
     metrics = arm_metrics(outcomes, {"student": 3, "teacher": 1})
     assert metrics["sdar-val/student/success"] == pytest.approx(2 / 3)
     assert metrics["sdar-val/student/success/pick"] == 0.5
+    assert metrics["sdar-val/student/score"] == pytest.approx(2.25 / 3)
     assert metrics["sdar-val/student/success/look"] == 1.0
     assert metrics["sdar-val/student/invalid_share"] == pytest.approx(5 / 14)
     assert metrics["sdar-val/student/failed"] == 1
