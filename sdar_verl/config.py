@@ -133,6 +133,16 @@ class UpdateConfig(_Node):
     )
 
 
+class TraceConfig(_Node):
+    """Episodes written down token by token, for the report (docs/report.md)."""
+
+    every: int = Field(0, ge=0, description="steps from one trace to the next; 0 writes none")
+    episodes: int = Field(16, ge=1, description="episodes per traced step, up to four of a group")
+    max_mb: float = Field(
+        256.0, gt=0, description="megabytes of traces per run; beyond it every other one goes and the interval doubles"
+    )
+
+
 class SdarConfig(_Node):
     """The whole ``sdar:`` node."""
 
@@ -145,6 +155,7 @@ class SdarConfig(_Node):
     validation: ValidationConfig = ValidationConfig()
     rollout: RolloutConfig = RolloutConfig()
     update: UpdateConfig = UpdateConfig()
+    trace: TraceConfig = TraceConfig()
 
     @model_validator(mode="after")
     def _teacher_for_the_loss(self) -> SdarConfig:

@@ -22,7 +22,7 @@ from sdar_verl.envs.pool import EnvError, EnvProcessError
 from sdar_verl.rollout.actions import match_admissible, parse_action
 from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnContext
 from sdar_verl.rollout.prompts import PromptTemplateError
-from sdar_verl.rollout.rows import ROW_KEY, RowInfo
+from sdar_verl.rollout.rows import ROW_KEY, RowInfo, turn_text
 from sdar_verl.rollout.runtime import Context, Runtime, get_runtime
 from sdar_verl.skills.retrieval import RetrievalError
 
@@ -88,10 +88,11 @@ class SdarAgentLoop(AgentLoopBase):
             sampling_params = {**sampling_params, "temperature": arm.temperature}
         seed_parts = (task.task_id, arm_name, kwargs.get("global_steps"), kwargs.get("session_id"))
 
+        traced = arm is None and runtime.traces(kwargs.get("global_steps"))
         failure = ""
         for attempt in (1, 2):
             try:
-                episode = await self._play(runtime, task, arm, sampling_params, seed_parts)
+                episode = await self._play(runtime, task, arm, sampling_params, seed_parts, traced)
                 break
             except EnvProcessError as error:
                 logger.warning("task %s, attempt %d: %s", task.task_id, attempt, error)
@@ -111,6 +112,7 @@ class SdarAgentLoop(AgentLoopBase):
         arm: ValidationArm | None,
         sampling_params: dict[str, Any],
         seed_parts: tuple[Any, ...],
+        traced: bool,
     ) -> _Episode:
         settings = runtime.sdar
         wants_teacher = arm is None and settings.teacher.source != "none"
@@ -174,6 +176,9 @@ class SdarAgentLoop(AgentLoopBase):
                 state = await session.step(action or NO_ACTION)
                 episode.env_s += time.perf_counter() - started
                 episode.reward += state.reward
+                if traced:
+                    seen = shown.observation, action, state.observation, state.reward
+                    info.text = turn_text(task, context.text, *seen)
                 if state.done or state.success:
                     break
             episode.success = state.success

@@ -7,8 +7,34 @@ from typing import Any
 
 import numpy as np
 
+from sdar_verl.envs.base import Task
+
 ROW_KEY = "sdar"
 """Key of the row's record inside verl's ``extra_fields``."""
+
+
+def turn_text(
+    task: Task, context: str, observation: str, action: str | None, result: str, reward: float
+) -> dict[str, Any]:
+    """The words of one turn, for traces.
+
+    Args:
+        task: its id and description are kept.
+        context: what the teacher alone was shown; empty when there was nothing.
+        observation: what the environment had said before the turn.
+        action: what it was sent; None when the answer held no action.
+        result: what it said then.
+        reward: of this turn alone.
+    """
+    return {
+        "task_id": task.task_id,
+        "task": task.description,
+        "context": context,
+        "observation": observation,
+        "action": action,
+        "result": result,
+        "reward": reward,
+    }
 
 
 @dataclass
@@ -31,6 +57,7 @@ class RowInfo:
         failed: the environment failed, twice; the row is masked everywhere.
         failure: why the environment failed, or None.
         error: why the run must stop, or None.
+        text: what a trace shows of the turn in words (:func:`turn_text`); None on steps that are not traced.
     """
 
     turn: int
@@ -48,6 +75,7 @@ class RowInfo:
     failed: bool = False
     failure: str | None = None
     error: str | None = None
+    text: dict[str, Any] | None = None
 
     @property
     def invalid(self) -> bool:

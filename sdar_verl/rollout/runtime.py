@@ -70,6 +70,11 @@ class Runtime:
         """The validation arm called ``name``."""
         return self.sdar.validation.arms[name]
 
+    def traces(self, step: int | None) -> bool:
+        """Whether the training rows of ``step`` carry the words of their turn."""
+        every = self.sdar.trace.every
+        return bool(every and step is not None and step % every == 0)
+
     def request_seed(self, *parts: object) -> int | None:
         """A sampling seed for one request, or None when the run does not fix seeds.
 

@@ -61,6 +61,9 @@ class TrainerPart:
     def on_validated(self, step: int, metrics: dict[str, float], outcomes: dict[str, list[Any]]) -> None:
         """Called after a validation with its metrics and, per episode, the agent loop's outcome columns."""
 
+    def on_step_end(self, step: int, metrics: dict[str, Any]) -> None:
+        """Called when all of the step's metrics are there, timings and validation included, before they are logged."""
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive a resume, as plain JSON values."""
         return {}

@@ -214,6 +214,8 @@ class SdarTrainer(PPOTrainerSync):
         # The teacher pass runs within verl's advantage phase; its time is shown on its own.
         timing_raw["adv"] -= timing_raw.get("teacher", 0.0)
         super()._compute_metrics(batch, metrics, timing_raw, *args, **kwargs)
+        for part in self.parts:
+            part.on_step_end(self.global_steps, metrics)
         print(step_line(self.global_steps, self.total_training_steps, metrics), flush=True)
 
 
