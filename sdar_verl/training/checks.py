@@ -153,6 +153,12 @@ def _engine(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"trainer.device=cpu runs with actor_rollout_ref.rollout.name=transformers, not {name}; "
             "use hardware=cpu, which sets both"
         )
+    strategy = config.actor_rollout_ref.actor.strategy
+    if device == "cpu" and strategy == "fsdp":
+        faults.append(
+            "actor_rollout_ref.actor.strategy=fsdp (FSDP1) cannot start on a CPU (trainer.device=cpu): torch "
+            "broadcasts its module states on an accelerator only; set actor_rollout_ref.actor.strategy=fsdp2"
+        )
     if device != "cpu" and name == "vllm" and util.find_spec("vllm") is None:
         faults.append(
             'actor_rollout_ref.rollout.name=vllm, but vllm is not installed: pip install "sdar-verl[vllm]" '

@@ -177,6 +177,40 @@ def test_two_ranks_equal_one(whole, tmp_path):
             assert two.metrics[step][name] == pytest.approx(whole.metrics[step][name], **SAME), (step, name)
 
 
+def test_every_update_of_a_step_is_normalised_by_its_own_rows(tmp_path):
+    """Three updates and more per step, at a learning rate of 0 so that one forward pass serves them all."""
+    rows_per_update = 16
+    run = train(
+        tmp_path,
+        "sdar.teacher.source=actor",
+        f"sdar.update.mini_batch_rows={rows_per_update}",
+        "actor_rollout_ref.actor.shuffle=False",
+        "actor_rollout_ref.actor.optim.lr=0",
+        steps=1,
+        record=True,
+    )
+    record = torch.load(tmp_path / "step_1.pt", weights_only=False)
+    columns = [padded(record[name]) for name in ("old_log_probs", TEACHER_LOG_PROBS, "response_mask", TEACHER_MASK)]
+    advantages = padded(record["advantages"])
+    updates = range(0, len(record["keys"]), rows_per_update)
+    assert len(updates) >= 2
+    distillation, policy = [], []
+    for start in updates:
+        student, teacher, mask, seen = (column[start : start + rows_per_update] for column in columns)
+        loss, _ = gated_distillation_loss(student, teacher, mask, distill_mask=seen.bool())
+        distillation.append(loss.item())
+        signal = advantages[start : start + rows_per_update] * mask
+        policy.append(-signal.sum().item() / max(mask.sum().item(), 1.0))
+    metrics = run.metrics[1]
+    assert len({round(value, 6) for value in distillation}) > 1, "the updates are alike: this test would show nothing"
+    assert metrics["sdar/loss"] == pytest.approx(sum(distillation) / len(updates), rel=1e-3, abs=1e-6)
+    assert metrics["actor/pg_loss"] == pytest.approx(sum(policy) / len(updates), rel=1e-3, abs=1e-5)
+    # Means over tokens do not care how the rows were split.
+    gap = (columns[1] - columns[0])[columns[3].bool()]
+    assert metrics["sdar/gap_mean"] == pytest.approx(gap.mean().item(), rel=1e-3, abs=1e-5)
+    assert metrics["sdar/gate_mean"] == pytest.approx(torch.sigmoid(5 * gap).mean().item(), rel=1e-4)
+
+
 def test_lambda_zero_is_grpo_bit_for_bit(tmp_path):
     """A watched run (teacher on, lambda 0) and one without a teacher take the same steps, to the last bit."""
     watched = train(tmp_path / "watched", "sdar.teacher.source=reference", "sdar.loss.coef=0", steps=2)
