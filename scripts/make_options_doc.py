@@ -19,6 +19,8 @@ from pydantic.fields import FieldInfo
 
 from sdar_verl.algorithm.gates import list_gates
 from sdar_verl.algorithm.objectives import list_objectives
+from sdar_verl.algorithm.schedules import list_schedules
+from sdar_verl.algorithm.signals import list_signals
 from sdar_verl.config import SdarConfig
 from sdar_verl.envs.registry import known_envs
 from sdar_verl.rollout.prompts import template_names
@@ -31,6 +33,9 @@ PATH = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 NAMES: dict[str, tuple[Callable[[], typing.Iterable[str]], str]] = {
     "sdar.loss.gate": (list_gates, ""),
     "sdar.loss.objective": (list_objectives, ""),
+    "sdar.loss.signal": (list_signals, ""),
+    "sdar.loss.coef_schedule.name": (list_schedules, ""),
+    "sdar.loss.beta_schedule.name": (list_schedules, ""),
     "sdar.skills.bank": (bank_names, ", or a folder"),
     "sdar.skills.retrieval": (retriever_names, "; a list"),
     "sdar.env.name": (known_envs, ", or one registered by `sdar.env.modules`"),
@@ -90,6 +95,9 @@ def render() -> str:
 def _options(model: type[BaseModel], prefix: str) -> Iterator[Option]:
     for key, field in model.model_fields.items():
         name = f"{prefix}.{key}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _options(field.annotation, name)
+            continue
         yield Option(f"`{name}`", _default(field), _allowed(name, field), _escape(field.description or ""))
         values = typing.get_args(field.annotation)[1:] if typing.get_origin(field.annotation) is dict else ()
         for value in values:

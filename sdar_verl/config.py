@@ -20,13 +20,62 @@ class _Node(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
-class LossConfig(_Node):
-    """The gated self-distillation term, ``coef * Agg[g_t * objective_t]`` (paper, equations 5 to 8)."""
+class ScheduleConfig(_Node):
+    """How a value changes over the steps: value = base * window * warm-up * factor."""
 
-    coef: float = Field(0.01, ge=0, description="lambda; 0 trains plain GRPO and still reports gate and gap")
+    name: str = Field("constant", description="registered schedule")
+    start_step: int = Field(1, ge=1, description="first step with a value other than 0")
+    stop_step: int | None = Field(None, ge=2, description="first step that has 0 again; null: never")
+    warmup_steps: int = Field(0, ge=0, description="linear rise over these steps from start_step on")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the schedule")
+
+    @model_validator(mode="after")
+    def _window(self) -> ScheduleConfig:
+        if self.stop_step is not None and self.stop_step <= self.start_step:
+            raise ValueError(f"stop_step={self.stop_step} is not after start_step={self.start_step}: the value is 0")
+        return self
+
+
+class LossConfig(_Node):
+    """What the teacher's signal does to training: by default an auxiliary loss, ``coef * Agg[g_t * objective_t]``
+    (paper, equations 5 to 8)."""
+
+    coef: float = Field(
+        0.01, ge=0, description="lambda, the strength of the signal; 0 trains plain GRPO and still reports gate and gap"
+    )
+    coef_schedule: ScheduleConfig = ScheduleConfig()
+    signal: str = Field(
+        "loss",
+        description="registered signal, where the teacher enters: loss (paper), advantage_weight (RLSD), "
+        "advantage_factor (AgentOPSD), advantage_shaping (ADRS)",
+    )
+    signal_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the signal")
+    policy_gradient: bool = Field(
+        True, description="false leaves verl's policy gradient out (OPSD); its KL and entropy terms stay"
+    )
+    gate: str = Field(
+        "gap", description="registered gate: gap (paper), entropy, soft_or, none (constant 1), half (constant 1/2)"
+    )
+    gate_options: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the gate; soft_or needs norm"
+    )
     beta: float = Field(5.0, ge=0, description="sharpness of the gate sigmoid(beta * gap)")
-    gate: str = Field("gap", description="registered gate: gap (paper), none (constant 1), half (constant 1/2)")
-    objective: str = Field("sampled", description="registered objective: sampled (paper)")
+    beta_schedule: ScheduleConfig = ScheduleConfig()
+    centre: Literal["none", "trajectory", "batch"] = Field(
+        "none", description="what is taken off the gap: nothing, its mean over the trajectory, or over the step's rows"
+    )
+    clamp: float | None = Field(None, gt=0, description="largest absolute gap, nats; null: no limit")
+    granularity: Literal["token", "turn", "trajectory"] = Field(
+        "token", description="the gap enters the gate per token, or as its mean over the turn or the trajectory"
+    )
+    objective: str = Field("sampled", description="registered objective: sampled (paper), k1, k2, k3 (Skill-SD)")
+    objective_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the objective")
+    divide_by: Literal["tokens", "trajectory", "weights", "gap_bearing"] = Field(
+        "tokens",
+        description="what the term is a mean over: response tokens, tokens of a trajectory and then trajectories "
+        "(the paper's Agg), gates (a weighted mean), or tokens whose gap reaches gap_threshold",
+    )
+    gap_threshold: float = Field(0.05, gt=0, description="nats, for divide_by=gap_bearing")
 
 
 class TeacherConfig(_Node):
@@ -188,8 +237,8 @@ def _explain(item: Any) -> str:
     option = ".".join(["sdar", *(str(part) for part in item["loc"])])
     if item["type"] == "extra_forbidden":
         return f"{option}: no such option ({_known_keys(item['loc'])})"
-    if item["type"] == "value_error" and not item["loc"]:
-        return str(item["ctx"]["error"])
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"]) if not item["loc"] else f"{option}: {item['ctx']['error']}"
     return f"{option}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 

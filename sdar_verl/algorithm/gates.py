@@ -2,12 +2,15 @@
 
 A gate is a pure function ``gate(gap, *, beta, **signals) -> weight``:
 
-- ``gap``: (batch, response_length), Delta_t = log pi_T(y_t | s_t+) - log pi_theta(y_t | s_t), the teacher-student
-  gap on the sampled token in nats; positive where the teacher, which sees the privileged context, likes the token
-  better;
+- ``gap``: (batch, response_length), the teacher-student gap in nats, by default Delta_t = log pi_T(y_t | s_t+) -
+  log pi_theta(y_t | s_t) on the sampled token: positive where the teacher, which sees the privileged context, likes
+  the token better. Centring, clamping and averaging over a turn or a trajectory come before
+  (:mod:`sdar_verl.algorithm.gap`);
 - ``beta``: sharpness, 1/nats, >= 0;
-- ``signals``: what else is known per token, at present ``entropy`` (the student's, nats, or None). A gate names
-  those it reads and takes the rest as ``**_``, so that later signals do not break it;
+- ``signals``: what else is known per token: ``entropy`` (the student's over the full vocabulary, nats, or None),
+  ``mask`` (bool, distilled tokens), ``ranges`` (:class:`Ranges` of the whole step, or None). A gate names those it
+  reads and takes the rest as ``**_``, so that later signals do not break it. A keyword that is none of these is an
+  option of the gate, set in ``sdar.loss.gate_options``;
 - ``weight``: same shape as ``gap``, in [0, 1].
 
 Gaps are finite; at masked positions they are 0. The loss calls a gate without gradient: the
@@ -20,13 +23,13 @@ teacher acts through the size of the weight only. A gate of your own, in your ow
 What a gate does on-policy. With the ``sampled`` objective every token is pushed up by its weight g(Delta_t); since
 E_{y ~ pi_theta}[grad log pi_theta(y)] = 0, a constant weight has zero expected gradient and only the part of g that
 varies with the token teaches. That is why ``none`` and ``half`` are controls with this objective and not
-distillation.
+distillation; nor is ``entropy``, whose weight is the same for every token that could have been sampled at a position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,12 +37,29 @@ from sdar_verl.algorithm.registry import Registry
 
 Gate = Callable[..., torch.Tensor]
 
-_GATES: Registry[Gate] = Registry("gate")
+SIGNALS = ("beta", "entropy", "mask", "ranges")
+NORMS = ("none", "batch_minmax", "squash")
+
+_GATES: Registry[Gate] = Registry("gate", SIGNALS)
 
 
-def register_gate(name: str) -> Callable[[Gate], Gate]:
-    """Decorator: make a gate selectable as ``name``. Raises ValueError when the name is taken."""
-    return _GATES.register(name)
+class Ranges(NamedTuple):
+    """Smallest and largest value over all distilled tokens of a step, nats: of the student's entropy and of the gap."""
+
+    entropy_min: float
+    entropy_max: float
+    gap_min: float
+    gap_max: float
+
+
+def register_gate(name: str, *, reads_gap: bool = True) -> Callable[[Gate], Gate]:
+    """Decorator: make a gate selectable as ``name``. Raises ValueError when the name is taken.
+
+    Args:
+        name: what ``sdar.loss.gate`` is set to.
+        reads_gap: False for a gate that does not look at the gap; options that shape the gap are then errors.
+    """
+    return _GATES.register(name, reads_gap=reads_gap)
 
 
 def get_gate(name: str) -> Gate:
@@ -50,6 +70,18 @@ def get_gate(name: str) -> Gate:
 def list_gates() -> list[str]:
     """Names of all gates, sorted."""
     return _GATES.names()
+
+
+def gate_reads(name: str, signal: str) -> bool:
+    """Whether the gate looks at ``signal``: ``"gap"`` or one of :data:`SIGNALS`."""
+    return bool(_GATES.fact(name, "reads_gap", True)) if signal == "gap" else _GATES.reads(name, signal)
+
+
+def check_gate_options(name: str, options: dict[str, Any]) -> None:
+    """Raise ValueError for an option that the gate does not take, one that is missing, or a value that it refuses."""
+    _GATES.check_options(name, options)
+    token = torch.zeros(1, 1)
+    get_gate(name)(token, beta=1.0, entropy=token, mask=token.bool(), ranges=None, **options)
 
 
 @register_gate("gap")
@@ -64,13 +96,77 @@ def gap_gate(gap: torch.Tensor, *, beta: float, **_: Any) -> torch.Tensor:
     return torch.sigmoid(beta * gap)
 
 
-@register_gate("none")
+@register_gate("entropy", reads_gap=False)
+def entropy_gate(gap: torch.Tensor, *, beta: float, entropy: torch.Tensor | None, **_: Any) -> torch.Tensor:
+    """g_t = sigmoid(beta * h_t), h_t the student's entropy in nats (arXiv:2605.15155, entropy gating, an ablation).
+
+    h_t >= 0, so the gate never attenuates below 1/2; with the ``sampled`` objective the teacher has no say at all.
+    """
+    return torch.sigmoid(beta * _given(entropy, "entropy"))
+
+
+@register_gate("soft_or")
+def soft_or_gate(
+    gap: torch.Tensor,
+    *,
+    beta: float,
+    entropy: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
+    ranges: Ranges | None = None,
+    norm: str,
+    **_: Any,
+) -> torch.Tensor:
+    """g_t = sigmoid(beta * [1 - (1 - h_t)(1 - Delta_t)]) (arXiv:2605.15155, soft-OR gating, an ablation).
+
+    A soft OR is one of numbers in [0, 1]. The paper does not say how entropy and gap get there, so ``norm`` has to be
+    chosen:
+
+    - ``none``: h and Delta in nats, as the formula is printed;
+    - ``batch_minmax``: each by its smallest and largest value over the distilled tokens of the step (``ranges``;
+      without them, of the tensors given), clamped to [0, 1];
+    - ``squash``: tanh(h) and sigmoid(Delta), which need no statistics.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"soft_or has norm={norm!r}; known: {', '.join(NORMS)}")
+    high = _given(entropy, "soft_or")
+    if norm == "squash":
+        high, low = torch.tanh(high), torch.sigmoid(gap)
+    elif norm == "batch_minmax":
+        ranges = ranges or value_ranges(high, gap, torch.ones_like(gap, dtype=torch.bool) if mask is None else mask)
+        high = _unit_range(high, ranges.entropy_min, ranges.entropy_max)
+        low = _unit_range(gap, ranges.gap_min, ranges.gap_max)
+    else:
+        low = gap
+    return torch.sigmoid(beta * (1.0 - (1.0 - high) * (1.0 - low)))
+
+
+@register_gate("none", reads_gap=False)
 def no_gate(gap: torch.Tensor, **_: Any) -> torch.Tensor:
     """g_t = 1: the objective as it is, no gating; with the ``sampled`` objective a control, see above."""
     return torch.ones_like(gap)
 
 
-@register_gate("half")
+@register_gate("half", reads_gap=False)
 def half_gate(gap: torch.Tensor, **_: Any) -> torch.Tensor:
     """g_t = 1/2: what the released code runs as OPSD and GRPO+OPSD (``gap`` at beta = 0)."""
     return torch.full_like(gap, 0.5)
+
+
+def value_ranges(entropy: torch.Tensor, gap: torch.Tensor, mask: torch.Tensor) -> Ranges:
+    """:class:`Ranges` over the positions where ``mask`` (bool, the tensors' shape) is on; all 0 when it is nowhere."""
+    if not mask.any():
+        return Ranges(0.0, 0.0, 0.0, 0.0)
+    high, low = entropy[mask], gap[mask]
+    return Ranges(high.min().item(), high.max().item(), low.min().item(), low.max().item())
+
+
+def _unit_range(values: torch.Tensor, smallest: float, largest: float) -> torch.Tensor:
+    """0 at ``smallest``, 1 at ``largest``; 0 everywhere when both are the same."""
+    width = largest - smallest
+    return ((values - smallest) / width).clamp(0.0, 1.0) if width > 0 else torch.zeros_like(values)
+
+
+def _given(entropy: torch.Tensor | None, gate: str) -> torch.Tensor:
+    if entropy is None:
+        raise ValueError(f"gate {gate!r} reads the student's entropy, which is not given")
+    return entropy

@@ -10,20 +10,23 @@ The training loss is L_RL + lambda * L_SDAR; lambda belongs to the caller.
 
 Two steps, so that a worker can aggregate with verl's own function and its own global-batch numbers:
 :func:`distillation_terms` is the mathematics per token, pure torch; :func:`gated_distillation_loss` adds verl's
-``agg_loss`` and sums for the metrics. :func:`finalize_stats` turns summed sums into means.
+``agg_loss`` and sums for the metrics (:mod:`sdar_verl.algorithm.stats`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from sdar_verl.algorithm.gap import StepStatistics, gate_gap
 from sdar_verl.algorithm.gates import get_gate
 from sdar_verl.algorithm.masking import active_mask, clean
 from sdar_verl.algorithm.objectives import get_objective
+from sdar_verl.algorithm.stats import stats_sums
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,21 @@ class DistillationTerms:
     """What the loss is made of, per token; all tensors (batch, response_length), 0 (False) where ``mask`` is off.
 
     Attributes:
-        loss: l_t = g_t * objective; the only tensor that carries a gradient, and that to the student alone.
+        loss: l_t = s_t * g_t * objective (s_t: scale of the chosen divisor, 1 by default); the only tensor that
+            carries a gradient, and that to the student alone.
         gate: g_t, detached.
-        gap: Delta_t in nats, detached.
+        gap: Delta_t in nats, detached, before centring and the like.
         mask: bool, valid response tokens that have a teacher.
+        gate_gap: the gap as it entered the gate, detached; the same as ``gap`` by default.
+        entropy: the student's, nats, detached; None when it was not given.
     """
 
     loss: torch.Tensor
     gate: torch.Tensor
     gap: torch.Tensor
     mask: torch.Tensor
+    gate_gap: torch.Tensor
+    entropy: torch.Tensor | None = None
 
 
 def distillation_terms(
@@ -54,6 +62,13 @@ def distillation_terms(
     entropy: torch.Tensor | None = None,
     old_log_probs: torch.Tensor | None = None,
     distill_mask: torch.Tensor | None = None,
+    gate_options: Mapping[str, Any] | None = None,
+    objective_options: Mapping[str, Any] | None = None,
+    granularity: str = "token",
+    centre: str = "none",
+    clamp: float | None = None,
+    statistics: StepStatistics | None = None,
+    signals: Mapping[str, torch.Tensor] | None = None,
 ) -> DistillationTerms:
     """Gap, gate and gated objective per token.
 
@@ -72,14 +87,20 @@ def distillation_terms(
         old_log_probs: (batch, response_length), log pi_old(y_t | s_t), for objectives that read it.
         distill_mask: (batch,) or (batch, response_length), False where there is no teacher log-prob (validation
             rows, failed retrieval, padding rows). None: everywhere there is one.
+        gate_options: keyword arguments of the gate beyond its signals.
+        objective_options: keyword arguments of the objective beyond its signals.
+        granularity, centre, clamp: what becomes of the gap before the gate, see :func:`sdar_verl.algorithm.gap.gate_gap`.
+        statistics: what these rows must know of the others, :func:`sdar_verl.algorithm.gap.step_statistics`.
+        signals: further tensors (batch, response_length) for an objective that names them, such as a divergence
+            between the two distributions; they may carry gradient and are passed on with 0 at masked positions.
 
     Returns:
         :class:`DistillationTerms`. Masked positions of the inputs may hold anything, NaN included.
 
     Raises:
         ValueError: unknown gate or objective (the message lists the known), beta negative or not finite, shapes that
-            do not fit, NaN or infinity at an unmasked position (names the tensor and the rows), a gate or an
-            objective that returns another shape.
+            do not fit, NaN or infinity at an unmasked position (names the tensor and the rows), statistics that an
+            option needs and that are missing, a gate or an objective that returns another shape.
     """
     if not (math.isfinite(beta) and beta >= 0.0):
         raise ValueError(f"beta is {beta}; it must be finite and >= 0 (the paper uses 5)")
@@ -92,19 +113,35 @@ def distillation_terms(
     old = None if old_log_probs is None else clean("old_log_probs", old_log_probs, mask).detach()
 
     gap = teacher - student.detach()
+    entering = gate_gap(
+        gap,
+        mask,
+        response_mask.bool(),
+        granularity=granularity,
+        centre=centre,
+        clamp=clamp,
+        statistics=statistics,
+    )
+    ranges = None if statistics is None else statistics.ranges
     with torch.no_grad():
-        weight = gate_fn(gap, beta=beta, entropy=entropy)
-    per_token = objective_fn(student, teacher, old_log_probs=old)
+        weight = gate_fn(entering, beta=beta, entropy=entropy, mask=mask, ranges=ranges, **(gate_options or {}))
+    further = {name: clean(name, values, mask) for name, values in (signals or {}).items()}
+    per_token = objective_fn(student, teacher, old_log_probs=old, **further, **(objective_options or {}))
     for kind, name, result in (("gate", gate, weight), ("objective", objective, per_token)):
         if result.shape != mask.shape:
             raise ValueError(f"{kind} {name!r} returned shape {tuple(result.shape)}; expected {tuple(mask.shape)}")
 
     zero = torch.zeros_like(gap)
+    weighted = torch.where(mask, weight * per_token, zero)
+    if statistics is not None and statistics.scale is not None:
+        weighted = weighted * statistics.scale.to(gap)
     return DistillationTerms(
-        loss=torch.where(mask, weight * per_token, zero),
+        loss=weighted,
         gate=torch.where(mask, weight, zero),
         gap=gap,
         mask=mask,
+        gate_gap=entering,
+        entropy=entropy,
     )
 
 
@@ -124,13 +161,14 @@ def gated_distillation_loss(
     batch_num_tokens: int | None = None,
     global_batch_size: int | None = None,
     loss_scale_factor: int | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """L_SDAR as a scalar, aggregated by verl's ``agg_loss``, and its sums for the metrics.
 
-    All arguments but the five below are those of :func:`distillation_terms`. The last four are verl's numbers of the
-    global batch: with them, gradients accumulated over micro-batches and averaged over ranks do not depend on how
-    the batch was split (a worker passes ``**config.global_batch_info``). Without them the loss is the mean over this
-    batch.
+    All arguments but the five below are those of :func:`distillation_terms`, ``options`` being its later ones. The
+    last four are verl's numbers of the global batch: with them, gradients accumulated over micro-batches and averaged
+    over ranks do not depend on how the batch was split (a worker passes ``**config.global_batch_info``). Without them
+    the loss is the mean over this batch.
 
     Args:
         loss_agg_mode: one of verl's modes (token-mean, token-sum, seq-mean-token-sum, seq-mean-token-sum-norm,
@@ -142,7 +180,7 @@ def gated_distillation_loss(
 
     Returns:
         loss: scalar; 0 with a gradient of 0 when no token is valid.
-        stats: see :func:`stats_sums`.
+        stats: see :func:`sdar_verl.algorithm.stats.stats_sums`.
 
     Raises:
         ValueError: as :func:`distillation_terms`; an unknown ``loss_agg_mode``; dp_size > 1 without the global
@@ -160,6 +198,7 @@ def gated_distillation_loss(
         entropy=entropy,
         old_log_probs=old_log_probs,
         distill_mask=distill_mask,
+        **options,
     )
     loss = agg_loss(
         loss_mat=terms.loss,
@@ -173,56 +212,3 @@ def gated_distillation_loss(
     if not response_mask.any():
         loss = terms.loss.sum()  # the mean over nothing would be 0 / 0; this 0 is still part of the graph
     return loss, stats_sums(terms)
-
-
-def stats_sums(terms: DistillationTerms) -> dict[str, float]:
-    """Sums over the distilled tokens, which add up exactly over micro-batches and ranks where means would not.
-
-    Keys: ``tokens``; ``gate``, ``gap``, ``gap_squared``, ``loss`` (sums of g_t, Delta_t, Delta_t^2, l_t);
-    ``gate_active`` and ``gap_positive`` (tokens with g_t > 1/2, with Delta_t > 0).
-    """
-    gap = terms.gap.double()
-    columns = {
-        "tokens": terms.mask,
-        "gate": terms.gate,
-        "gate_active": terms.gate > 0.5,
-        "gap": gap,
-        "gap_squared": gap.square(),
-        "gap_positive": terms.gap > 0.0,
-        "loss": terms.loss.detach(),
-    }
-    sums = torch.stack([column.double().sum() for column in columns.values()])
-    return dict(zip(columns, sums.tolist(), strict=True))  # one transfer from the device
-
-
-def add_stats(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Add the sums of several micro-batches or ranks, key by key."""
-    total: dict[str, float] = {}
-    for part in parts:
-        for key, value in part.items():
-            total[key] = total.get(key, 0.0) + value
-    return total
-
-
-def finalize_stats(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means over distilled tokens from summed :func:`stats_sums`.
-
-    Returns:
-        ``tokens``: distilled tokens. ``gate_mean``: mean g_t. ``active_share``: share with g_t > 1/2. ``gap_mean``,
-            ``gap_std``
-        (population, nats). ``gap_positive_share``: share with Delta_t > 0. ``distill_loss``: mean l_t per token,
-        before lambda, whatever the aggregation mode of the loss. NaN, apart from ``tokens``, when there was no token.
-    """
-    tokens = sums["tokens"]
-    names = ("gate", "gate_active", "gap", "gap_squared", "gap_positive", "loss")
-    mean = {name: sums[name] / tokens if tokens else math.nan for name in names}
-    variance = mean["gap_squared"] - mean["gap"] ** 2
-    return {
-        "tokens": tokens,
-        "gate_mean": mean["gate"],
-        "active_share": mean["gate_active"],
-        "gap_mean": mean["gap"],
-        "gap_std": 0.0 if variance < 0.0 else math.sqrt(variance),  # rounding can take a zero variance below zero
-        "gap_positive_share": mean["gap_positive"],
-        "distill_loss": mean["loss"],
-    }

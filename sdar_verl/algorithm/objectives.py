@@ -5,11 +5,20 @@ An objective is a pure function ``objective(student_log_probs, teacher_log_probs
 - ``student_log_probs``: (batch, response_length), log pi_theta(y_t | s_t) of the sampled tokens in nats; carries the
   gradient;
 - ``teacher_log_probs``: same shape, log pi_T(y_t | s_t+) of the very same tokens; detached by the caller;
-- ``signals``: what else is known per token, at present ``old_log_probs`` (log pi_old(y_t | s_t), or None). An
-  objective names those it reads and takes the rest as ``**_``;
+- ``signals``: what else is known per token: ``old_log_probs`` (log pi_old(y_t | s_t), detached, or None). An
+  objective names those it reads and takes the rest as ``**_``. A keyword that is no signal is an option of the
+  objective, set in ``sdar.loss.objective_options``;
 - ``loss``: same shape, minimised.
 
 Values are finite; at masked positions both log-probs are 0.
+
+With d = log pi_theta - log pi_T of the sampled token, rho = pi_theta / pi_old and y ~ pi_old, the expected gradients
+are (KL is the reverse KL(student || teacher) of the position):
+
+    sampled                 0 with a constant gate: the teacher acts through the gate alone
+    k1  rho * sg[d]         grad KL
+    k2  d^2 / 2             grad KL on-policy (pi_old = pi_theta)
+    k3  rho * (e^-d - 1 + d)  grad KL; without rho it is the gradient of the forward KL, on-policy
 """
 
 from __future__ import annotations
@@ -23,7 +32,13 @@ from sdar_verl.algorithm.registry import Registry
 
 Objective = Callable[..., torch.Tensor]
 
-_OBJECTIVES: Registry[Objective] = Registry("objective")
+SIGNALS = ("old_log_probs",)
+
+# Beyond these the exponentials would overflow; a token this far from its teacher or its sampler teaches no less.
+MAX_LOG_RATIO = 20.0
+MAX_LOG_IMPORTANCE = 10.0
+
+_OBJECTIVES: Registry[Objective] = Registry("objective", SIGNALS)
 
 
 def register_objective(name: str) -> Callable[[Objective], Objective]:
@@ -41,6 +56,11 @@ def list_objectives() -> list[str]:
     return _OBJECTIVES.names()
 
 
+def check_objective_options(name: str, options: dict[str, Any]) -> None:
+    """Raise ValueError for an option that the objective does not take, or for one that is missing."""
+    _OBJECTIVES.check_options(name, options)
+
+
 @register_objective("sampled")
 def sampled(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor, **_: Any) -> torch.Tensor:
     """log pi_T(y_t | s_t+) - log pi_theta(y_t | s_t), the surrogate of L_SDAR in arXiv:2605.15155.
@@ -50,3 +70,53 @@ def sampled(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor, **
     one does not mean a student closer to its teacher.
     """
     return teacher_log_probs - student_log_probs
+
+
+@register_objective("k1")
+def k1(
+    student_log_probs: torch.Tensor,
+    teacher_log_probs: torch.Tensor,
+    *,
+    old_log_probs: torch.Tensor | None,
+    **_: Any,
+) -> torch.Tensor:
+    """rho_t * sg[d_t], d_t = log pi_theta - log pi_T: the reverse KL as a policy gradient with reward -d_t.
+
+    This is how "minimise Agg(log pi_theta - log pi_T)" on sampled tokens (OPSD in arXiv:2605.15155) becomes a method:
+    differentiating d_t itself would give grad log pi_theta, whose expectation is 0.
+    """
+    difference = (student_log_probs - teacher_log_probs).detach()
+    return _importance(student_log_probs, old_log_probs, "k1") * difference
+
+
+@register_objective("k2")
+def k2(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor, **_: Any) -> torch.Tensor:
+    """d_t^2 / 2, d_t = log pi_theta - log pi_T; >= 0, biased as an estimate of the KL."""
+    return 0.5 * (student_log_probs - teacher_log_probs).square()
+
+
+@register_objective("k3")
+def k3(
+    student_log_probs: torch.Tensor,
+    teacher_log_probs: torch.Tensor,
+    *,
+    old_log_probs: torch.Tensor | None,
+    importance: bool = True,
+    **_: Any,
+) -> torch.Tensor:
+    """rho_t * (exp(-d_t) - 1 + d_t), d_t = log pi_theta - log pi_T: Skill-SD (arXiv:2605.15155, baseline Skill-SD).
+
+    Both factors carry gradient, and rho * (k3 + 1 - exp(-d)) = rho * d is then the policy gradient of the reverse KL.
+    ``importance=False`` leaves rho out: k3 as a plain penalty, >= 0, whose gradient is that of the forward KL.
+    The exponents are cut at 20 (-d) and 10 (log rho) nats, as in the released code.
+    """
+    difference = student_log_probs - teacher_log_probs
+    estimate = torch.exp((-difference).clamp(max=MAX_LOG_RATIO)) - 1.0 + difference
+    return _importance(student_log_probs, old_log_probs, "k3") * estimate if importance else estimate
+
+
+def _importance(student: torch.Tensor, old: torch.Tensor | None, objective: str) -> torch.Tensor:
+    """rho = pi_theta / pi_old of the sampled token, with gradient."""
+    if old is None:
+        raise ValueError(f"objective {objective!r} reads old_log_probs, which are not given")
+    return torch.exp((student - old).clamp(max=MAX_LOG_IMPORTANCE))

@@ -12,7 +12,8 @@ from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
-from sdar_verl.algorithm.loss import distillation_terms, stats_sums
+from sdar_verl.algorithm.loss import distillation_terms
+from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.config import LossConfig
 from sdar_verl.training.fields import SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from sdar_verl.algorithm.loss import finalize_stats
+from sdar_verl.algorithm.stats import finalize_stats
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.fields import SUMS_PREFIX
 

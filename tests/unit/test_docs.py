@@ -18,7 +18,8 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sdar_verl.algorithm.loss import distillation_terms, stats_sums
+from sdar_verl.algorithm.loss import distillation_terms
+from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
 from sdar_verl.rollout.rows import RowInfo

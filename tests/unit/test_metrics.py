@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sdar_verl.algorithm.loss import add_stats, distillation_terms, finalize_stats, stats_sums
+from sdar_verl.algorithm.loss import distillation_terms
+from sdar_verl.algorithm.stats import add_stats, finalize_stats, stats_sums
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.live import step_line, validation_line
 from sdar_verl.training.metrics import reduce_loss_sums, row_metrics

@@ -1,0 +1,218 @@
+"""Schedules: how lambda (the strength of the signal) and beta (the sharpness of the gate) change over the steps.
+
+    value(step) = base * window(step) * warm-up(step) * factor(step')
+
+``window`` is 1 from ``start_step`` up to, but without, ``stop_step``, and 0 outside; steps count from 1, as verl's.
+Inside it step' counts on from the window's start (step' = step for a window that starts at 1), and the warm-up rises
+linearly, min(1, step' / warmup_steps). The factor is the schedule's own::
+
+    @register_schedule("halving")
+    @dataclass
+    class Halving(Schedule):
+        '''factor(n) = 2^-(n / every).'''
+
+        every: int
+
+        def factor(self, step):
+            return 0.5 ** (step / self.every)
+
+The fields of a schedule are its options, set in ``sdar.loss.coef_schedule.options``. One that follows a measured
+quantity overrides ``observe`` and keeps what it learned in ``state``, which goes into the checkpoint.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdar_verl.algorithm.registry import Registry
+
+GRAD_SHARE = "sdar/grad_share"
+"""Metric that ``grad_share`` follows: norm of lambda times the distillation gradient, of the rest's (docs/metrics.md)."""
+
+
+class Schedule:
+    """A constant; base class of all schedules.
+
+    Attributes:
+        measures: the metric that :meth:`observe` needs, or None.
+    """
+
+    measures: str | None = None
+
+    def factor(self, step: int) -> float:
+        """What the base value is multiplied by; ``step`` counts from 1 at the start of the window."""
+        return 1.0
+
+    def observe(self, value: float, measured: float) -> None:
+        """After an update: ``value`` was used and the metric ``measures`` came out as ``measured``."""
+
+    @property
+    def state(self) -> dict[str, float]:
+        """What has been learned from measurements; JSON."""
+        return {}
+
+    @state.setter
+    def state(self, state: Mapping[str, float]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, but was given {sorted(state)}")
+
+
+S = Callable[..., Schedule]
+_SCHEDULES: Registry[S] = Registry("schedule")
+
+
+def register_schedule(name: str) -> Callable[[type], type]:
+    """Decorator: make a :class:`Schedule` selectable as ``name``. Raises ValueError when the name is taken."""
+    return _SCHEDULES.register(name)  # type: ignore[return-value]
+
+
+def get_schedule(name: str) -> S:
+    """The schedule called ``name``. Raises ValueError that lists the known names."""
+    return _SCHEDULES.get(name)
+
+
+def list_schedules() -> list[str]:
+    """Names of all schedules, sorted."""
+    return _SCHEDULES.names()
+
+
+register_schedule("constant")(Schedule)
+
+
+@register_schedule("linear_decay")
+@dataclass
+class LinearDecay(Schedule):
+    """factor(n) = 1 - (1 - final) * min(n / steps, 1). With final 0 and 100 steps: what the released RLSD does."""
+
+    steps: int
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_decay(self.steps, self.final)
+
+    def factor(self, step: int) -> float:
+        """See the class."""
+        return 1.0 - (1.0 - self.final) * min(step / self.steps, 1.0)
+
+
+@register_schedule("cosine_decay")
+@dataclass
+class CosineDecay(Schedule):
+    """factor(n) = final + (1 - final) * (1 + cos(pi * min(n / steps, 1))) / 2."""
+
+    steps: int
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_decay(self.steps, self.final)
+
+    def factor(self, step: int) -> float:
+        """See the class."""
+        wave = (1.0 + math.cos(math.pi * min(step / self.steps, 1.0))) / 2.0
+        return self.final + (1.0 - self.final) * wave
+
+
+@register_schedule("grad_share")
+@dataclass
+class GradShare(Schedule):
+    """Lambda that keeps the distillation gradient at a chosen share of the policy gradient.
+
+        share_n  = |lambda_n grad L_SDAR| / |grad L_RL|       measured at step n (:data:`GRAD_SHARE`)
+        target   = lambda_n * share / share_n
+        log lambda_(n+1) = smoothing * log lambda_n + (1 - smoothing) * log target
+
+    Starts at the base value and stays within a factor ``bound`` of it, both ways. A step without a policy gradient (no
+    group with variance) or without a distillation gradient changes nothing.
+    """
+
+    share: float
+    smoothing: float = 0.9
+    bound: float = 100.0
+
+    measures = GRAD_SHARE
+
+    def __post_init__(self) -> None:
+        if not self.share > 0.0:
+            raise ValueError(f"grad_share has share={self.share}; it must be above 0")
+        if not 0.0 <= self.smoothing < 1.0:
+            raise ValueError(f"grad_share has smoothing={self.smoothing}; it must lie in [0, 1)")
+        if not self.bound >= 1.0:
+            raise ValueError(f"grad_share has bound={self.bound}; it must be at least 1")
+        self._log_factor = 0.0
+
+    def factor(self, step: int) -> float:
+        """The factor learned so far."""
+        return math.exp(self._log_factor)
+
+    def observe(self, value: float, measured: float) -> None:
+        """One measurement; see the class."""
+        if value > 0.0 and math.isfinite(measured) and measured > 0.0:
+            moved = self._log_factor + (1.0 - self.smoothing) * math.log(self.share / measured)
+            limit = math.log(self.bound)
+            self._log_factor = min(max(moved, -limit), limit)
+
+    @property
+    def state(self) -> dict[str, float]:
+        """The logarithm of the factor."""
+        return {"log_factor": self._log_factor}
+
+    @state.setter
+    def state(self, state: Mapping[str, float]) -> None:
+        self._log_factor = float(state["log_factor"])
+
+
+@dataclass
+class Scheduled:
+    """A base value, its window and its schedule.
+
+    Args:
+        base: lambda or beta as configured.
+        schedule: its factor.
+        start_step: first step with a value other than 0.
+        stop_step: first step after the window; None: no end.
+        warmup_steps: length of the linear rise.
+    """
+
+    base: float
+    schedule: Schedule
+    start_step: int = 1
+    stop_step: int | None = None
+    warmup_steps: int = 0
+
+    def value(self, step: int) -> float:
+        """The value at ``step`` (from 1)."""
+        if step < self.start_step or (self.stop_step is not None and step >= self.stop_step):
+            return 0.0
+        inside = step - self.start_step + 1
+        rise = min(1.0, inside / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.base * rise * self.schedule.factor(inside)
+
+
+def make_schedule(name: str, options: Mapping[str, Any]) -> Schedule:
+    """Build a schedule.
+
+    Raises:
+        ValueError: unknown name, unknown or missing option, or a value that the schedule refuses.
+    """
+    factory = get_schedule(name)
+    parameters = inspect.signature(factory).parameters
+    unknown = sorted(options.keys() - parameters.keys())
+    if unknown:
+        raise ValueError(
+            f"schedule {name!r} has no option {', '.join(map(repr, unknown))}; known: {', '.join(parameters) or 'none'}"
+        )
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in options]
+    if missing:
+        raise ValueError(f"schedule {name!r} needs the option {', '.join(map(repr, missing))}")
+    return factory(**options)
+
+
+def _check_decay(steps: int, final: float) -> None:
+    if not steps >= 1:
+        raise ValueError(f"a decay has steps={steps}; it must be at least 1")
+    if not 0.0 <= final <= 1.0:
+        raise ValueError(f"a decay has final={final}; it is the share left at the end, in [0, 1]")

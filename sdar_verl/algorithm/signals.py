@@ -1,0 +1,259 @@
+"""Signals: where the teacher enters the training objective.
+
+The paper adds an auxiliary loss. Others leave the loss alone and re-weight or shape the advantages of the sampled
+tokens. For the ``sampled`` objective the two are one: with a detached gate, the gradient of L_RL + lambda * Agg[g_t *
+(log pi_T - log pi_theta)] is that of a policy gradient with advantage A_t + lambda * g_t (ADRS, arXiv:2608.03223), as
+long as the policy gradient is neither clipped nor off-policy.
+
+A signal is a pure function ``signal(rows, *, strength, **options) -> advantages``:
+
+- ``rows``: :class:`SignalRows`, all rows of the step;
+- ``strength``: lambda of this step (``sdar.loss.coef``, scheduled), >= 0;
+- keywords of its own are its options, set in ``sdar.loss.signal_options``;
+- ``advantages``: (rows, response_length), no gradient.
+
+``loss`` leaves the advantages as they are: its lambda goes to the auxiliary loss in the actor's workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sdar_verl.algorithm.advantages import rlsd_advantages
+from sdar_verl.algorithm.gap import episode_means, turn_means
+from sdar_verl.algorithm.registry import Registry
+
+Signal = Callable[..., torch.Tensor]
+
+Reads = Iterable[str] | Callable[[Mapping[str, Any]], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class SignalRows:
+    """All rows of a step; tensors (rows, response_length) unless said otherwise, without gradient.
+
+    Attributes:
+        advantages: as the estimator gave them; 0 where ``response_mask`` is off.
+        response_mask: bool, sampled tokens.
+        mask: bool, sampled tokens that have a teacher.
+        old_log_probs: the student's at the weights the step began with, nats; 0 where ``mask`` is off.
+        teacher_log_probs: the teacher's, nats; 0 where ``mask`` is off.
+        gap: centred and clamped as ``sdar.loss.centre`` and ``clamp`` say, nats; 0 where ``mask`` is off.
+        gate: g_t of the chosen gate; 0 where ``mask`` is off.
+        episode_ids: (rows,), which rollout; unique over the step.
+        group_ids: (rows,), which task (verl's uid).
+        turns: (rows,), 0-based index of the row in its episode.
+        scores: (rows,), return of the row's episode.
+    """
+
+    advantages: torch.Tensor
+    response_mask: torch.Tensor
+    mask: torch.Tensor
+    old_log_probs: torch.Tensor
+    teacher_log_probs: torch.Tensor
+    gap: torch.Tensor
+    gate: torch.Tensor
+    episode_ids: Sequence[Hashable]
+    group_ids: Sequence[Hashable]
+    turns: Sequence[int]
+    scores: torch.Tensor
+
+
+_SIGNALS: Registry[Signal] = Registry("signal", ("strength",))
+
+
+def register_signal(name: str, *, reads: Reads = ("gap", "gate")) -> Callable[[Signal], Signal]:
+    """Decorator: make a signal selectable as ``name``. Raises ValueError when the name is taken.
+
+    Args:
+        name: what ``sdar.loss.signal`` is set to.
+        reads: what it looks at, of ``gap``, ``gate`` and ``loss`` (the auxiliary loss with its objective and
+            divisor), or a function of its options that says so. Options that shape anything else are errors.
+    """
+    return _SIGNALS.register(name, reads=reads)
+
+
+def get_signal(name: str) -> Signal:
+    """The signal called ``name``. Raises ValueError that lists the known names."""
+    return _SIGNALS.get(name)
+
+
+def list_signals() -> list[str]:
+    """Names of all signals, sorted."""
+    return _SIGNALS.names()
+
+
+def signal_reads(name: str, what: str, options: Mapping[str, Any]) -> bool:
+    """Whether the signal, with these options, looks at ``gap``, ``gate`` or ``loss``."""
+    reads = _SIGNALS.fact(name, "reads", ("gap", "gate"))
+    return what in (reads(options) if callable(reads) else reads)
+
+
+def check_signal(name: str, strength: float, options: dict[str, Any]) -> None:
+    """Raise ValueError for an option the signal does not take, one that is missing, or a value that it refuses."""
+    _SIGNALS.check_options(name, options)
+    token = torch.zeros(1, 1)
+    on = torch.ones(1, 1, dtype=torch.bool)
+    rows = SignalRows(token, on, on, token, token, token, token, ["e"], ["g"], [0], torch.zeros(1))
+    get_signal(name)(rows, strength=strength, **options)
+
+
+@register_signal("loss", reads=("gap", "gate", "loss"))
+def auxiliary_loss(rows: SignalRows, *, strength: float) -> torch.Tensor:
+    """L_RL + lambda * L_SDAR (arXiv:2605.15155, equation 8): the advantages stay, the actor's loss gets the term."""
+    return rows.advantages
+
+
+@register_signal("advantage_weight", reads=("gap",))
+def advantage_weight(rows: SignalRows, *, strength: float, clip: float = 0.2) -> torch.Tensor:
+    """RLSD: A_t * [(1 - lambda) + lambda * clip(exp(sign(A_t) * Delta_t), 1 -+ clip)]; lambda is 0.5 in the paper.
+
+    See :func:`sdar_verl.algorithm.advantages.rlsd_advantages`; here the gap may be centred and clamped first.
+    """
+    nothing = torch.zeros_like(rows.gap)
+    return rlsd_advantages(
+        rows.advantages, nothing, rows.gap, rows.response_mask, mix=strength, clip=clip, distill_mask=rows.mask
+    )
+
+
+@register_signal("advantage_factor", reads=("gap",))
+def advantage_factor(
+    rows: SignalRows,
+    *,
+    strength: float,
+    band: float = 0.2,
+    prior: float = 0.5,
+    evidence: str = "belief",
+    epsilon: float = 1e-6,
+) -> torch.Tensor:
+    """AgentOPSD (arXiv:2608.05987): a bounded factor per turn, from how the turn moved the belief in success.
+
+        delta_k    = sum of Delta_t over the tokens of turn k
+        logit V_k  = logit(prior) + delta_1 + ... + delta_k
+        q_k        = V_k - V_(k-1), V_0 = prior              (``evidence="gap"``: q_k = delta_k)
+        z_k        = (q_k - mean_j q_j) / (std_j q_j + epsilon)    over the turns of the episode, population std
+        m_k        = clip(1 + band * sign(A) * z_k, 1 -+ band)
+        A'         = A * [(1 - lambda) + lambda * m_k]
+
+    A turn that moved the belief with the outcome gets more of the advantage, one that moved it against gets less; the
+    sign never changes. Because E[Delta_t] = -KL <= 0 the belief drifts to 0 over a long episode and stops moving;
+    ``sdar.loss.centre=trajectory`` takes the drift out. A turn without a teacher is no evidence and keeps its
+    advantage. Here a row is a turn.
+    """
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"advantage_factor has strength {strength}; it must lie in [0, 1]")
+    if not 0.0 <= band < 1.0:
+        raise ValueError(f"advantage_factor has band={band}; it must lie in [0, 1)")
+    if not 0.0 < prior < 1.0:
+        raise ValueError(f"advantage_factor has prior={prior}; it must lie between 0 and 1")
+    if evidence not in ("belief", "gap"):
+        raise ValueError(f"advantage_factor has evidence={evidence!r}; known: belief, gap")
+    moved = torch.where(rows.mask, rows.gap.double(), 0.0).sum(dim=-1)
+    judged = rows.mask.any(dim=-1)
+    standing = torch.zeros_like(moved)
+    for members in _episodes(rows, judged):
+        increments = moved[members]
+        if evidence == "belief":
+            start = torch.full((1,), math.log(prior / (1.0 - prior)), dtype=moved.dtype, device=moved.device)
+            increments = torch.sigmoid(torch.cat([start, start + increments.cumsum(0)])).diff()
+        centred = increments - increments.mean()
+        standing[members] = centred / (centred.square().mean().sqrt() + epsilon)
+    base = rows.advantages
+    factor = (1.0 + band * base.sign() * standing.to(base).unsqueeze(-1)).clamp(1.0 - band, 1.0 + band)
+    return torch.where(rows.mask, base * ((1.0 - strength) + strength * factor), base)
+
+
+def _shaping_reads(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return {"gap": ("gap",), "teacher": ()}.get(options.get("weight", "gate"), ("gap", "gate"))
+
+
+@register_signal("advantage_shaping", reads=_shaping_reads)
+def advantage_shaping(
+    rows: SignalRows,
+    *,
+    strength: float,
+    weight: str = "gate",
+    standardise: str = "none",
+    reliability: str = "none",
+    reliability_scale: float = 2.0,
+    clip: float | None = None,
+    epsilon: float = 1e-8,
+) -> torch.Tensor:
+    """ADRS (arXiv:2608.03223): A_t + clip(lambda * u * w_t, -+ clip), the teacher as a shaped reward per token.
+
+    Args:
+        rows: all rows of the step.
+        strength: lambda (ADRS calls it eta; .02 with ``clip`` .2 in its scripts).
+        weight: w_t. ``gate``: g_t, which makes the gradient that of the auxiliary loss with objective ``sampled``;
+            ``gap``: Delta_t; ``teacher``: log pi_T(y_t | s_t+), ADRS's.
+        standardise: ``none``; ``turn``: w minus its mean over the turn, divided by its standard deviation there
+            (ADRS); ``group``: the same over all rows of the task.
+        reliability: u. ``none``: 1; ``group``: sigmoid(reliability_scale * TVA), TVA = E[R | the teacher agrees] -
+            E[R | it does not] over the rows of the task, agreement being sigmoid(mean log pi_T of the row - mean over
+            all rows); R is the episode's return. A task whose rows all have one return has TVA 0.
+        reliability_scale: tau, for ``reliability="group"``; ADRS has 2.
+        clip: largest change of an advantage; None: no limit.
+        epsilon: added to standard deviations.
+    """
+    values = {"gate": rows.gate, "gap": rows.gap, "teacher": rows.teacher_log_probs}
+    for option, value, known in (
+        ("weight", weight, tuple(values)),
+        ("standardise", standardise, ("none", "turn", "group")),
+        ("reliability", reliability, ("none", "group")),
+    ):
+        if value not in known:
+            raise ValueError(f"advantage_shaping has {option}={value!r}; known: {', '.join(known)}")
+    if clip is not None and not clip > 0.0:
+        raise ValueError(f"advantage_shaping has clip={clip}; it must be above 0 (None: no limit)")
+    shape = values[weight]
+    if standardise != "none":
+        turn = standardise == "turn"
+
+        def mean(of: torch.Tensor) -> torch.Tensor:
+            if turn:
+                return turn_means(of, rows.mask, rows.response_mask)
+            return episode_means(of, rows.mask, rows.group_ids)
+
+        shape = shape - mean(shape)
+        shape = shape / (mean(shape.square()).sqrt() + epsilon)
+    change = strength * shape
+    if reliability == "group":
+        change = change * torch.sigmoid(reliability_scale * teacher_value(rows)).unsqueeze(-1).to(change)
+    if clip is not None:
+        change = change.clamp(-clip, clip)
+    return torch.where(rows.mask, rows.advantages + change, rows.advantages)
+
+
+def teacher_value(rows: SignalRows, epsilon: float = 1e-8) -> torch.Tensor:
+    """ADRS's teacher value advantage of every row's task, (rows,): see :func:`advantage_shaping`; 0 for a lone row."""
+    counted = rows.mask.any(dim=-1)
+    tokens = rows.mask.double().sum(dim=-1).clamp(min=1.0)
+    liking = torch.where(rows.mask, rows.teacher_log_probs.double(), 0.0).sum(dim=-1) / tokens
+    value = torch.zeros_like(liking)
+    if not counted.any():
+        return value
+    agreement = torch.sigmoid(liking - liking[counted].mean())
+    groups: dict[Hashable, list[int]] = {}
+    for row in counted.nonzero().flatten().tolist():
+        groups.setdefault(rows.group_ids[row], []).append(row)
+    for members in groups.values():
+        if len(members) < 2:
+            continue
+        agree, score = agreement[members], rows.scores[members].double()
+        with_teacher = (agree * score).sum() / (agree.sum() + epsilon)
+        against = ((1.0 - agree) * score).sum() / ((1.0 - agree).sum() + epsilon)
+        value[members] = with_teacher - against
+    return value
+
+
+def _episodes(rows: SignalRows, judged: torch.Tensor) -> list[list[int]]:
+    """Rows of each episode that have a teacher, in the order of its turns."""
+    members: dict[Hashable, list[int]] = {}
+    for row in judged.nonzero().flatten().tolist():
+        members.setdefault(rows.episode_ids[row], []).append(row)
+    return [sorted(group, key=lambda row: rows.turns[row]) for group in members.values()]
