@@ -197,9 +197,7 @@ def step_statistics(
     if granularity == "trajectory":
         pooled = episode_means(shaped, mask, episode_ids)
     partial = StepStatistics(shift=shift, pooled=pooled)
-    entering = gate_gap(
-        gap, mask, response, granularity=granularity, centre=centre, clamp=clamp, statistics=partial
-    )
+    entering = gate_gap(gap, mask, response, granularity=granularity, centre=centre, clamp=clamp, statistics=partial)
     clean_entropy = None if entropy is None else clean("entropy", entropy, mask).detach()
     if gate_reads(gate, "ranges") and clean_entropy is not None:
         ranges = value_ranges(clean_entropy, entering, mask)
@@ -243,9 +241,7 @@ def _numbered(ids: Sequence[Hashable], like: torch.Tensor) -> tuple[torch.Tensor
 def _needed(statistics: StepStatistics | None, name: str, option: str) -> torch.Tensor:
     value = None if statistics is None else getattr(statistics, name)
     if value is None:
-        raise ValueError(
-            f"{option} spans several rows: pass statistics=step_statistics(...) of all rows of the step"
-        )
+        raise ValueError(f"{option} spans several rows: pass statistics=step_statistics(...) of all rows of the step")
     return value
 
 

@@ -39,6 +39,7 @@ class DistillationTerms:
         gate: g_t, detached.
         gap: Delta_t in nats, detached, before centring and the like.
         mask: bool, valid response tokens that have a teacher.
+        response_mask: bool, valid response tokens.
         gate_gap: the gap as it entered the gate, detached; the same as ``gap`` by default.
         entropy: the student's, nats, detached; None when it was not given.
     """
@@ -47,6 +48,7 @@ class DistillationTerms:
     gate: torch.Tensor
     gap: torch.Tensor
     mask: torch.Tensor
+    response_mask: torch.Tensor
     gate_gap: torch.Tensor
     entropy: torch.Tensor | None = None
 
@@ -89,7 +91,7 @@ def distillation_terms(
             rows, failed retrieval, padding rows). None: everywhere there is one.
         gate_options: keyword arguments of the gate beyond its signals.
         objective_options: keyword arguments of the objective beyond its signals.
-        granularity, centre, clamp: what becomes of the gap before the gate, see :func:`sdar_verl.algorithm.gap.gate_gap`.
+        granularity, centre, clamp: what becomes of the gap before the gate, :func:`sdar_verl.algorithm.gap.gate_gap`.
         statistics: what these rows must know of the others, :func:`sdar_verl.algorithm.gap.step_statistics`.
         signals: further tensors (batch, response_length) for an objective that names them, such as a divergence
             between the two distributions; they may carry gradient and are passed on with 0 at masked positions.
@@ -106,7 +108,7 @@ def distillation_terms(
         raise ValueError(f"beta is {beta}; it must be finite and >= 0 (the paper uses 5)")
     gate_fn, objective_fn = get_gate(gate), get_objective(objective)
 
-    mask = active_mask(response_mask, distill_mask)
+    response, mask = response_mask.bool(), active_mask(response_mask, distill_mask)
     student = clean("student_log_probs", student_log_probs, mask)
     teacher = clean("teacher_log_probs", teacher_log_probs, mask).detach()
     entropy = None if entropy is None else clean("entropy", entropy, mask).detach()
@@ -116,7 +118,7 @@ def distillation_terms(
     entering = gate_gap(
         gap,
         mask,
-        response_mask.bool(),
+        response,
         granularity=granularity,
         centre=centre,
         clamp=clamp,
@@ -140,6 +142,7 @@ def distillation_terms(
         gate=torch.where(mask, weight, zero),
         gap=gap,
         mask=mask,
+        response_mask=response,
         gate_gap=entering,
         entropy=entropy,
     )
@@ -202,7 +205,7 @@ def gated_distillation_loss(
     )
     loss = agg_loss(
         loss_mat=terms.loss,
-        loss_mask=response_mask.bool(),
+        loss_mask=terms.response_mask,
         loss_agg_mode=loss_agg_mode,
         dp_size=dp_size,
         batch_num_tokens=batch_num_tokens,

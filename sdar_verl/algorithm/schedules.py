@@ -31,7 +31,7 @@ from typing import Any
 from sdar_verl.algorithm.registry import Registry
 
 GRAD_SHARE = "sdar/grad_share"
-"""Metric that ``grad_share`` follows: norm of lambda times the distillation gradient, of the rest's (docs/metrics.md)."""
+"""Metric that ``grad_share`` follows: norm of lambda times the distillation gradient over the norm of the rest's."""
 
 
 class Schedule:

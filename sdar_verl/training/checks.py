@@ -9,12 +9,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sdar_verl.algorithm.gates import get_gate
-from sdar_verl.algorithm.objectives import get_objective
 from sdar_verl.compat import check_verl_version
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import PanelError, read_panel
+from sdar_verl.training.checks_loss import loss_faults
 
 VERL_TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 SUPPORTED_STRATEGIES = ("fsdp", "fsdp2")
@@ -44,8 +43,6 @@ def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
         except ImportError as error:
             return [f"sdar.env.modules: {module} cannot be imported here: {error}"]
     attempts = {
-        "sdar.loss.gate": lambda: get_gate(sdar.loss.gate),
-        "sdar.loss.objective": lambda: get_objective(sdar.loss.objective),
         "sdar.env": lambda: check_env(sdar.env.name, sdar.env.options),
         "sdar.prompt.template": lambda: PromptTemplate.load(sdar.prompt.template),
         "sdar.skills.bank": lambda: SkillBank.load(sdar.skills.bank),
@@ -212,4 +209,4 @@ def panel_files(config: DictConfig, option: str) -> list[str]:
     return [str(file) for file in listed if "://" not in str(file)]
 
 
-_CHECKS: tuple[Any, ...] = (_names, _modes, _teacher, _batches, _engine, _data)
+_CHECKS: tuple[Any, ...] = (_names, loss_faults, _modes, _teacher, _batches, _engine, _data)

@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
 TEACHER_LOG_PROBS = "sdar_teacher_log_probs"
 """Nested (rows, response tokens), nats: log pi_T of the sampled tokens; read only where the mask is 1."""
 
 TEACHER_MASK = "sdar_teacher_mask"
 """Nested (rows, response tokens), int64: 1 where the distillation term reads the teacher."""
 
+TEACHER_ENTROPY = "sdar_teacher_entropy"
+"""Nested (rows, response tokens), nats: the teacher's entropy, where its pass computes it."""
+
 SUMS_PREFIX = "sdar_total/"
 """Worker metrics under this prefix are sums; the trainer turns them into means."""
 
 TEACHER_PARTITION = "sdar_teacher"
 """TransferQueue partition that holds the teacher's rows during its pass."""
+
+GAP_SHIFT = "sdar_gap_shift"
+"""Nested (rows, response tokens), nats: what centring takes off the gap; only with ``sdar.loss.centre``."""
+
+GAP_POOLED = "sdar_gap_pooled"
+"""Nested (rows, response tokens), nats: gap of the row's trajectory; only with ``granularity=trajectory``."""
+
+LOSS_SCALE = "sdar_loss_scale"
+"""Nested (rows, response tokens): factor on a token's loss; only with another ``divide_by`` than tokens."""
+
+STEP_VALUES = "sdar_step"
+"""Key of the batch's ``extra_info`` under which :class:`StepValues` travel to the workers."""
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What the trainer tells the workers at each step.
+
+    Attributes:
+        coef: lambda of the auxiliary loss; 0 when the signal enters elsewhere.
+        beta: sharpness of the gate.
+        ranges: of entropy and gap over the step, for gates that ask for them.
+    """
+
+    coef: float
+    beta: float
+    ranges: tuple[float, float, float, float] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for ``extra_info``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StepValues:
+        """The other way round."""
+        return cls(**values)

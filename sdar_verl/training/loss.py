@@ -7,15 +7,30 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from verl.trainer.ppo.core_algos import agg_loss
+from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
-from sdar_verl.algorithm.loss import distillation_terms
+from sdar_verl.algorithm.gap import StepStatistics
+from sdar_verl.algorithm.gates import Ranges, gate_reads
+from sdar_verl.algorithm.loss import DistillationTerms, distillation_terms
 from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.config import LossConfig
-from sdar_verl.training.fields import SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.errors import ConfigError
+from sdar_verl.training.fields import (
+    GAP_POOLED,
+    GAP_SHIFT,
+    LOSS_SCALE,
+    STEP_VALUES,
+    SUMS_PREFIX,
+    TEACHER_LOG_PROBS,
+    TEACHER_MASK,
+    StepValues,
+)
+
+_STATISTICS = (GAP_SHIFT, GAP_POOLED, LOSS_SCALE)
 
 
 def sdar_loss(
@@ -27,43 +42,106 @@ def sdar_loss(
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """``L = L_PPO + lambda * Agg[g_t * objective_t]`` of one micro-batch (paper, equation 8).
 
-    Both terms are normalised by verl's numbers of the global mini-batch, so the gradient does not depend on how the
-    batch is split into micro-batches and ranks.
+    Both terms are normalised by verl's numbers of the global mini-batch, and what spans rows comes from the trainer, so
+    the gradient does not depend on how the batch is split into micro-batches and ranks. Lambda and beta are those of
+    the step, which the trainer sends along.
 
     Args:
         config: verl's actor config; verl's loss and ``loss_agg_mode`` come from it.
         settings: the ``sdar.loss`` node.
-        model_output: the engine's, with ``log_probs`` of the whole sequences.
-        data: the micro-batch: verl's fields, ``teacher_log_probs`` and ``teacher_mask`` (nested, response tokens).
+        model_output: the engine's, with ``log_probs`` of the whole sequences, and ``entropy`` where it was asked for.
+        data: the micro-batch: verl's fields, ``teacher_log_probs`` and ``teacher_mask`` (nested, response tokens),
+            the trainer's statistics where an option needs them, and :class:`StepValues`.
         dp_group: unused, part of verl's signature.
 
     Returns:
         The loss to differentiate, and metrics; those of this package are sums, so that they reduce exactly.
     """
-    loss, metrics = ppo_loss(config=config, model_output=model_output, data=data, dp_group=dp_group)
+    if "entropy" in model_output and not config.entropy_coeff:
+        # Asked for by the gate or for a metric: nothing must be kept for a gradient that is zero.
+        model_output = {**model_output, "entropy": model_output["entropy"].detach()}
+    loss, metrics = ppo_loss(config, model_output, data if settings.policy_gradient else _without_advantages(data))
 
+    step = StepValues.from_dict(tu.get_non_tensor_data(data, STEP_VALUES, None))
     log_probs = no_padding_2_padding(model_output["log_probs"], data)
-    fields = data.select("response_mask", "old_log_probs", TEACHER_LOG_PROBS, TEACHER_MASK).to_padded_tensor()
-    response_mask = fields["response_mask"].to(bool)
-    terms = distillation_terms(
-        log_probs,
-        fields[TEACHER_LOG_PROBS],
-        response_mask,
-        gate=settings.gate,
-        beta=settings.beta,
-        objective=settings.objective,
-        old_log_probs=fields["old_log_probs"],
-        distill_mask=fields[TEACHER_MASK].to(bool),
-    )
+    terms = _terms(settings, step, log_probs, model_output, data)
     distillation = agg_loss(
         loss_mat=terms.loss,
-        loss_mask=response_mask,
+        loss_mask=terms.response_mask,
         loss_agg_mode=config.loss_agg_mode,
         **config.global_batch_info,
     )
     metrics["sdar/loss"] = Metric(value=distillation, aggregation=AggregationType.SUM)
-    for name, value in stats_sums(terms).items():
+    sums = stats_sums(terms)
+    if step.coef > 0 and loss.requires_grad:
+        sums |= gradient_squares(loss, distillation, model_output["log_probs"], log_probs)
+    for name, value in sums.items():
         metrics[f"{SUMS_PREFIX}{name}"] = Metric(value=value, aggregation=AggregationType.SUM)
-    if settings.coef == 0:
+    if step.coef == 0:
         return loss, metrics  # exactly verl's graph: GRPO bit for bit
-    return loss + settings.coef * distillation, metrics
+    return loss + step.coef * distillation, metrics
+
+
+def gradient_squares(
+    loss: torch.Tensor, distillation: torch.Tensor, log_probs: torch.Tensor, padded: torch.Tensor
+) -> dict[str, float]:
+    """Squared norms of both losses' gradients with respect to the log-probs of the sampled tokens.
+
+    No backward pass through the model: this is the gradient before the model's Jacobian, one number per token, so its
+    squares add up exactly over micro-batches and ranks. It says how hard each loss pushes on the sampled tokens; where
+    pushes cancel in the weights (a constant gate pushes all tokens up and moves nothing on average) it is an upper
+    bound of what is felt there.
+
+    Args:
+        loss: verl's loss: policy gradient, and KL to the reference where it is on.
+        distillation: the distillation term before lambda.
+        log_probs: the engine's nested log-probs, from which ``loss`` was computed.
+        padded: the same of the responses, (batch, response_length), from which ``distillation`` was computed.
+    """
+    (rest,) = torch.autograd.grad(loss, log_probs, retain_graph=True, allow_unused=True)
+    (ours,) = torch.autograd.grad(distillation, padded, retain_graph=True, allow_unused=True)
+    flat = None if rest is None else (rest.values() if rest.is_nested else rest)
+    return {
+        "grad_rl_squared": 0.0 if flat is None else flat.double().square().sum().item(),
+        "grad_distill_squared": 0.0 if ours is None else ours.double().square().sum().item(),
+    }
+
+
+def _terms(
+    settings: LossConfig, step: StepValues, log_probs: torch.Tensor, model_output: dict[str, Any], data: TensorDict
+) -> DistillationTerms:
+    """The distillation term per token of one micro-batch."""
+    names = ["response_mask", "old_log_probs", TEACHER_LOG_PROBS, TEACHER_MASK]
+    names += [name for name in _STATISTICS if name in data]
+    fields = data.select(*names).to_padded_tensor()
+    entropy = model_output.get("entropy")
+    if entropy is None and gate_reads(settings.gate, "entropy"):
+        raise ConfigError(
+            f"sdar.loss.gate={settings.gate} reads the student's entropy, but the engine gives none; use an engine "
+            "that computes it (actor_rollout_ref.actor.strategy fsdp or fsdp2), or another gate"
+        )
+    shift, pooled, scale = (fields.get(name, None) for name in _STATISTICS)
+    return distillation_terms(
+        log_probs,
+        fields[TEACHER_LOG_PROBS],
+        fields["response_mask"],
+        gate=settings.gate,
+        beta=step.beta,
+        objective=settings.objective,
+        entropy=None if entropy is None else no_padding_2_padding(entropy, data),
+        old_log_probs=fields["old_log_probs"],
+        distill_mask=fields[TEACHER_MASK].to(bool),
+        gate_options=settings.gate_options,
+        objective_options=settings.objective_options,
+        granularity=settings.granularity,
+        centre=settings.centre,
+        clamp=settings.clamp,
+        statistics=StepStatistics(shift, pooled, scale, Ranges(*step.ranges) if step.ranges else None),
+    )
+
+
+def _without_advantages(data: TensorDict) -> TensorDict:
+    """The same micro-batch with advantages of 0: verl's policy gradient is then 0, its KL and entropy terms stay."""
+    data = data.copy()
+    data["advantages"] = torch.zeros_like(data["advantages"])
+    return data

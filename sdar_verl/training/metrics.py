@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
+
+from sdar_verl.algorithm.gap import episode_means
+from sdar_verl.algorithm.schedules import GRAD_SHARE
 from sdar_verl.algorithm.stats import finalize_stats
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.fields import SUMS_PREFIX
@@ -51,6 +56,46 @@ def row_metrics(keys: Sequence[str], infos: Sequence[RowInfo | None]) -> dict[st
     return metrics
 
 
+def gap_metrics(
+    gap: torch.Tensor,
+    mask: torch.Tensor,
+    episode_ids: Sequence[Hashable],
+    turns: Sequence[int],
+    entropy: torch.Tensor | None = None,
+    teacher_entropy: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """Where in an episode the gap sits, what is left of it after centring, and how sure both sides are.
+
+    All over the distilled tokens of the step, at the weights it began with.
+
+    Args:
+        gap: (rows, response_length), nats.
+        mask: (rows, response_length) bool, distilled tokens.
+        episode_ids: (rows,).
+        turns: (rows,), 0-based index of the row in its episode.
+        entropy: (rows, response_length), the student's, nats, or None.
+        teacher_entropy: (rows, response_length), nats, or None.
+    """
+    if not mask.any():
+        return {}
+    length: dict[Hashable, int] = {}
+    for episode, turn in zip(episode_ids, turns, strict=True):
+        length[episode] = max(length.get(episode, 0), turn + 1)
+    third = torch.tensor([3 * turn // length[name] for name, turn in zip(episode_ids, turns, strict=True)])
+    metrics = {}
+    for index, name in enumerate(("first", "middle", "last")):
+        inside = gap[mask & (third == index).to(mask.device).unsqueeze(-1)]
+        if len(inside):
+            metrics[f"sdar/gap_mean/{name}_third"] = inside.double().mean().item()
+    centred = (gap.double() - episode_means(gap.double(), mask, episode_ids))[mask]
+    metrics["sdar/gap_centred_std"] = centred.square().mean().sqrt().item()
+    metrics["sdar/gap_centred_positive_share"] = (centred > 0).double().mean().item()
+    for name, values in (("student", entropy), ("teacher", teacher_entropy)):
+        if values is not None:
+            metrics[f"sdar/{name}_entropy"] = values[mask].double().mean().item()
+    return metrics
+
+
 def reduce_loss_sums(metrics: dict[str, Any]) -> dict[str, float]:
     """Take the workers' sums out of ``metrics`` and return the means they stand for, under ``sdar/``.
 
@@ -63,6 +108,9 @@ def reduce_loss_sums(metrics: dict[str, Any]) -> dict[str, float]:
     stats = finalize_stats(sums)
     stats.pop("tokens")
     means = {f"sdar/{name}": value for name, value in stats.items()}
+    if sums.get("grad_rl_squared", 0.0) > 0.0:
+        share = math.sqrt(sums["grad_distill_squared"] / sums["grad_rl_squared"])
+        means[GRAD_SHARE] = metrics.get("sdar/lambda", 1.0) * share
     means["sdar/loss"] = metrics.pop("actor/sdar/loss")
     return means
 

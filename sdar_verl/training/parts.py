@@ -17,6 +17,7 @@ from sdar_verl.errors import ConfigError
 from sdar_verl.rollout.rows import RowInfo
 
 if TYPE_CHECKING:
+    from tensordict import TensorDict
     from transfer_queue import KVBatchMeta
 
 STATE_FILE = "sdar_state.json"
@@ -41,6 +42,20 @@ class StepRows:
     metrics: dict[str, Any]
     settings: SdarConfig
     trainer: Any = field(repr=False)
+
+    def get(self, names: Sequence[str]) -> TensorDict:
+        """Fields of all rows, as they are stored (nested over tokens); those that no row has are left out."""
+        import transfer_queue as tq
+
+        return tq.kv_batch_get(keys=self.batch.keys, partition_id=self.batch.partition_id, select_fields=list(names))
+
+    def put(self, fields: TensorDict) -> None:
+        """Write fields of all rows, so that the workers get them with the rest of the batch."""
+        import transfer_queue as tq
+
+        written = tq.kv_batch_put(keys=self.batch.keys, partition_id=self.batch.partition_id, fields=fields)
+        if self.batch.fields is not None:  # what the workers are sent; None is everything
+            self.batch.fields = written.fields
 
 
 class TrainerPart:
@@ -79,7 +94,12 @@ def make_parts(settings: SdarConfig, config: Any) -> list[TrainerPart]:
         settings: the ``sdar`` node.
         config: verl's whole config.
     """
-    return []
+    from sdar_verl.training.distillation import Distillation
+
+    parts: list[TrainerPart] = []
+    if settings.teacher.source != "none":
+        parts.append(Distillation(settings, config))
+    return parts
 
 
 def save_parts(parts: Sequence[TrainerPart], folder: str | Path) -> None:

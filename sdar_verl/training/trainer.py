@@ -170,8 +170,6 @@ class SdarTrainer(PPOTrainerSync):
         batch = super()._update_actor(batch, metrics)
         if self._has_teacher:
             metrics.update(reduce_loss_sums(metrics))
-            metrics["sdar/lambda"] = self.sdar.loss.coef
-            metrics["sdar/beta"] = self.sdar.loss.beta
         rows = self._step_rows(batch, metrics)
         for part in self.parts:
             part.on_updated(rows)

@@ -36,7 +36,7 @@ def test_defaults_are_the_papers():
     [
         ({"loss": {"beta": -1}}, ["sdar.loss.beta=-1", "greater than or equal to 0"]),
         ({"loss": {"coef": -0.1}}, ["sdar.loss.coef=-0.1"]),
-        ({"loss": {"gat": "gap"}}, ["sdar.loss.gat: no such option", "known: coef, beta, gate, objective"]),
+        ({"loss": {"gat": "gap"}}, ["sdar.loss.gat: no such option", "known: coef, coef_schedule, signal"]),
         ({"los": {}}, ["sdar.los: no such option", "loss"]),
         ({"teacher": {"source": "oracle"}}, ["sdar.teacher.source='oracle'", "actor"]),
         ({"teacher": {"max_prompt_length": 0}}, ["sdar.teacher.max_prompt_length=0"]),

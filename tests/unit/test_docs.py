@@ -24,7 +24,7 @@ from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.fields import SUMS_PREFIX
-from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
+from sdar_verl.training.metrics import gap_metrics, reduce_loss_sums, row_metrics
 from sdar_verl.training.validation import arm_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ DOCUMENTS = [
     *sorted(path.relative_to(ROOT) for folder in ("docs", "recipes") for path in (ROOT / folder).rglob("*.md")),
     Path("CHANGELOG.md"),
 ]
-TRAINER = ROOT / "sdar_verl" / "training" / "trainer.py"
+SOURCES = [ROOT / "sdar_verl" / "training" / name for name in ("trainer.py", "distillation.py")]
 METRIC = re.compile(r"`(sdar(?:-val)?/[^`]+|timing_s/teacher)`")
 SETTING = re.compile(r"(?:sdar|actor_rollout_ref|data|trainer|algorithm)(?:\.\w+)+(?:=\S+)?|(?:model|hardware)=\S+")
 
@@ -60,19 +60,23 @@ def emitted_metrics() -> set[str]:
     outcomes = {**counted, "task_id": ["t"]}
     names |= set(arm_metrics({**outcomes, "task_type": ["<task type>"], "arm": ["<arm>"]}, {}))
     names |= set(reduce_loss_sums(worker_metrics()))
-    return names | set(trainer_constants())
+    three, one = torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool)
+    names |= set(gap_metrics(three, one, ["e"] * 3, [0, 1, 2], three, three))
+    return names | {name for source in SOURCES for name in constants(source)}
 
 
 def worker_metrics() -> dict[str, float]:
     terms = distillation_terms(-torch.ones(1, 2), -torch.ones(1, 2), torch.ones(1, 2))
     sums = {f"actor/{SUMS_PREFIX}{name}": value for name, value in stats_sums(terms).items()}
-    return {**sums, "actor/sdar/loss": 0.0}
+    squares = {f"actor/{SUMS_PREFIX}grad_{name}_squared": 1.0 for name in ("rl", "distill")}
+    return {**sums, **squares, "actor/sdar/loss": 0.0}
 
 
-def trainer_constants() -> Iterator[str]:
+def constants(source: Path) -> Iterator[str]:
     """``metrics["sdar/..."] = ...`` and the names of timers."""
-    for node in ast.walk(ast.parse(TRAINER.read_text())):
-        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "metrics":
+    for node in ast.walk(ast.parse(source.read_text())):
+        stored = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
+        if stored and ast.unparse(node.value) in ("metrics", "rows.metrics"):
             assert isinstance(node.slice, ast.Constant)
             yield node.slice.value
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "marked_timer":

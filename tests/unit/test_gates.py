@@ -130,7 +130,7 @@ def test_own_gate_is_selectable_by_name(clipped_gate: str) -> None:
 
 
 def test_unknown_gate_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown gate 'sigmoid'; known: gap, half, none"):
+    with pytest.raises(ValueError, match="unknown gate 'sigmoid'; known: entropy, gap, half, none, soft_or"):
         get_gate("sigmoid")
 
 
