@@ -1,0 +1,111 @@
+"""Objectives: expected gradients by exact expectation over a small vocabulary, values, overflow, bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdar_verl.algorithm.loss import distillation_terms
+from sdar_verl.algorithm.objectives import check_objective_options, get_objective, list_objectives
+
+VOCAB = 7
+
+
+def logits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Student, teacher and sampling policy, (VOCAB,) each, float64."""
+    student, teacher, old = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return student.requires_grad_(), teacher, old
+
+
+def expected_gradient(
+    student: torch.Tensor, teacher: torch.Tensor, old: torch.Tensor, **options: object
+) -> torch.Tensor:
+    """E_{y ~ softmax(old)}[grad of l(y) in the student's logits], exactly: one row per token of the vocabulary."""
+    columns = [values.log_softmax(-1).unsqueeze(-1) for values in (student, teacher, old)]
+    terms = distillation_terms(
+        columns[0], columns[1], torch.ones(VOCAB, 1), gate="none", old_log_probs=columns[2], **options
+    )
+    expectation = (old.softmax(-1).detach() * terms.loss.squeeze(-1)).sum()
+    return torch.autograd.grad(expectation, student)[0]
+
+
+def reverse_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    log_probs = student.log_softmax(-1)
+    return (log_probs.exp() * (log_probs - teacher.log_softmax(-1))).sum()
+
+
+@pytest.mark.parametrize("objective", ["k1", "k3"])
+def test_k1_and_k3_with_importance_ratio_have_the_gradient_of_the_reverse_kl_off_policy(objective: str) -> None:
+    student, teacher, old = logits()
+    (kl,) = torch.autograd.grad(reverse_kl(student, teacher), student)
+    assert kl.abs().max() > 0.01
+    torch.testing.assert_close(expected_gradient(student, teacher, old, objective=objective), kl)
+
+
+def test_k2_has_the_gradient_of_the_reverse_kl_on_policy_only() -> None:
+    student, teacher, old = logits()
+    (kl,) = torch.autograd.grad(reverse_kl(student, teacher), student)
+    torch.testing.assert_close(expected_gradient(student, teacher, student.detach(), objective="k2"), kl)
+    assert (expected_gradient(student, teacher, old, objective="k2") - kl).abs().max() > 0.01
+
+
+def test_k3_without_importance_ratio_has_the_gradient_of_the_forward_kl() -> None:
+    student, teacher, _ = logits()
+    target = teacher.log_softmax(-1)
+    (kl,) = torch.autograd.grad((target.exp() * (target - student.log_softmax(-1))).sum(), student)
+    options = {"objective": "k3", "objective_options": {"importance": False}}
+    torch.testing.assert_close(expected_gradient(student, teacher, student.detach(), **options), kl)
+
+
+@pytest.mark.parametrize("objective", list_objectives())
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_on_average(objective: str) -> None:
+    if "old_log_probs" not in get_objective(objective).__code__.co_varnames and objective not in ("sampled", "k2"):
+        pytest.skip("reads more than log-probs of the sampled token")
+    student, _, _ = logits()
+    gradient = expected_gradient(student, student.detach(), student.detach(), objective=objective)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient))
+
+
+def test_values_in_closed_form() -> None:
+    student, teacher, old = (torch.tensor([[value]]) for value in (-1.0, -2.0, -1.5))
+    ratio = math.exp(0.5)
+    assert get_objective("sampled")(student, teacher).item() == pytest.approx(-1.0)
+    assert get_objective("k1")(student, teacher, old_log_probs=old).item() == pytest.approx(ratio)
+    assert get_objective("k2")(student, teacher).item() == pytest.approx(0.5)
+    k3 = math.exp(-1.0) - 1.0 + 1.0
+    assert get_objective("k3")(student, teacher, old_log_probs=old).item() == pytest.approx(ratio * k3)
+    plain = get_objective("k3")(student, teacher, old_log_probs=old, importance=False)
+    assert plain.item() == pytest.approx(k3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    student=st.floats(-1e4, 0.0),
+    teacher=st.floats(-1e4, 0.0),
+    old=st.floats(-1e4, 0.0),
+    objective=st.sampled_from(["sampled", "k1", "k2", "k3"]),
+)
+def test_extreme_log_probs_give_finite_losses_and_gradients(student, teacher, old, objective) -> None:  # type: ignore[no-untyped-def]
+    column = torch.tensor([[student]], requires_grad=True)
+    terms = distillation_terms(
+        column, torch.tensor([[teacher]]), torch.ones(1, 1), objective=objective, old_log_probs=torch.tensor([[old]])
+    )
+    (gradient,) = torch.autograd.grad(terms.loss.sum(), column)
+    assert torch.isfinite(terms.loss).all()
+    assert torch.isfinite(gradient).all()
+
+
+def test_an_objective_that_needs_the_sampling_policy_says_so() -> None:
+    with pytest.raises(ValueError, match="objective 'k1' reads old_log_probs"):
+        distillation_terms(-torch.ones(1, 1), -torch.ones(1, 1), torch.ones(1, 1), objective="k1")
+
+
+def test_unknown_options_list_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="objective 'k3' has no option 'ratio'; known: importance"):
+        check_objective_options("k3", {"ratio": True})
+    with pytest.raises(ValueError, match="objective 'sampled' has no option 'importance'; known: none"):
+        check_objective_options("sampled", {"importance": True})
