@@ -1,0 +1,269 @@
+"""The head's tap in verl's FSDP engine: the numbers and gradients of plain forward passes, with sharded weights too."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from sdar_verl.algorithm.divergences import COLUMNS, full_columns, on_support, top_k_columns, top_k_ids
+from sdar_verl.training.fields import TEACHER_MASK
+from sdar_verl.training.head_requests import (
+    HEAD_REQUEST,
+    SUPPORT_IDS,
+    SUPPORT_LOG_PROBS,
+    TEACHER_HIDDEN,
+    HeadRequest,
+)
+from sdar_verl.training.head_tap import COLUMN_PREFIX, HeadTap, columns_of_this_step
+
+TEMPERATURE = 0.8
+PROMPTS, RESPONSES = (3, 1, 5), (4, 2, 3)
+TEACHER_PROMPTS = (6, 4, 2)
+MASKS = ([1, 1, 0, 1], [0, 0], [1, 1, 1])  # tokens that have a teacher
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory):
+    store = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def make_model(seed: int, *, tied: bool = True) -> torch.nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(5.0)
+    return model
+
+
+def make_engine(model: torch.nn.Module) -> FSDPEngineWithLMHead:
+    """verl's own engine around a model that is there already."""
+    engine = object.__new__(FSDPEngineWithLMHead)
+    engine.module = model
+    engine.pad_to_length = engine.use_ulysses_sp = False
+    engine.ulysses_device_mesh = None
+    engine._autocast_dtype = torch.float32
+    engine.engine_config = SimpleNamespace(entropy_checkpointing=False)
+    return engine
+
+
+def shard(model: torch.nn.Module) -> torch.nn.Module:
+    """As verl does: layers, and the head where it has weights of its own; freed after each forward pass."""
+    from torch.distributed.fsdp import fully_shard
+
+    parts = list(model.model.layers)
+    if not model.config.tie_word_embeddings:
+        parts += [model.model.embed_tokens, model.lm_head]
+    for part in parts:
+        fully_shard(part, reshard_after_forward=True)
+    return fully_shard(model, reshard_after_forward=True)
+
+
+def nested(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def make_rows(prompts: tuple[int, ...], seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Token ids of prompts (by seed) and responses (always the same)."""
+    draw = torch.Generator().manual_seed(seed)
+    same = torch.Generator().manual_seed(99)
+    heads = [torch.randint(31, (n,), generator=draw) for n in prompts]
+    return heads, [torch.randint(31, (n,), generator=same) for n in RESPONSES]
+
+
+def make_batch(prompts: tuple[int, ...], seed: int, packed: bool, request: HeadRequest | None, **fields) -> TensorDict:
+    rows = [torch.cat(pair) for pair in zip(*make_rows(prompts, seed), strict=True)]
+    batch = TensorDict(
+        {
+            "input_ids": nested(rows),
+            "position_ids": nested([torch.arange(len(row)) for row in rows]),
+            "loss_mask": nested([torch.ones(n, dtype=torch.int64) for n in RESPONSES]),
+            TEACHER_MASK: nested([torch.tensor(mask) for mask in MASKS]),
+            **fields,
+        },
+        batch_size=len(rows),
+    )
+    tu.assign_non_tensor(batch, temperature=TEMPERATURE, use_remove_padding=packed, pad_token_id=0)
+    if request is not None:
+        tu.assign_non_tensor(batch, **{HEAD_REQUEST: request.to_json()})
+    return batch
+
+
+def plain_logits(model: torch.nn.Module, prompts: tuple[int, ...], seed: int) -> torch.Tensor:
+    """(response tokens of all rows, V), one forward pass per row."""
+    out = []
+    for prompt, response in zip(*make_rows(prompts, seed), strict=True):
+        logits = model(torch.cat([prompt, response])[None]).logits[0] / TEMPERATURE
+        out.append(logits[len(prompt) - 1 : -1])
+    return torch.cat(out)
+
+
+def forward(engine: FSDPEngineWithLMHead, batch: TensorDict) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        _, output = engine.forward_step(batch, loss_function=None, forward_only=True)
+    return output["model_output"]
+
+
+def loss(model_output=None, data=None, dp_group=None, student_logits=None):
+    """Unequal weights on the divergences, and a little of the log-probs as verl's own loss would."""
+    if student_logits is not None:
+        return columns_of_this_step(student_logits)
+    values = model_output[f"{COLUMN_PREFIX}divergence"].values()
+    weights = torch.linspace(0.5, 2.0, len(values))
+    return (values * weights).sum() + 0.1 * model_output["log_probs"].values().sum(), {}
+
+
+def by_hand(model, kind: str, k: int, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of every response token, and the loss above, from plain forward passes."""
+    student = plain_logits(model, PROMPTS, 1)
+    if k:
+        ids = top_k_ids(teacher if kind == "forward_kl" else student, k)
+        columns = top_k_columns(kind, student, ids, on_support(teacher, ids), "bucket")
+    else:
+        columns = full_columns(kind, student, teacher)
+    mask = torch.tensor([flag for row in MASKS for flag in row]).bool()
+    columns = torch.where(mask[:, None], columns, 0.0)
+    total = sum(PROMPTS) + sum(RESPONSES)
+    places, end = [], 0
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        end += prompt + response
+        places += range(end - response - 1, end - 1)
+    weights = torch.linspace(0.5, 2.0, total)[places]
+    # verl's log-probs of a row's last token are about the first token of the next row.
+    rows = [torch.cat(pair) for pair in zip(*make_rows(PROMPTS, 1), strict=True)]
+    labels = torch.cat(rows).roll(-1)
+    logits = torch.cat([model(row[None]).logits[0] for row in rows]) / TEMPERATURE
+    log_probs = logits.log_softmax(-1).gather(1, labels[:, None]).sum()
+    return columns, (columns[:, 0] * weights).sum() + 0.1 * log_probs
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("kind", "k"), [("reverse_kl", 0), ("jsd", 0), ("reverse_kl", 5), ("forward_kl", 5)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_values_and_gradients_are_those_of_plain_passes(tied: bool, kind: str, k: int, packed: bool, sharded: bool):
+    teacher_model = make_model(7, tied=tied)
+    with torch.no_grad():
+        teacher = plain_logits(teacher_model, TEACHER_PROMPTS, 2)
+    plain = make_model(0, tied=tied)
+    columns, expected_loss = by_hand(plain, kind, k, teacher)
+    expected_loss.backward()
+
+    model = make_model(0, tied=tied)
+    engine, teacher_engine = (make_engine(shard(m) if sharded else m) for m in (model, teacher_model))
+    taps = [HeadTap.attach(e) for e in (engine, teacher_engine)]
+    fields = {}
+    if k and kind != "forward_kl":
+        outputs = forward(engine, make_batch(PROMPTS, 1, packed, HeadRequest("top_k_ids", 4, k)))
+        fields[SUPPORT_IDS] = outputs[SUPPORT_IDS]
+    what = "hidden" if not k else "top_k" if kind == "forward_kl" else "on_support"
+    outputs = forward(teacher_engine, make_batch(TEACHER_PROMPTS, 2, packed, HeadRequest(what, 4, k), **fields))
+    fields |= {name: outputs[name] for name in (SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN) if name in outputs}
+    taps[0].teacher_head = taps[1].take_head()
+
+    batch = make_batch(PROMPTS, 1, packed, HeadRequest("divergence", 4, k, kind), **fields)
+    value, output = engine.forward_step(batch, loss_function=loss, forward_only=False)
+    value.backward()
+
+    assert value.item() == pytest.approx(expected_loss.item(), rel=1e-4)
+    for name, column in zip(COLUMNS, columns.unbind(1), strict=True):
+        rows = output["model_output"][f"{COLUMN_PREFIX}{name}"].unbind()
+        got = torch.cat([row[-n - 1 : -1] for row, n in zip(rows, RESPONSES, strict=True)])
+        torch.testing.assert_close(got, column.detach(), rtol=1e-4, atol=1e-5)
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        grad = grads[name].full_tensor() if sharded else grads[name]
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_batch_without_a_request_goes_through_untouched():
+    model = make_model(0)
+    engine = make_engine(model)
+    before = forward(engine, make_batch(PROMPTS, 1, True, None))
+    HeadTap.attach(engine)
+    forward(engine, make_batch(PROMPTS, 1, True, HeadRequest("top_k_ids", 4, 3)))
+    after = forward(engine, make_batch(PROMPTS, 1, True, None))
+    assert list(after) == list(before) == ["log_probs"]
+    assert torch.equal(after["log_probs"].values(), before["log_probs"].values())
+
+
+def test_rows_without_a_teacher_have_zero_columns():
+    engine = make_engine(make_model(0))
+    tap = HeadTap.attach(engine)
+    tap.teacher_head = (torch.zeros(31, 16), None)
+    fields = {
+        TEACHER_MASK: nested([torch.zeros(n, dtype=torch.int64) for n in RESPONSES]),
+        TEACHER_HIDDEN: nested([torch.zeros(n, 16) for n in RESPONSES]),
+    }
+    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", 4, 0, "jsd"), **fields)
+    value, output = engine.forward_step(batch, loss_function=loss, forward_only=False)
+    value.backward()
+    assert not output["model_output"][f"{COLUMN_PREFIX}divergence"].values().any()
+
+
+def test_logits_that_change_after_the_head_are_refused():
+    model = make_model(0)
+    model.register_forward_hook(lambda module, args, output: type(output)(logits=output.logits / 4))
+    engine = make_engine(model)
+    HeadTap.attach(engine).teacher_head = (torch.zeros(31, 16), None)
+    fields = {TEACHER_HIDDEN: nested([torch.zeros(n, 16) for n in RESPONSES])}
+    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", 4, 0, "jsd"), **fields)
+    with pytest.raises(RuntimeError, match="changes its logits after the head"):
+        engine.forward_step(batch, loss_function=loss, forward_only=False)
+
+
+def test_another_vocabulary_is_refused():
+    engine = make_engine(make_model(0))
+    HeadTap.attach(engine).teacher_head = (torch.zeros(30, 16), None)
+    fields = {TEACHER_HIDDEN: nested([torch.zeros(n, 16) for n in RESPONSES])}
+    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", 4, 0, "jsd"), **fields)
+    with pytest.raises(RuntimeError, match="vocabulary has 31 tokens, the teacher's 30"):
+        engine.forward_step(batch, loss_function=loss, forward_only=False)
+
+
+def test_a_head_that_is_not_called_is_named():
+    model = make_model(0)
+    engine = make_engine(model)
+    HeadTap.attach(engine)
+    weight = model.lm_head.weight
+    model.lm_head.forward = None  # as fused kernels do, the model makes its logits without the head
+    original = model.model
+
+    class WithoutHead(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = original
+
+        def get_output_embeddings(self):
+            return model.lm_head
+
+        def forward(self, **inputs):
+            hidden = self.inner(**inputs).last_hidden_state
+            return SimpleNamespace(logits=hidden @ weight.T)
+
+    engine.module = WithoutHead()
+    with pytest.raises(RuntimeError, match="use_fused_kernels=False"):
+        forward(engine, make_batch(PROMPTS, 1, True, HeadRequest("top_k_ids", 4, 3)))
