@@ -26,6 +26,7 @@ from sdar_verl.envs.registry import known_envs
 from sdar_verl.rollout.prompts import template_names
 from sdar_verl.skills.bank import bank_names
 from sdar_verl.skills.retrieval import retriever_names
+from sdar_verl.training.teacher_sources import list_sources
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 
@@ -36,6 +37,7 @@ NAMES: dict[str, tuple[Callable[[], typing.Iterable[str]], str]] = {
     "sdar.loss.signal": (list_signals, ""),
     "sdar.loss.coef_schedule.name": (list_schedules, ""),
     "sdar.loss.beta_schedule.name": (list_schedules, ""),
+    "sdar.teacher.source": (list_sources, ", `none`"),
     "sdar.skills.bank": (bank_names, ", or a folder"),
     "sdar.skills.retrieval": (retriever_names, "; a list"),
     "sdar.env.name": (known_envs, ", or one registered by `sdar.env.modules`"),
@@ -127,7 +129,7 @@ def _allowed(name: str, field: FieldInfo) -> str:
     limits = {
         symbol: getattr(limit, attribute)
         for limit in field.metadata
-        for attribute, symbol in (("ge", "at least"), ("gt", "above"), ("min_length", "at least"))
+        for attribute, symbol in (("ge", "at least"), ("gt", "above"), ("lt", "below"), ("min_length", "at least"))
         if getattr(limit, attribute, None) is not None
     }
     kind = _type_name(field.annotation)

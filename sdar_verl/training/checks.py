@@ -14,6 +14,7 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import PanelError, read_panel
 from sdar_verl.training.checks_loss import loss_faults
+from sdar_verl.training.checks_teacher import teacher_faults
 
 VERL_TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 SUPPORTED_STRATEGIES = ("fsdp", "fsdp2")
@@ -82,36 +83,6 @@ def _modes(config: DictConfig, sdar: SdarConfig) -> list[str]:
         )
     if OmegaConf.select(config, "distillation.enabled"):
         faults.append("distillation.enabled=True is verl's own distillation with a separate teacher; set it to False")
-    return faults
-
-
-def _teacher(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    teacher, faults = sdar.teacher, []
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    has_reference = bool(actor.use_kl_loss or config.algorithm.use_kl_in_reward)
-    if teacher.source == "reference" and not has_reference:
-        faults.append(
-            "sdar.teacher.source=reference uses verl's reference worker, which this run does not start; set "
-            "actor_rollout_ref.actor.use_kl_loss=True (kl_loss_coef may be 0)"
-        )
-    if teacher.source == "none":
-        return faults
-    if sdar.skills.retrieval == ["none"]:
-        faults.append(
-            f"sdar.skills.retrieval=[none] leaves the teacher (sdar.teacher.source={teacher.source}) without a "
-            "context; choose a rule, or set sdar.teacher.source=none and sdar.loss.coef=0"
-        )
-    longest = teacher.max_prompt_length + config.data.max_response_length
-    budgets = {"actor_rollout_ref.rollout.log_prob": rollout}
-    if teacher.source == "reference":
-        budgets["actor_rollout_ref.ref.log_prob"] = config.actor_rollout_ref.ref
-    for name, node in budgets.items():
-        budget = node.log_prob_max_token_len_per_gpu
-        if node.log_prob_use_dynamic_bsz and budget is not None and longest > budget:
-            faults.append(
-                f"{name}_max_token_len_per_gpu={budget} is less than the longest teacher row, "
-                f"sdar.teacher.max_prompt_length + data.max_response_length = {longest}; raise it to at least {longest}"
-            )
     return faults
 
 
@@ -209,4 +180,4 @@ def panel_files(config: DictConfig, option: str) -> list[str]:
     return [str(file) for file in listed if "://" not in str(file)]
 
 
-_CHECKS: tuple[Any, ...] = (_names, loss_faults, _modes, _teacher, _batches, _engine, _data)
+_CHECKS: tuple[Any, ...] = (_names, loss_faults, _modes, teacher_faults, _batches, _engine, _data)

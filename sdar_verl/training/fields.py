@@ -15,6 +15,15 @@ TEACHER_MASK = "sdar_teacher_mask"
 TEACHER_ENTROPY = "sdar_teacher_entropy"
 """Nested (rows, response tokens), nats: the teacher's entropy, where its pass computes it."""
 
+TEACHER_PROMPTS = "sdar_teacher_prompts"
+"""Nested (rows, prompt tokens), int64: the teacher's prompts, for sources that score inside the update."""
+
+TEACHER_OUTPUTS = "sdar_teacher_outputs"
+"""Non-tensor entry of a teacher pass: what else to compute from the logits, name -> keyword arguments."""
+
+TEACHER_NODE = "sdar_teacher"
+"""Key under ``actor_rollout_ref`` by which ``sdar.teacher`` reaches the workers: verl gives them that node alone."""
+
 SUMS_PREFIX = "sdar_total/"
 """Worker metrics under this prefix are sums; the trainer turns them into means."""
 

@@ -1,38 +1,43 @@
-"""The privileged teacher: the policy's own weights on the teacher's prompts, without gradient.
+"""The teacher pass, seen from the trainer: rows to the workers that hold the teacher's weights, log-probs back.
 
-No second copy of the weights: the pass runs through the worker group that computes verl's log-probs (``actor``), or its
-reference (``reference``), in verl's micro-batches. It answers for the very response ids that were sampled.
+It answers for the very response ids that were sampled, in verl's micro-batches, without gradient. What the rows are is
+:mod:`sdar_verl.training.teacher_rows`, whose weights is :mod:`sdar_verl.training.teacher_sources`, the workers' side is
+:mod:`sdar_verl.training.worker`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ray
 import torch
 import transfer_queue as tq
+from omegaconf import OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
+from verl.trainer.ppo.utils import Role
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
-from verl.workers.utils.padding import response_from_nested
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.errors import TeacherError
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PARTITION
+from sdar_verl.training.fields import (
+    TEACHER_LOG_PROBS,
+    TEACHER_MASK,
+    TEACHER_NODE,
+    TEACHER_OUTPUTS,
+    TEACHER_PARTITION,
+    TEACHER_PROMPTS,
+)
+from sdar_verl.training.teacher_rows import TeacherRows, nested
+from sdar_verl.training.teacher_sources import get_source
 
-
-def teacher_row(prompt: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One row as verl's engines read it: ``prompt`` (prompt tokens,), ``response`` and its mask (response tokens,)."""
-    input_ids = torch.cat([prompt, response])
-    return {
-        "prompts": prompt,
-        "responses": response,
-        "response_mask": response_mask,
-        "loss_mask": response_mask,
-        "input_ids": input_ids,
-        "position_ids": torch.arange(len(input_ids)),
-    }
+_POOL = "sdar_teacher_pool"
+_TOLERANCE_SAME_ENGINE = 1e-3
+_TOLERANCE_OTHER_ENGINE = 0.02  # its micro-batches differ, and bf16 rounds
 
 
 class PrivilegedTeacher:
@@ -40,45 +45,111 @@ class PrivilegedTeacher:
 
     Args:
         settings: the ``sdar.teacher`` node.
-        trainer: verl's trainer; its worker groups and rollout temperature are used.
+        trainer: verl's trainer; its worker groups, tokenizer and rollout temperature are used.
     """
 
     def __init__(self, settings: TeacherConfig, trainer: Any):
         self._settings = settings
         self._trainer = trainer
+        self._source = get_source(settings.source)
+        self._pool: Any = None
 
-    def score(self, batch: KVBatchMeta, infos: Sequence[RowInfo | None]) -> None:
-        """Write ``teacher_log_probs`` and ``teacher_mask`` of every row.
+    # ---------------------------------------------------------------- set-up
+
+    def install(self) -> None:
+        """Put our workers in the place of verl's, or ask for devices; before the trainer starts its workers."""
+        from sdar_verl.training.worker import TeacherWorker
+
+        trainer, settings = self._trainer, self._settings
+        with open_dict(trainer.config.actor_rollout_ref):
+            trainer.config.actor_rollout_ref[TEACHER_NODE] = OmegaConf.create(settings.model_dump())
+        if settings.placement == "pool":
+            # verl makes the pool with its own, and refuses when the cluster has too few devices for all of them.
+            devices = [settings.pool_gpus_per_node] * (settings.pool_nodes or 1)
+            trainer.resource_pool_manager.resource_pool_spec[_POOL] = devices
+        else:
+            for role in {Role.Actor, Role.ActorRollout, Role.ActorRolloutRef} & trainer.role_worker_mapping.keys():
+                trainer.role_worker_mapping[role] = ray.remote(TeacherWorker)
+
+    def start(self) -> None:
+        """Start the teacher's own workers, if it has devices of its own; after verl's have started."""
+        if self._settings.placement == "pool":
+            from sdar_verl.training.worker import PoolTeacherWorker
+
+            trainer = self._trainer
+            self._pool = RayWorkerGroup(
+                resource_pool=trainer.resource_pool_manager.resource_pool_dict[_POOL],
+                ray_cls_with_init=RayClassWithInitArgs(
+                    cls=ray.remote(PoolTeacherWorker), config=trainer.config.actor_rollout_ref
+                ),
+                device_name=trainer.config.trainer.device,
+            )
+            self._pool.init_model()
+
+    # ---------------------------------------------------------------- a step
+
+    def score(
+        self,
+        batch: KVBatchMeta,
+        infos: Sequence[RowInfo | None],
+        *,
+        outputs: Mapping[str, Mapping[str, Any]] | None = None,
+        carry: Sequence[str] = (),
+    ) -> dict[str, float]:
+        """Write log-probs, entropy and mask of the teacher, and what else is asked for, on every row.
+
+        A source that scores inside the update (``actor_fresh``) gets the prompts written instead of log-probs.
 
         Args:
             batch: the step's rows.
             infos: the agent loop's record of each row, None for verl's padding rows.
+            outputs: registered teacher outputs -> their keyword arguments
+                (:mod:`sdar_verl.training.teacher_outputs`), each nested (rows, response tokens[, columns]).
+            carry: fields of the training rows that those outputs read.
+
+        Returns:
+            Metrics of the pass.
 
         Raises:
-            TeacherError: no row has a context at all.
+            TeacherError: no row has a context at all, or the teacher knows nothing (its weights are lost).
         """
-        has_context = [info is not None and info.teacher_prompt_ids is not None for info in infos]
-        if not any(has_context):
-            raise TeacherError(
-                "the teacher sees no context on any row of this step, so it can only repeat the student; "
-                "check sdar.skills.bank and sdar.skills.retrieval against the tasks, or set sdar.teacher.source=none"
-            )
-        rows = self._student_rows(batch)
-        prompts = [
-            torch.as_tensor(info.teacher_prompt_ids, dtype=torch.int64) if seen and info is not None else row["prompts"]
-            for info, seen, row in zip(infos, has_context, rows, strict=True)
-        ]
-        log_probs = self._log_probs(batch, rows, prompts)
-        masks = [
-            row["response_mask"] if seen else torch.zeros_like(row["response_mask"])
-            for row, seen in zip(rows, has_context, strict=True)
-        ]
-        mask = torch.nested.as_nested_tensor(masks, layout=torch.jagged)
-        fields = TensorDict({TEACHER_LOG_PROBS: log_probs, TEACHER_MASK: mask}, batch_size=len(batch))
-        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+        rows = TeacherRows.read(batch, infos)
+        mask = nested(rows.teacher_masks())
+        fields: dict[str, torch.Tensor] = {TEACHER_MASK: mask}
+        if self._source.per_update:
+            scored: dict[str, torch.Tensor] = {}
+            fields[TEACHER_PROMPTS] = nested(rows.prompts)
+        else:
+            scored = self._pass(batch, rows, outputs or {}, carry)
+        metrics = self._metrics(batch, scored, mask)
+        fields |= scored
+        tq.kv_batch_put(
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
+        )
+        return metrics
+
+    def updated(self) -> None:
+        """The step's update is done: weights that follow the actor may follow now."""
+        if self._source.own_weights:
+            self._trainer.actor_rollout_wg.update_teacher(self._trainer.global_steps)
+
+    # ---------------------------------------------------------------- guarantees
+
+    @property
+    def equals_student(self) -> bool:
+        """Whether the teacher has the student's weights at this step."""
+        settings, source = self._settings, self._source
+        if settings.path is not None or source.equals_student == "never":
+            return False
+        if source.equals_student == "always":
+            return True
+        fresh = self._trainer.global_steps == 1
+        # An adapter that was loaded makes the student differ from its base from the start.
+        adapter = self._trainer.config.actor_rollout_ref.model.get("lora_adapter_path", None)
+        return fresh and (source.own_weights or adapter is None)
 
     def check_empty_context(self, batch: KVBatchMeta) -> float:
-        """With an empty context the teacher must repeat the student's log-probs: same weights, same path.
+        """With an empty context the teacher must repeat the student's log-probs: same weights, same prompt.
 
         Returns:
             Mean absolute difference over response tokens, nats.
@@ -86,66 +157,109 @@ class PrivilegedTeacher:
         Raises:
             TeacherError: it exceeds ``sdar.teacher.sanity_tolerance``.
         """
-        rows = self._student_rows(batch)
-        teacher = self._log_probs(batch, rows, [row["prompts"] for row in rows])
-        student = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["old_log_probs"])
-        mask = torch.cat([row["response_mask"] for row in rows]).bool()
-        gap = (teacher.values() - student["old_log_probs"].values())[mask].abs()
+        rows = TeacherRows.read(batch, None)
+        teacher = self._pass(batch, rows, {}, ())[TEACHER_LOG_PROBS]
+        student = self._student_log_probs(batch)
+        gap = (teacher.values() - student.values())[torch.cat(rows.response_masks).bool()].abs()
         difference = gap.mean().item()
-        if not difference <= self._settings.sanity_tolerance:
+        if not difference <= self.tolerance:
             raise TeacherError(
                 "the teacher with an empty context should give the student's log-probs, but differs by "
                 f"{difference:.3g} nats per token on average (largest {gap.max().item():.3g}); "
-                f"sdar.teacher.sanity_tolerance={self._settings.sanity_tolerance}. Its weights, prompt, temperature or "
+                f"sdar.teacher.sanity_tolerance={self.tolerance}. Its weights, prompt, temperature or "
                 "alignment are not the student's: do not trust a run like this. Common causes: dropout in the model, "
                 "weights lost by an offload, an attention that lets packed sequences see each other."
             )
         return difference
 
-    def _student_rows(self, batch: KVBatchMeta) -> list[dict[str, torch.Tensor]]:
-        names = ["prompts", "responses", "response_mask"]
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
-        columns = [data[name].unbind() for name in names]
-        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+    @property
+    def tolerance(self) -> float:
+        """``sdar.teacher.sanity_tolerance``, or its default for this source."""
+        if self._settings.sanity_tolerance is not None:
+            return self._settings.sanity_tolerance
+        return _TOLERANCE_OTHER_ENGINE if self._source.own_engine else _TOLERANCE_SAME_ENGINE
 
-    def _log_probs(
-        self, batch: KVBatchMeta, rows: list[dict[str, torch.Tensor]], prompts: list[torch.Tensor]
-    ) -> torch.Tensor:
-        """Log-probs of the rows' responses after ``prompts``; nested (rows, response tokens), nats."""
-        inputs = [
-            teacher_row(prompt, row["responses"], row["response_mask"])
-            for row, prompt in zip(rows, prompts, strict=True)
-        ]
-        tags = [
-            {**tag, "prompt_len": len(prompt), "seq_len": len(prompt) + tag["response_len"]}
-            for tag, prompt in zip(batch.tags, prompts, strict=True)
-        ]
+    def _metrics(self, batch: KVBatchMeta, scored: Mapping[str, torch.Tensor], mask: torch.Tensor) -> dict[str, float]:
+        steps = self._source.staleness(self._settings, self._trainer.global_steps - 1)
+        if not scored:
+            return teacher_metrics(None, steps)
+        seen = mask.values().bool()
+        columns = (scored[TEACHER_LOG_PROBS], self._student_log_probs(batch))
+        teacher, student = (column.values()[seen].double().mean().item() for column in columns)
+        check_not_lost(teacher, student, len(self._trainer.tokenizer))
+        return teacher_metrics(teacher, steps)
+
+    # ---------------------------------------------------------------- the pass
+
+    def _pass(
+        self, batch: KVBatchMeta, rows: TeacherRows, outputs: Mapping[str, Mapping[str, Any]], carry: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        """Fields of the pass, nested (rows, response tokens[, columns])."""
         keys = list(batch.keys)
-        tq.kv_batch_put(keys=keys, partition_id=TEACHER_PARTITION, fields=list_of_dict_to_tensordict(inputs), tags=tags)
-        try:
-            self._forward(KVBatchMeta(partition_id=TEACHER_PARTITION, keys=keys, tags=tags, extra_info=self._extra()))
-            data = tq.kv_batch_get(
-                keys=keys, partition_id=TEACHER_PARTITION, select_fields=["log_probs", "response_mask"]
+        inputs = list_of_dict_to_tensordict(rows.inputs())
+        if carry:
+            inputs.update(
+                tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=list(carry)).select(*carry)
             )
-            return response_from_nested(data["log_probs"], data["response_mask"])
-        finally:
-            tq.kv_clear(keys=keys, partition_id=TEACHER_PARTITION)
-
-    def _extra(self) -> dict[str, Any]:
-        return {
-            "calculate_entropy": False,
+        tags = [
+            {**tag, "prompt_len": len(prompt), "seq_len": len(prompt) + len(response)}
+            for tag, prompt, response in zip(batch.tags, rows.prompts, rows.responses, strict=True)
+        ]
+        extra: dict[str, Any] = {
+            "calculate_entropy": True,
             "compute_loss": False,
             "temperature": self._trainer.config.actor_rollout_ref.rollout.temperature,
         }
+        if outputs:
+            extra[TEACHER_OUTPUTS] = {name: dict(arguments) for name, arguments in outputs.items()}
+        tq.kv_batch_put(keys=keys, partition_id=TEACHER_PARTITION, fields=inputs, tags=tags)
+        try:
+            meta = KVBatchMeta(partition_id=TEACHER_PARTITION, keys=keys, tags=tags, extra_info=extra)
+            done = (self._pool or self._trainer.actor_rollout_wg).compute_teacher_log_prob(meta)
+            if len(done) != len(keys):
+                raise TeacherError(f"the teacher pass returned {len(done)} rows for {len(keys)}: a fault of the engine")
+            names = [name for name in done.fields if name.startswith("sdar_") and name not in carry]
+            data = tq.kv_batch_get(keys=keys, partition_id=TEACHER_PARTITION, select_fields=names)
+            return {name: data[name] for name in names}
+        finally:
+            tq.kv_clear(keys=keys, partition_id=TEACHER_PARTITION)
 
-    def _forward(self, rows: KVBatchMeta) -> None:
-        trainer = self._trainer
-        if self._settings.source == "actor":
-            output = trainer.actor_rollout_wg.compute_log_prob(rows)
-        elif trainer.ref_in_actor:
-            rows.extra_info["no_lora_adapter"] = True  # the start weights are the base under the adapter
-            output = trainer.actor_rollout_wg.compute_log_prob(rows)
-        else:
-            output = trainer.ref_policy_wg.compute_ref_log_prob(rows)
-        if len(output) != len(rows):
-            raise TeacherError(f"the teacher pass returned {len(output)} rows for {len(rows)}: a fault of the engine")
+    def _student_log_probs(self, batch: KVBatchMeta) -> torch.Tensor:
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["old_log_probs"])
+        return data["old_log_probs"]
+
+
+def teacher_metrics(log_prob: float | None, staleness: int | None) -> dict[str, float]:
+    """The pass in numbers; what a source does not have is left out.
+
+    Args:
+        log_prob: mean log pi_T of the sampled tokens of rows with a context, nats.
+        staleness: steps since the teacher took weights from the actor.
+    """
+    metrics = {
+        "sdar/teacher_log_prob": log_prob,
+        "sdar/teacher_staleness": staleness,
+    }
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def check_not_lost(teacher_log_prob: float, student_log_prob: float, vocabulary: int) -> None:
+    """A teacher that knows no more than chance about tokens that its student is sure of has lost its weights.
+
+    Args:
+        teacher_log_prob: mean over the sampled tokens, nats.
+        student_log_prob: the same of the student.
+        vocabulary: number of tokens; a uniform distribution gives each -log(vocabulary).
+
+    Raises:
+        TeacherError: the teacher is at or below chance (or not a number), the student is well above.
+    """
+    chance = -math.log(vocabulary)
+    if teacher_log_prob > 0.98 * chance or student_log_prob < 0.5 * chance:
+        return
+    raise TeacherError(
+        f"the teacher gives the sampled tokens {teacher_log_prob:.3f} nats on average, the student "
+        f"{student_log_prob:.3f}; a uniform distribution over {vocabulary} tokens gives {chance:.3f}. The teacher's "
+        "weights are lost or of another model. Known causes: weights freed while a worker slept, a faulty "
+        "sdar.teacher.path, an offload that was not undone."
+    )

@@ -58,7 +58,8 @@ class SdarTrainer(PPOTrainerSync):
         if self.sdar.rollout.poll_interval_s is not None:
             self.replay_buffer.poll_interval = self.sdar.rollout.poll_interval_s
         self._has_teacher = self.sdar.teacher.source != "none"
-        self._teacher = PrivilegedTeacher(self.sdar.teacher, self)
+        if self._has_teacher:
+            self._teacher = PrivilegedTeacher(self.sdar.teacher, self)
         self._teacher_checked = False
         self._infos: list[RowInfo | None] = []
         self.parts = make_parts(self.sdar, config)
@@ -81,8 +82,15 @@ class SdarTrainer(PPOTrainerSync):
             collate_fn=collate_fn,
         )
 
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        if self._has_teacher:
+            self._teacher.install()
+
     def on_init_end(self) -> None:
         """Give the actor workers their loss and set the size of an update; then verl's first weight sync."""
+        if self._has_teacher:
+            self._teacher.start()
         actor = self.config.actor_rollout_ref.actor.copy()
         if self._has_teacher and self.use_reference_policy and not _reads_reference(self.config):
             # The reference is there for the teacher alone: a KL with coefficient 0 is not worth a pass per step.
@@ -159,16 +167,17 @@ class SdarTrainer(PPOTrainerSync):
     def _teacher_pass(self, batch: KVBatchMeta, metrics: dict) -> None:
         correction = self.config.algorithm.get("rollout_correction", None)
         bypasses = bool(correction and correction.get("bypass_mode", False))
-        settings = self.sdar.teacher
         # Under bypass the old log-probs are the rollout engine's, not these workers': nothing to compare with.
-        if settings.sanity_check and settings.source == "actor" and not self._teacher_checked and not bypasses:
+        checks = self.sdar.teacher.sanity_check and self._teacher.equals_student and not bypasses
+        if checks and not self._teacher_checked:
             metrics["sdar/empty_context_gap"] = self._teacher.check_empty_context(batch)
         self._teacher_checked = True
-        self._teacher.score(batch, self._infos)
+        metrics.update(self._teacher.score(batch, self._infos))
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._update_actor(batch, metrics)
         if self._has_teacher:
+            self._teacher.updated()
             metrics.update(reduce_loss_sums(metrics))
         rows = self._step_rows(batch, metrics)
         for part in self.parts:

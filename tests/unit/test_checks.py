@@ -17,6 +17,7 @@ from sdar_verl.envs.base import Task
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import write_panel
 from sdar_verl.training.checks import check_run
+from tests.support.tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,64 @@ CASES = {
         {"sdar.teacher.source": "reference", "actor_rollout_ref.actor.use_kl_loss": False},
         ["sdar.teacher.source=reference", "use_kl_loss=True"],
     ),
+    "teacher source": ({"sdar.teacher.source": "emma"}, ["sdar.teacher.source", "emma", "ema", "none"]),
+    "a decay of 1": (
+        {"sdar.teacher.source": "ema", "sdar.teacher.ema_decay": 1.0},
+        ["sdar.teacher.ema_decay=1.0", "less than 1"],
+    ),
+    "a negative decay": (
+        {"sdar.teacher.source": "ema", "sdar.teacher.ema_decay": -0.1},
+        ["sdar.teacher.ema_decay=-0.1"],
+    ),
+    "a period of 0": (
+        {"sdar.teacher.source": "snapshot", "sdar.teacher.update_every": 0},
+        ["sdar.teacher.update_every=0"],
+    ),
+    "a decay without an average": (
+        {"sdar.teacher.source": "actor", "sdar.teacher.ema_decay": 0.9},
+        ["sdar.teacher.ema_decay=0.9 has no effect", "source=actor", "it is for sdar.teacher.source=ema"],
+    ),
+    "a period without copies": (
+        {"sdar.teacher.source": "reference", "sdar.teacher.update_every": 5},
+        ["sdar.teacher.update_every=5 has no effect", "ema or snapshot"],
+    ),
+    "a path without a reference": (
+        {"sdar.teacher.source": "ema", "sdar.teacher.path": "/some/model"},
+        ["sdar.teacher.path=/some/model has no effect", "source=reference"],
+    ),
+    "an offload of nothing": (
+        {"sdar.teacher.source": "actor", "sdar.teacher.offload": False},
+        ["sdar.teacher.offload=False has no effect"],
+    ),
+    "an option without a teacher": (
+        {"sdar.teacher.source": "none", "sdar.loss.coef": 0, "sdar.teacher.ema_decay": 0.5},
+        ["sdar.teacher.ema_decay=0.5 has no effect", "source=none"],
+    ),
+    "a whole step for a teacher inside the update": (
+        {"sdar.teacher.source": "actor_fresh", "sdar.loss.centre": "batch"},
+        ["sdar.loss.centre=batch", "sdar.teacher.source=actor_fresh scores inside the update"],
+    ),
+    "no adapter": ({"sdar.teacher.source": "lora_base"}, ["source=lora_base", "actor_rollout_ref.model.lora_rank"]),
+    "a pool for the actor": (
+        {"sdar.teacher.source": "actor", "sdar.teacher.placement": "pool", "sdar.teacher.pool_gpus_per_node": 1},
+        ["sdar.teacher.placement=pool", "source=actor", "possible with source=reference"],
+    ),
+    "a pool without devices": (
+        {"sdar.teacher.source": "reference", "sdar.teacher.placement": "pool"},
+        ["sdar.teacher.pool_gpus_per_node"],
+    ),
+    "devices without a pool": (
+        {"sdar.teacher.source": "reference", "sdar.teacher.pool_nodes": 2},
+        ["sdar.teacher.pool_nodes=2 has no effect", "placement=colocated"],
+    ),
+    "quantization-aware training": (
+        {"sdar.teacher.source": "ema", "actor_rollout_ref.actor.fsdp_config.qat.enable": True},
+        ["source=ema", "quantization-aware", "qat.enable=False"],
+    ),
+    "no weights at the path": (
+        {"sdar.teacher.source": "reference", "sdar.teacher.path": "/no/such/model"},
+        ["sdar.teacher.path=/no/such/model", "cannot be read"],
+    ),
     "mini-batch": ({"sdar.update.mini_batch_rows": 100}, ["sdar.update.mini_batch_rows=100", "rollout.n=8"]),
     "ranks": ({"trainer.n_gpus_per_node": 3}, ["sdar.update.mini_batch_rows=128", "3 ranks"]),
     "group of one": ({"actor_rollout_ref.rollout.n": 1}, ["rollout.n=1", "at least 2"]),
@@ -124,6 +183,35 @@ def test_a_fault_is_named(recipe, case):
         run_checks(recipe, **overrides)
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+def test_a_teacher_with_another_tokenizer_is_named(recipe, tmp_path):
+    other = make_tiny_model(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"sdar\.teacher\.path=.*another tokenizer.*\d+ tokens differ"):
+        run_checks(recipe, **{"sdar.teacher.source": "reference", "sdar.teacher.path": str(other)})
+
+
+def test_a_teacher_with_the_same_tokenizer_needs_no_reference(recipe):
+    run_checks(
+        recipe,
+        **{
+            "sdar.teacher.source": "reference",
+            "sdar.teacher.path": recipe.actor_rollout_ref.model.path,
+            "actor_rollout_ref.actor.use_kl_loss": False,
+        },
+    )
+
+
+@pytest.mark.parametrize("source", ["lora_base", "reference"])
+def test_an_adapter_makes_a_reference_of_its_base(recipe, source):
+    run_checks(
+        recipe,
+        **{
+            "sdar.teacher.source": source,
+            "actor_rollout_ref.model.lora_rank": 8,
+            "actor_rollout_ref.actor.use_kl_loss": False,
+        },
+    )
 
 
 def test_all_faults_are_told_at_once(recipe):

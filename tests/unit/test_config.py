@@ -38,7 +38,7 @@ def test_defaults_are_the_papers():
         ({"loss": {"coef": -0.1}}, ["sdar.loss.coef=-0.1"]),
         ({"loss": {"gat": "gap"}}, ["sdar.loss.gat: no such option", "known: coef, coef_schedule, signal"]),
         ({"los": {}}, ["sdar.los: no such option", "loss"]),
-        ({"teacher": {"source": "oracle"}}, ["sdar.teacher.source='oracle'", "actor"]),
+        ({"teacher": {"placement": "cloud"}}, ["sdar.teacher.placement='cloud'", "colocated"]),
         ({"teacher": {"max_prompt_length": 0}}, ["sdar.teacher.max_prompt_length=0"]),
         ({"env": {"max_steps": "many"}}, ["sdar.env.max_steps='many'"]),
         ({"skills": {"retrieval": []}}, ["sdar.skills.retrieval=[]"]),

@@ -25,6 +25,7 @@ from sdar_verl.errors import SdarError
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.fields import SUMS_PREFIX
 from sdar_verl.training.metrics import gap_metrics, reduce_loss_sums, row_metrics
+from sdar_verl.training.teacher import teacher_metrics
 from sdar_verl.training.validation import arm_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,7 @@ def emitted_metrics() -> set[str]:
     names |= set(reduce_loss_sums(worker_metrics()))
     three, one = torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool)
     names |= set(gap_metrics(three, one, ["e"] * 3, [0, 1, 2], three, three))
+    names |= set(teacher_metrics(0.0, 0))
     return names | {name for source in SOURCES for name in constants(source)}
 
 

@@ -1,0 +1,125 @@
+"""Checks of ``sdar.teacher`` before Ray starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from sdar_verl.config import SdarConfig, TeacherConfig
+from sdar_verl.training.checks_loss import needs_step_statistics
+from sdar_verl.training.teacher_sources import get_source, list_sources, uses_lora
+
+_SOURCE_OPTIONS = ("path", "ema_decay", "update_every", "offload")
+_POOL_OPTIONS = ("pool_gpus_per_node", "pool_nodes")
+
+
+def teacher_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Every fault of the teacher's settings, one message each."""
+    settings = sdar.teacher
+    if settings.source == "none":
+        return _without_effect(settings, [*_SOURCE_OPTIONS, *_POOL_OPTIONS])
+    try:
+        source = get_source(settings.source)
+    except ValueError as error:
+        return [f"sdar.teacher.source: {error}, none"]
+    faults = _without_effect(settings, [name for name in _SOURCE_OPTIONS if name not in source.options])
+    faults += _placement(settings, source.placements)
+    faults += source.faults(config, settings)
+    if settings.path is not None and "path" in source.options:
+        faults += _vocabulary(config, settings.path)
+    if sdar.skills.retrieval == ["none"]:
+        faults.append(
+            f"sdar.skills.retrieval=[none] leaves the teacher (sdar.teacher.source={settings.source}) without a "
+            "context; choose a rule, or set sdar.teacher.source=none and sdar.loss.coef=0"
+        )
+    if source.per_update:
+        faults += _needed_early(sdar)
+    return faults + _budgets(config, settings, own_engine=source.own_engine)
+
+
+def _without_effect(settings: TeacherConfig, names: list[str]) -> list[str]:
+    faults = []
+    for name in names:
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        readers = [source for source in list_sources() if name in get_source(source).options]
+        remedy = f"it is for sdar.teacher.source={' or '.join(readers)}" if readers else "it is for placement=pool"
+        faults.append(
+            f"sdar.teacher.{name}={value} has no effect with sdar.teacher.source={settings.source}; {remedy}, "
+            "leave it null otherwise"
+        )
+    return faults
+
+
+def _placement(settings: TeacherConfig, placements: tuple[str, ...]) -> list[str]:
+    if settings.placement not in placements:
+        able = [source for source in list_sources() if settings.placement in get_source(source).placements]
+        return [
+            f"sdar.teacher.placement={settings.placement} is not possible with sdar.teacher.source={settings.source}, "
+            f"which reads the actor's weights where they are; possible with source={' or '.join(able)}. "
+            "Use placement=colocated"
+        ]
+    if settings.placement == "pool":
+        if settings.pool_gpus_per_node is None:
+            return ["sdar.teacher.placement=pool needs devices of its own; set sdar.teacher.pool_gpus_per_node"]
+        return []
+    return [
+        f"sdar.teacher.{name}={getattr(settings, name)} has no effect with sdar.teacher.placement=colocated; leave it "
+        "null or set sdar.teacher.placement=pool"
+        for name in _POOL_OPTIONS
+        if getattr(settings, name) is not None
+    ]
+
+
+def _needed_early(sdar: SdarConfig) -> list[str]:
+    try:
+        options = needs_step_statistics(sdar.loss)
+    except ValueError:
+        return []  # an unknown name, told by the loss's own checks
+    return [
+        f"{option} needs the teacher's log-probs of the whole step before the update, but "
+        f"sdar.teacher.source={sdar.teacher.source} scores inside the update; use sdar.teacher.source=actor"
+        for option in options
+    ]
+
+
+def _vocabulary(config: DictConfig, path: str) -> list[str]:
+    """Token ids must mean the same to teacher and student: the teacher scores the student's ids."""
+    try:
+        teacher, student = _tokenizer(config, path), _tokenizer(config, config.actor_rollout_ref.model.path)
+    except (OSError, ValueError) as error:
+        return [f"sdar.teacher.path={path}: its tokenizer, or the model's, cannot be read: {error}"]
+    if teacher == student:
+        return []
+    different = sorted(token for token in {*teacher, *student} if teacher.get(token) != student.get(token))
+    token = different[0]
+    return [
+        f"sdar.teacher.path={path} has another tokenizer than actor_rollout_ref.model.path: {len(different)} tokens "
+        f"differ, such as {token!r} (id {teacher.get(token)} there, {student.get(token)} here); a teacher scores the "
+        "student's token ids, so choose one with the same tokenizer"
+    ]
+
+
+def _tokenizer(config: DictConfig, path: str) -> dict[str, int]:
+    from transformers import AutoTokenizer
+
+    trust = config.actor_rollout_ref.model.get("trust_remote_code", False)
+    vocabulary: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust).get_vocab()
+    return dict(vocabulary)
+
+
+def _budgets(config: DictConfig, settings: TeacherConfig, *, own_engine: bool) -> list[str]:
+    longest = settings.max_prompt_length + config.data.max_response_length
+    nodes = {"actor_rollout_ref.rollout.log_prob": config.actor_rollout_ref.rollout}
+    if own_engine and not uses_lora(config):
+        nodes["actor_rollout_ref.ref.log_prob"] = config.actor_rollout_ref.ref
+    return [
+        f"{name}_max_token_len_per_gpu={node.log_prob_max_token_len_per_gpu} is less than the longest teacher row, "
+        f"sdar.teacher.max_prompt_length + data.max_response_length = {longest}; raise it to at least {longest}"
+        for name, node in nodes.items()
+        if node.log_prob_use_dynamic_bsz
+        and node.log_prob_max_token_len_per_gpu is not None
+        and longest > node.log_prob_max_token_len_per_gpu
+    ]

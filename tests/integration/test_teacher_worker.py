@@ -1,0 +1,312 @@
+"""The teacher's worker on two ranks of verl's FSDP2 engine, without Ray: every source against plain forward passes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from sdar_verl.config import TeacherConfig
+from sdar_verl.training.fields import TEACHER_ENTROPY, TEACHER_LOG_PROBS, TEACHER_NODE, TEACHER_PROMPTS
+from sdar_verl.training.teacher_outputs import TOPK_IDS, TOPK_LOG_PROBS
+from sdar_verl.training.teacher_rows import nested, teacher_row
+from tests.support.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.integration
+
+RANKS = 2
+ROWS = 4  # of each rank
+TEMPERATURE = 0.7
+# What two runs of the same arithmetic may differ by: the order of float32 sums.
+SAME = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def make_rows(rank: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(prompt, response, mask) of a rank; uneven lengths."""
+    generator = torch.Generator().manual_seed(100 * seed + rank)
+    rows = []
+    for i in range(ROWS):
+        prompt = torch.randint(3, 250, (3 + 2 * i + rank,), generator=generator)
+        response = torch.randint(3, 250, (2 + i,), generator=generator)
+        rows.append((prompt, response, torch.ones_like(response)))
+    return rows
+
+
+# ---------------------------------------------------------------- on the ranks
+
+
+def worker_config(model: str, adapter: int = 0, **teacher: Any) -> Any:
+    import verl  # noqa: F401  loads the plugin
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf, open_dict
+
+    overrides = [
+        f"actor_rollout_ref.model.path={model}",
+        f"actor_rollout_ref.model.lora_rank={adapter}",
+        "actor_rollout_ref.model.target_modules=all-linear",
+        "actor_rollout_ref.actor.optim.lr=0.02",
+        "actor_rollout_ref.actor.optim.total_training_steps=10",
+    ]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("sdar_quickstart", overrides=overrides).actor_rollout_ref
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    with open_dict(config):
+        config[TEACHER_NODE] = TeacherConfig(**teacher).model_dump()
+    return config
+
+
+def batch(rows: list[tuple[torch.Tensor, ...]], **extra: Any) -> Any:
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils as tu
+
+    inputs = [teacher_row(*row) for row in rows]
+    data = TensorDict({name: nested([row[name] for row in inputs]) for name in inputs[0]}, batch_size=len(rows))
+    tu.assign_non_tensor(data, temperature=TEMPERATURE, **extra)
+    return data
+
+
+def ask(worker: Any, rank: int, **extra: Any) -> dict[str, list[torch.Tensor]]:
+    data = batch(make_rows(rank), calculate_entropy=True, compute_loss=False, **extra)
+    fields = worker.compute_teacher_log_prob(data)
+    return {name: [row.clone() for row in fields[name].unbind()] for name in sorted(fields.keys())}
+
+
+def update(worker: Any, rank: int, **fields: torch.Tensor) -> None:
+    """Two optimizer updates on rows of the rank's own, two rows each."""
+    data = batch(
+        make_rows(rank, seed=1),
+        calculate_entropy=False,
+        distillation_use_topk=False,
+        distillation_only=False,
+        global_batch_size=RANKS * 2,
+        mini_batch_size=RANKS * 2,
+        epochs=1,
+        seed=1,
+        dataloader_kwargs={"shuffle": False},
+    )
+    for name, value in fields.items():
+        data[name] = value
+    worker.update_actor(data)
+
+
+def likelihood(model_output: Any, data: Any, dp_group: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    """A loss that moves the weights, and keeps what the update was given."""
+    if TEACHER_LOG_PROBS in data:
+        likelihood.seen.append([row.clone() for row in data[TEACHER_LOG_PROBS].unbind()])
+    return -model_output["log_probs"].values().mean(), {}
+
+
+def weights(worker: Any) -> dict[str, torch.Tensor]:
+    parameters, _ = worker.actor.engine.get_per_tensor_param()
+    return {name: value.detach().clone() for name, value in parameters}
+
+
+def make_worker(model: str, adapter: int = 0, role: str = "actor", **teacher: Any) -> Any:
+    from sdar_verl.training.worker import TeacherWorker
+
+    worker = TeacherWorker(worker_config(model, adapter, **teacher), role)
+    worker.init_model()
+    worker.set_loss_fn(likelihood)
+    return worker
+
+
+def follow(model: str, folder: Path, rank: int, **teacher: Any) -> dict[str, Any]:
+    """Teacher passes around two steps, a checkpoint, and a worker that goes on from it."""
+    from sdar_verl.training.teacher_weights import trainable_shards
+
+    worker = make_worker(model, **teacher)
+    out: dict[str, Any] = {"passes": [ask(worker, rank)], "weights": [weights(worker)], "untouched": []}
+    for step in (1, 2):
+        update(worker, rank)
+        worker.update_teacher(step)
+        before = {name: shard.clone() for name, shard in trainable_shards(worker.actor.engine.module).items()}
+        out["passes"].append(ask(worker, rank))
+        after = trainable_shards(worker.actor.engine.module)
+        out["untouched"].append(all(torch.equal(before[name], after[name]) for name in before))
+        out["weights"].append(weights(worker))
+    worker.save_checkpoint(str(folder), global_step=2)
+    out["files"] = sorted(path.name for path in folder.iterdir() if path.name.startswith("sdar_"))
+    resumed = make_worker(model, **teacher)
+    resumed.load_checkpoint(str(folder))
+    out["resumed"] = ask(resumed, rank)
+    return out
+
+
+def fresh(model: str, rank: int) -> dict[str, Any]:
+    """Teacher log-probs that each of two updates of one step got, and the weights they started from."""
+    likelihood.seen = []
+    worker = make_worker(model, source="actor_fresh")
+    prompts = nested([torch.cat([torch.tensor([9, 8, 7]), prompt]) for prompt, _, _ in make_rows(rank, seed=1)])
+    out = {"start": weights(worker), "empty": ask(worker, rank)}
+    update(worker, rank, **{TEACHER_PROMPTS: prompts})
+    out["seen"] = likelihood.seen
+    return out
+
+
+def adapter(model: str, rank: int) -> dict[str, Any]:
+    """A trained adapter, on for the student and off for the teacher; and an average of adapters."""
+    worker = make_worker(model, adapter=4, source="lora_base")
+    update(worker, rank)
+    data = batch(make_rows(rank), calculate_entropy=False, compute_loss=False)
+    out = {"base": ask(worker, rank), "student": list(worker.compute_log_prob(data)["log_probs"].unbind())}
+    average = make_worker(model, adapter=4, source="ema", ema_decay=0.5)
+    out["names"] = sorted(average.source.weights._weights)
+    return out
+
+
+def run(rank: int, folder: str, port: int) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "VERL_PLATFORM": "cpu",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(RANKS),
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": str(RANKS),
+    }
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=RANKS)
+    root = Path(folder)
+    model, other = str(root / "model"), str(root / "other")
+    likelihood.seen = []
+    results = {
+        "ema": follow(model, root / "ema", rank, source="ema", ema_decay=0.5),
+        "snapshot": follow(model, root / "snapshot", rank, source="snapshot", update_every=2, offload=False),
+        "fresh": fresh(model, rank),
+        "adapter": adapter(model, rank),
+        "path": ask(make_worker(model, source="reference", path=other), rank),
+        "topk": ask(make_worker(model, source="actor"), rank, sdar_teacher_outputs={"topk": {"k": 7}}),
+    }
+    torch.save(results, root / f"rank_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------- in the test process
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("workers")
+    make_tiny_model(folder / "model", scale=4.0, tie_word_embeddings=False)
+    make_tiny_model(folder / "other", scale=4.0, seed=3, hidden=48, layers=1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(run, args=(str(folder), port), nprocs=RANKS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+def plain(folder: Path, rows: list[tuple[torch.Tensor, ...]], state: dict[str, torch.Tensor] | None = None) -> Any:
+    """Log-softmax of the logits that predict each row's response, by one forward pass per row."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if state is not None:
+        model.load_state_dict(state)
+    out = []
+    with torch.no_grad():
+        for prompt, response, _ in rows:
+            logits = model(torch.cat([prompt, response])[None]).logits[0] / TEMPERATURE
+            out.append(logits.log_softmax(-1)[len(prompt) - 1 : -1])
+    return out
+
+
+def assert_scores(fields: dict[str, list[torch.Tensor]], rows: list[tuple[torch.Tensor, ...]], expected: Any) -> None:
+    for i, ((_, response, _), log_probs) in enumerate(zip(rows, expected, strict=True)):
+        torch.testing.assert_close(fields[TEACHER_LOG_PROBS][i], log_probs.gather(1, response[:, None])[:, 0], **SAME)
+        torch.testing.assert_close(fields[TEACHER_ENTROPY][i], -(log_probs.exp() * log_probs).sum(-1), **SAME)
+
+
+def mixture(states: list[dict[str, torch.Tensor]], shares: list[float]) -> dict[str, torch.Tensor]:
+    return {name: sum(share * state[name] for share, state in zip(shares, states, strict=True)) for name in states[0]}
+
+
+@pytest.mark.parametrize(
+    ("source", "shares"),
+    [
+        # Decay .5 after every step; a copy after every second step.
+        ("ema", [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.25, 0.25, 0.5]]),
+        ("snapshot", [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]),
+    ],
+)
+def test_a_teacher_with_weights_of_its_own_scores_with_them(folder, ranks, source, shares):
+    for rank, results in enumerate(ranks):
+        states = results[source]["weights"]
+        assert not torch.equal(states[0]["lm_head.weight"], states[1]["lm_head.weight"]), "the update did nothing"
+        for fields, share in zip(results[source]["passes"], shares, strict=True):
+            rows = make_rows(rank)
+            assert_scores(fields, rows, plain(folder / "model", rows, mixture(states, share)))
+
+
+@pytest.mark.parametrize("source", ["ema", "snapshot"])
+def test_the_actors_weights_are_untouched_by_the_pass(ranks, source):
+    assert all(all(results[source]["untouched"]) for results in ranks)
+
+
+@pytest.mark.parametrize("source", ["ema", "snapshot"])
+def test_the_teacher_comes_back_from_the_checkpoint_bit_for_bit(ranks, source):
+    for results in ranks:
+        assert results[source]["files"] == [f"sdar_teacher_world_size_2_rank_{rank}.pt" for rank in range(RANKS)]
+        for name, rows in results[source]["passes"][-1].items():
+            for row, again in zip(rows, results[source]["resumed"][name], strict=True):
+                assert torch.equal(row, again)
+
+
+def test_a_fresh_teacher_has_the_weights_of_each_update(folder, ranks):
+    """The first update sees the start weights; the second, weights that have moved."""
+    for rank, results in enumerate(ranks):
+        rows = [(torch.cat([torch.tensor([9, 8, 7]), row[0]]), *row[1:]) for row in make_rows(rank, seed=1)]
+        first, second = results["fresh"]["seen"]
+        expected = plain(folder / "model", rows, results["fresh"]["start"])
+        sampled = [log_probs.gather(1, row[1][:, None])[:, 0] for row, log_probs in zip(rows, expected, strict=True)]
+        for found, wanted in zip(first, sampled[:2], strict=True):
+            torch.testing.assert_close(found, wanted, **SAME)
+        assert len(second) == 2
+        assert not any(torch.allclose(found, old, atol=1e-3) for found, old in zip(second, sampled[2:], strict=True))
+        rows = make_rows(rank)
+        assert_scores(results["fresh"]["empty"], rows, plain(folder / "model", rows, results["fresh"]["start"]))
+
+
+def test_the_lora_base_is_the_start_policy_while_the_student_moves(folder, ranks):
+    for rank, results in enumerate(ranks):
+        rows = make_rows(rank)
+        assert_scores(results["adapter"]["base"], rows, plain(folder / "model", rows))
+        student = [
+            row[-len(response) - 1 : -1]
+            for row, (_, response, _) in zip(results["adapter"]["student"], rows, strict=True)
+        ]
+        base = results["adapter"]["base"][TEACHER_LOG_PROBS]
+        assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(student, base, strict=True))
+
+
+def test_an_average_of_adapters_leaves_the_base_alone(ranks):
+    names = ranks[0]["adapter"]["names"]
+    assert names
+    assert all("lora_" in name for name in names)
+
+
+def test_other_weights_score_with_their_own_model(folder, ranks):
+    for rank, results in enumerate(ranks):
+        rows = make_rows(rank)
+        assert_scores(results["path"], rows, plain(folder / "other", rows))
+
+
+def test_the_top_k_of_the_teacher_are_those_of_its_softmax(folder, ranks):
+    for rank, results in enumerate(ranks):
+        rows = make_rows(rank)
+        expected = plain(folder / "model", rows)
+        assert_scores(results["topk"], rows, expected)
+        for i, log_probs in enumerate(expected):
+            largest = log_probs.topk(7)
+            torch.testing.assert_close(results["topk"][TOPK_LOG_PROBS][i], largest.values, **SAME)
+            torch.testing.assert_close(log_probs.gather(1, results["topk"][TOPK_IDS][i]), largest.values, **SAME)
