@@ -5,7 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+
+DEFAULT_ACTION_TAGS = ("action",)
+"""An answer carries its action between ``<action>`` and ``</action>``, unless the environment says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,31 @@ class Step:
 class TextEnv(ABC):
     """One running episode at a time; reset starts the next."""
 
+    action_tags: ClassVar[tuple[str, ...]] = DEFAULT_ACTION_TAGS
+    """Tags that enclose an action. With one, ``step`` gets what stands between them; with several, ``tag: content``.
+    The prompt template must declare the same ones."""
+
+    thread_safe: ClassVar[bool] = False
+    """True when *different* environments of one process may be stepped at the same time, from different threads: for
+    those that wait for a server most of the time."""
+
+    @property
+    def longest_step_s(self) -> float:
+        """Seconds that a step or a reset may take by the environment's own time limits (0: it has none); those of the
+        pool, ``sdar.env.step_timeout_s`` and ``sdar.env.reset_timeout_s``, must be longer."""
+        return 0.0
+
+    def check(self) -> None:  # noqa: B027  few environments need it
+        """Raise ValueError when what the options point to is not there: called once, before training starts."""
+
     @abstractmethod
     def reset(self, task: Task) -> Step:
         """Start ``task`` and return the first observation."""
 
     @abstractmethod
     def step(self, action: str) -> Step:
-        """Apply ``action``; an action the environment does not understand is its own no-op, never an exception."""
+        """Apply ``action``, in the form that :attr:`action_tags` says; one that the environment does not understand is
+        its own no-op, never an exception."""
 
     def close(self) -> None:  # noqa: B027  environments without resources need not override it
         """Release what the episode holds."""

@@ -24,8 +24,24 @@ class Timed:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Started:
+    """What a process says when it is ready.
+
+    Attributes:
+        pid: its process id.
+        thread_safe: whether its environments may be stepped at the same time (:attr:`TextEnv.thread_safe`).
+    """
+
+    pid: int
+    thread_safe: bool
+
+
 class EnvHost:
     """Environments of one process, by slot; made when a slot is first used, and used again for later episodes.
+
+    Calls for different slots may come from different threads when the environment is thread-safe; calls for one slot
+    follow each other.
 
     Args:
         env_name: registered name.
@@ -39,19 +55,15 @@ class EnvHost:
         self._modules = tuple(env_modules)
         self._envs: dict[int, TextEnv] = {}
 
-    def start(self) -> int:
+    def start(self) -> Started:
         """Import the modules and make the first environment.
-
-        Returns:
-            The process id.
 
         Raises:
             Exception: whatever the imports or the environment's constructor raise.
         """
         for module in self._modules:
             importlib.import_module(module)
-        self._env(0)
-        return os.getpid()
+        return Started(os.getpid(), self._env(0).thread_safe)
 
     def reset(self, slot: int, task: Task) -> Timed:
         """Start ``task`` in the environment of ``slot``."""
@@ -67,7 +79,7 @@ class EnvHost:
         try:
             step = getattr(env, method)(argument)
         except BaseException:
-            del self._envs[slot]  # its state is unknown: the next episode gets a new one
+            self._envs.pop(slot, None)  # its state is unknown: the next episode gets a new one
             raise
         return Timed(step, time.perf_counter() - started)
 

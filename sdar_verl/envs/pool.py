@@ -1,8 +1,10 @@
 """A pool of environment processes for the episodes of one agent-loop process.
 
 Each process is a Ray actor that hosts several environments and steps them one at a time (game engines are rarely
-thread-safe); processes run in parallel. Episodes advance on their own: no lock-step, a finished one costs nothing
-more. A process that dies or hangs takes its own episodes with it and is replaced; the others do not notice.
+thread-safe); processes run in parallel. Environments that declare themselves thread-safe, since they wait for a server
+most of the time, are stepped in a thread per episode instead. Episodes advance on their own: no lock-step, a finished
+one costs nothing more. A process that dies or hangs takes its own episodes with it and is replaced; the others do not
+notice.
 
 The pool belongs to the process and event loop that use it, and its actors end with that process.
 """
@@ -10,6 +12,7 @@ The pool belongs to the process and event loop that use it, and its actors end w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -17,13 +20,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sdar_verl.envs.base import Step, Task
-from sdar_verl.envs.host import EnvHost, Timed
+from sdar_verl.envs.host import EnvHost, Started, Timed
 from sdar_verl.errors import SdarError
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_STARTS = 3
 """Processes that may die in a row while they start; then the environment itself is taken to be at fault."""
+
+_THREADS = "threads"
+"""Ray's concurrency group for thread-safe environments. All other calls run in the actor's main thread."""
 
 
 class EnvProcessError(SdarError):
@@ -81,6 +87,8 @@ class _Process:
     failure: str | None = None
     # One call at a time, first come first served, so that a time limit covers an episode's own call and no other's.
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # A thread per episode instead.
+    threads: bool = False
 
     def check(self) -> None:
         if self.failure is not None:
@@ -174,7 +182,7 @@ class EnvPool:
 
         here = ray.get_runtime_context().get_node_id()
         actor = (
-            ray.remote(EnvHost)
+            ray.remote(concurrency_groups={_THREADS: self._envs_per_process})(EnvHost)
             .options(
                 # Nothing is reserved: verl's placement groups may have taken every CPU of the node.
                 num_cpus=0,
@@ -193,7 +201,8 @@ class EnvPool:
 
     async def _start(self, process: _Process) -> None:
         try:
-            process.pid = await self._answer(process, process.actor.start.remote(), "start")
+            started: Started = await self._answer(process, process.actor.start.remote(), "start")
+            process.pid, process.threads = started.pid, started.thread_safe
             self._failed_starts = 0
         except EnvError as error:
             self._stop(process, str(error))
@@ -210,9 +219,12 @@ class EnvPool:
     async def _call(self, process: _Process, method: str, *arguments: Any) -> Step:
         assert process.started is not None
         await asyncio.shield(process.started)
-        async with process.turn:
+        call = getattr(process.actor, method)
+        if process.threads:
+            call = call.options(concurrency_group=_THREADS)
+        async with contextlib.nullcontext() if process.threads else process.turn:
             process.check()
-            answer: Timed = await self._answer(process, getattr(process.actor, method).remote(*arguments), method)
+            answer: Timed = await self._answer(process, call.remote(*arguments), method)
         if method == "reset":
             self.stats.resets += 1
             self.stats.reset_seconds += answer.seconds

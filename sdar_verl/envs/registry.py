@@ -29,7 +29,10 @@ class _Builtin:
     requires: tuple[str, ...]
 
 
-_BUILTINS = {"alfworld": _Builtin("sdar_verl.envs.alfworld.env", "alfworld", ("alfworld", "textworld"))}
+_BUILTINS = {
+    "alfworld": _Builtin("sdar_verl.envs.alfworld.env", "alfworld", ("alfworld", "textworld")),
+    "search": _Builtin("sdar_verl.envs.search.env", "search", ("bm25s", "urllib3")),
+}
 _registered: dict[str, Callable[..., TextEnv]] = {}
 
 
@@ -79,8 +82,12 @@ def make_env(name: str, **options: Any) -> TextEnv:
 
 
 def check_env(name: str, options: dict[str, Any]) -> None:
-    """Raise what :func:`make_env` would, and leave nothing open."""
-    make_env(name, **options).close()
+    """Raise what :func:`make_env` and the environment's own :meth:`TextEnv.check` would, and leave nothing open."""
+    env = make_env(name, **options)
+    try:
+        env.check()
+    finally:
+        env.close()
 
 
 def _factory(name: str) -> Callable[..., TextEnv]:

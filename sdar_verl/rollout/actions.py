@@ -1,16 +1,21 @@
-"""Reading the action out of a response: ``<think> apple in fridge </think> <action> go to fridge 1 </action>``."""
+"""Reading the action out of a response: ``<think> apple in fridge </think> <action> go to fridge 1 </action>``.
+
+An environment may use other tags, or several: ``<search> ... </search>`` and ``<answer> ... </answer>``.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from sdar_verl.envs.base import DEFAULT_ACTION_TAGS
+
 _THINK_OPEN = re.compile(r"<think>", re.IGNORECASE)
 _THINK_CLOSE = re.compile(r"</think>", re.IGNORECASE)
 _FREE_PART = re.compile(r"<(\w+)>")
-_ACTION_TAG = re.compile(r"<(/?)action>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,8 @@ class ParsedAction:
     """What a response says.
 
     Attributes:
-        action: the action with its white space squeezed and its case kept; None when there is an error.
+        action: the action with its white space squeezed and its case kept, behind ``tag: `` where there are several
+            tags (``search: capital of Norway``); None when there is an error.
         thought: what stands in the think block, squeezed alike; None without a block, empty for an empty one.
         error: why there is no action; None when there is one.
     """
@@ -28,16 +34,19 @@ class ParsedAction:
     error: str | None
 
 
-def parse_action(text: str, *, think: Literal["required", "optional"] = "optional") -> ParsedAction:
+def parse_action(
+    text: str, *, think: Literal["required", "optional"] = "optional", tags: tuple[str, ...] = DEFAULT_ACTION_TAGS
+) -> ParsedAction:
     """Read thought and action; a response it cannot read is an error in the result, never an exception.
 
     The thought ends at the first ``</think>``; it may have been opened by the chat template, so ``<think>`` need not
-    be there. Action tags inside the thought belong to the thought. After it comes one ``<action>`` block, with any
-    text around. Several blocks are an error unless they agree: taking the first or the last would reward guessing.
+    be there. Action tags inside the thought belong to the thought. After it comes one block in one of the tags, with
+    any text around. Several blocks are an error unless they agree: taking the first or the last would reward guessing.
 
     Args:
         text: the response, decoded with its tags kept.
         think: ``required`` makes a missing think block an error. Qwen3 with thinking off writes none: the default.
+        tags: names of the action tags, see :attr:`sdar_verl.envs.base.TextEnv.action_tags`.
     """
     thought, answer = None, text
     if close := _THINK_CLOSE.search(text):
@@ -48,7 +57,7 @@ def parse_action(text: str, *, think: Literal["required", "optional"] = "optiona
         return ParsedAction(None, None, "no think block")
     if _THINK_OPEN.search(answer) or _THINK_CLOSE.search(answer):
         return ParsedAction(None, thought, "think block opened again" if close else "think block not closed")
-    action, error = _read_action_block(answer)
+    action, error = _read_action_block(answer, tags)
     return ParsedAction(action, thought, error)
 
 
@@ -77,28 +86,36 @@ def _fill(form: str, action: str) -> str | None:
     return None if match is None else _FREE_PART.sub(lambda _: match[part].strip(), form, count=1)
 
 
-def _read_action_block(text: str) -> tuple[str | None, str | None]:
+@functools.lru_cache(maxsize=8)
+def _tag_pattern(tags: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(f"<(/?)({'|'.join(map(re.escape, tags))})>", re.IGNORECASE)
+
+
+def _read_action_block(text: str, tags: tuple[str, ...]) -> tuple[str | None, str | None]:
     """(action, None) or (None, error)."""
-    actions: list[str] = []
-    start: int | None = None
-    for tag in _ACTION_TAG.finditer(text):
-        closes = bool(tag[1])
-        if closes and start is not None:
-            actions.append(_squeeze(text[start : tag.start()]))
-            start = None
-        elif not closes and start is None:
-            start = tag.end()
+    blocks: list[tuple[str, str]] = []
+    opened: re.Match[str] | None = None
+    for tag in _tag_pattern(tags).finditer(text):
+        name = tag[2].lower()
+        if not tag[1]:
+            if opened is not None:
+                return None, f"{name} block inside another"
+            opened = tag
+        elif opened is None or opened[2].lower() != name:
+            return None, f"{name} block closed but not opened"
         else:
-            return None, "action block closed but not opened" if closes else "action block inside another"
-    if start is not None:
-        return None, "action block not closed"
-    if not actions:
-        return None, "no action block"
-    if len(set(actions)) > 1:
+            blocks.append((name, _squeeze(text[opened.end() : tag.start()])))
+            opened = None
+    if opened is not None:
+        return None, f"{opened[2].lower()} block not closed"
+    if not blocks:
+        return None, f"no {' or '.join(tags)} block"
+    if len(set(blocks)) > 1:
         return None, "several different actions"
-    if not actions[0]:
-        return None, "empty action"
-    return actions[0], None
+    name, content = blocks[0]
+    if not content:
+        return None, f"empty {name}"
+    return (content if len(tags) == 1 else f"{name}: {content}"), None
 
 
 def _squeeze(text: str) -> str:

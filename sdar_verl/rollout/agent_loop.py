@@ -161,7 +161,9 @@ class SdarAgentLoop(AgentLoopBase):
                 response_ids = list(output.token_ids)[: runtime.max_response_length]
 
                 answer = parse_action(
-                    self.tokenizer.decode(response_ids, skip_special_tokens=True), think=settings.prompt.think
+                    self.tokenizer.decode(response_ids, skip_special_tokens=True),
+                    think=settings.prompt.think,
+                    tags=runtime.prompts.action_tags,
                 )
                 action = answer.action
                 if action is not None and (state.admissible_actions or state.action_forms):

@@ -46,6 +46,11 @@ class PromptBuilder:
         self._template = template
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
 
+    @property
+    def action_tags(self) -> tuple[str, ...]:
+        """Tags that the template asks the model to put its action in."""
+        return self._template.action_tags
+
     def encode(self, context: TurnContext, skills: str, history: Sequence[tuple[str, str | None]]) -> list[int]:
         """Token ids of ``context`` with ``skills`` in the slot and this much ``history``."""
         text = self._template.render(

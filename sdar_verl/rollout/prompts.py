@@ -14,11 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, meta
+from jinja2 import StrictUndefined, Template, TemplateError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sdar_verl.envs.base import DEFAULT_ACTION_TAGS
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 RESPONSE_TAGS = ("<think>", "</think>", "<action>", "</action>")
+# A template that asks for other action tags says so: {% set action_tags = ['search', 'answer'] %}
+TAGS_VARIABLE = "action_tags"
+_TAG_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 SLOTS = ("task", "skills", "history", "observation", "admissible_actions", "step", "max_steps")
 # A template may leave out the others; without one of these the agent, or its teacher, would be blind.
 REQUIRED_SLOTS = ("task", "skills", "observation")
@@ -100,6 +105,25 @@ def _find(name_or_path: str | Path) -> Path:
     return TEMPLATES_DIR / f"{name}.jinja"
 
 
+def _declared_tags(parsed: nodes.Template, path: Path) -> tuple[str, ...]:
+    for node in parsed.find_all(nodes.Assign):
+        if isinstance(node.target, nodes.Name) and node.target.name == TAGS_VARIABLE:
+            try:
+                tags = node.node.as_const()
+            except nodes.Impossible:
+                tags = None
+            if (
+                isinstance(tags, list | tuple)
+                and tags
+                and all(isinstance(t, str) and _TAG_NAME.fullmatch(t) for t in tags)
+            ):
+                return tuple(tags)
+            raise PromptTemplateError(
+                f"prompt template {path}: {TAGS_VARIABLE} must be a list of tag names, such as ['search', 'answer']"
+            )
+    return DEFAULT_ACTION_TAGS
+
+
 @dataclass(frozen=True)
 class PromptTemplate:
     """A compiled template; :meth:`load` makes and checks it.
@@ -107,10 +131,12 @@ class PromptTemplate:
     Attributes:
         name: shipped name or path, for messages.
         special_tokens: control tokens of the policy's tokenizer that no slot may contain.
+        action_tags: tags that the template asks the model to put its action in; no slot may contain them either.
     """
 
     name: str
     special_tokens: tuple[str, ...]
+    action_tags: tuple[str, ...]
     _template: Template
 
     @classmethod
@@ -121,20 +147,26 @@ class PromptTemplate:
             name_or_path: a shipped name (``alfworld``) or the path of a Jinja2 file.
             special_tokens: control tokens of the tokenizer, see :func:`special_tokens_of`.
         Raises:
-            PromptTemplateError: unknown name, missing or unreadable file, bad syntax, unknown slot, or a required slot
-                that is not shown.
+            PromptTemplateError: unknown name, missing or unreadable file, bad syntax, unknown slot, a required slot
+                that is not shown, or action tags that are none.
         """
         path = _find(name_or_path)
         environment = _environment()
         try:
             source = path.read_text(encoding="utf-8")
-            unknown = meta.find_undeclared_variables(environment.parse(source)) - {*SLOTS, *environment.globals}
+            parsed = environment.parse(source)
+            unknown = meta.find_undeclared_variables(parsed) - {*SLOTS, *environment.globals}
             compiled = environment.from_string(source)
         except (OSError, UnicodeDecodeError, TemplateError) as error:
             raise PromptTemplateError(f"prompt template {path}: {error}") from error
         if unknown:
             raise PromptTemplateError(f"prompt template {path}: unknown slots {sorted(unknown)}; known: {list(SLOTS)}")
-        template = cls(name=str(name_or_path), special_tokens=tuple(special_tokens), _template=compiled)
+        template = cls(
+            name=str(name_or_path),
+            special_tokens=tuple(special_tokens),
+            action_tags=_declared_tags(parsed, path),
+            _template=compiled,
+        )
         template._check_required_slots()
         return template
 
@@ -163,7 +195,8 @@ class PromptTemplate:
         Raises:
             PromptTemplateError: the template fails on these values.
         """
-        clean = functools.partial(neutralise, special_tokens=self.special_tokens)
+        tags = [f"<{slash}{tag}>" for tag in self.action_tags for slash in ("", "/")]
+        clean = functools.partial(neutralise, special_tokens=(*self.special_tokens, *tags))
         turns = [
             {
                 "observation": clean(turn["observation"] or ""),

@@ -58,6 +58,38 @@ def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
     return faults
 
 
+def _actions(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Environment and template must agree on the action's tags, the environment's and the pool's time limits too."""
+    from sdar_verl.envs.registry import make_env
+    from sdar_verl.rollout.prompts import PromptTemplate
+
+    try:
+        env = make_env(sdar.env.name, **sdar.env.options)
+        template = PromptTemplate.load(sdar.prompt.template)
+    except (ValueError, ImportError, OSError):
+        return []  # named by _names
+    faults = []
+    if set(template.action_tags) != set(env.action_tags):
+        faults.append(
+            f"sdar.prompt.template={sdar.prompt.template} asks for the tags {_tags(template.action_tags)}, but "
+            f"sdar.env.name={sdar.env.name} reads {_tags(env.action_tags)}; choose the environment's own template, or "
+            f"declare its tags in yours: {{% set action_tags = {list(env.action_tags)} %}}"
+        )
+    limits = {"step_timeout_s": sdar.env.step_timeout_s, "reset_timeout_s": sdar.env.reset_timeout_s}
+    faults += [
+        f"sdar.env.{name}={limit:g} is less than the {env.longest_step_s:g} s that the environment may wait by its own "
+        f"options (sdar.env.options), and would cost a whole process; raise sdar.env.{name} to at least "
+        f"{env.longest_step_s:g}"
+        for name, limit in limits.items()
+        if env.longest_step_s > limit
+    ]
+    return faults
+
+
+def _tags(names: tuple[str, ...]) -> str:
+    return ", ".join(f"<{name}>" for name in names)
+
+
 def _modes(config: DictConfig, sdar: SdarConfig) -> list[str]:
     faults = []
     mode, estimator = config.trainer.v1.trainer_mode, config.algorithm.adv_estimator
@@ -180,4 +212,13 @@ def panel_files(config: DictConfig, option: str) -> list[str]:
     return [str(file) for file in listed if "://" not in str(file)]
 
 
-_CHECKS: tuple[Any, ...] = (_names, loss_faults, _modes, teacher_faults, _batches, _engine, _data)
+_CHECKS: tuple[Any, ...] = (
+    _names,
+    _actions,
+    loss_faults,
+    _modes,
+    teacher_faults,
+    _batches,
+    _engine,
+    _data,
+)

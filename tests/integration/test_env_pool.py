@@ -24,7 +24,7 @@ pytestmark = pytest.mark.integration
 
 # A third party's environment: its module is found by the processes and registers on import.
 TOY_MODULE = """
-import ctypes, os, signal, sys, time
+import ctypes, os, signal, sys, threading, time
 from sdar_verl.envs.base import Step, TextEnv
 from sdar_verl.envs.registry import register_env
 
@@ -53,7 +53,19 @@ class Toy(TextEnv):
         elif verb == "raise":
             raise KeyError("a bug")
         self.count += 1
-        return Step(f"{self.task.task_id} {self.count}", reward=1.0)
+        return Step(f"{self.task.task_id} {self.count}", reward=1.0, info={"thread": threading.get_ident()})
+
+@register_env("waiting_toy")
+class WaitingToy(Toy):
+    thread_safe = True
+    waiting = []
+
+    def step(self, action):
+        if action == "wait for 8":  # all episodes of the process must be in this step at the same time
+            self.waiting.append(1)
+            while len(self.waiting) < 8:
+                time.sleep(0.01)
+        return super().step(action)
 """
 
 
@@ -209,6 +221,39 @@ def test_the_time_limit_covers_the_own_step_not_the_queue() -> None:
         await asyncio.gather(*(episode(pool, f"t{i}") for i in range(6)))  # 3 s of steps, one after the other
         assert pool.stats.timeouts == 0
         assert pool.stats.as_dict()["seconds_per_step"] == pytest.approx(0.5, abs=0.2)
+        pool.close()
+
+    asyncio.run(run())
+
+
+def test_thread_safe_environments_wait_at_the_same_time_in_threads_of_one_process() -> None:
+    async def episode(pool: EnvPool, name: str) -> int:
+        async with pool.session(task(name)) as session:
+            pid = (await session.reset()).info["pid"]
+            await session.step("wait for 8")
+            assert (await session.step("go")).observation == f"{name} 2"
+        return pid
+
+    async def run() -> None:
+        # Each step of the eight ends only when all eight have begun: one after the other would run into the limit.
+        pool = EnvPool("waiting_toy", processes=1, envs_per_process=8, step_timeout_s=20, env_modules=["toy_env"])
+        assert len(set(await asyncio.gather(*(episode(pool, f"t{i}") for i in range(8))))) == 1
+        assert (pool.stats.steps, pool.stats.timeouts, pool.stats.failures) == (16, 0, 0)
+        pool.close()
+
+    asyncio.run(run())
+
+
+def test_other_environments_are_stepped_from_one_thread() -> None:
+    async def run() -> None:
+        pool = toy_pool(processes=1)
+        threads = set()
+        async with pool.session(task("a")) as a, pool.session(task("b")) as b:
+            await asyncio.gather(a.reset(), b.reset())
+            for _ in range(3):
+                steps = await asyncio.gather(a.step("sleep 0.05"), b.step("sleep 0.05"))
+                threads |= {step.info["thread"] for step in steps}
+        assert len(threads) == 1
         pool.close()
 
     asyncio.run(run())

@@ -84,6 +84,44 @@ def test_a_well_formed_response_is_read_back(thought: str, action: str) -> None:
     assert parsed.thought == " ".join(thought.split())
 
 
+SEARCH = ("search", "answer")
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        ("<think>a</think><search> capital\n of Norway </search>", "search: capital of Norway"),
+        ("<answer>Oslo</answer>", "answer: Oslo"),
+        ("<ANSWER>Oslo</Answer>", "answer: Oslo"),
+        ("<think><answer>no</answer></think><search>x: y</search>", "search: x: y"),
+        ("<search>a</search> or <search>a</search>", "search: a"),
+    ],
+)
+def test_with_several_tags_the_action_begins_with_its_tag(text: str, action: str) -> None:
+    assert parse_action(text, tags=SEARCH).action == action
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("<action>look</action>", "no search or answer block"),
+        ("<search>a</search><answer>a</answer>", "several different actions"),
+        ("<search>a</search><search>b</search>", "several different actions"),
+        ("<search>a</answer>", "answer block closed but not opened"),
+        ("<search>a<answer>b</answer></search>", "answer block inside another"),
+        ("<search>a", "search block not closed"),
+        ("<answer> </answer>", "empty answer"),
+    ],
+)
+def test_unreadable_responses_with_several_tags(text: str, error: str) -> None:
+    parsed = parse_action(text, tags=SEARCH)
+    assert (parsed.action, parsed.error) == (None, error)
+
+
+def test_other_tags_are_text_to_a_single_one() -> None:
+    assert parse_action("<search>a</search><action>look</action>").action == "look"
+
+
 def test_match_admissible() -> None:
     admissible = ("go to fridge 1", "take Apple 1 from fridge 1")
     assert match_admissible("GO  to Fridge 1", admissible) == "go to fridge 1"

@@ -38,7 +38,8 @@ def registered_here_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 def test_a_registered_environment_is_made_with_its_options() -> None:
     register_env("countdown")(Countdown)
-    assert known_envs() == ("alfworld", "countdown")
+    assert {"alfworld", "countdown"} <= set(known_envs())
+    assert list(known_envs()) == sorted(known_envs())
     env = make_env("countdown", start=2, word="to go")
     assert env.reset(Task("countdown", "t", "", "")) == Step("1 to go")
     assert env.step("").done
@@ -47,7 +48,7 @@ def test_a_registered_environment_is_made_with_its_options() -> None:
 def test_unknown_names_list_the_known_ones() -> None:
     register_env("countdown")(Countdown)
     with pytest.raises(
-        ValueError, match=r"unknown environment 'alfword'; known: alfworld, countdown\..*sdar.env.modules"
+        ValueError, match=r"unknown environment 'alfword'; known: alfworld, countdown.*sdar.env.modules"
     ):
         make_env("alfword")
 
