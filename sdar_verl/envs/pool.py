@@ -181,8 +181,10 @@ class EnvPool:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = ray.get_runtime_context().get_node_id()
+        # Ray's annotations do not know the groups.
+        actor_class: Any = ray.remote(concurrency_groups={_THREADS: self._envs_per_process})  # type: ignore[call-overload]
         actor = (
-            ray.remote(concurrency_groups={_THREADS: self._envs_per_process})(EnvHost)
+            actor_class(EnvHost)
             .options(
                 # Nothing is reserved: verl's placement groups may have taken every CPU of the node.
                 num_cpus=0,

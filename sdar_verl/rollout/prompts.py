@@ -107,20 +107,17 @@ def _find(name_or_path: str | Path) -> Path:
 
 def _declared_tags(parsed: nodes.Template, path: Path) -> tuple[str, ...]:
     for node in parsed.find_all(nodes.Assign):
-        if isinstance(node.target, nodes.Name) and node.target.name == TAGS_VARIABLE:
-            try:
-                tags = node.node.as_const()
-            except nodes.Impossible:
-                tags = None
-            if (
-                isinstance(tags, list | tuple)
-                and tags
-                and all(isinstance(t, str) and _TAG_NAME.fullmatch(t) for t in tags)
-            ):
-                return tuple(tags)
+        if not (isinstance(node.target, nodes.Name) and node.target.name == TAGS_VARIABLE):
+            continue
+        try:
+            tags = node.node.as_const() if isinstance(node.node, nodes.List | nodes.Tuple) else ()
+        except nodes.Impossible:
+            tags = ()
+        if not tags or not all(isinstance(tag, str) and _TAG_NAME.fullmatch(tag) for tag in tags):
             raise PromptTemplateError(
                 f"prompt template {path}: {TAGS_VARIABLE} must be a list of tag names, such as ['search', 'answer']"
             )
+        return tuple(tags)
     return DEFAULT_ACTION_TAGS
 
 

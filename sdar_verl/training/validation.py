@@ -55,8 +55,8 @@ def arm_metrics(outcomes: Mapping[str, Sequence[Any]], expected: Mapping[str, in
         expected: arm -> episodes asked for; one that crashed and left no outcome is a failed one.
 
     Returns:
-        ``sdar-val/<arm>/...``: ``success``, ``success/<task type>``, ``score`` (graded, 0 to 1), ``turns``, ``invalid_share`` (of the turns),
-        ``failed`` (episodes that crashed or whose environment failed; they count as not solved) and ``episodes``.
+        ``sdar-val/<arm>/...``: ``success``, ``success/<task type>``, ``score`` (graded, 0 to 1), ``turns``,
+        ``invalid_share`` (of the turns), ``failed`` (episodes that crashed or whose environment failed; they count as not solved) and ``episodes``.
     """
     if "arm" not in outcomes:
         return {}

@@ -144,7 +144,9 @@ class HttpRetriever:
 
         try:
             response = self._pool.request("POST", url, json=body)
-        except urllib3.exceptions.TimeoutError:
+        except (urllib3.exceptions.ReadTimeoutError, urllib3.exceptions.ConnectTimeoutError) as error:
+            if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused; called a time-out by descent only
+                return f"cannot be reached ({error})"
             return f"did not answer within timeout_s={self._timeout_s:g}"
         except urllib3.exceptions.HTTPError as error:
             return f"cannot be reached ({type(error).__name__}: {error})"

@@ -1,0 +1,301 @@
+"""BM25, the HTTP clients and the server: they agree, and what goes wrong is told apart."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("bm25s")
+
+from sdar_verl.envs.search.bm25 import K1, B, Bm25Retriever
+from sdar_verl.envs.search.client import HttpRetriever, RetrieverError
+from sdar_verl.envs.search.passages import CorpusError, Passage, write_corpus
+from sdar_verl.envs.search.retrievers import RetrieverSettings, get_retriever
+from sdar_verl.envs.search.server import make_app
+from tests.support.retrieval_server import ScriptedServer, good, serving
+
+TEXTS = (
+    "red apples and green apples",
+    "green pears",
+    "red bricks make red walls red",
+    "nothing here belongs",
+    "green pears",
+)
+PASSAGES = [Passage(f"p{i}", "", text) for i, text in enumerate(TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def retriever() -> Bm25Retriever:
+    return Bm25Retriever(PASSAGES)
+
+
+# ---------------------------------------------------------------- BM25
+
+
+def brute_force(query: str) -> list[tuple[int, float]]:
+    """Lucene's formula, straight from its definition; stop words do not occur in the queries of the test."""
+    documents = [[w for w in re.findall(r"\w\w+", text) if w not in ("and", "make")] for text in TEXTS]
+    mean = sum(map(len, documents)) / len(documents)
+    scores = []
+    for index, words in enumerate(documents):
+        score = 0.0
+        for word in query.split():
+            count = words.count(word)
+            containing = sum(word in other for other in documents)
+            idf = math.log(1 + (len(documents) - containing + 0.5) / (containing + 0.5))
+            score += idf * count / (count + K1 * (1 - B + B * len(words) / mean))
+        scores.append((index, score))
+    return sorted([item for item in scores if item[1] > 0], key=lambda item: (-item[1], item[0]))
+
+
+@pytest.mark.parametrize("query", ["red", "green apples", "pears", "red green", "walls bricks red"])
+def test_the_ranking_is_bm25_with_ties_in_the_corpuss_order(query):
+    passages = [Passage(p.passage_id, "", p.text.replace(" make", "")) for p in PASSAGES]
+    hits = Bm25Retriever(passages).search(query, 5)
+    expected = brute_force(query)
+    assert [hit.passage.passage_id for hit in hits] == [f"p{index}" for index, _ in expected]
+    assert [hit.score for hit in hits] == pytest.approx([score for _, score in expected], rel=1e-5)
+
+
+def test_fewer_are_given_when_fewer_share_a_word(retriever):
+    assert [hit.passage.passage_id for hit in retriever.search("pears", 1)] == ["p1"]
+    assert len(retriever.search("pears", 3)) == 2
+    for query in ("zebra", "", "the and", "?!", "x"):
+        assert retriever.search(query, 3) == []
+
+
+def test_titles_are_searched_too():
+    hits = Bm25Retriever([Passage("a", "Oslo", "A city."), Passage("b", "Rome", "A city.")]).search("rome", 2)
+    assert [hit.passage.passage_id for hit in hits] == ["b"]
+
+
+def test_threads_may_search_at_once(retriever):
+    queries = ["red", "green apples", "pears", "walls"] * 20
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda q: retriever.search(q, 3), queries)) == [retriever.search(q, 3) for q in queries]
+
+
+# ---------------------------------------------------------------- client and server
+
+
+@pytest.mark.parametrize("api", ["search_r1", "skyrl"])
+def test_our_server_gives_our_client_what_the_index_gives(retriever, api):
+    with serving(make_app(retriever)) as url:
+        client = HttpRetriever([url], api=api)
+        client.check()
+        for query in ("red", "green pears", "zebra", 'say "red"\n☃'):
+            assert client.search(query, 2) == retriever.search(query, 2)
+        client.close()
+
+
+def test_the_server_answers_each_api_in_its_own_words(retriever):
+    def ask(url: str, **body) -> tuple[int, dict]:
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    with serving(make_app(retriever, topk=2)) as url:
+        status, answer = ask(url, queries=["red", "pears"], topk=1, return_scores=True)
+        assert status == 200
+        assert [[item["document"]["id"] for item in items] for items in answer["result"]] == [["p2"], ["p1"]]
+        assert answer["result"][1][0]["document"]["contents"] == "green pears"
+        assert ask(url, query="green") == (
+            200,
+            {"result": [[d.passage.as_document() for d in retriever.search("green", 2)]]},
+        )
+        assert ask(url, queries=["red"])[1]["result"][0][0] == {"id": "p2", "contents": TEXTS[2]}
+        for body in ({}, {"query": "a", "queries": ["a"]}, {"query": "a", "topk": 0}, {"queries": "a"}):
+            assert ask(url, **body)[0] == 422, body
+        with urllib.request.urlopen(url.replace("/retrieve", "/health")) as response:
+            health = json.load(response)
+    assert health == {"status": "ok", "passages": 5, "corpus": retriever.digest, "method": "bm25"}
+
+
+def client_of(server: ScriptedServer, **settings) -> HttpRetriever:
+    return HttpRetriever([server.url], **{"timeout_s": 5, "retries": 3, "backoff_s": 0.001, **settings})
+
+
+def test_requests_have_the_form_of_their_api():
+    with ScriptedServer(lambda number, body: good()) as server:
+        client_of(server).search("q", 3)
+        client_of(server, api="skyrl").search("q", 3)
+    assert server.requests == [
+        {"queries": ["q"], "topk": 3, "return_scores": True},
+        {"query": "q", "topk": 3, "return_scores": True},
+    ]
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_a_server_in_trouble_is_asked_again(status):
+    with ScriptedServer(lambda number, body: good() if number == 2 else (status, b"busy", 0)) as server:
+        client = client_of(server)
+        [hit] = client.search("q", 3)
+        assert (hit.passage, hit.score) == (Passage("1", "Vessaly", "A city."), 2.5)
+        assert len(server.requests) == 3
+        assert not client.failed
+
+
+def test_a_slow_answer_is_given_up_and_asked_for_again():
+    with ScriptedServer(lambda number, body: good(1.0 if number == 0 else 0.0)) as server:
+        client = client_of(server, timeout_s=0.3)
+        assert len(client.search("q", 3)) == 1
+        assert len(server.requests) == 2
+
+
+def test_after_the_last_attempt_the_error_names_server_and_remedy():
+    with ScriptedServer(lambda number, body: (503, b"loading the index", 0)) as server:
+        client = client_of(server)
+        with pytest.raises(RetrieverError) as error:
+            client.search("q", 3)
+        assert len(server.requests) == 4
+        assert client.failed
+    for word in ("4 attempts", server.url, "503", "loading the index", "serve-retriever", "sdar.env.options.retriever"):
+        assert word in str(error.value)
+
+
+def test_no_server_at_all_is_an_error_that_says_so():
+    with ScriptedServer(lambda number, body: good()) as server:
+        url = server.url
+    client = HttpRetriever([url], retries=1, backoff_s=0.001)
+    for call in (client.check, lambda: client.search("q", 3)):
+        with pytest.raises(RetrieverError, match=r"cannot be reached .*serve-retriever"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>welcome</html>",
+        b"{}",
+        b"[]",
+        b'{"result": 3}',
+        b'{"result": [[{"document": {"id": "1"}}]]}',
+        b"\xff\xfe",
+    ],
+)
+def test_garbage_is_told_apart_from_silence_and_not_asked_for_twice(body):
+    with ScriptedServer(lambda number, _: (200, body, 0)) as server:
+        client = client_of(server)
+        for call in (client.check, lambda: client.search("q", 3)):
+            with pytest.raises(RetrieverError, match="answered something else"):
+                call()
+        assert len(server.requests) == 2
+
+
+def test_the_wrong_api_is_named():
+    words = r"status 422 .*field required.*api=search_r1 rather than api=skyrl"
+    script = lambda number, _: (422, b'{"detail": "field required: queries"}', 0)  # noqa: E731
+    with ScriptedServer(script) as server, pytest.raises(RetrieverError, match=words):
+        client_of(server, api="skyrl").check()
+
+
+def test_passages_may_come_bare_and_the_list_empty():
+    bare = json.dumps({"result": [[{"id": "1", "title": "Vessaly", "text": "A city."}]]}).encode()
+    with ScriptedServer(lambda number, _: (200, bare if number == 0 else b'{"result": []}', 0)) as server:
+        client = client_of(server)
+        assert [(hit.passage, hit.score) for hit in client.search("q", 3)] == [
+            (Passage("1", "Vessaly", "A city."), None)
+        ]
+        assert client.search("q", 3) == []
+
+
+def test_connections_are_kept():
+    with ScriptedServer(lambda number, _: good()) as server:
+        client = client_of(server)
+        for _ in range(10):
+            client.search("q", 3)
+        assert len(server.connections) == 1
+
+
+def test_searches_of_several_threads_wait_at_the_same_time():
+    """The server answers none before all eight have asked."""
+    all_asked = threading.Barrier(8)
+
+    def script(number, body):
+        all_asked.wait(timeout=10)
+        return good()
+
+    with ScriptedServer(script) as server, ThreadPoolExecutor(8) as threads:
+        client = client_of(server, retries=0)
+        assert all(len(hits) == 1 for hits in threads.map(lambda _: client.search("q", 3), range(8)))
+
+
+def test_several_servers_share_the_load_and_stand_in_for_each_other():
+    with ScriptedServer(lambda n, b: good()) as first, ScriptedServer(lambda n, b: good()) as second:
+        client = HttpRetriever([first.url, second.url], retries=1, backoff_s=0.001)
+        for _ in range(10):
+            client.search("q", 3)
+        assert (len(first.requests), len(second.requests)) == (5, 5)
+    with ScriptedServer(lambda n, b: good()) as first, ScriptedServer(lambda n, b: (500, b"", 0)) as second:
+        client = HttpRetriever([first.url, second.url], retries=1, backoff_s=0.001)
+        assert all(len(client.search("q", 3)) == 1 for _ in range(4))
+        with pytest.raises(RetrieverError, match=re.escape(second.url)):
+            client.check()
+
+
+def test_the_longest_search_is_bounded_as_promised():
+    client = HttpRetriever(["http://127.0.0.1:1"], timeout_s=20, retries=4, backoff_s=0.5)
+    assert client.urls == ("http://127.0.0.1:1/retrieve",)
+    assert client.longest_s == pytest.approx(5 * 20 + 0.5 + 1 + 2 + 4)
+    with ScriptedServer(lambda n, b: (500, b"", 0)) as server:
+        client = client_of(server, retries=2, backoff_s=0.05)
+        started = time.monotonic()
+        with pytest.raises(RetrieverError):
+            client.search("q", 3)
+        assert time.monotonic() - started >= 0.5 * (0.05 + 0.1)  # it does pause
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("retriever", "client", "words"),
+    [
+        ("", {}, ["path of a JSONL corpus"]),
+        ([], {}, ["path of a JSONL corpus"]),
+        (["a.jsonl", "b.jsonl"], {}, ["one corpus"]),
+        ("a.jsonl", {"timeout_s": 5}, ["timeout_s=5 has no effect", "a.jsonl"]),
+        ("ftp://host/x", {}, ["'ftp://host/x' is no address"]),
+        (["http://a", "b.jsonl"], {}, ["'b.jsonl' is no address"]),
+        ("http://a", {"api": "serp"}, ["api='serp'", "search_r1, skyrl"]),
+        ("http://a", {"retries": -1}, ["retries=-1"]),
+        ("http://a", {"timeout_s": 0}, ["timeout_s=0"]),
+        ("http://a", {"timeout_s": "long"}, ["timeout_s='long'"]),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(retriever, client, words):
+    with pytest.raises(ValueError) as error:
+        RetrieverSettings.of(retriever, **client)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_process_makes_one_retriever_for_equal_settings(tmp_path, monkeypatch):
+    write_corpus(PASSAGES, tmp_path / "corpus.jsonl")
+    settings = [RetrieverSettings.of(str(tmp_path / "corpus.jsonl")) for _ in range(8)]
+    settings[0].check()
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(get_retriever, settings))
+    assert all(retriever is made[0] for retriever in made)
+    assert get_retriever(RetrieverSettings.of("http://127.0.0.1:1")) is get_retriever(
+        RetrieverSettings.of(["http://127.0.0.1:1"])
+    )
+
+
+def test_a_corpus_that_is_missing_or_too_large_is_refused_before_the_start(tmp_path, monkeypatch):
+    with pytest.raises(CorpusError, match=r"does not exist; .*sdar-verl prepare search --out DIR"):
+        RetrieverSettings.of(str(tmp_path / "none.jsonl")).check()
+    write_corpus(PASSAGES, tmp_path / "corpus.jsonl")
+    monkeypatch.setattr("sdar_verl.envs.search.retrievers.MAX_EMBEDDED_BYTES", 10)
+    with pytest.raises(CorpusError, match=r"more than the .*serve-retriever --corpus .*corpus.jsonl"):
+        RetrieverSettings.of(str(tmp_path / "corpus.jsonl")).check()
