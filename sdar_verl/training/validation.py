@@ -55,8 +55,10 @@ def arm_metrics(outcomes: Mapping[str, Sequence[Any]], expected: Mapping[str, in
         expected: arm -> episodes asked for; one that crashed and left no outcome is a failed one.
 
     Returns:
-        ``sdar-val/<arm>/...``: ``success``, ``success/<task type>``, ``score`` (graded, 0 to 1), ``turns``,
-        ``invalid_share`` (of the turns), ``failed`` (episodes that crashed or whose environment failed; they count as not solved) and ``episodes``.
+        ``sdar-val/<arm>/...``: ``success``, ``success/<task type>``, ``success_mean_of_types`` (each type weighs the
+        same, as Search-QA's data sets do in the paper), ``score`` (graded, 0 to 1), ``turns``, ``invalid_share`` (of
+        the turns), ``failed`` (episodes that crashed or whose environment failed; they count as not solved) and
+        ``episodes``.
     """
     if "arm" not in outcomes:
         return {}
@@ -79,10 +81,13 @@ def arm_metrics(outcomes: Mapping[str, Sequence[Any]], expected: Mapping[str, in
         metrics[f"{prefix}/invalid_share"] = sum(row["invalid_actions"] for row in rows) / turns if turns else 0.0
         metrics[f"{prefix}/failed"] = sum(row["failed"] for row in rows) + asked - len(rows)
         metrics[f"{prefix}/episodes"] = asked
-        for task_type in sorted({row["task_type"] for row in rows}):
-            metrics[f"{prefix}/success/{task_type}"] = _mean(
-                row["acc"] for row in rows if row["task_type"] == task_type
-            )
+        per_type = {
+            task_type: _mean(row["acc"] for row in rows if row["task_type"] == task_type)
+            for task_type in sorted({row["task_type"] for row in rows})
+        }
+        metrics |= {f"{prefix}/success/{task_type}": value for task_type, value in per_type.items()}
+        if per_type:
+            metrics[f"{prefix}/success_mean_of_types"] = _mean(per_type.values())
     return metrics
 
 

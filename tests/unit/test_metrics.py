@@ -80,6 +80,7 @@ def test_arm_metrics_are_means_over_episodes():
     metrics = arm_metrics(outcomes, {"student": 3, "teacher": 1})
     assert metrics["sdar-val/student/success"] == pytest.approx(2 / 3)
     assert metrics["sdar-val/student/success/pick"] == 0.5
+    assert metrics["sdar-val/student/success_mean_of_types"] == pytest.approx((0.5 + 1.0) / 2)
     assert metrics["sdar-val/student/score"] == pytest.approx(2.25 / 3)
     assert metrics["sdar-val/student/success/look"] == 1.0
     assert metrics["sdar-val/student/invalid_share"] == pytest.approx(5 / 14)
