@@ -22,6 +22,8 @@ from sdar_verl.algorithm.objectives import list_objectives
 from sdar_verl.algorithm.schedules import list_schedules
 from sdar_verl.algorithm.signals import list_signals
 from sdar_verl.config import SdarConfig
+from sdar_verl.context import builtin  # noqa: F401  registers the contexts
+from sdar_verl.context.registry import context_names
 from sdar_verl.envs.registry import known_envs
 from sdar_verl.rollout.prompts import template_names
 from sdar_verl.skills.bank import bank_names
@@ -38,6 +40,7 @@ NAMES: dict[str, tuple[Callable[[], typing.Iterable[str]], str]] = {
     "sdar.loss.coef_schedule.name": (list_schedules, ""),
     "sdar.loss.beta_schedule.name": (list_schedules, ""),
     "sdar.teacher.source": (list_sources, ", `none`"),
+    "sdar.context.sources": (context_names, ", or one registered by `sdar.modules`; a list"),
     "sdar.skills.bank": (bank_names, ", or a folder"),
     "sdar.skills.retrieval": (retriever_names, "; a list"),
     "sdar.env.name": (known_envs, ", or one registered by `sdar.env.modules`"),
@@ -82,20 +85,29 @@ def main(arguments: list[str]) -> int:
 
 def render() -> str:
     """The whole document."""
-    parts = [HEADER]
+    parts = [HEADER, _table("sdar", SdarConfig, lambda field: not _is_node(field))]
     for name, field in SdarConfig.model_fields.items():
-        model = field.annotation
-        assert isinstance(model, type) and issubclass(model, BaseModel)
-        summary = " ".join((model.__doc__ or "").split()).replace("``", "`")
-        rows = "\n".join(f"| {' | '.join(option)} |" for option in _options(model, f"sdar.{name}"))
-        parts.append(
-            f"\n## `sdar.{name}`\n\n{summary}\n\n| option | default | allowed | meaning |\n|---|---|---|---|\n{rows}\n"
-        )
+        if _is_node(field):
+            parts.append(_table(f"sdar.{name}", field.annotation, lambda _: True))
     return "".join(parts)
 
 
-def _options(model: type[BaseModel], prefix: str) -> Iterator[Option]:
+def _is_node(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _table(name: str, model: type[BaseModel], chosen: Callable[[FieldInfo], bool]) -> str:
+    summary = " ".join((model.__doc__ or "").split()).replace("``", "`")
+    rows = "\n".join(f"| {' | '.join(option)} |" for option in _options(model, name, chosen))
+    return f"\n## `{name}`\n\n{summary}\n\n| option | default | allowed | meaning |\n|---|---|---|---|\n{rows}\n"
+
+
+def _options(
+    model: type[BaseModel], prefix: str, chosen: Callable[[FieldInfo], bool] = lambda _: True
+) -> Iterator[Option]:
     for key, field in model.model_fields.items():
+        if not chosen(field):
+            continue
         name = f"{prefix}.{key}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _options(field.annotation, name)

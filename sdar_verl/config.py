@@ -125,8 +125,30 @@ class TeacherConfig(_Node):
     )
 
 
+class ContextConfig(_Node):
+    """Privileged context: what the teacher sees and the student does not."""
+
+    sources: list[str] = Field(
+        default_factory=lambda: ["skills"],
+        min_length=1,
+        description="registered contexts, in this order: skills (paper), answer, demonstration, sibling, feedback",
+    )
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="context -> its keyword arguments, for contexts named in sources"
+    )
+    control: Literal["none", "empty", "shuffled", "wrong", "random_text"] = Field(
+        "none",
+        description="placebo in place of the context: empty (no text, the teacher reads the student's prompt), "
+        "shuffled (its words permuted), wrong (that of a task of another type), random_text (everyday words)",
+    )
+    student: Literal["none", "skills"] = Field(
+        "none", description="skills puts the retrieved skills into the student's own prompt in training (Skill-GRPO)"
+    )
+    seed: int = Field(0, ge=0, description="for contexts and controls that draw; draws are per task")
+
+
 class SkillsConfig(_Node):
-    """Privileged context: a skill bank and the rules that pick from it."""
+    """A skill bank and the rules that pick from it."""
 
     bank: str = Field("alfworld", min_length=1, description="name of a shipped bank or a folder of <name>/SKILL.md")
     retrieval: list[str] = Field(
@@ -142,7 +164,14 @@ class EnvConfig(_Node):
 
     name: str = Field("alfworld", min_length=1, description="registered environment")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
-    modules: list[str] = Field(default_factory=list, description="modules imported first: they register environments")
+    modules: list[str] = Field(
+        default_factory=list, description="modules imported first: they register environments (as sdar.modules does)"
+    )
+    invalid_action: Literal["noop", "last_line"] = Field(
+        "noop",
+        description="an answer without an action: noop lets the environment say that nothing happened, last_line sends "
+        "the answer's last line as the action (released code); invalid it is in both",
+    )
     max_steps: int = Field(50, ge=1, description="turns per episode (released scripts: 50 on ALFWorld)")
     processes: int = Field(4, ge=1, description="environment processes per agent-loop worker")
     envs_per_process: int = Field(16, ge=1, description="episodes that one process hosts at a time")
@@ -156,6 +185,11 @@ class PromptConfig(_Node):
     template: str = Field("alfworld", min_length=1, description="name of a shipped template or a .jinja file")
     history_length: int = Field(
         2, ge=0, description="past (observation, action) pairs shown (released scripts: 2 on ALFWorld)"
+    )
+    skill_position: Literal["user", "system", "front"] = Field(
+        "user",
+        description="where the context stands: in the template's slot in the user turn (paper), in a system message, "
+        "or in front of the whole chat (released code)",
     )
     think: Literal["optional", "required"] = Field(
         "optional", description="required makes an answer without a think block invalid (released code's way)"
@@ -176,7 +210,9 @@ class AdvantageConfig(_Node):
 class ValidationArm(_Node):
     """One way to run the validation panel."""
 
-    context: Literal["none", "skills"] = Field("none", description="skills puts the teacher's context in the prompt")
+    context: Literal["none", "skills", "teacher"] = Field(
+        "none", description="in the prompt: nothing, the retrieved skills, or all that the teacher sees (sdar.context)"
+    )
     temperature: float = Field(..., ge=0, description="sampling temperature, 0 is greedy")
 
 
@@ -193,6 +229,16 @@ class ValidationConfig(_Node):
 class RolloutConfig(_Node):
     """What the agent loop asks of verl's rollout engine beyond verl's own settings."""
 
+    rows: Literal["per_turn", "trajectory"] = Field(
+        "per_turn",
+        description="per_turn: each turn is a row, with a window of history (paper); trajectory: the conversation is "
+        "one row, observations masked, and data.max_response_length is the limit of all its turns",
+    )
+    turn_length: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of one answer where rows=trajectory; an episode ends when less than that is left",
+    )
     seed: int | None = Field(
         None, ge=0, description="per-request sampling seeds derived from this and the task, so that a run repeats"
     )
@@ -222,8 +268,13 @@ class TraceConfig(_Node):
 class SdarConfig(_Node):
     """The whole ``sdar:`` node."""
 
+    modules: list[str] = Field(
+        default_factory=list,
+        description="modules imported in every process of the run: they register contexts, gates, environments, ...",
+    )
     loss: LossConfig = LossConfig()
     teacher: TeacherConfig = TeacherConfig()
+    context: ContextConfig = ContextConfig()
     skills: SkillsConfig = SkillsConfig()
     env: EnvConfig = EnvConfig()
     prompt: PromptConfig = PromptConfig()
@@ -232,6 +283,11 @@ class SdarConfig(_Node):
     rollout: RolloutConfig = RolloutConfig()
     update: UpdateConfig = UpdateConfig()
     trace: TraceConfig = TraceConfig()
+
+    @property
+    def all_modules(self) -> tuple[str, ...]:
+        """``sdar.modules`` and ``sdar.env.modules``, each once, in order."""
+        return tuple(dict.fromkeys([*self.modules, *self.env.modules]))
 
     @model_validator(mode="after")
     def _teacher_for_the_loss(self) -> SdarConfig:

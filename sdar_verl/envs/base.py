@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -83,6 +83,14 @@ class TextEnv(ABC):
     def step(self, action: str) -> Step:
         """Apply ``action``, in the form that :attr:`action_tags` says; one that the environment does not understand is
         its own no-op, never an exception."""
+
+    @classmethod
+    def demonstration(cls, task: Task) -> Sequence[str]:
+        """Actions that solve ``task``, for a teacher that may see them; empty when the environment knows none.
+
+        Called without an episode, in the agent loop's process: read a file, do not play.
+        """
+        return ()
 
     def close(self) -> None:  # noqa: B027  environments without resources need not override it
         """Release what the episode holds."""

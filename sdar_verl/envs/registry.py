@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import util
 from typing import Any, TypeVar
 
-from sdar_verl.envs.base import TextEnv
+from sdar_verl.envs.base import Task, TextEnv
 
 Factory = TypeVar("Factory", bound=Callable[..., TextEnv])
 
@@ -79,6 +79,22 @@ def make_env(name: str, **options: Any) -> TextEnv:
     factory = _factory(name)
     _check_options(name, factory, options)
     return factory(**options)
+
+
+def demonstration_of(task: Task) -> list[str]:
+    """Actions that solve ``task``, in order; empty when nobody knows any.
+
+    They come from the task's data (key ``demonstration``), else from the environment's ``demonstration``.
+
+    Raises:
+        ValueError: unknown environment.
+        OSError: a file that the environment needs for it is not there.
+    """
+    stored = task.data.get("demonstration")
+    if stored:
+        return [stored] if isinstance(stored, str) else [str(action) for action in stored]
+    expert = getattr(_factory(task.env), "demonstration", None)
+    return list(expert(task)) if expert is not None else []
 
 
 def check_env(name: str, options: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,6 +89,12 @@ def _fill(form: str, action: str) -> str | None:
 @functools.lru_cache(maxsize=8)
 def _tag_pattern(tags: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(f"<(/?)({'|'.join(map(re.escape, tags))})>", re.IGNORECASE)
+
+
+def last_line(text: str, tags: Sequence[str] = DEFAULT_ACTION_TAGS) -> str | None:
+    """The last line of a response that is not empty, think and action tags taken out; None when there is none."""
+    plain = _tag_pattern(("think", *tags)).sub("\n", text)
+    return next((line for line in map(_squeeze, reversed(plain.splitlines())) if line), None)
 
 
 def _read_action_block(text: str, tags: tuple[str, ...]) -> tuple[str | None, str | None]:

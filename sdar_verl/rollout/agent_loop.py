@@ -1,4 +1,5 @@
-"""The agent loop ``sdar_agent``: an LLM acts in a text environment for several turns; each turn becomes a training row.
+"""The agent loop ``sdar_agent``: an LLM acts in a text environment for several turns; each turn becomes a training row,
+or the whole conversation does (``sdar.rollout.rows``).
 
 Beside the student's prompt every row carries the teacher's: the same turn with the skill slot filled. The teacher's
 log-probs are computed later, by the trainer, on the very response ids sampled here.
@@ -9,21 +10,25 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
-from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
 
 from sdar_verl.config import ValidationArm
+from sdar_verl.context.base import Passage
+from sdar_verl.context.builder import join
+from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import Step, Task
 from sdar_verl.envs.pool import EnvError, EnvProcessError
-from sdar_verl.rollout.actions import match_admissible, parse_action
+from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
+from sdar_verl.rollout.outputs import Episode, OutputMaker, Turn
 from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnContext
 from sdar_verl.rollout.prompts import PromptTemplateError
-from sdar_verl.rollout.rows import ROW_KEY, RowInfo, turn_text
-from sdar_verl.rollout.runtime import Context, Runtime, get_runtime
+from sdar_verl.rollout.rows import EpisodeNote, RowInfo, turn_text
+from sdar_verl.rollout.runtime import Runtime, get_runtime
+from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
 from sdar_verl.skills.retrieval import RetrievalError
 
 logger = logging.getLogger(__name__)
@@ -31,25 +36,30 @@ logger = logging.getLogger(__name__)
 NO_ACTION = "none"
 """Sent to the environment, which does not know it, where an answer held no action."""
 
+NO_TEXT = Passage("")
 
-@dataclass
-class _Turn:
-    prompt_ids: list[int]
-    response_ids: list[int]
-    log_probs: list[float] | None
-    info: RowInfo
+SETUP_FAULTS = (EnvError, PromptTooLong, PromptTemplateError, RetrievalError, ContextError)
 
 
-@dataclass
-class _Episode:
-    turns: list[_Turn] = field(default_factory=list)
-    reward: float = 0.0
-    success: bool = False
-    score: float = 0.0
-    weight_steps: list[int] = field(default_factory=list)
-    generate_s: float = 0.0
-    env_s: float = 0.0
-    preempted: int = 0
+@dataclass(frozen=True)
+class _Texts:
+    """Contexts of one episode.
+
+    Attributes:
+        student: text in the student's prompt; empty without.
+        teacher: what the teacher sees; None when it has no say, or when the trainer makes its prompts (``late``).
+        found: whose skills and matches are counted.
+        passages: early contexts by name, kept for the trainer.
+        late: the trainer makes the teacher's prompts.
+        missing: a context was asked for, but there is none.
+    """
+
+    student: str = ""
+    teacher: Passage | None = None
+    found: Passage = NO_TEXT
+    passages: dict[str, Passage] = field(default_factory=dict)
+    late: bool = False
+    missing: bool = False
 
 
 @register("sdar_agent")
@@ -59,13 +69,14 @@ class SdarAgentLoop(AgentLoopBase):
     tokenizer: Any  # verl's annotation names the factory, not a tokenizer
 
     def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, **kwargs: Any):
-        # verl's own initialiser builds a token merger for the model's family, per trajectory, which growing
-        # conversations need and which makes demands on the tokenizer. Here every turn is a prompt of its own, encoded
-        # once; so it is not called.
+        # verl's own initialiser builds a token merger for the model's family, per trajectory, which makes demands on
+        # the tokenizer. Here prompts are encoded once and conversations grow by PromptBuilder.follow_up; so it is not
+        # called.
         self.config = trainer_config.config
         self.rollout_config = self.config.actor_rollout_ref.rollout
         self.server_manager = server_manager
         self.tokenizer = tokenizer
+        self.outputs = OutputMaker(tokenizer.eos_token_id, self.rollout_config.calculate_log_probs)
 
     async def run(  # type: ignore[override]  # verl's worker takes lists, its annotation has not followed
         self, sampling_params: dict[str, Any], **kwargs: Any
@@ -77,8 +88,8 @@ class SdarAgentLoop(AgentLoopBase):
             **kwargs: the row's columns, ``task`` among them (a JSON object, see ``sdar_verl.panels``).
 
         Returns:
-            One output per turn, the episode's reward on each. An episode whose environment process failed twice comes
-            back as one masked row, so that its group goes on without it.
+            One output per turn, the episode's reward on each, or one for the whole conversation. An episode whose
+            environment process failed twice comes back as one masked row, so that its group goes on without it.
         """
         runtime = get_runtime(self.config, self.tokenizer)
         task = Task(**json.loads(kwargs["task"]))
@@ -88,6 +99,7 @@ class SdarAgentLoop(AgentLoopBase):
             sampling_params = {**sampling_params, "temperature": arm.temperature}
         seed_parts = (task.task_id, arm_name, kwargs.get("global_steps"), kwargs.get("session_id"))
 
+        step = int(kwargs.get("global_steps") or 0)
         traced = arm is None and runtime.traces(kwargs.get("global_steps"))
         failure = ""
         for attempt in (1, 2):
@@ -97,13 +109,13 @@ class SdarAgentLoop(AgentLoopBase):
             except EnvProcessError as error:
                 logger.warning("task %s, attempt %d: %s", task.task_id, attempt, error)
                 failure = str(error)
-            except (EnvError, PromptTooLong, PromptTemplateError, RetrievalError) as error:
+            except SETUP_FAULTS as error:
                 # Not this episode's bad luck but a fault of the set-up. An exception here would only cost the group;
                 # the trainer reads this text and stops.
-                return [self._failed_row(task, arm_name, kwargs, f"task {task.task_id}: {error}")]
+                return [self.outputs.failed_row(task, arm_name, step, error=f"task {task.task_id}: {error}")]
         else:
-            return [self._failed_row(task, arm_name, kwargs, failure=failure)]
-        return self._rows(episode, task, arm_name)
+            return [self.outputs.failed_row(task, arm_name, step, failure=failure)]
+        return self.outputs.rows(episode, task, arm_name, whole=runtime.whole)
 
     async def _play(
         self,
@@ -113,13 +125,11 @@ class SdarAgentLoop(AgentLoopBase):
         sampling_params: dict[str, Any],
         seed_parts: tuple[Any, ...],
         traced: bool,
-    ) -> _Episode:
+    ) -> Episode:
         settings = runtime.sdar
-        wants_teacher = arm is None and settings.teacher.source != "none"
-        shows_skills = arm is not None and arm.context == "skills"
-        context = runtime.context(task) if wants_teacher or shows_skills else Context()
-
-        episode = _Episode()
+        texts = self._texts(runtime, task, arm)
+        note = EpisodeNote(asdict(task), passages={name: asdict(passage) for name, passage in texts.passages.items()})
+        episode = Episode()
         history: list[tuple[str, str | None]] = []
         request_id = uuid4().hex
         async with runtime.pool.session(task) as session:
@@ -135,171 +145,132 @@ class SdarAgentLoop(AgentLoopBase):
                     step=turn_index + 1,
                     max_steps=settings.env.max_steps,
                 )
-                prompt_ids, shown, dropped = self._student_prompt(runtime, shown, context.text if shows_skills else "")
-                info = RowInfo(turn=turn_index, task_type=task.task_type, history_dropped=dropped)
-                if wants_teacher:
-                    self._teacher_prompt(runtime, shown, context, len(prompt_ids), info)
+                if episode.turns and runtime.whole:
+                    prompt_ids, dropped = self._follow_up(runtime, shown, episode), 0
+                    if not prompt_ids:
+                        episode.cut = True
+                        break
+                else:
+                    prompt_ids, dropped = runtime.prompts.fit(
+                        shown,
+                        texts.student,
+                        limit=runtime.max_prompt_length,
+                        drop_history=True,
+                        option="data.max_prompt_length",
+                    )
+                # The teacher answers the student's question: it gets the history that the student got.
+                shown = replace(shown, history=shown.history[dropped:])
+                info = self._info(task, shown, dropped, texts, len(prompt_ids))
+                if turn_index == 0:
+                    info.episode = note
+                # In a conversation the context is in the first user turn, once.
+                if texts.teacher is not None and (turn_index == 0 or not runtime.whole):
+                    add_teacher_prompt(info, runtime.prompts, shown, texts.teacher, settings.teacher)
+                    if turn_index == 0 and info.teacher_prompt_ids is not None:
+                        note.context = texts.teacher.text
 
-                started = time.perf_counter()
                 seed = runtime.request_seed(*seed_parts, turn_index)
-                output = await self.server_manager.generate(
-                    request_id=request_id,
-                    prompt_ids=prompt_ids,
-                    sampling_params={
-                        **sampling_params,
-                        "max_tokens": runtime.max_response_length,
-                        **({} if seed is None else {"seed": seed}),
-                    },
+                turn = await self._ask(
+                    request_id,
+                    prompt_ids,
+                    {**sampling_params, **({} if seed is None else {"seed": seed})},
+                    info,
+                    episode,
                 )
-                episode.generate_s += time.perf_counter() - started
-                episode.preempted += max(0, output.num_preempted or 0)
-                episode.weight_steps += [
-                    step
-                    for key in ("min_global_steps", "max_global_steps")
-                    if (step := output.extra_fields.get(key)) is not None
-                ]
-                response_ids = list(output.token_ids)[: runtime.max_response_length]
+                episode.turns.append(turn)
+                info.action = self._read_answer(runtime, turn, state)
 
-                answer = parse_action(
-                    self.tokenizer.decode(response_ids, skip_special_tokens=True),
-                    think=settings.prompt.think,
-                    tags=runtime.prompts.action_tags,
-                )
-                action = answer.action
-                if action is not None and (state.admissible_actions or state.action_forms):
-                    matched = match_admissible(action, state.admissible_actions, state.action_forms)
-                    info.inadmissible = matched is None
-                    action = matched or action
-                info.unparsed = answer.action is None
-                episode.turns.append(_Turn(prompt_ids, response_ids, output.log_probs, info))
-
-                history.append((state.observation, action))
+                history.append((state.observation, info.action))
                 started = time.perf_counter()
-                state = await session.step(action or NO_ACTION)
+                state = await session.step(info.action or NO_ACTION)
                 episode.env_s += time.perf_counter() - started
                 episode.reward += state.reward
                 if traced:
-                    seen = shown.observation, action, state.observation, state.reward
-                    info.text = turn_text(task, context.text, *seen)
+                    # A late context is filled in by the trainer.
+                    context = texts.teacher.text if texts.teacher is not None else texts.student
+                    info.text = turn_text(
+                        task, context, shown.observation, info.action, state.observation, state.reward
+                    )
                 if state.done or state.success:
                     break
             episode.success = state.success
             episode.score = float(state.success) if state.score is None else state.score
+        note.reward, note.last_observation = episode.reward, state.observation
         return episode
 
-    def _student_prompt(self, runtime: Runtime, shown: TurnContext, skills: str) -> tuple[list[int], TurnContext, int]:
-        ids, dropped = runtime.prompts.fit(
-            shown, skills, limit=runtime.max_prompt_length, drop_history=True, option="data.max_prompt_length"
-        )
-        if dropped:
-            # The teacher answers the student's question: it gets the history that the student got.
-            shown = TurnContext(**{**shown.__dict__, "history": shown.history[dropped:]})
-        return ids, shown, dropped
-
-    def _teacher_prompt(
-        self, runtime: Runtime, shown: TurnContext, context: Context, student_tokens: int, info: RowInfo
-    ) -> None:
-        info.skills = context.names
-        info.no_match = context.no_match
-        if not context.text:
-            return
-        teacher = runtime.sdar.teacher
-        try:
-            ids, dropped = runtime.prompts.fit(
-                shown,
-                context.text,
-                limit=teacher.max_prompt_length,
-                drop_history=teacher.on_long_prompt == "drop_history",
-                option="sdar.teacher.max_prompt_length",
-            )
-        except PromptTooLong as error:
-            info.truncated = True
-            if teacher.on_long_prompt != "mask":
-                # The trainer stops the run with this text: raising here would only cost the group.
-                info.error = (
-                    f"teacher prompt with skills {', '.join(context.names)}: {error}; or choose what happens then: "
-                    "sdar.teacher.on_long_prompt=drop_history or mask"
-                )
-            return
-        info.truncated = dropped > 0
-        info.context_tokens = len(ids) - student_tokens
-        info.teacher_prompt_ids = np.asarray(ids, dtype=np.int32)
-
-    def _rows(self, episode: _Episode, task: Task, arm: str | None) -> list[AgentLoopOutput]:
-        steps = episode.weight_steps or [0]
-        outcome = self._outcome(task, arm, episode)
-        metrics = AgentLoopMetrics(
-            generate_sequences=episode.generate_s, tool_calls=episode.env_s, num_preempted=episode.preempted
-        )
-        rows = []
-        for turn in episode.turns:
-            turn.info.success = episode.success
-            turn.info.score = episode.score
-            # A server that was cut off before its first token leaves nothing to train on: one masked token keeps shape.
-            empty = not turn.response_ids
-            rows.append(
-                AgentLoopOutput(
-                    prompt_ids=turn.prompt_ids,
-                    response_ids=[self.tokenizer.eos_token_id] if empty else turn.response_ids,
-                    response_mask=[0] if empty else [1] * len(turn.response_ids),
-                    response_logprobs=self._log_probs(turn, empty),
-                    reward_score=episode.reward,
-                    num_turns=len(episode.turns),
-                    metrics=metrics,
-                    extra_fields={
-                        "min_global_steps": min(steps),
-                        "max_global_steps": max(steps),
-                        "reward_extra_info": outcome,
-                        ROW_KEY: turn.info.as_dict(),
-                    },
-                )
-            )
-        return rows
-
-    def _log_probs(self, turn: _Turn, empty: bool) -> list[float] | None:
-        if not self.rollout_config.calculate_log_probs:
-            return None
-        return [0.0] if empty else list(turn.log_probs or [])[: len(turn.response_ids)]
-
-    def _failed_row(
-        self,
-        task: Task,
-        arm: str | None,
-        kwargs: dict[str, Any],
-        error: str | None = None,
-        failure: str | None = None,
-    ) -> AgentLoopOutput:
-        step = int(kwargs.get("global_steps") or 0)
-        eos = self.tokenizer.eos_token_id
-        info = RowInfo(turn=0, task_type=task.task_type, failed=True, failure=failure, error=error)
-        return AgentLoopOutput(
-            prompt_ids=[eos],
-            response_ids=[eos],
-            response_mask=[0],
-            response_logprobs=[0.0] if self.rollout_config.calculate_log_probs else None,
-            reward_score=0.0,
-            num_turns=0,
-            metrics=AgentLoopMetrics(),
-            extra_fields={
-                "min_global_steps": step,
-                "max_global_steps": step,
-                "reward_extra_info": self._outcome(task, arm, None, error),
-                ROW_KEY: info.as_dict(),
-            },
-        )
+    @staticmethod
+    def _follow_up(runtime: Runtime, shown: TurnContext, episode: Episode) -> list[int]:
+        """The conversation up to the next answer, earlier answers verbatim; empty when a whole answer has no room."""
+        last = episode.turns[-1]
+        if not last.response_ids:  # the server was cut off: nothing to go on from
+            return []
+        ids = [*last.prompt_ids, *last.response_ids]
+        ids += runtime.prompts.follow_up(shown, ids[-1])
+        used = len(ids) - len(episode.turns[0].prompt_ids)
+        return ids if used + runtime.max_answer_length <= runtime.max_response_length else []
 
     @staticmethod
-    def _outcome(task: Task, arm: str | None, episode: _Episode | None, error: str | None = None) -> dict[str, Any]:
-        """The episode's result, for verl's validation tables; ``acc`` is the name verl looks for."""
-        turns = episode.turns if episode else []
-        return {
-            "acc": float(episode.success) if episode else 0.0,
-            "task_score": episode.score if episode else 0.0,
-            "turns": float(len(turns)),
-            "invalid_actions": float(sum(turn.info.invalid for turn in turns)),
-            "failed": float(episode is None),
-            "task_type": task.task_type,
-            "task_id": task.task_id,
-            "arm": arm or "train",
-            "error": error or "",
-        }
+    def _texts(runtime: Runtime, task: Task, arm: ValidationArm | None) -> _Texts:
+        contexts, settings, request = runtime.contexts, runtime.sdar, runtime.request(task)
+        shows = settings.context.student if arm is None else arm.context
+        if shows == "teacher":
+            found = contexts.passage(request, contexts.early_passages(request))
+            seen = contexts.controlled(found, task.task_id)
+            return _Texts(seen.text if seen is not None else "", found=found)
+        found = runtime.skills(task) if shows == "skills" else NO_TEXT
+        texts = _Texts(found.text, found=found)
+        if arm is not None or settings.teacher.source == "none":
+            return texts
+        passages = contexts.early_passages(request)
+        if contexts.late:
+            return replace(texts, passages=passages, found=join([*passages.values()]), late=True)
+        found = contexts.passage(request, passages)
+        return replace(texts, teacher=contexts.controlled(found, task.task_id), found=found, missing=not found.text)
+
+    def _info(self, task: Task, shown: TurnContext, dropped: int, texts: _Texts, prompt_tokens: int) -> RowInfo:
+        return RowInfo(
+            turn=shown.step - 1,
+            task_type=task.task_type,
+            task_id=task.task_id,
+            observation=shown.observation,
+            admissible_actions=shown.admissible_actions if texts.late else (),
+            skills=texts.found.skills,
+            no_match=texts.found.no_match,
+            context_missing=texts.missing,
+            prompt_tokens=prompt_tokens,
+            history_dropped=dropped,
+        )
+
+    async def _ask(
+        self, request_id: str, prompt_ids: list[int], params: dict[str, Any], info: RowInfo, episode: Episode
+    ) -> Turn:
+        """Sample one answer; its costs are noted on ``episode``."""
+        runtime = get_runtime(self.config, self.tokenizer)
+        started = time.perf_counter()
+        output = await self.server_manager.generate(
+            request_id=request_id,
+            prompt_ids=prompt_ids,
+            sampling_params={**params, "max_tokens": runtime.max_answer_length},
+        )
+        episode.generate_s += time.perf_counter() - started
+        episode.preempted += max(0, output.num_preempted or 0)
+        episode.weight_steps += [
+            step
+            for key in ("min_global_steps", "max_global_steps")
+            if (step := output.extra_fields.get(key)) is not None
+        ]
+        return Turn(prompt_ids, list(output.token_ids)[: runtime.max_answer_length], output.log_probs, info)
+
+    def _read_answer(self, runtime: Runtime, turn: Turn, state: Step) -> str | None:
+        """The action to send, None where there is none; what was wrong with the answer is noted in its record."""
+        text = self.tokenizer.decode(turn.response_ids, skip_special_tokens=True)
+        tags = runtime.prompts.action_tags
+        answer = parse_action(text, think=runtime.sdar.prompt.think, tags=tags)
+        turn.info.unparsed = answer.action is None
+        if answer.action is None:
+            return last_line(text, tags) if runtime.sdar.env.invalid_action == "last_line" else None
+        if not (state.admissible_actions or state.action_forms):
+            return answer.action
+        matched = match_admissible(answer.action, state.admissible_actions, state.action_forms)
+        turn.info.inadmissible = matched is None
+        return matched or answer.action

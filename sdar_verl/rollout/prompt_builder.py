@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from sdar_verl.rollout.prompts import PromptTemplate
+from jinja2 import TemplateError
+
+from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError
+
+_ANSWER_MARK = "(the sampled answer)"
+SYSTEM_INTRODUCTION = "Know-how for this task:"
+"""Line above the context where it stands in a system message."""
 
 
 class PromptTooLong(ValueError):
@@ -39,12 +45,27 @@ class PromptBuilder:
 
     The student's prompt is the template with an empty skill slot, the teacher's the same template with the slot
     filled; nothing is decoded and encoded again, so both differ in the skill text only.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        template: of the user message.
+        chat_template_kwargs: verl's ``data.apply_chat_template_kwargs``.
+        skill_position: ``sdar.prompt.skill_position``. ``system``: a system message that only a prompt with a context
+            has (a chat template that writes a default system message of its own writes it in the others). ``front``:
+            before the first token of the chat template, outside any role.
     """
 
-    def __init__(self, tokenizer: Any, template: PromptTemplate, chat_template_kwargs: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: PromptTemplate,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        skill_position: Literal["user", "system", "front"] = "user",
+    ):
         self._tokenizer = tokenizer
         self._template = template
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._position = skill_position
 
     @property
     def action_tags(self) -> tuple[str, ...]:
@@ -55,20 +76,71 @@ class PromptBuilder:
         """Token ids of ``context`` with ``skills`` in the slot and this much ``history``."""
         text = self._template.render(
             task=context.task,
-            skills=skills,
+            skills=skills if self._position == "user" else "",
             history=[{"observation": observation, "action": action} for observation, action in history],
             observation=context.observation,
             admissible_actions=list(context.admissible_actions),
             step=context.step,
             max_steps=context.max_steps,
         )
-        return self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **self._chat_template_kwargs,
+        messages = [{"role": "user", "content": text}]
+        if skills and self._position == "system":
+            content = f"{SYSTEM_INTRODUCTION}\n{self._template.clean(skills)}"
+            messages.insert(0, {"role": "system", "content": content})
+        ids = self._apply(messages, tokenize=True)
+        if skills and self._position == "front":
+            in_front = self._tokenizer(self._template.clean(skills) + "\n\n", add_special_tokens=False)["input_ids"]
+            return [*in_front, *ids]
+        return ids
+
+    def follow_up(self, context: TurnContext, last_token: int) -> list[int]:
+        """Token ids between an answer and the next one in a conversation: what ends the assistant's turn, the new user
+        message, and what opens the assistant's next turn.
+
+        They follow the sampled ids, which are never encoded again. The chat template is read off a conversation with a
+        marked answer: what it puts behind the mark is the text wanted.
+
+        Args:
+            context: the new turn; its history is not shown, the conversation holds it.
+            last_token: last id of the answer; where it is the token that ends a turn, the template's is left out.
+
+        Raises:
+            PromptTemplateError: the chat template does not show the assistant's words as they are.
+        """
+        text = self._template.render(
+            task=context.task,
+            skills="",
+            history=[],
+            observation=context.observation,
+            admissible_actions=list(context.admissible_actions),
+            step=context.step,
+            max_steps=context.max_steps,
+            standalone=False,
         )
+        contents = (("user", "-"), ("assistant", _ANSWER_MARK), ("user", text))
+        whole = self._apply([{"role": role, "content": content} for role, content in contents], tokenize=False)
+        _, found, rest = whole.partition(_ANSWER_MARK)
+        if not found:
+            raise PromptTemplateError(
+                "the model's chat template does not show an assistant's message as it is, so a conversation cannot be "
+                "continued token by token; use sdar.rollout.rows=per_turn"
+            )
+        end = self._tokenizer.convert_ids_to_tokens(last_token)
+        if last_token in self._tokenizer.all_special_ids and rest.lstrip().startswith(end):
+            rest = rest.lstrip()[len(end) :]
+        return list(self._tokenizer(rest, add_special_tokens=False)["input_ids"])
+
+    def _apply(self, messages: list[dict[str, str]], *, tokenize: bool) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False, **self._chat_template_kwargs
+            )
+        except TemplateError as error:
+            roles = " and ".join(message["role"] for message in messages)
+            remedy = "; use sdar.prompt.skill_position=user" if messages[0]["role"] == "system" else ""
+            raise PromptTemplateError(
+                f"the model's chat template fails on {roles} messages: {error}{remedy}"
+            ) from error
 
     def fit(
         self, context: TurnContext, skills: str, *, limit: int, drop_history: bool, option: str

@@ -24,7 +24,7 @@ RESPONSE_TAGS = ("<think>", "</think>", "<action>", "</action>")
 # A template that asks for other action tags says so: {% set action_tags = ['search', 'answer'] %}
 TAGS_VARIABLE = "action_tags"
 _TAG_NAME = re.compile(r"[a-z][a-z0-9_-]*")
-SLOTS = ("task", "skills", "history", "observation", "admissible_actions", "step", "max_steps")
+SLOTS = ("task", "skills", "history", "observation", "admissible_actions", "step", "max_steps", "standalone")
 # A template may leave out the others; without one of these the agent, or its teacher, would be blind.
 REQUIRED_SLOTS = ("task", "skills", "observation")
 
@@ -129,11 +129,13 @@ class PromptTemplate:
         name: shipped name or path, for messages.
         special_tokens: control tokens of the policy's tokenizer that no slot may contain.
         action_tags: tags that the template asks the model to put its action in; no slot may contain them either.
+        converses: it reads ``standalone``, so it can also write the later messages of one conversation.
     """
 
     name: str
     special_tokens: tuple[str, ...]
     action_tags: tuple[str, ...]
+    converses: bool
     _template: Template
 
     @classmethod
@@ -152,7 +154,8 @@ class PromptTemplate:
         try:
             source = path.read_text(encoding="utf-8")
             parsed = environment.parse(source)
-            unknown = meta.find_undeclared_variables(parsed) - {*SLOTS, *environment.globals}
+            slots = meta.find_undeclared_variables(parsed)
+            unknown = slots - {*SLOTS, *environment.globals}
             compiled = environment.from_string(source)
         except (OSError, UnicodeDecodeError, TemplateError) as error:
             raise PromptTemplateError(f"prompt template {path}: {error}") from error
@@ -162,6 +165,7 @@ class PromptTemplate:
             name=str(name_or_path),
             special_tokens=tuple(special_tokens),
             action_tags=_declared_tags(parsed, path),
+            converses="standalone" in slots,
             _template=compiled,
         )
         template._check_required_slots()
@@ -177,8 +181,9 @@ class PromptTemplate:
         admissible_actions: Sequence[str],
         step: int,
         max_steps: int,
+        standalone: bool = True,
     ) -> str:
-        """Content of the one user message of a turn.
+        """Content of the user message of a turn.
 
         Args:
             task: what is asked.
@@ -189,11 +194,11 @@ class PromptTemplate:
             admissible_actions: what the environment accepts now; empty when it cannot tell.
             step: number of this turn, from 1.
             max_steps: limit of turns.
+            standalone: False for a later message of one conversation, which need not repeat task and skills.
         Raises:
             PromptTemplateError: the template fails on these values.
         """
-        tags = [f"<{slash}{tag}>" for tag in self.action_tags for slash in ("", "/")]
-        clean = functools.partial(neutralise, special_tokens=(*self.special_tokens, *tags))
+        clean = self.clean
         turns = [
             {
                 "observation": clean(turn["observation"] or ""),
@@ -210,13 +215,28 @@ class PromptTemplate:
                 admissible_actions=[clean(action) for action in admissible_actions],
                 step=step,
                 max_steps=max_steps,
+                standalone=standalone,
             ).strip()
         except Exception as error:  # a user's template can fail in any way Python can
             raise PromptTemplateError(f"prompt template {self.name!r}: {type(error).__name__}: {error}") from error
 
+    def check_rows(self, rows: str) -> None:
+        """Raise a :class:`PromptTemplateError` when the template cannot write ``sdar.rollout.rows``."""
+        if rows == "trajectory" and not self.converses:
+            raise PromptTemplateError(
+                f"prompt template {self.name!r} does not read the slot standalone: with sdar.rollout.rows=trajectory "
+                "every later message would say everything again; put what belongs into the first message alone between "
+                "{% if standalone %} and {% endif %}"
+            )
+
+    def clean(self, text: str) -> str:
+        """``text`` with its control tokens and action tags broken (:func:`neutralise`), for text outside the slots."""
+        tags = [f"<{slash}{tag}>" for tag in self.action_tags for slash in ("", "/")]
+        return neutralise(text, (*self.special_tokens, *tags))
+
     def _check_required_slots(self) -> None:
         """Render a first and a later turn with marked slots: a slot that is named but not shown is found, too."""
-        marks = {slot: f"marked {slot}" for slot in REQUIRED_SLOTS}
+        marks: dict[str, Any] = {slot: f"marked {slot}" for slot in REQUIRED_SLOTS}
         histories: list[list[dict[str, str | None]]] = [
             [],
             [{"observation": "earlier", "action": "look"}],
@@ -230,4 +250,11 @@ class PromptTemplate:
                 raise PromptTemplateError(
                     f"prompt template {self.name!r} does not show the slots {missing} at step {step}; "
                     f"put {', '.join('{{ ' + slot + ' }}' for slot in missing)} into every turn"
+                )
+        if self.converses:
+            text = self.render(**marks, history=[], admissible_actions=["look"], step=2, max_steps=2, standalone=False)
+            if marks["observation"] not in text:
+                raise PromptTemplateError(
+                    f"prompt template {self.name!r} does not show the observation where standalone is false; "
+                    "put {{ observation }} into every turn"
                 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,16 +39,67 @@ def turn_text(
 
 
 @dataclass
-class RowInfo:
-    """One turn's record.
+class EpisodeNote:
+    """What a whole episode is worth keeping; on its first row only.
 
     Attributes:
-        turn: 0-based index in its episode.
+        task: fields of the :class:`~sdar_verl.envs.base.Task`.
+        context: text that the teacher saw; None when it saw none. With a late context, filled in by the trainer.
+        passages: early context -> fields of its passage, where the trainer makes the teacher's prompts.
+        reward: the episode's return.
+        last_observation: what the environment answered to the last action.
+    """
+
+    task: dict[str, Any]
+    context: str | None = None
+    passages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reward: float = 0.0
+    last_observation: str = ""
+
+
+@dataclass
+class TurnNote:
+    """One turn of a row that holds a whole conversation.
+
+    Attributes:
+        start: index of its first sampled token in the row's response.
+        stop: index behind its last one.
+        observation: as in :class:`RowInfo`, and so are the others.
+    """
+
+    start: int
+    stop: int
+    observation: str = ""
+    action: str | None = None
+    unparsed: bool = False
+    inadmissible: bool = False
+    text: dict[str, Any] | None = None
+
+    @property
+    def invalid(self) -> bool:
+        """Neither parsed nor admissible."""
+        return self.unparsed or self.inadmissible
+
+
+@dataclass
+class RowInfo:
+    """One row's record: a turn, or with ``sdar.rollout.rows=trajectory`` a whole conversation.
+
+    Attributes:
+        turn: 0-based index in its episode; 0 for a conversation.
+        turns: of a conversation, in order; empty where the row is one turn.
         task_type: the environment's category of the task.
-        skills: names of the skills given to the teacher, in order.
+        task_id: the task's stable name.
+        observation: what the agent saw at this turn.
+        action: what was sent to the environment; None where the answer held no action.
+        admissible_actions: what the environment offered, kept where the trainer makes the teacher's prompt.
+        episode: on the first row of an episode, None on the others.
+        skills: names of the skills in the context, in order.
         no_match: retrieval found no skill of this task's own.
+        context_missing: the teacher has no say because its context does not exist (no sibling succeeded, say).
+        prompt_tokens: tokens of the student's prompt.
         teacher_prompt_ids: token ids of the teacher's prompt; None when the teacher has no say on this row.
-        context_tokens: tokens that the skills add to the prompt.
+        context_tokens: tokens by which the teacher's prompt is longer than the student's.
         history_dropped: (observation, action) pairs left out so that the student's prompt fits.
         truncated: the teacher's prompt was too long for ``sdar.teacher.max_prompt_length`` as it was.
         unparsed: the answer held no action.
@@ -58,12 +110,21 @@ class RowInfo:
         failure: why the environment failed, or None.
         error: why the run must stop, or None.
         text: what a trace shows of the turn in words (:func:`turn_text`); None on steps that are not traced.
+        cut: the conversation ended because its next turn found no room in ``data.max_response_length``.
     """
 
     turn: int
     task_type: str
+    turns: tuple[TurnNote, ...] = ()
+    task_id: str = ""
+    observation: str = ""
+    action: str | None = None
+    admissible_actions: tuple[str, ...] = ()
+    episode: EpisodeNote | None = None
     skills: tuple[str, ...] = ()
     no_match: bool = False
+    context_missing: bool = False
+    prompt_tokens: int = 0
     teacher_prompt_ids: np.ndarray | None = None
     context_tokens: int = 0
     history_dropped: int = 0
@@ -76,6 +137,12 @@ class RowInfo:
     failure: str | None = None
     error: str | None = None
     text: dict[str, Any] | None = None
+    cut: bool = False
+
+    @property
+    def steps(self) -> Sequence[RowInfo | TurnNote]:
+        """The row's turns: those of the conversation, or the row itself."""
+        return self.turns or (self,)
 
     @property
     def invalid(self) -> bool:
@@ -95,4 +162,6 @@ class RowInfo:
                 "a row has no sdar record; set actor_rollout_ref.rollout.agent.default_agent_loop=sdar_agent "
                 "(and leave the panel's agent_name column out)"
             )
-        return cls(**record)
+        episode = record.get("episode")
+        turns = tuple(TurnNote(**turn) for turn in record.get("turns", ()))
+        return cls(**{**record, "episode": EpisodeNote(**episode) if episode else None, "turns": turns})

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from omegaconf import DictConfig
 
 from sdar_verl.config import SdarConfig, ValidationArm, load_config
+from sdar_verl.context.base import ContextRequest, Passage
+from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.envs.base import Task
 from sdar_verl.envs.pool import EnvPool
+from sdar_verl.modules import import_modules
 from sdar_verl.rollout.prompt_builder import PromptBuilder
 from sdar_verl.rollout.prompts import PromptTemplate, special_tokens_of
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.retrieval import render_skills, retrieve
-
-
-@dataclass(frozen=True)
-class Context:
-    """Privileged context of one task.
-
-    Attributes:
-        names: skills that were picked, in order.
-        text: what goes into the skill slot; empty when there is none.
-        no_match: no skill of this task's own was found, at most general ones.
-    """
-
-    names: tuple[str, ...] = ()
-    text: str = ""
-    no_match: bool = False
 
 
 class Runtime:
@@ -38,14 +25,14 @@ class Runtime:
 
     def __init__(self, config: DictConfig, tokenizer: Any):
         self.sdar: SdarConfig = load_config(config.sdar)
+        import_modules(self.sdar.all_modules)
         self.max_prompt_length = int(config.data.max_prompt_length)
         self.max_response_length = int(config.data.max_response_length)
+        self.whole = self.sdar.rollout.rows == "trajectory"
+        self.max_answer_length = (self.sdar.rollout.turn_length if self.whole else None) or self.max_response_length
         self._bank = SkillBank.load(self.sdar.skills.bank)
-        self.prompts = PromptBuilder(
-            tokenizer,
-            PromptTemplate.load(self.sdar.prompt.template, special_tokens_of(tokenizer)),
-            config.data.get("apply_chat_template_kwargs", {}),
-        )
+        self.prompts = make_prompts(config, self.sdar, tokenizer)
+        self.contexts = ContextBuilder(self.sdar.context, tokenizer)
 
     @cached_property
     def pool(self) -> EnvPool:
@@ -58,13 +45,17 @@ class Runtime:
             envs_per_process=env.envs_per_process,
             reset_timeout_s=env.reset_timeout_s,
             step_timeout_s=env.step_timeout_s,
-            env_modules=env.modules,
+            env_modules=self.sdar.all_modules,
         )
 
-    def context(self, task: Task) -> Context:
-        """Skills for ``task``: what the teacher sees and the student does not."""
+    def skills(self, task: Task) -> Passage:
+        """The skills that retrieval finds for ``task``."""
         found = retrieve(self._bank, task, self.sdar.skills.retrieval, seed=self.sdar.skills.seed)
-        return Context(found.names, render_skills(found.skills), found.no_match)
+        return Passage(render_skills(found.skills), found.names, found.no_match)
+
+    def request(self, task: Task) -> ContextRequest:
+        """What a context may read before the episode begins."""
+        return ContextRequest(task, seed=self.sdar.context.seed, skills=lambda: self.skills(task))
 
     def arm(self, name: str) -> ValidationArm:
         """The validation arm called ``name``."""
@@ -84,6 +75,16 @@ class Runtime:
             return None
         text = "|".join(str(part) for part in (self.sdar.rollout.seed, *parts))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def make_prompts(config: DictConfig, sdar: SdarConfig, tokenizer: Any) -> PromptBuilder:
+    """The run's prompts; agent loop and trainer make the same."""
+    return PromptBuilder(
+        tokenizer,
+        PromptTemplate.load(sdar.prompt.template, special_tokens_of(tokenizer)),
+        config.data.get("apply_chat_template_kwargs", {}),
+        sdar.prompt.skill_position,
+    )
 
 
 _runtime: tuple[DictConfig, Runtime] | None = None

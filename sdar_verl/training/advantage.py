@@ -27,6 +27,7 @@ class AdvantageRows:
         episode_ids: which episode each row belongs to.
         valid: rows that count; False for padding rows and failed episodes.
         invalid_action: turns whose answer was not an admissible action.
+        invalid_spans: (row, start, stop) of such turns within a conversation, in tokens of its response.
         counts: filled in by the estimator.
     """
 
@@ -34,6 +35,7 @@ class AdvantageRows:
     episode_ids: list[str]
     valid: torch.Tensor
     invalid_action: torch.Tensor
+    invalid_spans: list[tuple[int, int, int]] = field(default_factory=list)
     counts: GroupCounts | None = field(default=None)
 
     @classmethod
@@ -46,6 +48,13 @@ class AdvantageRows:
             episode_ids=[key.rsplit("_", 1)[0] for key in keys],
             valid=torch.tensor([info is not None and not info.failed for info in infos]),
             invalid_action=torch.tensor([info is not None and info.invalid for info in infos]),
+            invalid_spans=[
+                (row, turn.start, turn.stop)
+                for row, info in enumerate(infos)
+                if info is not None
+                for turn in info.turns
+                if turn.invalid
+            ],
         )
 
 
@@ -105,6 +114,8 @@ def compute_sdar_advantage(
         invalid_action_penalty=rows.settings.invalid_action_penalty,
     )
     tokens = broadcast_to_tokens(advantages, response_mask)
+    for row, start, stop in rows.invalid_spans:
+        tokens[row, start:stop] -= rows.settings.invalid_action_penalty * response_mask[row, start:stop]
     return tokens, tokens
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from sdar_verl.compat import check_verl_version
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
+from sdar_verl.modules import import_modules
 from sdar_verl.panels import PanelError, read_panel
+from sdar_verl.training.checks_context import context_faults
 from sdar_verl.training.checks_loss import loss_faults
 from sdar_verl.training.checks_teacher import teacher_faults
 
@@ -33,19 +34,21 @@ def check_run(config: DictConfig, sdar: SdarConfig) -> None:
 
 
 def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    from sdar_verl.context import builtin  # noqa: F401  registers the contexts of this package
+    from sdar_verl.context.registry import ContextError, check_contexts
     from sdar_verl.envs.registry import check_env
     from sdar_verl.rollout.prompts import PromptTemplate
     from sdar_verl.skills.bank import SkillBank
     from sdar_verl.skills.retrieval import check_rules
 
-    for module in sdar.env.modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            return [f"sdar.env.modules: {module} cannot be imported here: {error}"]
+    try:
+        import_modules(sdar.all_modules)
+    except ConfigError as error:
+        return [str(error)]
     attempts = {
         "sdar.env": lambda: check_env(sdar.env.name, sdar.env.options),
-        "sdar.prompt.template": lambda: PromptTemplate.load(sdar.prompt.template),
+        "sdar.prompt.template": lambda: PromptTemplate.load(sdar.prompt.template).check_rows(sdar.rollout.rows),
+        "sdar.context.sources": lambda: check_contexts(sdar.context.sources, sdar.context.options),
         "sdar.skills.bank": lambda: SkillBank.load(sdar.skills.bank),
         "sdar.skills.retrieval": lambda: check_rules(sdar.skills.retrieval),
     }
@@ -53,7 +56,7 @@ def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
     for option, attempt in attempts.items():
         try:
             attempt()
-        except (ValueError, ImportError, OSError) as error:
+        except (ValueError, ImportError, OSError, ContextError) as error:
             faults.append(f"{option}: {error}")
     return faults
 
@@ -115,6 +118,33 @@ def _modes(config: DictConfig, sdar: SdarConfig) -> list[str]:
         )
     if OmegaConf.select(config, "distillation.enabled"):
         faults.append("distillation.enabled=True is verl's own distillation with a separate teacher; set it to False")
+    return faults
+
+
+def _rows(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    rollout, limit = sdar.rollout, config.data.max_response_length
+    if rollout.rows == "per_turn":
+        if rollout.turn_length is not None:
+            return [
+                f"sdar.rollout.turn_length={rollout.turn_length} has no effect with sdar.rollout.rows=per_turn, where "
+                "data.max_response_length is the limit of an answer; set it to null, or rows=trajectory"
+            ]
+        return []
+    faults = []
+    if rollout.turn_length is None or rollout.turn_length > limit:
+        faults.append(
+            f"sdar.rollout.turn_length={rollout.turn_length}: with sdar.rollout.rows=trajectory, set the tokens of one "
+            f"answer, at most those of the whole conversation (data.max_response_length={limit})"
+        )
+    if sdar.prompt.history_length > 0:
+        faults.append(
+            f"sdar.prompt.history_length={sdar.prompt.history_length} has no effect with sdar.rollout.rows=trajectory, "
+            "whose row holds the whole conversation; set it to 0"
+        )
+    if sdar.advantage.group_stats == "turn":
+        faults.append(
+            "sdar.advantage.group_stats=turn counts turn rows, sdar.rollout.rows=trajectory has none; use episode"
+        )
     return faults
 
 
@@ -218,6 +248,8 @@ _CHECKS: tuple[Any, ...] = (
     loss_faults,
     _modes,
     teacher_faults,
+    _rows,
+    context_faults,
     _batches,
     _engine,
     _data,

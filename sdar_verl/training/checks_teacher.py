@@ -28,11 +28,6 @@ def teacher_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     faults += source.faults(config, settings)
     if settings.path is not None and "path" in source.options:
         faults += _vocabulary(config, settings.path)
-    if sdar.skills.retrieval == ["none"]:
-        faults.append(
-            f"sdar.skills.retrieval=[none] leaves the teacher (sdar.teacher.source={settings.source}) without a "
-            "context; choose a rule, or set sdar.teacher.source=none and sdar.loss.coef=0"
-        )
     if source.per_update:
         faults += _needed_early(sdar)
     return faults + _budgets(config, settings, own_engine=source.own_engine)

@@ -37,16 +37,20 @@ def row_metrics(keys: Sequence[str], infos: Sequence[RowInfo | None]) -> dict[st
     }
     if not played:
         return metrics
+    steps = [step for info in played for step in info.steps]
     seen = [info for info in played if info.teacher_prompt_ids is not None]
     metrics |= {
-        "sdar/turns": len(played) / len({key for key, info in real if not info.failed}),
-        "sdar/invalid_share": _share(info.invalid for info in played),
-        "sdar/unparsed_share": _share(info.unparsed for info in played),
+        "sdar/turns": len(steps) / len({key for key, info in real if not info.failed}),
+        "sdar/invalid_share": _share(step.invalid for step in steps),
+        "sdar/unparsed_share": _share(step.unparsed for step in steps),
         "sdar/history_dropped_share": _share(info.history_dropped > 0 for info in played),
         "sdar/context_share": len(seen) / len(played),
         "sdar/truncated_share": _share(info.truncated for info in played),
         "sdar/no_match_share": _share(info.no_match for info in played),
+        "sdar/context_missing_share": _share(info.context_missing for info in played),
     }
+    if any(info.turns for info in played):
+        metrics["sdar/cut_episodes"] = sum(info.cut for info in played)
     if seen:
         tokens = [info.context_tokens for info in seen]
         metrics["sdar/context_tokens/mean"] = sum(tokens) / len(tokens)

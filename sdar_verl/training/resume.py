@@ -16,6 +16,7 @@ RUN_FILE = "sdar_run.json"
 _OPTIONS = (
     "sdar.loss",
     "sdar.teacher",
+    "sdar.context",
     "sdar.skills",
     "sdar.prompt",
     "sdar.advantage",
@@ -23,6 +24,9 @@ _OPTIONS = (
     "sdar.env.name",
     "sdar.env.options",
     "sdar.env.max_steps",
+    "sdar.env.invalid_action",
+    "sdar.rollout.rows",
+    "sdar.rollout.turn_length",
     "sdar.rollout.seed",
     "algorithm.adv_estimator",
     "algorithm.norm_adv_by_std_in_grpo",

@@ -181,9 +181,9 @@ class PrivilegedTeacher:
 
     def _metrics(self, batch: KVBatchMeta, scored: Mapping[str, torch.Tensor], mask: torch.Tensor) -> dict[str, float]:
         steps = self._source.staleness(self._settings, self._trainer.global_steps - 1)
-        if not scored:
-            return teacher_metrics(None, steps)
         seen = mask.values().bool()
+        if not scored or not seen.any():
+            return teacher_metrics(None, steps)
         columns = (scored[TEACHER_LOG_PROBS], self._student_log_probs(batch))
         teacher, student = (column.values()[seen].double().mean().item() for column in columns)
         check_not_lost(teacher, student, len(self._trainer.tokenizer))

@@ -47,7 +47,8 @@ class TeacherRows:
         if infos is None:
             return cls(prompts, responses, masks, [True] * len(prompts))
         has_context = [info is not None and info.teacher_prompt_ids is not None for info in infos]
-        if not any(has_context):
+        # A late context may not exist yet: early in training no sibling succeeds.
+        if not any(has_context) and not any(info is not None and info.context_missing for info in infos):
             raise TeacherError(
                 "the teacher sees no context on any row of this step, so it can only repeat the student; "
                 "check sdar.skills.bank and sdar.skills.retrieval against the tasks, or set sdar.teacher.source=none"

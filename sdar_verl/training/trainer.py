@@ -27,10 +27,12 @@ from verl.utils.debug import marked_timer
 
 from sdar_verl.config import load_config
 from sdar_verl.errors import RolloutError
+from sdar_verl.modules import Importing
 from sdar_verl.panels import panel_digest
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.advantage import AdvantageRows, advantage_rows
 from sdar_verl.training.checks import check_run, panel_files
+from sdar_verl.training.late_context import LateContexts, late_contexts
 from sdar_verl.training.live import step_line, validation_line
 from sdar_verl.training.loss import sdar_loss
 from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
@@ -63,6 +65,7 @@ class SdarTrainer(PPOTrainerSync):
         self._teacher_checked = False
         self._infos: list[RowInfo | None] = []
         self.parts = make_parts(self.sdar, config)
+        self._late_contexts: LateContexts | None = None
         self._prompts_submitted = 0
 
     # ---------------------------------------------------------------- set-up
@@ -73,6 +76,7 @@ class SdarTrainer(PPOTrainerSync):
             for file in panel_files(self.config, option):
                 print(f"sdar panel {file}: hash {panel_digest(file)}", flush=True)
         self.val_dataset = ArmDataset(self.val_dataset, self.sdar.validation.arms)
+        self._val_types = self.val_dataset.task_types()
         self.val_dataloader = StatefulDataLoader(
             dataset=self.val_dataset,
             batch_size=self.config.data.val_batch_size or len(self.val_dataset),
@@ -98,8 +102,12 @@ class SdarTrainer(PPOTrainerSync):
             actor.use_kl_loss = False
         if self._has_teacher:
             self.actor_rollout_wg.set_loss_fn(
-                partial(sdar_loss, config=omega_conf_to_dataclass(actor), settings=self.sdar.loss)
+                Importing(
+                    partial(sdar_loss, config=omega_conf_to_dataclass(actor), settings=self.sdar.loss),
+                    self.sdar.all_modules,
+                )
             )
+            self._late_contexts = late_contexts(self.config, self.sdar, self.tokenizer)
         rows = self.sdar.update.mini_batch_rows
         if rows is not None:
             # verl counts a mini-batch in prompts and bounds it by the prompts of a step; a step of T-turn episodes has
@@ -124,6 +132,9 @@ class SdarTrainer(PPOTrainerSync):
         batch.reorder(sorted(range(len(batch.keys)), key=lambda i: _row_order(batch.keys[i])))
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
         self._infos = self._read_infos(batch)
+        if self._late_contexts is not None:
+            self._late_contexts.fill(batch.keys, self._infos)
+            stop_on_errors([info.error for info in self._infos if info is not None])
         metrics.update(row_metrics(batch.keys, self._infos))
         asked = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
         metrics["sdar/crashed_episodes"] = asked - metrics["sdar/episodes"]
@@ -196,7 +207,8 @@ class SdarTrainer(PPOTrainerSync):
     ) -> dict[str, float]:
         metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
         stop_on_errors(reward_extra_infos_dict.get("error", []))
-        arms = arm_metrics(reward_extra_infos_dict, expected_episodes(kwargs.get("expected_acc_counts") or {}))
+        expected = expected_episodes(kwargs.get("expected_acc_counts") or {})
+        arms = arm_metrics(reward_extra_infos_dict, expected, self._val_types)
         if arms:
             print(validation_line(self.global_steps, arms), flush=True)
             for part in self.parts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +26,10 @@ class ArmDataset(Dataset):
     def __len__(self) -> int:
         return len(self._panel) * len(self._arms)  # type: ignore[arg-type]
 
+    def task_types(self) -> Counter[str]:
+        """Task type -> tasks of the panel."""
+        return Counter(extra["task_type"] for extra in self._panel.dataframe["extra_info"])  # type: ignore[attr-defined]
+
     def __getitem__(self, item: int) -> dict[str, Any]:
         arm_index, row_index = divmod(item, len(self._panel))  # type: ignore[arg-type]
         row = dict(self._panel[row_index])
@@ -47,12 +51,15 @@ def expected_episodes(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
     return dict(expected)
 
 
-def arm_metrics(outcomes: Mapping[str, Sequence[Any]], expected: Mapping[str, int]) -> dict[str, float]:
+def arm_metrics(
+    outcomes: Mapping[str, Sequence[Any]], expected: Mapping[str, int], task_types: Mapping[str, int] | None = None
+) -> dict[str, float]:
     """Means per arm over episodes, and per task type: never means of batch means.
 
     Args:
         outcomes: column name -> one value per episode; the agent loop's ``reward_extra_info``, as verl collects it.
         expected: arm -> episodes asked for; one that crashed and left no outcome is a failed one.
+        task_types: task type -> tasks of the panel; each was asked for equally often.
 
     Returns:
         ``sdar-val/<arm>/...``: ``success``, ``success/<task type>``, ``success_mean_of_types`` (each type weighs the
@@ -81,16 +88,16 @@ def arm_metrics(outcomes: Mapping[str, Sequence[Any]], expected: Mapping[str, in
         metrics[f"{prefix}/invalid_share"] = sum(row["invalid_actions"] for row in rows) / turns if turns else 0.0
         metrics[f"{prefix}/failed"] = sum(row["failed"] for row in rows) + asked - len(rows)
         metrics[f"{prefix}/episodes"] = asked
-        per_type = {
-            task_type: _mean(row["acc"] for row in rows if row["task_type"] == task_type)
-            for task_type in sorted({row["task_type"] for row in rows})
-        }
+        solved, came_back = Counter[str](), Counter(row["task_type"] for row in rows)
+        for row in rows:
+            solved[row["task_type"]] += row["acc"]
+        # An episode that crashed left no type behind; the panel says how many of each there were.
+        panel = Counter(task_types or {})
+        per_type: dict[str, float] = {}
+        for task_type in sorted({*came_back, *panel}):
+            asked_of_type = max(came_back[task_type], panel[task_type] * asked // max(1, panel.total()))
+            per_type[task_type] = solved[task_type] / asked_of_type
         metrics |= {f"{prefix}/success/{task_type}": value for task_type, value in per_type.items()}
         if per_type:
-            metrics[f"{prefix}/success_mean_of_types"] = _mean(per_type.values())
+            metrics[f"{prefix}/success_mean_of_types"] = sum(per_type.values()) / len(per_type)
     return metrics
-
-
-def _mean(values: Any) -> float:
-    values = list(values)
-    return sum(values) / len(values)

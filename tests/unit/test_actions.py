@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdar_verl.rollout.actions import match_admissible, parse_action
+from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
 
 TAGS = ["<think>", "</think>", "<action>", "</action>", "<ACTION>", "go to fridge 1", " ", "\n", "<", ">"]
 RESPONSES = st.lists(st.sampled_from(TAGS) | st.text(max_size=4), max_size=12).map("".join)
@@ -146,3 +146,9 @@ def test_match_admissible() -> None:
 )
 def test_a_form_takes_any_text_for_its_free_part(action: str, matched: str | None) -> None:
     assert match_admissible(action, ["click[buy now]"], ["search[<query>]"]) == matched
+
+
+def test_the_last_line_is_found_behind_tags_and_blank_lines():
+    assert last_line("<think> where </think>\n go  to desk 1 \n\n") == "go to desk 1"
+    assert last_line("<action>look") == "look"
+    assert last_line(" \n<action></action>") is None

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-from dataclasses import asdict
-from types import SimpleNamespace
-
 import pytest
-from omegaconf import OmegaConf
 from transformers import AutoTokenizer
-from verl.experimental.agent_loop.agent_loop import DictConfigWrap
 
-from sdar_verl.config import SdarConfig
-from sdar_verl.envs.base import Step, Task
-from sdar_verl.envs.pool import EnvError, EnvProcessError
+from sdar_verl.envs.base import Step
 from sdar_verl.local import start_policy
-from sdar_verl.rollout import runtime
-from sdar_verl.rollout.agent_loop import SdarAgentLoop
-from sdar_verl.rollout.rows import RowInfo
-
-ACTIONS = ("go to fridge 1", "go to desk 1")
-TASK = Task("scripted", "task-1", "pick_and_place_simple", "put some apple on desk", {})
-GOOD = "<think> apple in fridge </think> <action> go to fridge 1 </action>"
-LOST = "<think> apple in desk </think> <action> go to desk 1 </action>"
-MUTE = "<think> apple in desk </think>"
-WRONG = "<think> apple in desk </think> <action> go to bed 1 </action>"
+from tests.support.scripted import GOOD, LOST, MUTE, WRONG, Pool, Session, play_episode
 
 
 @pytest.fixture(scope="module")
@@ -33,87 +15,9 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(start_policy())
 
 
-class Session:
-    """Wins when the agent goes to the fridge."""
-
-    def __init__(self, pool):
-        self.pool = pool
-
-    async def __aenter__(self):
-        self.pool.opened += 1
-        return self
-
-    async def __aexit__(self, *_):
-        pass
-
-    async def reset(self):
-        if self.pool.refuses:
-            raise EnvError("no such game")
-        return Step("you see a fridge 1 and a desk 1 .", admissible_actions=ACTIONS)
-
-    async def step(self, action):
-        if self.pool.opened <= self.pool.dies:
-            raise EnvProcessError("the process died")
-        self.pool.actions.append(action)
-        won = action == "go to fridge 1"
-        text = "you win ." if won else "nothing happens ."
-        return Step(text, reward=10.0 * won, done=won, success=won, admissible_actions=ACTIONS)
-
-
-class Pool:
-    def __init__(self, dies=0, refuses=False):
-        self.opened, self.dies, self.refuses, self.actions = 0, dies, refuses, []
-
-    def session(self, task):
-        assert task == TASK
-        return Session(self)
-
-
-class Server:
-    """Answers with a script and keeps what it was asked."""
-
-    def __init__(self, tokenizer, script):
-        self.tokenizer, self.script, self.requests = tokenizer, list(script), []
-
-    async def generate(self, request_id, *, prompt_ids, sampling_params):
-        ids = self.tokenizer(self.script[len(self.requests)], add_special_tokens=False)["input_ids"]
-        ids = [*ids, self.tokenizer.eos_token_id]
-        self.requests.append((prompt_ids, sampling_params))
-        return SimpleNamespace(
-            token_ids=ids,
-            log_probs=[-0.5] * len(ids),
-            num_preempted=0,
-            extra_fields={"min_global_steps": 3, "max_global_steps": 3},
-        )
-
-
 @pytest.fixture
 def play(tokenizer, monkeypatch):
-    def run(script, *, pool=None, columns=None, max_prompt_length=300, **settings):
-        node = SdarConfig().model_dump()
-        node["prompt"]["template"] = "alfworld_compact"
-        node["skills"]["bank"] = "alfworld_household"
-        node["env"]["max_steps"] = 3
-        node["rollout"]["seed"] = 7
-        for option, value in settings.items():
-            group, name = option.split("__")
-            node[group][name] = value
-        config = OmegaConf.create(
-            {
-                "sdar": node,
-                "data": {"max_prompt_length": max_prompt_length, "max_response_length": 20},
-                "actor_rollout_ref": {"rollout": {"calculate_log_probs": True}},
-            }
-        )
-        pool = pool or Pool()
-        monkeypatch.setattr(runtime.Runtime, "pool", pool)
-        server = Server(tokenizer, script)
-        loop = SdarAgentLoop(trainer_config=DictConfigWrap(config), server_manager=server, tokenizer=tokenizer)
-        kwargs = {"task": json.dumps(asdict(TASK)), "global_steps": 5, "session_id": 0, **(columns or {})}
-        rows = asyncio.run(loop.run({"temperature": 1.0, "top_p": 1.0}, **kwargs))
-        return rows, [RowInfo.from_extra_fields(row.extra_fields) for row in rows], server, pool
-
-    return run
+    return lambda script, **kwargs: play_episode(monkeypatch, tokenizer, script, **kwargs)
 
 
 def test_each_turn_is_a_row_with_the_episodes_reward(play, tokenizer):
@@ -258,3 +162,55 @@ def test_an_environment_that_refuses_stops_the_run(play):
     _, infos, _, _ = play([GOOD], pool=Pool(refuses=True))
     assert infos[0].failed
     assert "task task-1: no such game" in infos[0].error
+
+
+def test_an_answer_without_an_action_can_send_its_last_line(play):
+    said = "<think> apple in desk </think>\n\ngo to fridge 1"
+    rows, infos, _, pool = play([said], env__invalid_action="last_line")
+    assert pool.actions == ["go to fridge 1"]
+    assert infos[0].unparsed and infos[0].success
+    assert rows[0].extra_fields["reward_extra_info"]["invalid_actions"] == 1.0
+    _, _, _, pool = play([said, GOOD])
+    assert pool.actions[0] == "none"
+
+
+def test_skills_in_the_students_own_prompt(play, tokenizer):
+    """Skill-GRPO: training shows them, a validation arm decides for itself."""
+    grpo = {"context__student": "skills", "teacher__source": "none", "loss__coef": 0}
+    rows, infos, _, _ = play([GOOD], **grpo)
+    assert "apple in" in tokenizer.decode(rows[0].prompt_ids)
+    assert infos[0].teacher_prompt_ids is None and infos[0].skills[0] == "apple"
+    arms = {"plain": {"context": "none", "temperature": 1.0}}
+    rows, _, _, _ = play([GOOD], validation__arms=arms, columns={"sdar_arm": "plain"}, **grpo)
+    assert "apple in" not in tokenizer.decode(rows[0].prompt_ids)
+
+
+def test_a_validation_arm_can_show_what_the_teacher_sees(play, tokenizer):
+    arms = {"teacher": {"context": "teacher", "temperature": 1.0}}
+    settings = {"validation__arms": arms, "context__control": "shuffled"}
+    _, infos, _, _ = play([GOOD], **settings)
+    rows, _, _, _ = play([GOOD], columns={"sdar_arm": "teacher"}, **settings)
+    assert rows[0].prompt_ids == infos[0].teacher_prompt_ids.tolist()
+    rows, _, _, _ = play([GOOD], columns={"sdar_arm": "teacher"}, validation__arms=arms, context__control="empty")
+    plain, _, _, _ = play([GOOD])
+    assert rows[0].prompt_ids == plain[0].prompt_ids
+
+
+def test_a_context_that_cannot_be_made_stops_the_run(play):
+    _, infos, _, _ = play([GOOD], context__sources=["answer"])
+    assert infos[0].failed
+    assert "task task-1: context 'answer' reads 'answers'" in infos[0].error
+
+
+def test_rows_keep_what_a_trace_or_a_late_context_needs(play):
+    _, infos, _, _ = play([LOST, MUTE, GOOD])
+    assert [(info.task_id, info.action) for info in infos] == [
+        ("task-1", "go to desk 1"),
+        ("task-1", None),
+        ("task-1", "go to fridge 1"),
+    ]
+    assert [info.observation for info in infos] == ["you see a fridge 1 and a desk 1 .", *["nothing happens ."] * 2]
+    assert [info.episode is not None for info in infos] == [True, False, False]
+    note = infos[0].episode
+    assert (note.task["task_id"], note.reward, note.last_observation) == ("task-1", 10.0, "you win .")
+    assert "apple in" in note.context

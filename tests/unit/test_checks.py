@@ -64,7 +64,53 @@ CASES = {
     "retrieval that has no effect": ({"sdar.skills.retrieval": ["none", "keyword"]}, ["sdar.skills.retrieval", "none"]),
     "a teacher without context": (
         {"sdar.skills.retrieval": ["none"]},
-        ["retrieval=[none]", "sdar.teacher.source=none"],
+        ["retrieval=[none]", "sdar.context.sources", "sdar.teacher.source=none"],
+    ),
+    "modules": ({"sdar.modules": ["no_such_module_here"]}, ["sdar.modules", "no_such_module_here", "PYTHONPATH"]),
+    "context": ({"sdar.context.sources": ["skill"]}, ["sdar.context.sources", "unknown context 'skill'", "sibling"]),
+    "option of an idle context": (
+        {"sdar.context.options": {"sibling": {"choice": "first"}}},
+        ["sdar.context.options.sibling has no effect", "['skills']"],
+    ),
+    "no ground truth": ({"sdar.context.sources": ["answer"]}, ["context 'answer'", "'answers'", "demonstration"]),
+    "no walkthrough": ({"sdar.context.sources": ["skills", "demonstration"]}, ["context 'demonstration'", "game-00"]),
+    "a teacher that sees what the student sees": (
+        {"sdar.context.student": "skills", "sdar.teacher.source": "actor"},
+        ["sdar.context.student=skills", "gap is 0", "sdar.teacher.source=none"],
+    ),
+    "a student without skills": (
+        {
+            "sdar.context.student": "skills",
+            "sdar.context.sources": ["feedback"],
+            "sdar.skills.retrieval": ["none"],
+            "sdar.validation.arms": {"student": {"context": "none", "temperature": 1.0}},
+        },
+        ["retrieval=[none]", "sdar.context.student"],
+    ),
+    "one task type": ({"sdar.context.control": "wrong"}, ["sdar.context.control=wrong", "pick_and_place_simple"]),
+    "a late context in validation": (
+        {
+            "sdar.context.sources": ["sibling"],
+            "sdar.validation.arms": {"teacher": {"context": "teacher", "temperature": 1.0}},
+        },
+        ["sdar.validation.arms.teacher.context=teacher", "sibling"],
+    ),
+    "a placebo for nobody": (
+        {"sdar.context.control": "shuffled", "sdar.teacher.source": "none", "sdar.loss.coef": 0},
+        ["sdar.context.control=shuffled has no effect", "sdar.teacher.source=none"],
+    ),
+    "a turn length for rows of one turn": (
+        {"sdar.rollout.turn_length": 10},
+        ["sdar.rollout.turn_length=10 has no effect", "per_turn"],
+    ),
+    "no turn length": (
+        {"sdar.rollout.rows": "trajectory"},
+        ["sdar.rollout.turn_length=None", "max_response_length=20"],
+    ),
+    "history in a conversation": ({"sdar.rollout.rows": "trajectory"}, ["sdar.prompt.history_length=2 has no effect"]),
+    "turn statistics of a conversation": (
+        {"sdar.rollout.rows": "trajectory", "sdar.advantage.group_stats": "turn"},
+        ["sdar.advantage.group_stats=turn", "episode"],
     ),
     "another environment's panel": (
         {"sdar.env.name": "toy_search", "sdar.env.modules": ["tests.support.toy_env"], "sdar.env.options": {}},
@@ -229,3 +275,21 @@ def test_another_verl_is_refused(version):
 @pytest.mark.parametrize("version", ["0.9.0", "0.9.1", "0.9.7"])
 def test_the_supported_verl_is_accepted(version):
     check_verl_version(version)
+
+
+SOUND = {
+    "Skill-GRPO": {"sdar.context.student": "skills", "sdar.teacher.source": "none", "sdar.loss.coef": 0},
+    "a teacher that sees more": {"sdar.context.student": "skills", "sdar.context.sources": ["skills", "sibling"]},
+    "a frozen teacher": {"sdar.context.student": "skills", "sdar.teacher.source": "reference"},
+    "a placebo": {"sdar.context.control": "random_text"},
+    "one row per conversation": {
+        "sdar.rollout.rows": "trajectory",
+        "sdar.rollout.turn_length": 20,
+        "sdar.prompt.history_length": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_a_sound_choice_passes(recipe, case):
+    run_checks(recipe, **SOUND[case])

@@ -22,7 +22,7 @@ from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
-from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.rollout.rows import RowInfo, TurnNote
 from sdar_verl.training.fields import SUMS_PREFIX
 from sdar_verl.training.metrics import gap_metrics, reduce_loss_sums, row_metrics
 from sdar_verl.training.teacher import teacher_metrics
@@ -55,7 +55,14 @@ def documented_metrics() -> list[str]:
 
 def emitted_metrics() -> set[str]:
     """Every name, from the functions that make them, given all they can be given, and the trainer's source."""
-    seen = RowInfo(0, "<task type>", skills=("<skill>",), teacher_prompt_ids=np.arange(3), context_tokens=1)
+    seen = RowInfo(
+        0,
+        "<task type>",
+        turns=(TurnNote(0, 1),),
+        skills=("<skill>",),
+        teacher_prompt_ids=np.arange(3),
+        context_tokens=1,
+    )
     names = set(row_metrics(["u_0_0", "u_1_0"], [seen, RowInfo(0, "<task type>", failed=True)]))
     counted = {"acc": [1.0], "task_score": [1.0], "turns": [1.0], "invalid_actions": [0.0], "failed": [0.0]}
     outcomes = {**counted, "task_id": ["t"]}

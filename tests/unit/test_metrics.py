@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -120,8 +122,6 @@ def test_lines_show_what_there_is():
 
 def test_equal_fractional_rewards_are_a_flat_group_whatever_the_turns():
     """.7 has no exact float; its mean over 3 turns must not make a group look as if it varied."""
-    from types import SimpleNamespace
-
     from sdar_verl.training.advantage import AdvantageRows, advantage_rows, compute_sdar_advantage
 
     keys = [f"u_{session}_{turn}" for session, turns in enumerate((3, 5, 7, 11)) for turn in range(turns)]
@@ -136,3 +136,27 @@ def test_equal_fractional_rewards_are_a_flat_group_whatever_the_turns():
             )
         assert advantages.abs().max() == 0
         assert rows.counts.groups_without_variance == 1
+
+
+def test_a_crashed_episode_counts_in_its_task_type():
+    """The panel says how many of each type there were; means over those that came back would flatter."""
+    outcomes = {
+        "acc": [1.0, 1.0],
+        "task_score": [1.0, 1.0],
+        "turns": [2.0, 2.0],
+        "invalid_actions": [0.0, 0.0],
+        "failed": [0.0, 0.0],
+        "task_type": ["pick", "look"],
+        "arm": ["student", "student"],
+    }
+    # Four tasks, one rollout each; one "pick" crashed, and so did every "heat".
+    metrics = arm_metrics(outcomes, {"student": 4}, {"pick": 2, "look": 1, "heat": 1})
+    assert metrics["sdar-val/student/success/pick"] == 0.5
+    assert metrics["sdar-val/student/success/look"] == 1.0
+    assert metrics["sdar-val/student/success/heat"] == 0.0
+    twice = arm_metrics(outcomes, {"student": 8}, {"pick": 2, "look": 1, "heat": 1})
+    assert twice["sdar-val/student/success/pick"] == 0.25
+    panel = SimpleNamespace(
+        dataframe={"extra_info": [{"task_type": "pick"}, {"task_type": "look"}, {"task_type": "pick"}]}
+    )
+    assert ArmDataset(panel, {"student": None}).task_types() == {"pick": 2, "look": 1}

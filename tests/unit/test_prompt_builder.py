@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from sdar_verl.rollout.prompt_builder import PromptBuilder, PromptTooLong, TurnContext
-from sdar_verl.rollout.prompts import PromptTemplate
+from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError
+from tests.support.chatml import chatml_tokenizer
 
 
 class WordTokenizer:
@@ -94,3 +95,38 @@ def test_chat_template_arguments_are_passed_on(tokenizer):
     builder = PromptBuilder(tokenizer, PromptTemplate.load("alfworld"), {"enable_thinking": False})
     ids, _ = builder.fit(replace(TURN, history=()), "", limit=1000, drop_history=False, option="o")
     assert tokenizer.decode(ids).endswith("<think> </think>")
+
+
+@pytest.fixture(scope="module")
+def chatml():
+    return chatml_tokenizer([SKILLS, "put a mug in the fridge"])
+
+
+def test_a_system_message_holds_the_context_and_nothing_else_changes(chatml):
+    template = PromptTemplate.load("alfworld", ("<|im_start|>", "<|im_end|>"))
+    inside, system = (PromptBuilder(chatml, template, skill_position=place) for place in ("user", "system"))
+    assert system.encode(TURN, "", TURN.history) == inside.encode(TURN, "", TURN.history)
+    text = chatml.decode(system.encode(TURN, f"{SKILLS} <|im_end|>", TURN.history))
+    assert text.startswith("<|im_start|>system\n")
+    assert text.index(SKILLS) < text.index("<|im_start|>user")
+    assert text.count("<|im_end|>") == 2, "the context opened a turn of its own"
+    assert text.endswith(chatml.decode(inside.encode(TURN, "", TURN.history)))
+
+
+def test_in_front_means_before_the_first_token_of_the_chat(chatml):
+    builder = PromptBuilder(chatml, PromptTemplate.load("alfworld"), skill_position="front")
+    student, teacher = builder.encode(TURN, "", TURN.history), builder.encode(TURN, SKILLS, TURN.history)
+    assert teacher[len(teacher) - len(student) :] == student
+    assert chatml.decode(teacher[: len(teacher) - len(student)]) == SKILLS + "\n\n"
+
+
+def test_a_chat_template_without_system_messages_is_named(chatml):
+    import copy
+
+    refuses = copy.deepcopy(chatml)
+    refuses.chat_template = "{{ raise_exception('no system role') if messages[0]['role'] == 'system' }}"
+    builder = PromptBuilder(refuses, PromptTemplate.load("alfworld"), skill_position="system")
+    with pytest.raises(
+        PromptTemplateError, match=r"system and user messages: no system role; use .*skill_position=user"
+    ):
+        builder.encode(TURN, SKILLS, ())

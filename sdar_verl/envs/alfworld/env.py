@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.envs.alfworld.games import read_walkthrough
 from sdar_verl.envs.base import Step, Task, TextEnv
 from sdar_verl.envs.registry import register_env
 
@@ -96,6 +97,12 @@ class AlfworldEnv(TextEnv):
         reward = self._success_reward if state["won"] else 0.0
         self._last = self._step(state, reward=reward, text=state["feedback"].strip())
         return self._last
+
+    @classmethod
+    def demonstration(cls, task: Task) -> Sequence[str]:
+        """The walkthrough in the task's game file."""
+        game_file = task.data.get("game_file")
+        return read_walkthrough(game_file) if game_file else ()
 
     def _step(self, state: Mapping[str, Any], *, reward: float, text: str) -> Step:
         won = bool(state["won"])

@@ -51,3 +51,17 @@ def read_game_file(path: str | Path) -> GameFile:
         raise GameFileError(f"{path}: its grammar has no line 'Your task is to: ...'; is this an ALFWorld game?")
     description = json.loads(f'"{line.group(1)}"')
     return GameFile(" ".join(description.split()).rstrip(" ."), solvable, sha256(content).hexdigest())
+
+
+def read_walkthrough(path: str | Path) -> list[str]:
+    """The solution that the makers of the game wrote into its file; empty when there is none.
+
+    Raises:
+        GameFileError: not a whole game file.
+        OSError: the file cannot be read.
+    """
+    try:
+        walkthrough = json.loads(Path(path).read_bytes()).get("walkthrough") or []
+    except (ValueError, AttributeError) as error:
+        raise GameFileError(f"{path} is not a whole ALFWorld game ({error}): download or generate it again") from error
+    return [" ".join(str(command).split()) for command in walkthrough]

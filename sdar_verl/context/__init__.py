@@ -1,0 +1,1 @@
+"""Privileged context: what the teacher sees and the student does not."""

@@ -1,0 +1,77 @@
+"""What a privileged context is made from, and what it gives: plain data, no verl, no tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sdar_verl.envs.base import Task
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Text for the teacher's slot.
+
+    Attributes:
+        text: the text; empty when there is none.
+        skills: names of the skills in it, in order; empty for other contexts.
+        no_match: skills were asked for, but none is this task's own.
+    """
+
+    text: str
+    skills: tuple[str, ...] = ()
+    no_match: bool = False
+
+
+@dataclass(frozen=True)
+class PlayedTurn:
+    """One turn of a finished episode.
+
+    Attributes:
+        observation: what the agent saw.
+        action: what it did; None where its answer held no action.
+        valid: the answer held an action, and the environment offered it.
+    """
+
+    observation: str
+    action: str | None
+    valid: bool
+
+
+@dataclass(frozen=True)
+class PlayedEpisode:
+    """A finished episode.
+
+    Attributes:
+        name: unique in its group, in an order that does not depend on which episode ended first.
+        turns: in order.
+        success: it solved its task.
+        reward: its return.
+        last_observation: what the environment answered to the last action.
+    """
+
+    name: str
+    turns: tuple[PlayedTurn, ...]
+    success: bool
+    reward: float
+    last_observation: str
+
+
+@dataclass(frozen=True)
+class ContextRequest:
+    """What a context function may read.
+
+    Attributes:
+        task: the task.
+        seed: ``sdar.context.seed``, for functions that draw.
+        skills: the skills that retrieval finds for the task; called by the context ``skills`` and by whoever wants it.
+        episode: the row's own episode; None for early contexts, which are made before it begins.
+        siblings: the other episodes of its group, in order of their names; empty for early contexts. An episode whose
+            environment failed is not among them.
+    """
+
+    task: Task
+    seed: int = 0
+    skills: Callable[[], Passage] | None = None
+    episode: PlayedEpisode | None = None
+    siblings: tuple[PlayedEpisode, ...] = ()

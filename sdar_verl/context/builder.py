@@ -1,0 +1,122 @@
+"""Makes the teacher's text for a row: the contexts of ``sdar.context.sources`` in order, then the control.
+
+The same object serves both places where teacher prompts are made: the agent loop, when everything is known before an
+episode begins, and the trainer, when a context reads finished episodes (``late``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from sdar_verl.config import ContextConfig
+from sdar_verl.context import builtin  # noqa: F401  registers the contexts of this package
+from sdar_verl.context.base import ContextRequest, Passage
+from sdar_verl.context.controls import placebo
+from sdar_verl.context.registry import ContextError, check_contexts, get_context
+from sdar_verl.context.words import WORDS
+
+MIN_KNOWN_WORDS = 16
+
+
+class ContextBuilder:
+    """Contexts of one run.
+
+    Args:
+        settings: the ``sdar.context`` node.
+        tokenizer: of the policy; placebos of the same length need it.
+
+    Raises:
+        ContextError: see :func:`~sdar_verl.context.registry.check_contexts`.
+    """
+
+    def __init__(self, settings: ContextConfig, tokenizer: Any) -> None:
+        check_contexts(settings.sources, settings.options)
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._contexts = [get_context(name) for name in settings.sources]
+
+    @property
+    def late(self) -> bool:
+        """Whether teacher prompts can only be made when the whole group has ended."""
+        return is_late(self._settings)
+
+    def early_passages(self, request: ContextRequest) -> dict[str, Passage]:
+        """Name -> passage of every context that is known before the episode."""
+        return {
+            context.name: context.make(request, self._options(context.name))
+            for context in self._contexts
+            if not context.late
+        }
+
+    def passage(self, request: ContextRequest, early: Mapping[str, Passage]) -> Passage:
+        """All contexts in the order of ``sdar.context.sources``; with an empty text when there is none.
+
+        Args:
+            request: with the finished episodes, where a context is late.
+            early: see :meth:`early_passages`.
+        """
+        return join(
+            [
+                context.make(request, self._options(context.name)) if context.late else early[context.name]
+                for context in self._contexts
+            ]
+        )
+
+    def controlled(self, real: Passage, task_id: str, other: Passage | None = None) -> Passage | None:
+        """What the teacher sees: ``real``, or its placebo by ``sdar.context.control``; None when it has no say.
+
+        Args:
+            real: see :meth:`passage`.
+            task_id: seeds the placebo's draws.
+            other: the passage of a task of another type, for the control ``wrong``.
+        """
+        if not real.text:
+            return None
+        control = self._settings.control
+        made = placebo(
+            control,
+            real,
+            seed=f"{self._settings.seed}:{task_id}",
+            count_tokens=self.count_tokens,
+            other=other,
+            vocabulary=self._known_words if control == "random_text" else WORDS,
+        )
+        return made if made is None or made.text or control == "empty" else None
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of ``text``, without special ones."""
+        return len(self._ids(text))
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _options(self, name: str) -> Mapping[str, Any]:
+        return self._settings.options.get(name, {})
+
+    @cached_property
+    def _known_words(self) -> Sequence[str]:
+        """Words that the tokenizer knows: a small word-level one makes one and the same token of all others."""
+        unknown = getattr(self._tokenizer, "unk_token_id", None)
+        known = [word for word in WORDS if unknown is None or unknown not in self._ids(word)]
+        if len(known) < MIN_KNOWN_WORDS:
+            raise ContextError(
+                f"sdar.context.control=random_text: the tokenizer knows {len(known)} of the {len(WORDS)} words to "
+                "draw from, too few for a text; use control=shuffled or wrong"
+            )
+        return known
+
+
+def is_late(settings: ContextConfig) -> bool:
+    """Whether a source reads finished episodes, or the control needs another group (``wrong``)."""
+    return settings.control == "wrong" or any(get_context(name).late for name in settings.sources)
+
+
+def join(passages: Sequence[Passage]) -> Passage:
+    """Several passages as one, a blank line between them."""
+    return Passage(
+        text="\n\n".join(passage.text for passage in passages if passage.text),
+        skills=tuple(name for passage in passages for name in passage.skills),
+        no_match=any(passage.no_match for passage in passages),
+    )

@@ -1,0 +1,103 @@
+"""The contexts of this package; each is one function. Texts are our own words.
+
+``skills``, ``answer`` and ``demonstration`` are known before an episode begins; ``sibling`` and ``feedback`` are
+late, known when its whole group has ended. What they stand for in the literature: docs/contexts.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode
+from sdar_verl.context.registry import ContextError, register_context
+from sdar_verl.envs.registry import demonstration_of
+
+SIBLING_CHOICES = ("shortest", "first")
+
+
+@register_context("skills")
+def skills(request: ContextRequest) -> Passage:
+    """The skills that ``sdar.skills.retrieval`` finds for the task (arXiv:2605.15155): the paper's context."""
+    if request.skills is None:
+        raise ContextError("context 'skills' was asked for where no skill bank is loaded")
+    return request.skills()
+
+
+@register_context("answer")
+def answer(request: ContextRequest, *, field: str = "answers") -> str:
+    """The ground truth of the task, from its data: a text, a number, or a list of them (any of which is right).
+
+    Args:
+        request: ``task`` is read.
+        field: key of the task's data.
+    """
+    truth = request.task.data.get(field)
+    if truth is None or truth == "" or truth == []:
+        keys = ", ".join(sorted(request.task.data)) or "nothing"
+        raise ContextError(
+            f"context 'answer' reads {field!r} from the task's data, which task {request.task.task_id!r} of "
+            f"environment {request.task.env!r} does not have (it has: {keys}); name the right one in "
+            "sdar.context.options.answer.field, or use the context 'demonstration'"
+        )
+    answers = [str(item) for item in truth] if isinstance(truth, list | tuple) else [str(truth)]
+    if len(answers) == 1:
+        return f"The right answer is: {answers[0]}"
+    return "Any of these answers is right:\n" + _listed(answers)
+
+
+@register_context("demonstration")
+def demonstration(request: ContextRequest) -> str:
+    """Actions that solve this very task, from its data or from the environment (ALFWorld: the game's walkthrough)."""
+    actions = demonstration_of(request.task)
+    if not actions:
+        raise ContextError(
+            f"context 'demonstration': neither the data of task {request.task.task_id!r} (key 'demonstration') nor "
+            f"environment {request.task.env!r} knows a solution"
+        )
+    return "Actions that solve this task, in order:\n" + _listed(actions)
+
+
+@register_context("sibling", late=True)
+def sibling(request: ContextRequest, *, choice: str = "shortest", observations: bool = True) -> str | None:
+    """A successful episode of the same group, never the row's own; None when there is none.
+
+    Args:
+        request: ``siblings`` are read.
+        choice: ``shortest`` (fewest turns; the first of several) or ``first`` by its number in the group.
+        observations: show what was seen at each turn, not the actions alone.
+    """
+    if choice not in SIBLING_CHOICES:
+        raise ContextError(f"sdar.context.options.sibling.choice={choice!r}; use one of {', '.join(SIBLING_CHOICES)}")
+    solved = [episode for episode in request.siblings if episode.success]
+    if not solved:
+        return None
+    best = min(solved, key=lambda episode: len(episode.turns)) if choice == "shortest" else solved[0]
+    return "An attempt at this task that succeeded:\n" + "\n".join(_story(best, observations))
+
+
+@register_context("feedback", late=True)
+def feedback(request: ContextRequest) -> str:
+    """What the environment had to say in the end about the row's own episode: outcome, invalid actions, last answer."""
+    episode = request.episode
+    if episode is None:
+        raise ContextError("context 'feedback' was asked for before the episode ended")
+    lines = [
+        f"This attempt {'solved' if episode.success else 'did not solve'} the task; "
+        f"it took {len(episode.turns)} turn{'s' if len(episode.turns) != 1 else ''} and earned {episode.reward:g}."
+    ]
+    invalid = [f"turn {i}: {turn.action or 'no action'}" for i, turn in enumerate(episode.turns, 1) if not turn.valid]
+    if invalid:
+        lines.append("Answers that the environment did not accept: " + "; ".join(invalid) + ".")
+    if episode.last_observation:
+        lines.append(f"The last thing seen was: {episode.last_observation}")
+    return "\n".join(lines)
+
+
+def _story(episode: PlayedEpisode, observations: bool) -> Iterable[str]:
+    for number, turn in enumerate(episode.turns, 1):
+        did = turn.action or "(nothing that could be read)"
+        yield f"{number}. seen: {turn.observation}\n   done: {did}" if observations else f"{number}. {did}"
+
+
+def _listed(lines: Iterable[str]) -> str:
+    return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))

@@ -1,0 +1,127 @@
+"""Privileged contexts by name; a third party adds its own with one decorator, from a module in ``sdar.modules``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from sdar_verl.context.base import ContextRequest, Passage
+from sdar_verl.errors import SdarError
+
+ContextFunction = TypeVar("ContextFunction", bound=Callable[..., "Passage | str | None"])
+
+
+class ContextError(SdarError):
+    """A context is unknown, wrongly set, or cannot be made from these tasks: a fault of the set-up."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """A registered context.
+
+    Attributes:
+        name: as in ``sdar.context.sources``.
+        function: ``(request, **options) -> Passage, text, or None`` (there is none for this row).
+        late: it reads finished episodes, so it can only be made when the whole group has ended.
+    """
+
+    name: str
+    function: Callable[..., Passage | str | None]
+    late: bool
+
+    def make(self, request: ContextRequest, options: Mapping[str, Any]) -> Passage:
+        """The passage for ``request``; with an empty text when there is none.
+
+        Raises:
+            ContextError: the function fails, or gives something else than text.
+        """
+        try:
+            made = self.function(request, **options)
+        except ContextError:
+            raise
+        except Exception as error:  # a third party's function can fail in any way Python can
+            raise ContextError(f"context {self.name!r}: {type(error).__name__}: {error}") from error
+        passage = Passage(made or "") if made is None or isinstance(made, str) else made
+        if not isinstance(passage, Passage):
+            raise ContextError(f"context {self.name!r} gave {type(made).__name__}; it must give text, Passage or None")
+        return passage if passage.text.strip() else replace(passage, text="")
+
+
+_contexts: dict[str, Context] = {}
+
+
+def register_context(name: str, *, late: bool = False) -> Callable[[ContextFunction], ContextFunction]:
+    """Decorator that enters a context function under ``name``.
+
+    The function takes a :class:`~sdar_verl.context.base.ContextRequest`, and as keyword-only arguments with defaults
+    what shall be settable under ``sdar.context.options.<name>``. It gives the teacher's text (or a ``Passage``), None
+    when there is none for this row, and raises :class:`ContextError` when the set-up is at fault.
+
+    Args:
+        name: of the context.
+        late: the function reads ``request.episode`` or ``request.siblings``.
+
+    Raises:
+        ContextError: the name is taken by another function. The same one registered again replaces itself.
+    """
+
+    def enter(function: ContextFunction) -> ContextFunction:
+        known = _contexts.get(name)
+        if known is not None and _origin(known.function) != _origin(function):
+            raise ContextError(
+                f"context {name!r} is registered already by {'.'.join(_origin(known.function))}; choose another name"
+            )
+        _contexts[name] = Context(name, function, late)
+        return function
+
+    return enter
+
+
+def context_names() -> list[str]:
+    """Names of the registered contexts, sorted."""
+    return sorted(_contexts)
+
+
+def get_context(name: str) -> Context:
+    """The context called ``name``.
+
+    Raises:
+        ContextError: unknown; lists the known ones.
+    """
+    if name not in _contexts:
+        raise ContextError(
+            f"unknown context {name!r}; known: {', '.join(context_names())}. A context of another package must be "
+            "imported first: name its module in sdar.modules"
+        )
+    return _contexts[name]
+
+
+def check_contexts(sources: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise a :class:`ContextError` for an unknown or doubled source, or for options that nobody takes."""
+    doubled = sorted({name for name in sources if list(sources).count(name) > 1})
+    if doubled:
+        raise ContextError(f"{', '.join(doubled)} named twice; each context is shown once")
+    for name in sources:
+        _check_options(get_context(name), options.get(name, {}))
+    unused = sorted(set(options) - set(sources))
+    if unused:
+        raise ContextError(
+            f"sdar.context.options.{unused[0]} has no effect: sdar.context.sources={list(sources)} does not name it"
+        )
+
+
+def _check_options(context: Context, options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(context.function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        names = ", ".join(map(repr, unknown))
+        raise ContextError(f"context {context.name!r} has no option {names}; known: {', '.join(known) or 'none'}")
+
+
+def _origin(function: Callable[..., Any]) -> tuple[str, str]:
+    return (getattr(function, "__module__", ""), getattr(function, "__qualname__", repr(function)))

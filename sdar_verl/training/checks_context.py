@@ -1,0 +1,121 @@
+"""What can be wrong with ``sdar.context`` and is known before Ray starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from sdar_verl.config import SdarConfig
+from sdar_verl.context.base import ContextRequest, Passage
+from sdar_verl.context.builder import is_late
+from sdar_verl.context.registry import ContextError, get_context
+from sdar_verl.envs.base import Task
+from sdar_verl.panels import PanelError, read_panel
+from sdar_verl.training.teacher_sources import get_source, list_sources
+
+PROBED_TASKS = 8
+"""Training tasks whose contexts are made once before the start."""
+
+
+def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Faults of the ``sdar.context`` node, one text each; unknown names are found elsewhere."""
+    context, source = sdar.context, sdar.teacher.source
+    try:
+        late = is_late(context)
+    except ContextError:
+        return []
+    skills_shown = {
+        "sdar.context.student": context.student == "skills",
+        "sdar.context.sources": source != "none" and "skills" in context.sources,
+        **{
+            f"sdar.validation.arms.{name}.context": arm.context == "skills"
+            for name, arm in sdar.validation.arms.items()
+        },
+    }
+    faults = []
+    if sdar.skills.retrieval == ["none"]:
+        faults += [
+            f"sdar.skills.retrieval=[none] leaves {option} without skills to show; choose a rule, or another context"
+            + (
+                " (a run without a teacher: sdar.teacher.source=none and sdar.loss.coef=0)"
+                if "sources" in option
+                else ""
+            )
+            for option, shown in skills_shown.items()
+            if shown
+        ]
+    for name, arm in sdar.validation.arms.items():
+        if arm.context == "teacher" and late:
+            faults.append(
+                f"sdar.validation.arms.{name}.context=teacher cannot show sdar.context.sources={context.sources} with "
+                f"control={context.control}: these are known only when a training group has ended; use context=skills"
+            )
+    if source == "none":
+        idle = {
+            f"sdar.context.sources={context.sources}": context.sources != ["skills"],
+            f"sdar.context.control={context.control}": context.control != "none",
+        }
+        shown = any(arm.context == "teacher" for arm in sdar.validation.arms.values())
+        return faults + [
+            f"{option} has no effect with sdar.teacher.source=none and no validation arm with context=teacher; "
+            "leave it out"
+            for option, changed in idle.items()
+            if changed and not shown
+        ]
+    same = context.student == "skills" and context.sources == ["skills"] and context.control == "none"
+    if same and source in list_sources() and get_source(source).equals_student == "always":
+        faults.append(
+            "sdar.context.student=skills shows the student what the teacher sees (sdar.context.sources=[skills]), and "
+            f"sdar.teacher.source={source} has the student's weights: the gap is 0 on every token. Use "
+            "sdar.teacher.source=none with sdar.loss.coef=0 (Skill-GRPO), or give the teacher more, e.g. "
+            "sdar.context.sources=[skills,demonstration]"
+        )
+    if context.control == "wrong":
+        faults += _other_types(config)
+    if not faults:
+        faults += _probe(config, sdar)
+    return faults
+
+
+def _other_types(config: DictConfig) -> list[str]:
+    types = {task.task_type for task in _tasks(config)}
+    if len(types) == 1:
+        return [
+            "sdar.context.control=wrong shows the context of a task of another type, but all tasks of data.train_files "
+            f"are of the type {types.pop()!r}; use control=shuffled or random_text"
+        ]
+    if config.data.train_batch_size < 2:
+        return ["sdar.context.control=wrong takes another task of the same step: data.train_batch_size must be above 1"]
+    return []
+
+
+def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Make the early contexts of a few tasks, but for the skills, which have checks of their own."""
+    names = [name for name in sdar.context.sources if name != "skills" and not get_context(name).late]
+    for task in _first(_tasks(config), PROBED_TASKS):
+        request = ContextRequest(task, seed=sdar.context.seed, skills=lambda: Passage(""))
+        for name in names:
+            try:
+                get_context(name).make(request, sdar.context.options.get(name, {}))
+            except ContextError as error:
+                return [f"sdar.context.sources: {error}"]
+    return []
+
+
+def _tasks(config: DictConfig) -> Iterator[Task]:
+    """Training tasks, of the panels that can be read here; what is wrong with others is found elsewhere."""
+    files = config.data.train_files
+    for file in [files] if isinstance(files, str) else list(files or []):
+        path = Path(str(file)).expanduser()
+        if path.is_file():
+            try:
+                yield from read_panel(path)
+            except PanelError:
+                continue
+
+
+def _first(tasks: Iterator[Task], count: int) -> list[Any]:
+    return [task for _, task in zip(range(count), tasks, strict=False)]

@@ -1,0 +1,149 @@
+"""Teacher prompts that can only be made when the whole group has ended: made here, by the trainer.
+
+The agent loop keeps on each row what its prompt was made from, and on the first row of an episode its task and early
+contexts. From these the very same template and chat template give the teacher's prompt; nothing is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from omegaconf import DictConfig
+
+from sdar_verl.config import SdarConfig
+from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode, PlayedTurn
+from sdar_verl.context.builder import ContextBuilder
+from sdar_verl.envs.base import Task
+from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
+from sdar_verl.rollout.rows import EpisodeNote, RowInfo
+from sdar_verl.rollout.runtime import make_prompts
+from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
+
+
+@dataclass
+class _Episode:
+    """Rows of one finished episode, in order of their turns."""
+
+    name: str
+    note: EpisodeNote
+    infos: list[RowInfo]
+
+    @property
+    def played(self) -> PlayedEpisode:
+        steps = [step for info in self.infos for step in info.steps]
+        turns = [PlayedTurn(step.observation, step.action, not step.invalid) for step in steps]
+        first = self.infos[0]
+        return PlayedEpisode(self.name, tuple(turns), first.success, self.note.reward, self.note.last_observation)
+
+
+@dataclass
+class _Group:
+    """Finished episodes of one prompt, in order of their names."""
+
+    task: Task
+    episodes: list[_Episode] = field(default_factory=list)
+
+
+class LateContexts:
+    """Fills in the teacher's prompts of a step.
+
+    Args:
+        settings: the ``sdar`` node.
+        contexts: of the run.
+        prompts: the agent loop's, see :func:`~sdar_verl.rollout.runtime.make_prompts`.
+    """
+
+    def __init__(self, settings: SdarConfig, contexts: ContextBuilder, prompts: PromptBuilder) -> None:
+        self._settings = settings
+        self._contexts = contexts
+        self._prompts = prompts
+
+    def fill(self, keys: Sequence[str], infos: Sequence[RowInfo | None]) -> None:
+        """Add the teacher's prompt to every row whose context exists.
+
+        Args:
+            keys: verl's row keys, ``{uid}_{session}_{turn}``.
+            infos: one record per row; None for padding rows.
+
+        Raises:
+            ContextError: a context function fails.
+        """
+        groups = _groups(keys, infos)
+        for uid, group in groups.items():
+            for episode in group.episodes:
+                self._fill_episode(groups, uid, episode)
+
+    def _fill_episode(self, groups: Mapping[str, _Group], uid: str, episode: _Episode) -> None:
+        group = groups[uid]
+        real = self._passage(group, episode)
+        other = self._other(groups, group) if self._settings.context.control == "wrong" and real.text else None
+        seen = self._contexts.controlled(real, group.task.task_id, other)
+        for index, info in enumerate(episode.infos):
+            info.skills, info.no_match = real.skills, real.no_match
+            info.context_missing = seen is None
+            for step in info.steps:
+                if step.text is not None:  # on traced steps
+                    step.text["context"] = seen.text if seen is not None else ""
+            if seen is not None:
+                add_teacher_prompt(
+                    info, self._prompts, self._shown(group.task, episode, index), seen, self._settings.teacher
+                )
+        if seen is not None and episode.infos[0].teacher_prompt_ids is not None:
+            episode.note.context = seen.text
+
+    def _passage(self, group: _Group, episode: _Episode) -> Passage:
+        request = ContextRequest(
+            group.task,
+            seed=self._settings.context.seed,
+            episode=episode.played,
+            siblings=tuple(other.played for other in group.episodes if other is not episode),
+        )
+        early = {name: Passage(**fields) for name, fields in episode.note.passages.items()}
+        return self._contexts.passage(request, early)
+
+    def _other(self, groups: Mapping[str, _Group], group: _Group) -> Passage | None:
+        """The context of an episode of this step whose task is of another type; None when there is none."""
+        others = [other for other in groups.values() if other.task.task_type != group.task.task_type]
+        candidates = [(other, episode) for other in others for episode in other.episodes]
+        Random(f"{self._settings.context.seed}:{group.task.task_id}").shuffle(candidates)
+        passages = (self._passage(other, episode) for other, episode in candidates)
+        return next((passage for passage in passages if passage.text), None)
+
+    def _shown(self, task: Task, episode: _Episode, index: int) -> TurnContext:
+        """What the student was shown at a turn, as the agent loop put it."""
+        info = episode.infos[index]
+        length = min(self._settings.prompt.history_length, index) - info.history_dropped
+        return TurnContext(
+            task=task.description,
+            history=tuple((past.observation, past.action) for past in episode.infos[index - length : index]),
+            observation=info.observation,
+            admissible_actions=tuple(info.admissible_actions),
+            step=info.turn + 1,
+            max_steps=self._settings.env.max_steps,
+        )
+
+
+def late_contexts(config: DictConfig, sdar: SdarConfig, tokenizer: Any) -> LateContexts | None:
+    """The run's, or None where the agent loop makes the teacher's prompts."""
+    contexts = ContextBuilder(sdar.context, tokenizer)
+    return LateContexts(sdar, contexts, make_prompts(config, sdar, tokenizer)) if contexts.late else None
+
+
+def _groups(keys: Sequence[str], infos: Sequence[RowInfo | None]) -> dict[str, _Group]:
+    """uid -> group, in order of uid; padding rows and failed episodes are left out."""
+    rows: dict[tuple[str, int], list[RowInfo]] = {}
+    for key, info in zip(keys, infos, strict=True):
+        if info is not None and not info.failed:
+            uid, session, _ = key.rsplit("_", 2)
+            rows.setdefault((uid, int(session)), []).append(info)
+    groups: dict[str, _Group] = {}
+    for (uid, number), members in sorted(rows.items(), key=lambda item: item[0]):
+        members = sorted(members, key=lambda info: info.turn)
+        note = members[0].episode
+        assert note is not None, "the first row of an episode carries its note"
+        group = groups.setdefault(uid, _Group(Task(**note.task)))
+        group.episodes.append(_Episode(f"{uid}_{number}", note, members))
+    return groups

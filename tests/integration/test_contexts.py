@@ -1,0 +1,107 @@
+"""Late contexts, placebos and whole conversations through verl's own main_ppo on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK
+from tests.integration.test_training import plain_log_probs, train
+from tests.support.verl_run import Run
+
+pytestmark = pytest.mark.integration
+
+
+def first_step(run: Run) -> tuple[dict[str, Any], list[bool]]:
+    record = torch.load(run.folder / "step_1.pt", weights_only=False)
+    return record, [not tag.get("is_padding", False) for tag in record["tags"]]
+
+
+def rows(record: dict[str, Any], real: list[bool], name: str) -> list[torch.Tensor]:
+    return [row for row, is_real in zip(record[name], real, strict=True) if is_real]
+
+
+def test_a_shuffled_sibling_teaches_every_group_that_has_one(tmp_path: Path) -> None:
+    run = train(
+        tmp_path,
+        "sdar.teacher.source=actor",
+        "sdar.teacher.max_prompt_length=480",
+        "sdar.context.sources=[sibling]",
+        "sdar.context.control=shuffled",
+        steps=2,
+        record=True,
+    )
+    record, real = first_step(run)
+    metrics = run.metrics[1]
+    assert metrics["sdar/context_share"] + metrics["sdar/context_missing_share"] == pytest.approx(1.0)
+    assert metrics["sdar/empty_context_gap"] <= 1e-6
+
+    named = [(key, info) for key, info in zip(record["keys"], record["infos"], strict=True) if info is not None]
+    solved: dict[str, set[str]] = {}
+    for key, info in named:
+        uid, session, _ = key.rsplit("_", 2)
+        solved.setdefault(uid, set()).update({session} if info.success else set())
+    expected = [bool(solved[key.rsplit("_", 2)[0]] - {key.rsplit("_", 2)[1]}) for key, _ in named]
+    assert any(expected), "no group has a sibling to learn from, so the run shows nothing"
+    assert [info.teacher_prompt_ids is not None for _, info in named] == expected
+
+    # A row without a context is masked; on the others, the teacher's log-probs are those of its own prompt.
+    masks = rows(record, real, TEACHER_MASK)
+    assert [bool(mask.any()) for mask in masks] == expected
+    seen = [i for i, has_context in enumerate(expected) if has_context]
+    prompts = [torch.as_tensor(named[i][1].teacher_prompt_ids, dtype=torch.int64) for i in seen]
+    responses = rows(record, real, "responses")
+    plain = plain_log_probs(prompts, [responses[i] for i in seen])
+    recorded = rows(record, real, TEACHER_LOG_PROBS)
+    assert max((recorded[i] - there).abs().max().item() for i, there in zip(seen, plain, strict=True)) < 2e-4
+    assert set(run.metrics) == {1, 2}
+
+
+def test_a_conversation_is_one_row_with_its_observations_masked(tmp_path: Path) -> None:
+    run = train(
+        tmp_path,
+        "sdar.teacher.source=actor",
+        "sdar.rollout.rows=trajectory",
+        "sdar.rollout.turn_length=20",
+        "sdar.prompt.history_length=0",
+        "data.max_response_length=170",
+        "sdar.update.mini_batch_rows=16",
+        steps=2,
+        record=True,
+    )
+    record, real = first_step(run)
+    infos = [info for info in record["infos"] if info is not None]
+    assert sum(real) == run.metrics[1]["sdar/rows"] == run.metrics[1]["sdar/episodes"] == 16
+    assert run.metrics[1]["sdar/cut_episodes"] == 0
+    assert run.metrics[1]["sdar/turns"] == pytest.approx(sum(len(info.turns) for info in infos) / 16)
+    assert any(len(info.turns) == 3 for info in infos)
+
+    # The very tokens that were sampled carry the loss, and log-probs are those of the whole conversation.
+    masks, responses = rows(record, real, "response_mask"), rows(record, real, "responses")
+    for info, mask, response in zip(infos, masks, responses, strict=True):
+        sampled = torch.zeros_like(mask)
+        for turn in info.turns:
+            sampled[turn.start : turn.stop] = 1
+        assert torch.equal(mask, sampled)
+        assert info.turns[0].start == 0 and info.turns[-1].stop == len(response)
+    student = plain_log_probs(rows(record, real, "prompts"), responses)
+    teacher = plain_log_probs(
+        [torch.as_tensor(info.teacher_prompt_ids, dtype=torch.int64) for info in infos], responses
+    )
+    for name, plain in (("old_log_probs", student), (TEACHER_LOG_PROBS, teacher)):
+        worst = max(
+            ((there - here) * mask).abs().max().item()
+            for here, there, mask in zip(plain, rows(record, real, name), masks, strict=True)
+        )
+        assert worst < 2e-4, name
+    assert all(torch.equal(mask, there) for mask, there in zip(masks, rows(record, real, TEACHER_MASK), strict=True))
+
+    # One advantage for the episode; the penalty only on the tokens of the turns that earned it.
+    for info, mask, advantages in zip(infos, masks, rows(record, real, "advantages"), strict=True):
+        assert (advantages * (1 - mask)).abs().max() == 0
+        outcome = [advantages[turn.start : turn.stop] + 0.1 * turn.invalid for turn in info.turns]
+        assert all((turn - outcome[0][0]).abs().max() < 1e-5 for turn in outcome)
+    assert any(turn.invalid for info in infos for turn in info.turns)

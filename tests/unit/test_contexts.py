@@ -1,0 +1,280 @@
+"""Privileged contexts: the functions, their registry, placebos, and how they are combined."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from sdar_verl.config import ContextConfig
+from sdar_verl.context import builtin, registry
+from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode, PlayedTurn
+from sdar_verl.context.builder import ContextBuilder, is_late, join
+from sdar_verl.context.controls import CONTROLS, fit_text, placebo, shuffle_words
+from sdar_verl.context.registry import ContextError, check_contexts, context_names, get_context, register_context
+from sdar_verl.context.words import WORDS
+from sdar_verl.envs.base import Task, TextEnv
+from sdar_verl.envs.registry import demonstration_of
+from sdar_verl.local import start_policy
+from tests.support.chatml import chatml_tokenizer
+
+TASK = Task("toy", "task-1", "pick", "put a mug on desk", {"answers": ["Paris", "the city of Paris"], "year": 1789})
+SKILL = "mugs live in the cabinet .\ncabinets must be opened first .\n\nthen go to the desk ."
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(registry, "_contexts", dict(registry._contexts))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(start_policy())
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    text = [" ".join(WORDS[i : i + 9]) for i in range(0, len(WORDS), 9)]
+    return chatml_tokenizer([*text, *[SKILL] * 5])
+
+
+def episode(name: str, success: bool, actions: list[str | None], valid: bool = True) -> PlayedEpisode:
+    turns = tuple(PlayedTurn(f"sight {i}", action, valid) for i, action in enumerate(actions))
+    return PlayedEpisode(name, turns, success, 10.0 * success, "the end")
+
+
+# ---------------------------------------------------------------- the functions
+
+
+def test_answer_is_the_tasks_ground_truth():
+    answer = get_context("answer")
+    text = answer.make(ContextRequest(TASK), {}).text
+    assert "1. Paris" in text and "2. the city of Paris" in text
+    assert answer.make(ContextRequest(TASK), {"field": "year"}).text.endswith("1789")
+    with pytest.raises(ContextError, match=r"'goal'.*task-1.*has: answers, year.*answer\.field.*demonstration"):
+        answer.make(ContextRequest(TASK), {"field": "goal"})
+
+
+def test_demonstration_comes_from_the_task_or_from_the_environment(tmp_path):
+    stored = Task("alfworld", "t", "pick", "d", {"demonstration": ["look", "go to desk 1"]})
+    text = get_context("demonstration").make(ContextRequest(stored), {}).text
+    assert text.splitlines()[1:] == ["1. look", "2. go to desk 1"]
+    game = tmp_path / "game.tw-pddl"
+    game.write_text(json.dumps({"walkthrough": ["go to  desk 1", "take mug 1 from desk 1"]}))
+    assert demonstration_of(Task("alfworld", "t", "pick", "d", {"game_file": str(game)})) == [
+        "go to desk 1",
+        "take mug 1 from desk 1",
+    ]
+    game.write_text(json.dumps({"walkthrough": None}))
+    with pytest.raises(ContextError, match=r"'demonstration'.*'t'.*alfworld"):
+        get_context("demonstration").make(ContextRequest(Task("alfworld", "t", "", "", {"game_file": str(game)})), {})
+    game.write_text("{")
+    with pytest.raises(ContextError, match="not a whole ALFWorld game"):
+        get_context("demonstration").make(ContextRequest(Task("alfworld", "t", "", "", {"game_file": str(game)})), {})
+
+
+def test_an_environment_knows_no_solution_unless_it_says_so():
+    assert TextEnv.demonstration(TASK) == ()
+
+
+def test_sibling_shows_the_shortest_success_or_the_first():
+    siblings = (
+        episode("u_0", False, ["lost"]),
+        episode("u_1", True, ["a", "b", "c"]),
+        episode("u_2", True, ["d", None]),
+        episode("u_3", True, ["e", "f"]),
+    )
+    request = ContextRequest(TASK, episode=episode("u_4", False, ["x"]), siblings=siblings)
+    sibling = get_context("sibling")
+    assert sibling.late
+    shortest = sibling.make(request, {}).text
+    assert "seen: sight 0\n   done: d" in shortest and "nothing that could be read" in shortest
+    assert sibling.make(request, {"choice": "first", "observations": False}).text.splitlines()[1:] == [
+        "1. a",
+        "2. b",
+        "3. c",
+    ]
+    assert sibling.make(ContextRequest(TASK, siblings=siblings[:1]), {}).text == ""
+    with pytest.raises(ContextError, match=r"sibling\.choice='best'.*shortest, first"):
+        sibling.make(request, {"choice": "best"})
+
+
+def test_feedback_tells_outcome_invalid_actions_and_the_last_answer():
+    feedback = get_context("feedback")
+    assert feedback.late
+    lost = feedback.make(ContextRequest(TASK, episode=episode("u_0", False, ["fly", None], valid=False)), {}).text
+    assert "did not solve" in lost and "2 turns" in lost and "turn 1: fly; turn 2: no action" in lost
+    assert lost.endswith("the end")
+    won = feedback.make(ContextRequest(TASK, episode=episode("u_0", True, ["go"])), {}).text
+    assert "solved the task" in won and "1 turn " in won and "did not accept" not in won
+
+
+# ---------------------------------------------------------------- the registry
+
+
+def test_unknown_doubled_and_idle_settings_are_named():
+    with pytest.raises(ContextError, match=r"unknown context 'skill'; known: answer, .*sdar\.modules"):
+        check_contexts(["skill"], {})
+    with pytest.raises(ContextError, match="skills named twice"):
+        check_contexts(["skills", "skills"], {})
+    with pytest.raises(ContextError, match=r"options\.sibling has no effect.*\['skills'\]"):
+        check_contexts(["skills"], {"sibling": {"choice": "first"}})
+    with pytest.raises(ContextError, match=r"'sibling' has no option 'pick'; known: choice, observations"):
+        check_contexts(["sibling"], {"sibling": {"pick": "first"}})
+    check_contexts(["skills", "sibling"], {"sibling": {"choice": "first"}})
+
+
+def test_a_name_belongs_to_one_function(own_registry):
+    @register_context("mine")
+    def mine(request: ContextRequest) -> str:
+        return "text"
+
+    assert "mine" in context_names()
+    register_context("mine")(mine)
+    with pytest.raises(ContextError, match="'mine' is registered already"):
+        register_context("mine")(lambda request: "other")
+
+
+def test_a_context_that_fails_or_gives_no_text_is_named(own_registry):
+    register_context("broken")(lambda request: 1 / 0)
+    register_context("number")(lambda request: 7)
+    with pytest.raises(ContextError, match="'broken': ZeroDivisionError"):
+        get_context("broken").make(ContextRequest(TASK), {})
+    with pytest.raises(ContextError, match="'number' gave int"):
+        get_context("number").make(ContextRequest(TASK), {})
+
+
+PACKAGE = """
+from sdar_verl.context.registry import register_context
+
+@register_context("weather", late=True)
+def weather(request, *, city="Paris"):
+    return f"It rains in {city}; the reward was {request.episode.reward:g}."
+"""
+
+
+def test_another_package_brings_its_own_context(tmp_path):
+    """In a process of its own, with nothing but sdar.modules naming the package."""
+    (tmp_path / "their_package.py").write_text(PACKAGE)
+    program = """
+from sdar_verl.config import load_config
+from sdar_verl.context.base import ContextRequest, PlayedEpisode
+from sdar_verl.context.builder import ContextBuilder
+from sdar_verl.envs.base import Task
+from sdar_verl.modules import import_modules
+node = {"modules": ["their_package"], "context": {"sources": ["weather"], "options": {"weather": {"city": "Rome"}}}}
+sdar = load_config(node)
+import_modules(sdar.all_modules)
+contexts = ContextBuilder(sdar.context, tokenizer=None)
+request = ContextRequest(Task("e", "t", "y", "d"), episode=PlayedEpisode("u_0", (), True, 3.0, ""))
+print(contexts.late, contexts.passage(request, {}).text)
+"""
+    root = Path(__file__).parents[2]
+    path = {"PYTHONPATH": f"{root}:{tmp_path}"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=path, cwd=tmp_path)
+    assert run.stdout.strip() == "True It rains in Rome; the reward was 3.", run.stderr
+
+
+# ---------------------------------------------------------------- placebos
+
+
+def length(tokenizer):
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "bpe"])
+@pytest.mark.parametrize("control", ["shuffled", "wrong", "random_text"])
+def test_a_placebo_is_as_long_as_the_real_text(control, kind, request):
+    """``wrong`` and ``random_text`` miss by less than one word; ``shuffled`` by what a moved line break costs."""
+    tokenizer = request.getfixturevalue(kind)
+    count = length(tokenizer)
+    other = Passage("eggs live in the fridge .\nheat them in the microwave .")
+    made = placebo(control, Passage(SKILL, ("mug",)), seed="0:t", count_tokens=count, other=other)
+    assert made.text != SKILL
+    assert made.skills == ("mug",)
+    longest_word = max(count(" " + word) for word in [*WORDS, *SKILL.split(), *other.text.split()])
+    slack = longest_word if control != "shuffled" else SKILL.count("\n") * 2
+    assert abs(count(made.text) - count(SKILL)) <= slack
+
+
+def test_placebos_repeat_per_task_and_differ_between_tasks(tokenizer):
+    for control in ("shuffled", "random_text"):
+        made = [placebo(control, Passage(SKILL), seed=seed, count_tokens=length(tokenizer)).text for seed in "aab"]
+        assert made[0] == made[1] != made[2]
+
+
+def test_the_other_controls(tokenizer):
+    real = Passage(SKILL, ("mug",), True)
+    assert placebo("none", real, seed="0", count_tokens=len) is real
+    assert placebo("empty", real, seed="0", count_tokens=len) == Passage("", ("mug",), True)
+    assert placebo("wrong", real, seed="0", count_tokens=len, other=None) is None
+    with pytest.raises(ContextError, match=r"sdar\.context\.control='blank'.*" + ", ".join(CONTROLS)):
+        placebo("blank", real, seed="0", count_tokens=len)
+
+
+@given(st.text(alphabet="ab \n\t", max_size=60), st.integers(0, 5))
+def test_shuffling_keeps_words_and_white_space(text, seed):
+    mixed = shuffle_words(text, random.Random(seed))
+    assert Counter(mixed.split()) == Counter(text.split())
+    assert re.findall(r"\s+", mixed) == re.findall(r"\s+", text)
+    assert len(mixed) == len(text)
+
+
+@given(st.lists(st.sampled_from(["a", "bb", "ccc"]), min_size=1, max_size=20), st.integers(1, 60))
+def test_a_text_is_fitted_to_the_last_word_that_fits(words, tokens):
+    count = lambda text: len(text.replace(" ", "").replace("\n", ""))  # noqa: E731  a character a token
+    fitted = fit_text(" ".join(words), tokens, count)
+    kept = fitted.split()
+    endless = words * (tokens + 1)
+    assert kept == endless[: len(kept)]
+    assert len(kept) == 1 or count(fitted) <= tokens
+    assert count(" ".join(endless[: len(kept) + 1])) > tokens
+
+
+def test_random_text_takes_words_that_the_tokenizer_knows(tokenizer):
+    contexts = ContextBuilder(ContextConfig(control="random_text"), tokenizer)
+    made = contexts.controlled(Passage(SKILL), "task-1")
+    assert tokenizer.unk_token_id not in tokenizer(made.text)["input_ids"]
+    assert len(set(made.text.split())) > 5
+
+
+# ---------------------------------------------------------------- together
+
+
+def test_passages_are_joined_in_the_order_of_the_sources(tokenizer):
+    contexts = ContextBuilder(ContextConfig(sources=["answer", "skills"]), tokenizer)
+    request = ContextRequest(TASK, skills=lambda: Passage("know this", ("a",), True))
+    whole = contexts.passage(request, contexts.early_passages(request))
+    assert whole.text.endswith("2. the city of Paris\n\nknow this")
+    assert (whole.skills, whole.no_match) == (("a",), True)
+    assert join([Passage(""), Passage("x"), Passage("")]).text == "x"
+
+
+def test_no_context_gives_the_teacher_no_say_but_the_control_empty_does(tokenizer):
+    real = ContextBuilder(ContextConfig(), tokenizer)
+    assert real.controlled(Passage("", no_match=True), "t") is None
+    empty = ContextBuilder(ContextConfig(control="empty"), tokenizer)
+    assert empty.controlled(Passage("text"), "t") == Passage("")
+
+
+def test_late_is_what_must_wait_for_the_group():
+    assert not is_late(ContextConfig(sources=["skills", "demonstration"], control="shuffled"))
+    assert is_late(ContextConfig(sources=["skills", "sibling"]))
+    assert is_late(ContextConfig(control="wrong"))
+
+
+def test_every_builtin_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "contexts.md").read_text()
+    names = [name for name in context_names() if get_context(name).function.__module__ == builtin.__name__]
+    assert len(names) == 5
+    assert all(f"`{name}`" in text for name in [*names, *CONTROLS])

@@ -1,0 +1,140 @@
+"""Teacher prompts that the trainer makes after the group has ended, from what the agent loop kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from sdar_verl.config import load_config
+from sdar_verl.context import registry
+from sdar_verl.context.registry import register_context
+from sdar_verl.envs.base import Task
+from sdar_verl.local import start_policy
+from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.training.late_context import late_contexts
+from tests.support.scripted import GOOD, LOST, MUTE, TASK, WRONG, play_episode, scripted_config
+
+LIMITS = {"teacher__max_prompt_length": 2000}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(start_policy())
+
+
+@pytest.fixture
+def step(tokenizer, monkeypatch):
+    """Plays episodes, ``{(uid, session): (task, script)}``, and fills in the teacher's prompts of the whole step."""
+
+    def run(episodes, **settings):
+        settings = {**LIMITS, **settings}
+        config = scripted_config(**settings)
+        keys, infos = [], []
+        for (uid, session), (task, script) in episodes.items():
+            _, records, _, _ = play_episode(monkeypatch, tokenizer, script, task=task, **settings)
+            keys += [f"{uid}_{session}_{i}" for i in range(len(records))]
+            infos += records
+        late = late_contexts(config, load_config(config.sdar), tokenizer)
+        if late is not None:
+            late.fill([*keys, "pad_0_0"], [*infos, None])
+        return dict(zip(keys, infos, strict=True))
+
+    return run
+
+
+def text_of(tokenizer, info: RowInfo) -> str:
+    return tokenizer.decode(info.teacher_prompt_ids.tolist())
+
+
+GROUP = {
+    ("u0", 0): (TASK, [LOST, LOST, GOOD]),
+    ("u0", 1): (TASK, [LOST, GOOD]),
+    ("u0", 2): (TASK, [MUTE, WRONG, LOST]),
+}
+
+
+def test_the_late_path_gives_the_very_tokens_of_the_early_one(step, monkeypatch):
+    """Skills, once made in the agent loop and once by the trainer: the same ids on every row, history and all."""
+    early = step(GROUP, prompt__history_length=1)
+    monkeypatch.setattr(registry, "_contexts", dict(registry._contexts))
+    register_context("nothing", late=True)(lambda request: None)
+    late = step(GROUP, prompt__history_length=1, context__sources=["skills", "nothing"])
+    assert early.keys() == late.keys() and len(early) == 8
+    for key, info in early.items():
+        assert np.array_equal(info.teacher_prompt_ids, late[key].teacher_prompt_ids), key
+        assert info.context_tokens == late[key].context_tokens > 0
+        assert info.skills == tuple(late[key].skills)
+    assert early["u0_0_0"].episode.context == late["u0_0_0"].episode.context
+
+
+def test_dropped_history_is_dropped_for_the_late_teacher_too(step, tokenizer):
+    whole = step({("u0", 0): (TASK, [LOST, LOST, GOOD])})
+    limit = whole["u0_0_2"].prompt_tokens - 1
+    early = step({("u0", 0): (TASK, [LOST, LOST, GOOD])}, max_prompt_length=limit)
+    late = step(
+        {("u0", 0): (TASK, [LOST, LOST, GOOD])}, max_prompt_length=limit, context__sources=["skills", "feedback"]
+    )
+    assert late["u0_0_2"].history_dropped == 1
+    plain, seen = (text_of(tokenizer, rows["u0_0_2"]) for rows in (early, late))
+    assert plain.split("obs")[1:] == seen.split("obs")[1:]
+
+
+def test_a_sibling_is_a_success_of_another_episode_of_the_group(step, tokenizer):
+    other = replace(TASK, task_id="task-2")
+    rows = step(
+        {**GROUP, ("u1", 0): (other, [LOST, LOST, LOST]), ("u1", 1): (other, [GOOD])}, context__sources=["sibling"]
+    )
+    assert rows["u0_0_0"].context_missing is False
+    # The shortest success is the second episode; its own sibling is the first, which took one turn more.
+    assert [rows[f"u0_{i}_0"].episode.context.count("seen:") for i in range(3)] == [2, 3, 2]
+    # It is on every row of the episode, as the template puts it.
+    for key in ("u0_0_0", "u0_0_1", "u0_0_2"):
+        assert "go to desk 1 2 ." in text_of(tokenizer, rows[key])
+    # In the other group, the only success has no sibling to learn from.
+    assert rows["u1_0_0"].teacher_prompt_ids is not None
+    assert rows["u1_1_0"].teacher_prompt_ids is None and rows["u1_1_0"].context_missing
+    assert rows["u1_1_0"].episode.context is None
+
+
+def test_feedback_is_the_rows_own_episodes(step, tokenizer):
+    rows = step(GROUP, context__sources=["feedback"])
+    assert "go to bed 1" in text_of(tokenizer, rows["u0_2_0"])
+    assert "go to bed 1" not in text_of(tokenizer, rows["u0_1_0"])
+    assert rows["u0_2_0"].episode.last_observation == "nothing happens ."
+    assert rows["u0_1_0"].episode.reward == 10.0
+
+
+def test_wrong_is_the_context_of_another_type_at_the_real_length(step, tokenizer):
+    egg = Task("scripted", "task-2", "heat", "heat some egg", {})
+    pen = replace(TASK, task_id="task-3", description="put some pen on desk")
+    rows = step(
+        {("u0", 0): (TASK, [GOOD]), ("u1", 0): (egg, [GOOD]), ("u2", 0): (pen, [GOOD])}, context__control="wrong"
+    )
+    plain = step({("u0", 0): (TASK, [GOOD])})
+    assert "apple" in plain["u0_0_0"].episode.context and "apple" not in rows["u0_0_0"].episode.context
+    assert "egg" in rows["u0_0_0"].episode.context
+    assert abs(rows["u0_0_0"].context_tokens - plain["u0_0_0"].context_tokens) <= 2
+    alone = step({("u0", 0): (TASK, [GOOD]), ("u2", 0): (pen, [GOOD])}, context__control="wrong")
+    assert alone["u0_0_0"].context_missing and alone["u0_0_0"].teacher_prompt_ids is None
+
+
+@pytest.mark.parametrize("control", ["shuffled", "random_text"])
+def test_a_placebo_stands_where_the_skills_stood(step, tokenizer, control):
+    real, made = step(GROUP)["u0_0_0"], step(GROUP, context__control=control)["u0_0_0"]
+    assert made.skills == real.skills
+    assert made.teacher_prompt_ids.tolist() != real.teacher_prompt_ids.tolist()
+    assert abs(made.context_tokens - real.context_tokens) <= 2
+
+
+def test_empty_gives_the_teacher_the_students_prompt_and_a_say(step):
+    info = step(GROUP, context__control="empty")["u0_0_0"]
+    assert info.teacher_prompt_ids is not None and info.context_tokens == 0
+    assert not info.context_missing
+
+
+def test_a_late_teacher_prompt_that_is_too_long_is_an_error(step):
+    rows = step(GROUP, context__sources=["sibling"], teacher__max_prompt_length=40)
+    assert "sdar.teacher.max_prompt_length=40 is too small" in rows["u0_0_0"].error
