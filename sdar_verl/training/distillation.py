@@ -234,4 +234,4 @@ def put_padded(rows: StepRows, fields: dict[str, torch.Tensor], stored: TensorDi
     from verl.workers.utils.padding import response_to_nested
 
     nested = {name: response_to_nested(value.contiguous(), stored["response_mask"]) for name, value in fields.items()}
-    rows.put(TensorDict(nested, batch_size=len(rows.batch)))
+    rows.put(TensorDict(nested, batch_size=len(rows.batch.keys)))

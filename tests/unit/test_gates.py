@@ -8,7 +8,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sdar_verl.algorithm.gates import _GATES, get_gate, list_gates, register_gate
+from sdar_verl.algorithm.gates import (
+    _GATES,
+    Ranges,
+    check_gate_options,
+    gate_reads,
+    get_gate,
+    list_gates,
+    register_gate,
+    value_ranges,
+)
 from sdar_verl.algorithm.loss import distillation_terms
 
 VOCAB = 7
@@ -138,3 +147,79 @@ def test_a_taken_name_is_refused(clipped_gate: str) -> None:
     with pytest.raises(ValueError, match=r"gate 'gap' is already registered by sdar_verl\.algorithm\.gates\.gap_gate"):
         register_gate("gap")(lambda gap, **_: gap)
     register_gate("gap")(get_gate("gap"))  # the same function again is no conflict
+
+
+def test_entropy_gate_is_a_sigmoid_of_the_entropy_and_never_below_half() -> None:
+    gap, entropy = torch.tensor([[-9.0, 9.0, 0.0]]), torch.tensor([[0.0, 0.2, 3.0]])
+    weight = get_gate("entropy")(gap, beta=2.0, entropy=entropy)
+    torch.testing.assert_close(weight, torch.sigmoid(2.0 * entropy))
+    assert (weight >= 0.5).all()
+
+
+def test_entropy_gate_has_no_expected_gradient(logits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Every token that could have been sampled at a position has the same entropy."""
+    student, teacher = logits
+    entropy = torch.distributions.Categorical(logits=student.detach()).entropy().expand(VOCAB, 1)
+    gradient = expected_gradient(student, teacher, gate="entropy", entropy=entropy)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient))
+
+
+def test_soft_or_is_an_or_of_numbers_between_zero_and_one() -> None:
+    gap, entropy = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.5]]), torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.5]])
+    weight = get_gate("soft_or")(gap, beta=3.0, entropy=entropy, norm="none")
+    torch.testing.assert_close(weight, torch.sigmoid(3.0 * torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.75]])))
+
+
+def test_soft_or_normalises_over_the_step_or_by_squashing() -> None:
+    gap, entropy = torch.tensor([[-1.0, 0.0, 3.0]]), torch.tensor([[0.5, 1.5, 2.5]])
+    ranges = Ranges(entropy_min=0.5, entropy_max=2.5, gap_min=-1.0, gap_max=3.0)
+    minmax = get_gate("soft_or")(gap, beta=1.0, entropy=entropy, ranges=ranges, norm="batch_minmax")
+    torch.testing.assert_close(minmax, torch.sigmoid(torch.tensor([[0.0, 1 - 0.5 * 0.75, 1.0]])))
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    assert value_ranges(entropy, gap, mask) == ranges
+    alone = get_gate("soft_or")(gap, beta=1.0, entropy=entropy, mask=mask, norm="batch_minmax")
+    torch.testing.assert_close(alone, minmax)
+    squashed = get_gate("soft_or")(gap, beta=1.0, entropy=entropy, norm="squash")
+    score = 1 - (1 - torch.tanh(entropy)) * (1 - torch.sigmoid(gap))
+    torch.testing.assert_close(squashed, torch.sigmoid(score))
+
+
+def test_soft_or_with_one_value_everywhere_is_half() -> None:
+    same = torch.full((1, 3), 0.7)
+    weight = get_gate("soft_or")(same, beta=5.0, entropy=same, norm="batch_minmax")
+    assert torch.equal(weight, torch.full((1, 3), 0.5))
+
+
+def test_soft_or_without_a_choice_of_norm_is_refused() -> None:
+    with pytest.raises(ValueError, match="gate 'soft_or' needs the option 'norm'"):
+        check_gate_options("soft_or", {})
+    with pytest.raises(ValueError, match="norm='zscore'; known: none, batch_minmax, squash"):
+        check_gate_options("soft_or", {"norm": "zscore"})
+    check_gate_options("soft_or", {"norm": "squash"})
+
+
+def test_unknown_options_of_a_gate_list_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="gate 'gap' has no option 'norm'; known: none"):
+        check_gate_options("gap", {"norm": "squash"})
+    with pytest.raises(ValueError, match="gate 'soft_or' has no option 'scale'; known: norm"):
+        check_gate_options("soft_or", {"norm": "none", "scale": 2})
+
+
+@pytest.mark.parametrize("gate", ["entropy", "soft_or"])
+def test_a_gate_without_the_entropy_it_reads_says_so(gate: str) -> None:
+    options = {"norm": "none"} if gate == "soft_or" else {}
+    with pytest.raises(ValueError, match=f"gate '{gate}' reads the student's entropy"):
+        distillation_terms(-torch.ones(1, 1), -torch.ones(1, 1), torch.ones(1, 1), gate=gate, gate_options=options)
+
+
+def test_a_gate_says_what_it_reads() -> None:
+    reads = {
+        name: [signal for signal in ("gap", "beta", "entropy") if gate_reads(name, signal)] for name in list_gates()
+    }
+    assert reads == {
+        "gap": ["gap", "beta"],
+        "entropy": ["beta", "entropy"],
+        "soft_or": ["gap", "beta", "entropy"],
+        "none": [],
+        "half": [],
+    }

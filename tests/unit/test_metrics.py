@@ -12,7 +12,7 @@ from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.stats import add_stats, finalize_stats, stats_sums
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.live import step_line, validation_line
-from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
+from sdar_verl.training.metrics import gap_metrics, reduce_loss_sums, row_metrics
 from sdar_verl.training.validation import ArmDataset, arm_metrics, expected_episodes
 
 
@@ -160,3 +160,30 @@ def test_a_crashed_episode_counts_in_its_task_type():
         dataframe={"extra_info": [{"task_type": "pick"}, {"task_type": "look"}, {"task_type": "pick"}]}
     )
     assert ArmDataset(panel, {"student": None}).task_types() == {"pick": 2, "look": 1}
+
+
+def test_the_gap_by_thirds_of_an_episode_and_what_centring_leaves():
+    gap = torch.tensor([[-1.0, 0.0], [-2.0, -3.0], [-4.0, 9.0], [1.0, 9.0], [9.0, 9.0]])
+    mask = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 0], [0, 0]]).bool()
+    episodes, turns = ["a", "a", "a", "b", "padding"], [0, 1, 2, 0, 0]
+    metrics = gap_metrics(gap, mask, episodes, turns, entropy=gap.abs())
+    assert metrics["sdar/gap_mean/first_third"] == pytest.approx((-1 + 0 + 1) / 3)
+    assert metrics["sdar/gap_mean/middle_third"] == pytest.approx(-2.5)
+    assert metrics["sdar/gap_mean/last_third"] == pytest.approx(-4.0)
+    centred = np.array([-1, 0, -2, -3, -4]) + 2.0
+    assert metrics["sdar/gap_centred_std"] == pytest.approx(np.sqrt((centred**2).sum() / 6))
+    assert metrics["sdar/gap_centred_positive_share"] == pytest.approx(2 / 6)
+    assert metrics["sdar/student_entropy"] == pytest.approx(11 / 6)
+    assert "sdar/teacher_entropy" not in metrics
+    assert gap_metrics(gap, torch.zeros_like(mask), episodes, turns) == {}
+
+
+def test_the_gradient_share_is_lambda_times_a_ratio_of_norms():
+    terms = distillation_terms(-torch.ones(1, 2), -torch.ones(1, 2), torch.ones(1, 2))
+    sums = {f"actor/sdar_total/{key}": value for key, value in stats_sums(terms).items()}
+    squares = {"actor/sdar_total/grad_rl_squared": 4.0, "actor/sdar_total/grad_distill_squared": 9.0}
+    metrics = {**sums, **squares, "actor/sdar/loss": 0.0, "sdar/lambda": 0.2}
+    assert reduce_loss_sums(metrics)["sdar/grad_share"] == pytest.approx(0.2 * 1.5)
+    squares["actor/sdar_total/grad_rl_squared"] = 0.0  # no group with variance: nothing to be a share of
+    metrics = {**sums, **squares, "actor/sdar/loss": 0.0, "sdar/lambda": 0.2}
+    assert "sdar/grad_share" not in reduce_loss_sums(metrics)

@@ -1,0 +1,151 @@
+"""Faults of the sdar.loss node: names, options, and options that nothing would read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from sdar_verl.config import load_config
+from sdar_verl.training.checks_loss import loss_faults, needs_step_statistics
+
+VERL = {
+    "actor_rollout_ref": {"actor": {"loss_agg_mode": "token-mean"}},
+    "algorithm": {"rollout_correction": None},
+}
+
+
+def faults(loss: dict[str, Any], verl: dict[str, Any] | None = None, **node: Any) -> list[str]:
+    config = OmegaConf.merge(VERL, verl or {})
+    return loss_faults(config, load_config({"loss": loss, **node}))
+
+
+SOUND = {
+    "paper": {},
+    "entropy": {"gate": "entropy"},
+    "soft_or": {"gate": "soft_or", "gate_options": {"norm": "squash"}, "clamp": 1.0, "granularity": "turn"},
+    "k3": {"gate": "none", "objective": "k3", "objective_options": {"importance": False}},
+    "opsd": {"gate": "none", "objective": "k1", "policy_gradient": False},
+    "rlsd": {"signal": "advantage_weight", "coef": 0.5, "signal_options": {"clip": 0.2}, "centre": "trajectory"},
+    "adrs": {
+        "signal": "advantage_shaping",
+        "coef": 0.02,
+        "signal_options": {"weight": "teacher", "clip": 0.2},
+        "coef_schedule": {"start_step": 21, "stop_step": 71},
+    },
+    "shaping by the gate": {"signal": "advantage_shaping", "granularity": "trajectory", "beta": 3.0},
+    "follower": {"coef_schedule": {"name": "grad_share", "options": {"share": 0.1}}},
+    "gap bearing": {"divide_by": "gap_bearing", "gap_threshold": 0.1, "gate": "none"},
+    "switched off": {"coef": 0, "objective": "k3", "divide_by": "weights", "beta": 2.0, "gate": "none"},
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_settings_have_no_fault(name: str) -> None:
+    assert faults(SOUND[name]) == []
+
+
+UNSOUND = {
+    "gate": ({"gate": "gpa"}, ["sdar.loss.gate: unknown gate 'gpa'", "soft_or"]),
+    "gate option": ({"gate_options": {"norm": "none"}}, ["sdar.loss.gate_options", "'gap' has no option 'norm'"]),
+    "soft_or": ({"gate": "soft_or"}, ["sdar.loss.gate_options", "needs the option 'norm'"]),
+    "objective": ({"objective": "kl"}, ["sdar.loss.objective: unknown objective 'kl'", "k3"]),
+    "objective option": ({"objective_options": {"importance": True}}, ["sdar.loss.objective_options", "'sampled'"]),
+    "signal": ({"signal": "reward"}, ["sdar.loss.signal: unknown signal 'reward'", "advantage_weight"]),
+    "signal option": ({"signal": "advantage_weight", "signal_options": {"band": 1}}, ["signal_options", "clip"]),
+    "mix": ({"signal": "advantage_weight", "coef": 2.0}, ["mix is 2.0"]),
+    "schedule": ({"coef_schedule": {"name": "step"}}, ["sdar.loss.coef_schedule: unknown schedule 'step'"]),
+    "schedule option": ({"beta_schedule": {"name": "linear_decay"}}, ["sdar.loss.beta_schedule", "'steps'"]),
+    "schedule option's type": (
+        {"coef_schedule": {"name": "linear_decay", "options": {"steps": "many"}}},
+        ["sdar.loss.coef_schedule"],
+    ),
+    "beta that follows": (
+        {"beta_schedule": {"name": "grad_share", "options": {"share": 0.1}}},
+        ["sdar.loss.beta_schedule.name=grad_share", "coef_schedule"],
+    ),
+    "a share of no loss": (
+        {
+            "signal": "advantage_weight",
+            "coef": 0.5,
+            "coef_schedule": {"name": "grad_share", "options": {"share": 0.1}},
+        },
+        ["coef_schedule.name=grad_share", "sdar.loss.signal=advantage_weight"],
+    ),
+    "beta without a gate that reads it": ({"gate": "none", "beta": 2.0}, ["sdar.loss.beta=2.0", "sdar.loss.gate=none"]),
+    "beta schedule": (
+        {"gate": "half", "beta_schedule": {"warmup_steps": 3}},
+        ["sdar.loss.beta_schedule", "sdar.loss.gate=half"],
+    ),
+    "granularity": (
+        {"gate": "entropy", "granularity": "turn"},
+        ["sdar.loss.granularity=turn has no effect with sdar.loss.gate=entropy"],
+    ),
+    "centre": ({"gate": "none", "centre": "batch"}, ["sdar.loss.centre=batch has no effect with sdar.loss.gate=none"]),
+    "clamp": ({"gate": "half", "clamp": 1.0}, ["sdar.loss.clamp=1.0 has no effect", "leave it at null"]),
+    "threshold": ({"gap_threshold": 0.2}, ["sdar.loss.gap_threshold=0.2", "sdar.loss.divide_by=tokens"]),
+    "both trajectory": ({"centre": "trajectory", "granularity": "trajectory"}, ["centre=batch or granularity=turn"]),
+    "objective of another signal": (
+        {"signal": "advantage_weight", "coef": 0.5, "objective": "k3"},
+        ["sdar.loss.objective=k3 has no effect with sdar.loss.signal=advantage_weight"],
+    ),
+    "gate of another signal": (
+        {"signal": "advantage_factor", "coef": 0.5, "gate": "none"},
+        ["sdar.loss.gate=none has no effect with sdar.loss.signal=advantage_factor"],
+    ),
+    "divisor of another signal": (
+        {"signal": "advantage_shaping", "divide_by": "weights"},
+        ["sdar.loss.divide_by=weights has no effect with sdar.loss.signal=advantage_shaping"],
+    ),
+    "gap of a signal that has none": (
+        {"signal": "advantage_shaping", "signal_options": {"weight": "teacher"}, "centre": "batch"},
+        ["sdar.loss.centre=batch has no effect with sdar.loss.signal=advantage_shaping"],
+    ),
+    "nothing to train on": ({"policy_gradient": False, "coef": 0}, ["policy_gradient=False", "sdar.loss.coef=0.0"]),
+    "no policy gradient for a signal": (
+        {"policy_gradient": False, "signal": "advantage_weight", "coef": 0.5},
+        ["policy_gradient=False", "signal=advantage_weight"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_a_fault_is_named_once_with_its_option(name: str) -> None:
+    loss, words = UNSOUND[name]
+    found = faults(loss)
+    assert len(found) == 1, found
+    for word in words:
+        assert word in found[0]
+
+
+def test_a_divisor_wants_verls_token_mean() -> None:
+    verl = {"actor_rollout_ref": {"actor": {"loss_agg_mode": "seq-mean-token-mean"}}}
+    assert faults({}, verl) == []
+    (fault,) = faults({"divide_by": "weights"}, verl)
+    assert "loss_agg_mode=seq-mean-token-mean" in fault
+
+
+def test_a_gate_that_the_trainer_evaluates_wants_the_entropy_before_the_update() -> None:
+    verl = {"algorithm": {"rollout_correction": {"bypass_mode": True}}}
+    assert faults({"gate": "entropy"}, verl) == []
+    (fault,) = faults({"gate": "entropy", "divide_by": "weights"}, verl)
+    assert "bypass_mode=True" in fault
+
+
+def test_no_policy_gradient_without_a_teacher_is_named() -> None:
+    (fault,) = faults({"policy_gradient": False, "coef": 0}, teacher={"source": "none"})
+    assert "policy_gradient=False" in fault
+
+
+def test_a_window_that_is_empty_is_refused() -> None:
+    from sdar_verl.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"sdar\.loss\.coef_schedule: stop_step=5 is not after start_step=5"):
+        load_config({"loss": {"coef_schedule": {"start_step": 5, "stop_step": 5}}})
+
+
+def test_what_needs_the_teacher_before_the_update_is_known() -> None:
+    assert needs_step_statistics(load_config({}).loss) == []
+    loss = load_config({"loss": {"centre": "batch", "divide_by": "weights", "granularity": "turn"}}).loss
+    assert needs_step_statistics(loss) == ["sdar.loss.centre=batch", "sdar.loss.divide_by=weights"]
