@@ -215,7 +215,8 @@ class PrivilegedTeacher:
         tq.kv_batch_put(keys=keys, partition_id=TEACHER_PARTITION, fields=inputs, tags=tags)
         try:
             meta = KVBatchMeta(partition_id=TEACHER_PARTITION, keys=keys, tags=tags, extra_info=extra)
-            done = (self._pool or self._trainer.actor_rollout_wg).compute_teacher_log_prob(meta)
+            workers = self._trainer.actor_rollout_wg if self._pool is None else self._pool
+            done = workers.compute_teacher_log_prob(meta)
             if len(done) != len(keys):
                 raise TeacherError(f"the teacher pass returned {len(done)} rows for {len(keys)}: a fault of the engine")
             names = [name for name in done.fields if name.startswith("sdar_") and name not in carry]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import pad
 
 from sdar_verl.algorithm.loss import gated_distillation_loss
 from sdar_verl.local import start_policy
 from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK
+from tests.support.plain import padded, plain_log_probs
 from tests.support.toy_panel import write_toy_panels
 from tests.support.verl_run import Run, run_main_ppo
 
@@ -53,25 +53,6 @@ def whole(tmp_path_factory) -> Run:
     return train(tmp_path_factory.mktemp("whole"), "sdar.teacher.source=actor", record=True)
 
 
-def padded(rows: list[torch.Tensor]) -> torch.Tensor:
-    width = max(len(row) for row in rows)
-    return torch.stack([pad(row.float(), (0, width - len(row))) for row in rows])
-
-
-def plain_log_probs(prompts: list[torch.Tensor], responses: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Log-probs of the responses by one plain forward pass per row."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(start_policy(), dtype=torch.float32).eval()
-    out = []
-    with torch.no_grad():
-        for prompt, response in zip(prompts, responses, strict=True):
-            ids = torch.cat([prompt, response])
-            log_probs = model(ids[None]).logits[0].log_softmax(-1)
-            out.append(log_probs[len(prompt) - 1 : -1].gather(1, response[:, None])[:, 0])
-    return out
-
-
 def test_the_first_steps_loss_is_the_equation(whole):
     """Everything logged at step 1, recomputed from the recorded tensors and from plain forward passes."""
     record = torch.load(whole.folder / "step_1.pt", weights_only=False)
@@ -84,9 +65,9 @@ def test_the_first_steps_loss_is_the_equation(whole):
         return [row for row, is_real in zip(record[name], real, strict=True) if is_real]
 
     # Student and teacher: the very log-probs that a plain forward pass gives, at the right positions.
-    student = plain_log_probs(rows("prompts"), rows("responses"))
+    student = plain_log_probs(rows("prompts"), rows("responses"), start_policy())
     prompts = [torch.as_tensor(info.teacher_prompt_ids, dtype=torch.int64) for info in infos]
-    teacher = plain_log_probs(prompts, rows("responses"))
+    teacher = plain_log_probs(prompts, rows("responses"), start_policy())
     for recorded, plain in ((rows("old_log_probs"), student), (rows(TEACHER_LOG_PROBS), teacher)):
         worst = max((a - b).abs().max().item() for a, b in zip(recorded, plain, strict=True))
         assert worst < 2e-4

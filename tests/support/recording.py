@@ -31,9 +31,9 @@ def _register(_) -> None:
     @register_trainer("sdar_recording")
     class RecordingTrainer(SdarTrainer):
         def _update_actor(self, batch, metrics):
-            wanted = fields if self._has_teacher else fields[:-2]
-            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=wanted)
-            record = {name: [row.clone() for row in data[name].unbind()] for name in wanted}
+            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+            stored = [name for name in fields if name in data]
+            record = {name: [row.clone() for row in data[name].unbind()] for name in stored}
             record |= {"keys": list(batch.keys), "infos": self._infos, "tags": list(batch.tags)}
             torch.save(record, Path(os.environ["SDAR_RECORD"]) / f"step_{self.global_steps}.pt")
             return super()._update_actor(batch, metrics)

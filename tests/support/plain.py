@@ -1,0 +1,44 @@
+"""The same numbers without verl: one plain forward pass per row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.nn.functional import pad
+
+
+def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of different length as one float tensor, zeros at the end."""
+    width = max(len(row) for row in rows)
+    return torch.stack([pad(row.float(), (0, width - len(row))) for row in rows])
+
+
+def plain_log_probs(
+    prompts: Sequence[torch.Tensor],
+    responses: Sequence[torch.Tensor],
+    model: Path | str,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """Log-probs of the responses' tokens, nats.
+
+    Args:
+        prompts: token ids of each row's prompt.
+        responses: token ids that follow.
+        model: a Hugging Face folder.
+        state: other weights for it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    if state is not None:
+        missing, unexpected = network.load_state_dict(state, strict=False)
+        assert not unexpected
+        assert all("lm_head" in name for name in missing), missing  # tied to the embedding
+    out = []
+    with torch.no_grad():
+        for prompt, response in zip(prompts, responses, strict=True):
+            log_probs = network(torch.cat([prompt, response])[None]).logits[0].log_softmax(-1)
+            out.append(log_probs[len(prompt) - 1 : -1].gather(1, response[:, None])[:, 0])
+    return out
