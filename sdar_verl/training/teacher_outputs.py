@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from sdar_verl.algorithm.registry import Registry
+from sdar_verl.training.teacher_rows import nested
 
 TeacherOutput = Callable[..., dict[str, torch.Tensor]]
 
@@ -93,8 +94,8 @@ class LogitsOutputs:
             if width is None:
                 fields[field] = columns[0]
             else:
-                values = torch.stack([column.values() for column in columns], dim=-1)
-                fields[field] = torch.nested.nested_tensor_from_jagged(values, columns[0].offsets())
+                rows = zip(*(column.unbind() for column in columns), strict=True)
+                fields[field] = nested([torch.stack(row, dim=-1) for row in rows])
         return fields
 
     def _names(self, field: str) -> list[str]:

@@ -34,6 +34,7 @@ from sdar_verl.training.teacher_rows import nested, response_part, teacher_row
 from sdar_verl.training.teacher_sources import WeightSource, get_source
 
 MESH = "teacher"
+_EVERYWHERE: Any = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]  # verl adds its members at run time
 
 
 def score(worker: TrainingWorker, data: TensorDict) -> TensorDict | None:
@@ -69,11 +70,12 @@ def _logits_to(worker: TrainingWorker, data: TensorDict, outputs: LogitsOutputs 
         yield
         return
     tu.assign_non_tensor(data, distillation_use_topk=True, compute_loss=True)
-    loss_fn, worker.loss_fn = worker.loss_fn, outputs
+    loss_fn = worker.loss_fn
+    worker.set_loss_fn(outputs)
     try:
         yield
     finally:
-        worker.loss_fn = loss_fn
+        worker.set_loss_fn(loss_fn)
 
 
 class FreshTeacherTrainingWorker(TrainingWorker):
@@ -137,7 +139,7 @@ class TeacherWorker(ActorRolloutRefWorker):
         assert self._source is not None, "init_model comes first"
         return self._source
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @register(dispatch_mode=_EVERYWHERE)
     def init_model(self) -> None:
         """Build verl's models, then the teacher's weights."""
         super().init_model()
@@ -156,12 +158,12 @@ class TeacherWorker(ActorRolloutRefWorker):
             tu.assign_non_tensor(data, **extra)
             return score(self.source.engine, data)
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @register(dispatch_mode=_EVERYWHERE)
     def update_teacher(self, step: int) -> None:
         """Training step ``step`` has updated the actor: let the teacher follow, if it does."""
         self.source.updated(step)
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @register(dispatch_mode=_EVERYWHERE)
     def save_checkpoint(
         self, local_path: str, hdfs_path: str | None = None, global_step: int = 0, max_ckpt_to_keep: int | None = None
     ) -> None:
@@ -169,7 +171,7 @@ class TeacherWorker(ActorRolloutRefWorker):
         self.source.save(self._teacher_file(local_path), global_step)
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @register(dispatch_mode=_EVERYWHERE)
     def load_checkpoint(
         self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False
     ) -> None:
@@ -193,17 +195,23 @@ class PoolTeacherWorker(ActorRolloutRefWorker):
         path = settings.path if settings.path is not None else config.model.path
         super().__init__(other_weights(config, path), role="ref", **kwargs)
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @property
+    def teacher(self) -> TrainingWorker:
+        """The frozen model; there after :meth:`init_model`."""
+        assert self.ref is not None, "init_model comes first"
+        return self.ref
+
+    @register(dispatch_mode=_EVERYWHERE)
     def init_model(self) -> None:
         """Build the teacher's model."""
         super().init_model()
-        self.set_dispatch_collect(mesh_name=MESH, **self.ref.get_dispatch_collect())
+        self.set_dispatch_collect(mesh_name=MESH, **self.teacher.get_dispatch_collect())
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name=MESH))
     @DistProfiler.annotate(color="cyan", role="teacher_compute_log_prob")
     def compute_teacher_log_prob(self, data: TensorDict) -> TensorDict | None:
         """Score teacher rows; see :func:`score`."""
-        return score(self.ref, data)
+        return score(self.teacher, data)
 
 
 def teacher_settings(config: DictConfig) -> TeacherConfig:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from sdar_verl.local import start_policy
 from sdar_verl.training.fields import TEACHER_LOG_PROBS
-from tests.integration.test_training import SAME, train
 from tests.support.plain import padded, plain_log_probs
+from tests.support.toy_run import SAME, train
 from tests.support.verl_run import Run
 
 pytestmark = pytest.mark.integration

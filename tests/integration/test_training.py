@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,39 +11,13 @@ from sdar_verl.algorithm.loss import gated_distillation_loss
 from sdar_verl.local import start_policy
 from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK
 from tests.support.plain import padded, plain_log_probs
-from tests.support.toy_panel import write_toy_panels
-from tests.support.verl_run import Run, run_main_ppo
+from tests.support.toy_run import SAME, train
+from tests.support.verl_run import Run
 
 pytestmark = pytest.mark.integration
 
-SHORT = [
-    "data.train_batch_size=4",
-    "actor_rollout_ref.rollout.n=4",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-    "sdar.env.max_steps=3",
-    "sdar.env.processes=1",
-    "sdar.loss.coef=0.5",
-    "actor_rollout_ref.actor.kl_loss_coef=0.001",
-    # All rows of a step in one update, so that the loss is taken at the weights the step began with.
-    "sdar.update.mini_batch_rows=48",
-    "trainer.val_before_train=False",
-    "trainer.test_freq=-1",
-    "trainer.save_freq=2",
-]
-# What two runs of the same arithmetic may differ by: the order of float32 sums.
-SAME = {"rel": 2e-4, "abs": 2e-5}
 LEARNING = ("actor/loss", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "sdar/success")
 DISTILLING = ("sdar/loss", "sdar/gate_mean", "sdar/gap_mean", "sdar/gap_std")
-
-
-def train(folder: Path, *overrides: str, steps: int = 4, record: bool = False, **kwargs) -> Run:
-    folder.mkdir(parents=True, exist_ok=True)
-    env = {}
-    if record:
-        env = {"VERL_USE_EXTERNAL_MODULES": "sdar_verl.plugin,tests.support.recording", "SDAR_RECORD": str(folder)}
-        overrides = (*overrides, "trainer.v1.trainer_mode=sdar_recording")
-    panels = write_toy_panels(folder)
-    return run_main_ppo(folder, [*panels, *SHORT, f"trainer.total_training_steps={steps}", *overrides], **env, **kwargs)
 
 
 @pytest.fixture(scope="module")
