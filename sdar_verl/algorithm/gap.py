@@ -114,13 +114,32 @@ def turn_means(values: torch.Tensor, mask: torch.Tensor, response_mask: torch.Te
     A turn is a maximal run of response tokens in a row: the whole response where each turn is a row, one stretch
     between observations where a row is a trajectory.
     """
-    before = torch.nn.functional.pad(response_mask[:, :-1], (1, 0))
-    turn = (response_mask & ~before).long().cumsum(dim=-1)
-    sums = torch.zeros(turn.shape[0], turn.shape[1] + 1, dtype=torch.float64, device=values.device)
-    counts = sums.scatter_add(1, turn, mask.double())
-    sums = sums.scatter_add(1, turn, torch.where(mask, values.double(), 0.0))
+    turn = row_turns(response_mask)
+    sums, counts = turn_sums(values, mask, turn)
     means = (sums / counts.clamp(min=1.0)).gather(1, turn)
     return torch.where(mask, means, 0.0).to(values.dtype)
+
+
+def row_turns(response_mask: torch.Tensor) -> torch.Tensor:
+    """Which turn of its row a response token belongs to, (rows, response_length), from 0; see :func:`turn_means`."""
+    before = torch.nn.functional.pad(response_mask[:, :-1], (1, 0))
+    return ((response_mask & ~before).long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def turn_sums(values: torch.Tensor, mask: torch.Tensor, turn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of ``values`` over the distilled tokens of every turn of every row, and their number.
+
+    Args:
+        values, mask: (rows, response_length).
+        turn: (rows, response_length), :func:`row_turns`.
+
+    Returns:
+        Two tensors (rows, turns), float64; 0 where a row has fewer turns.
+    """
+    width = int(turn.max()) + 1 if turn.numel() else 1
+    nothing = torch.zeros(turn.shape[0], width, dtype=torch.float64, device=values.device)
+    sums = nothing.scatter_add(1, turn, torch.where(mask, values.double(), 0.0))
+    return sums, nothing.scatter_add(1, turn, mask.double())
 
 
 def episode_means(values: torch.Tensor, mask: torch.Tensor, episode_ids: Sequence[Hashable]) -> torch.Tensor:

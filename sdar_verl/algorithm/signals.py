@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from sdar_verl.algorithm.advantages import rlsd_advantages
-from sdar_verl.algorithm.gap import episode_means, turn_means
+from sdar_verl.algorithm.gap import episode_means, row_turns, turn_means, turn_sums
 from sdar_verl.algorithm.registry import Registry
 
 Signal = Callable[..., torch.Tensor]
@@ -47,7 +47,7 @@ class SignalRows:
         gate: g_t of the chosen gate; 0 where ``mask`` is off.
         episode_ids: (rows,), which rollout; unique over the step.
         group_ids: (rows,), which task (verl's uid).
-        turns: (rows,), 0-based index of the row in its episode.
+        turns: (rows,), 0-based index of the row's first turn in its episode.
         scores: (rows,), return of the row's episode.
     """
 
@@ -143,7 +143,7 @@ def advantage_factor(
     A turn that moved the belief with the outcome gets more of the advantage, one that moved it against gets less; the
     sign never changes. Because E[Delta_t] = -KL <= 0 the belief drifts to 0 over a long episode and stops moving;
     ``sdar.loss.centre=trajectory`` takes the drift out. A turn without a teacher is no evidence and keeps its
-    advantage. Here a row is a turn.
+    advantage.
     """
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"advantage_factor has strength {strength}; it must lie in [0, 1]")
@@ -153,18 +153,19 @@ def advantage_factor(
         raise ValueError(f"advantage_factor has prior={prior}; it must lie between 0 and 1")
     if evidence not in ("belief", "gap"):
         raise ValueError(f"advantage_factor has evidence={evidence!r}; known: belief, gap")
-    moved = torch.where(rows.mask, rows.gap.double(), 0.0).sum(dim=-1)
-    judged = rows.mask.any(dim=-1)
+    turn = row_turns(rows.response_mask)
+    moved, tokens = turn_sums(rows.gap, rows.mask, turn)
     standing = torch.zeros_like(moved)
-    for members in _episodes(rows, judged):
-        increments = moved[members]
+    for members in _turns_by_episode(rows, tokens > 0):
+        where = tuple(torch.tensor(members, device=moved.device).T)
+        increments = moved[where]
         if evidence == "belief":
             start = torch.full((1,), math.log(prior / (1.0 - prior)), dtype=moved.dtype, device=moved.device)
             increments = torch.sigmoid(torch.cat([start, start + increments.cumsum(0)])).diff()
         centred = increments - increments.mean()
-        standing[members] = centred / (centred.square().mean().sqrt() + epsilon)
+        standing[where] = centred / (centred.square().mean().sqrt() + epsilon)
     base = rows.advantages
-    factor = (1.0 + band * base.sign() * standing.to(base).unsqueeze(-1)).clamp(1.0 - band, 1.0 + band)
+    factor = (1.0 + band * base.sign() * standing.gather(1, turn).to(base)).clamp(1.0 - band, 1.0 + band)
     return torch.where(rows.mask, base * ((1.0 - strength) + strength * factor), base)
 
 
@@ -251,9 +252,9 @@ def teacher_value(rows: SignalRows, epsilon: float = 1e-8) -> torch.Tensor:
     return value
 
 
-def _episodes(rows: SignalRows, judged: torch.Tensor) -> list[list[int]]:
-    """Rows of each episode that have a teacher, in the order of its turns."""
-    members: dict[Hashable, list[int]] = {}
-    for row in judged.nonzero().flatten().tolist():
-        members.setdefault(rows.episode_ids[row], []).append(row)
-    return [sorted(group, key=lambda row: rows.turns[row]) for group in members.values()]
+def _turns_by_episode(rows: SignalRows, judged: torch.Tensor) -> list[list[tuple[int, int]]]:
+    """Of every episode, the (row, turn in the row) pairs that ``judged`` (rows, turns) marks, in the order played."""
+    members: dict[Hashable, list[tuple[int, int]]] = {}
+    for row, turn in judged.nonzero().tolist():
+        members.setdefault(rows.episode_ids[row], []).append((row, turn))
+    return [sorted(group, key=lambda place: (rows.turns[place[0]], place[1])) for group in members.values()]

@@ -83,7 +83,7 @@ class Distillation(TrainerPart):
             put_padded(rows, {name: value for name, value in fields.items() if value is not None}, stored)
             rows.metrics.update(table.metrics())
         in_loss = signal_reads(self._settings.signal, "loss", self._settings.signal_options)
-        values = StepValues(coef=coef if in_loss else 0.0, beta=beta, ranges=tuple(ranges) if ranges else None)
+        values = StepValues(coef=coef if in_loss else 0.0, beta=beta, ranges=ranges)
         rows.batch.extra_info[STEP_VALUES] = values.as_dict()
 
     def on_updated(self, rows: StepRows) -> None:
@@ -223,7 +223,13 @@ class StepTable:
     def metrics(self) -> dict[str, float]:
         """Gap and entropies over the step."""
         return gap_metrics(
-            self.teacher - self.old, self.mask, self.episode_ids, self.turns, self.entropy, self.teacher_entropy
+            self.teacher - self.old,
+            self.mask,
+            self.response,
+            self.episode_ids,
+            self.turns,
+            self.entropy,
+            self.teacher_entropy,
         )
 
 

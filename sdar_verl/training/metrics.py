@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sdar_verl.algorithm.gap import episode_means
+from sdar_verl.algorithm.gap import episode_means, row_turns
 from sdar_verl.algorithm.schedules import GRAD_SHARE
 from sdar_verl.algorithm.stats import finalize_stats
 from sdar_verl.rollout.rows import RowInfo
@@ -63,6 +63,7 @@ def row_metrics(keys: Sequence[str], infos: Sequence[RowInfo | None]) -> dict[st
 def gap_metrics(
     gap: torch.Tensor,
     mask: torch.Tensor,
+    response_mask: torch.Tensor,
     episode_ids: Sequence[Hashable],
     turns: Sequence[int],
     entropy: torch.Tensor | None = None,
@@ -75,20 +76,22 @@ def gap_metrics(
     Args:
         gap: (rows, response_length), nats.
         mask: (rows, response_length) bool, distilled tokens.
+        response_mask: (rows, response_length) bool, sampled tokens; a turn is a run of them.
         episode_ids: (rows,).
-        turns: (rows,), 0-based index of the row in its episode.
+        turns: (rows,), 0-based index of the row's first turn in its episode.
         entropy: (rows, response_length), the student's, nats, or None.
         teacher_entropy: (rows, response_length), nats, or None.
     """
     if not mask.any():
         return {}
+    turn = row_turns(response_mask) + torch.tensor(turns, device=mask.device).unsqueeze(-1)
     length: dict[Hashable, int] = {}
-    for episode, turn in zip(episode_ids, turns, strict=True):
-        length[episode] = max(length.get(episode, 0), turn + 1)
-    third = torch.tensor([3 * turn // length[name] for name, turn in zip(episode_ids, turns, strict=True)])
+    for episode, last in zip(episode_ids, turn.amax(dim=-1).tolist(), strict=True):
+        length[episode] = max(length.get(episode, 0), last + 1)
+    third = 3 * turn // torch.tensor([length[name] for name in episode_ids], device=mask.device).unsqueeze(-1)
     metrics = {}
     for index, name in enumerate(("first", "middle", "last")):
-        inside = gap[mask & (third == index).to(mask.device).unsqueeze(-1)]
+        inside = gap[mask & (third == index)]
         if len(inside):
             metrics[f"sdar/gap_mean/{name}_third"] = inside.double().mean().item()
     centred = (gap.double() - episode_means(gap.double(), mask, episode_ids))[mask]

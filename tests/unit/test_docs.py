@@ -69,7 +69,7 @@ def emitted_metrics() -> set[str]:
     names |= set(arm_metrics({**outcomes, "task_type": ["<task type>"], "arm": ["<arm>"]}, {}))
     names |= set(reduce_loss_sums(worker_metrics()))
     three, one = torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool)
-    names |= set(gap_metrics(three, one, ["e"] * 3, [0, 1, 2], three, three))
+    names |= set(gap_metrics(three, one, one, ["e"] * 3, [0, 1, 2], three, three))
     names |= set(teacher_metrics(0.0, 0))
     return names | {name for source in SOURCES for name in constants(source)}
 

@@ -166,7 +166,7 @@ def test_the_gap_by_thirds_of_an_episode_and_what_centring_leaves():
     gap = torch.tensor([[-1.0, 0.0], [-2.0, -3.0], [-4.0, 9.0], [1.0, 9.0], [9.0, 9.0]])
     mask = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 0], [0, 0]]).bool()
     episodes, turns = ["a", "a", "a", "b", "padding"], [0, 1, 2, 0, 0]
-    metrics = gap_metrics(gap, mask, episodes, turns, entropy=gap.abs())
+    metrics = gap_metrics(gap, mask, mask, episodes, turns, entropy=gap.abs())
     assert metrics["sdar/gap_mean/first_third"] == pytest.approx((-1 + 0 + 1) / 3)
     assert metrics["sdar/gap_mean/middle_third"] == pytest.approx(-2.5)
     assert metrics["sdar/gap_mean/last_third"] == pytest.approx(-4.0)
@@ -175,7 +175,14 @@ def test_the_gap_by_thirds_of_an_episode_and_what_centring_leaves():
     assert metrics["sdar/gap_centred_positive_share"] == pytest.approx(2 / 6)
     assert metrics["sdar/student_entropy"] == pytest.approx(11 / 6)
     assert "sdar/teacher_entropy" not in metrics
-    assert gap_metrics(gap, torch.zeros_like(mask), episodes, turns) == {}
+    assert gap_metrics(gap, torch.zeros_like(mask), mask, episodes, turns) == {}
+
+
+def test_the_thirds_of_a_conversation_in_one_row_are_those_of_its_turns():
+    response = torch.tensor([[1, 1, 0, 1, 0, 1]]).bool()
+    metrics = gap_metrics(torch.tensor([[1.0, 3.0, 9.0, 5.0, 9.0, 7.0]]), response, response, ["a"], [0])
+    thirds = [metrics[f"sdar/gap_mean/{name}_third"] for name in ("first", "middle", "last")]
+    assert thirds == [2.0, 5.0, 7.0]
 
 
 def test_the_gradient_share_is_lambda_times_a_ratio_of_norms():

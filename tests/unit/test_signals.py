@@ -117,6 +117,27 @@ def test_advantage_factor_is_the_belief_recursion(prior: float) -> None:
             torch.testing.assert_close(result[row], expected)
 
 
+def test_advantage_factor_is_the_same_for_turns_in_rows_and_turns_in_one_conversation() -> None:
+    generator = torch.Generator().manual_seed(5)
+    gaps = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    on = torch.ones(3, 2, dtype=torch.bool)
+
+    def made(gap: torch.Tensor, mask: torch.Tensor, turns: list[int]) -> SignalRows:
+        same = dict.fromkeys(("old_log_probs", "teacher_log_probs", "gap", "gate"), gap)
+        ids = {name: ["e"] * len(gap) for name in ("episode_ids", "group_ids")}
+        advantages = mask.double()
+        return make_rows(
+            **same, **ids, advantages=advantages, mask=mask, response_mask=mask, turns=turns, scores=gap[:, 0]
+        )
+
+    split = apply("advantage_factor", made(gaps[[1, 0, 2]], on, [1, 0, 2]))[[1, 0, 2]]
+    conversation = torch.zeros(1, 8, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0, 1, 1]]).bool()
+    conversation[mask] = gaps.flatten()
+    whole = apply("advantage_factor", made(conversation, mask, [0]))
+    torch.testing.assert_close(whole[mask], split.flatten())
+
+
 def test_advantage_factor_rewards_the_turn_that_moved_the_belief_with_the_outcome() -> None:
     response = torch.ones(2, 1, dtype=torch.bool)
     for outcome in (1.0, -1.0):
