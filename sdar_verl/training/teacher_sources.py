@@ -218,13 +218,22 @@ class _OwnWeights(WeightSource):
 
     @classmethod
     def faults(cls, config: DictConfig, settings: TeacherConfig) -> list[str]:
-        qat = config.actor_rollout_ref.actor.get("fsdp_config", {}).get("qat", None)
-        if qat is None or not qat.get("enable", False):
-            return []
-        return [
-            f"sdar.teacher.source={settings.source} cannot swap weights under quantization-aware training, whose "
-            "scales are not parameters; set actor_rollout_ref.actor.fsdp_config.qat.enable=False or use source=actor"
-        ]
+        fsdp = config.actor_rollout_ref.actor.get("fsdp_config", None) or {}
+        faults = []
+        if (fsdp.get("qat", None) or {}).get("enable", False):
+            faults.append(
+                f"sdar.teacher.source={settings.source} cannot swap weights under quantization-aware training, whose "
+                "scales are not parameters; set actor_rollout_ref.actor.fsdp_config.qat.enable=False or use "
+                "source=actor"
+            )
+        for option in ("param_offload", "offload_policy"):
+            if settings.offload is False and fsdp.get(option, False):
+                faults.append(
+                    "sdar.teacher.offload=False has no effect with "
+                    f"actor_rollout_ref.actor.fsdp_config.{option}=True: the actor's own weights wait in CPU memory, "
+                    "and they change places there; leave sdar.teacher.offload null"
+                )
+        return faults
 
     @classmethod
     def staleness(cls, settings: TeacherConfig, steps_done: int) -> int | None:

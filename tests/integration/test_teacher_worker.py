@@ -149,13 +149,17 @@ def fresh(model: str, rank: int) -> dict[str, Any]:
 
 
 def adapter(model: str, rank: int) -> dict[str, Any]:
-    """A trained adapter, on for the student and off for the teacher; and an average of adapters."""
+    """A trained adapter, on for the student and off for the teacher; and one that is copied for the teacher."""
     worker = make_worker(model, adapter=4, source="lora_base")
     update(worker, rank)
     data = batch(make_rows(rank), calculate_entropy=False, compute_loss=False)
     out = {"base": ask(worker, rank), "student": list(worker.compute_log_prob(data)["log_probs"].unbind())}
-    average = make_worker(model, adapter=4, source="ema", ema_decay=0.5)
-    out["names"] = sorted(average.source.weights._weights)
+    copied = make_worker(model, adapter=4, source="snapshot", update_every=1)
+    out["names"] = sorted(copied.source.weights._weights)
+    update(copied, rank)
+    out["before the copy"] = ask(copied, rank)
+    copied.update_teacher(1)
+    out["after the copy"] = ask(copied, rank)
     return out
 
 
@@ -289,10 +293,18 @@ def test_the_lora_base_is_the_start_policy_while_the_student_moves(folder, ranks
         assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(student, base, strict=True))
 
 
-def test_an_average_of_adapters_leaves_the_base_alone(ranks):
-    names = ranks[0]["adapter"]["names"]
-    assert names
-    assert all("lora_" in name for name in names)
+def test_a_copied_adapter_leaves_the_base_alone(folder, ranks):
+    """The copy is of the adapter only; it starts as none and becomes the student's."""
+    for rank, results in enumerate(ranks):
+        names = results["adapter"]["names"]
+        assert names
+        assert all("lora_" in name for name in names)
+        rows = make_rows(rank)
+        assert_scores(results["adapter"]["before the copy"], rows, plain(folder / "model", rows))
+        moved = zip(results["adapter"]["student"], rows, strict=True)
+        student = [log_probs[-len(response) - 1 : -1] for log_probs, (_, response, _) in moved]
+        for found, wanted in zip(results["adapter"]["after the copy"][TEACHER_LOG_PROBS], student, strict=True):
+            torch.testing.assert_close(found, wanted, **SAME)
 
 
 def test_other_weights_score_with_their_own_model(folder, ranks):

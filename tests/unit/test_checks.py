@@ -166,6 +166,14 @@ CASES = {
         {"sdar.teacher.source": "actor", "sdar.teacher.offload": False},
         ["sdar.teacher.offload=False has no effect"],
     ),
+    "weights on the device beside an actor in CPU memory": (
+        {
+            "sdar.teacher.source": "ema",
+            "sdar.teacher.offload": False,
+            "actor_rollout_ref.actor.fsdp_config.param_offload": True,
+        },
+        ["sdar.teacher.offload=False has no effect", "fsdp_config.param_offload=True"],
+    ),
     "an option without a teacher": (
         {"sdar.teacher.source": "none", "sdar.loss.coef": 0, "sdar.teacher.ema_decay": 0.5},
         ["sdar.teacher.ema_decay=0.5 has no effect", "source=none"],

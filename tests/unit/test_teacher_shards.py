@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import ShardingStrategy, fully_shard
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 
 from sdar_verl.training.teacher_weights import ShadowWeights, trainable_shards
 
@@ -27,10 +27,10 @@ def network() -> nn.Sequential:
 
 
 def move(module: nn.Module) -> None:
-    """The same step for any sharding: every weight times 1.1."""
+    """The same step for any sharding: every weight times 1.5."""
     with torch.no_grad():
         for shard in trainable_shards(module).values():
-            shard.mul_(1.1)
+            shard.mul_(1.5)
 
 
 def shard_fsdp2(module: nn.Sequential) -> nn.Module:
@@ -50,7 +50,28 @@ def whole_fsdp1(module: nn.Sequential) -> nn.Module:
     return FSDP(module, device_id=torch.device("cpu"), sharding_strategy=ShardingStrategy.NO_SHARD)
 
 
-WAYS = {"plain": lambda module: module, "fsdp2": shard_fsdp2, "fsdp1": shard_fsdp1, "fsdp1 whole": whole_fsdp1}
+def views_fsdp1(module: nn.Sequential) -> nn.Module:
+    """Flat parameters behind the original ones."""
+    return FSDP(module, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def bf16_fsdp2(module: nn.Sequential) -> nn.Module:
+    return fully_shard(module, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+
+
+def bf16_fsdp1(module: nn.Sequential) -> nn.Module:
+    return FSDP(module, device_id=torch.device("cpu"), mixed_precision=MixedPrecision(torch.bfloat16, torch.float32))
+
+
+WAYS = {
+    "plain": lambda module: module,
+    "fsdp2": shard_fsdp2,
+    "fsdp1": shard_fsdp1,
+    "fsdp1 whole": whole_fsdp1,
+    "fsdp1 views": views_fsdp1,
+    "fsdp2 bf16": bf16_fsdp2,
+    "fsdp1 bf16": bf16_fsdp1,
+}
 
 
 def history(way: str, folder: Path) -> dict[str, Any]:
@@ -118,9 +139,10 @@ def test_sharded_averages_are_the_plain_ones(ranks, way):
         for (student, teacher), (plain_student, plain_teacher) in zip(
             results[way]["outputs"], results["plain"]["outputs"], strict=True
         ):
-            torch.testing.assert_close(student, plain_student)
-            torch.testing.assert_close(teacher, plain_teacher)
-            assert not torch.allclose(student, teacher)
+            same = {"rtol": 2e-2, "atol": 2e-2} if "bf16" in way else {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(student.float(), plain_student, **same)
+            torch.testing.assert_close(teacher.float(), plain_teacher, **same)
+            assert not torch.allclose(plain_student, plain_teacher, rtol=0.05, atol=0.05), "too close to tell"
 
 
 @pytest.mark.parametrize("way", SHARDED)
