@@ -76,6 +76,13 @@ def ask(worker: Any, rank: int, **extra: Any) -> dict[str, list[torch.Tensor]]:
     return {name: [row.clone() for row in fields[name].unbind()] for name in sorted(fields.keys())}
 
 
+def ask_student(worker: Any, rank: int) -> list[torch.Tensor]:
+    """verl's own log-probs of the same rows' responses."""
+    data = batch(make_rows(rank), calculate_entropy=False, compute_loss=False)
+    rows = worker.compute_log_prob(data)["log_probs"].unbind()
+    return [row[-len(response) - 1 : -1] for row, (_, response, _) in zip(rows, make_rows(rank), strict=True)]
+
+
 def update(worker: Any, rank: int, **fields: torch.Tensor) -> None:
     """Two optimizer updates on rows of the rank's own, two rows each."""
     data = batch(
@@ -152,14 +159,14 @@ def adapter(model: str, rank: int) -> dict[str, Any]:
     """A trained adapter, on for the student and off for the teacher; and one that is copied for the teacher."""
     worker = make_worker(model, adapter=4, source="lora_base")
     update(worker, rank)
-    data = batch(make_rows(rank), calculate_entropy=False, compute_loss=False)
-    out = {"base": ask(worker, rank), "student": list(worker.compute_log_prob(data)["log_probs"].unbind())}
+    out: dict[str, Any] = {"base": ask(worker, rank), "student": ask_student(worker, rank)}
     copied = make_worker(model, adapter=4, source="snapshot", update_every=1)
     out["names"] = sorted(copied.source.weights._weights)
     update(copied, rank)
     out["before the copy"] = ask(copied, rank)
     copied.update_teacher(1)
     out["after the copy"] = ask(copied, rank)
+    out["copied student"] = ask_student(copied, rank)
     return out
 
 
@@ -285,11 +292,7 @@ def test_the_lora_base_is_the_start_policy_while_the_student_moves(folder, ranks
     for rank, results in enumerate(ranks):
         rows = make_rows(rank)
         assert_scores(results["adapter"]["base"], rows, plain(folder / "model", rows))
-        student = [
-            row[-len(response) - 1 : -1]
-            for row, (_, response, _) in zip(results["adapter"]["student"], rows, strict=True)
-        ]
-        base = results["adapter"]["base"][TEACHER_LOG_PROBS]
+        base, student = results["adapter"]["base"][TEACHER_LOG_PROBS], results["adapter"]["student"]
         assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(student, base, strict=True))
 
 
@@ -301,9 +304,8 @@ def test_a_copied_adapter_leaves_the_base_alone(folder, ranks):
         assert all("lora_" in name for name in names)
         rows = make_rows(rank)
         assert_scores(results["adapter"]["before the copy"], rows, plain(folder / "model", rows))
-        moved = zip(results["adapter"]["student"], rows, strict=True)
-        student = [log_probs[-len(response) - 1 : -1] for log_probs, (_, response, _) in moved]
-        for found, wanted in zip(results["adapter"]["after the copy"][TEACHER_LOG_PROBS], student, strict=True):
+        after = results["adapter"]["after the copy"][TEACHER_LOG_PROBS]
+        for found, wanted in zip(after, results["adapter"]["copied student"], strict=True):
             torch.testing.assert_close(found, wanted, **SAME)
 
 
