@@ -83,6 +83,16 @@ def test_demonstration_comes_from_the_task_or_from_the_environment(tmp_path):
         get_context("demonstration").make(ContextRequest(Task("alfworld", "t", "", "", {"game_file": str(game)})), {})
 
 
+def test_a_generated_questions_searches_demonstrate_it():
+    data = {"answers": ["Oslo", "the city of Oslo"], "searches": ["who built it", "where was she born"]}
+    assert demonstration_of(Task("search", "t", "two_hop", "where?", data)) == [
+        "search: who built it",
+        "search: where was she born",
+        "answer: Oslo",
+    ]
+    assert demonstration_of(Task("search", "t", "nq", "where?", {"answers": ["Oslo"]})) == []
+
+
 def test_an_environment_knows_no_solution_unless_it_says_so():
     assert TextEnv.demonstration(TASK) == ()
 

@@ -14,7 +14,7 @@ from sdar_verl.config import load_config
 from sdar_verl.context.words import WORDS
 from sdar_verl.local import start_policy
 from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
-from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError
+from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError, template_names
 from sdar_verl.rollout.rows import RowInfo, TurnNote
 from sdar_verl.training.advantage import AdvantageRows, advantage_rows, compute_sdar_advantage
 from sdar_verl.training.late_context import late_contexts
@@ -121,6 +121,11 @@ def test_an_answer_that_was_cut_off_is_ended_by_the_template(chatml):
     ended = builder.follow_up(TURNS[1], chatml.eos_token_id)
     cut = builder.follow_up(TURNS[1], chatml("look")["input_ids"][-1])
     assert cut == [chatml.eos_token_id, *ended]
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_every_shipped_template_can_write_a_conversation(name):
+    PromptTemplate.load(name).check_rows("trajectory")
 
 
 def test_later_messages_say_neither_task_nor_skills_again(chatml):

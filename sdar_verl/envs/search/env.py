@@ -86,6 +86,14 @@ class SearchEnv(TextEnv):
         """
         self._settings.check()
 
+    @classmethod
+    def demonstration(cls, task: Task) -> Sequence[str]:
+        """The searches that lead to the answer, and the answer; empty for questions that come without searches."""
+        searches, answers = task.data.get("searches") or (), task.data.get("answers") or ()
+        if not searches or not answers:
+            return ()
+        return [*(f"search: {words}" for words in searches), f"answer: {answers[0]}"]
+
     def reset(self, task: Task) -> Step:
         """Start the question of ``task``.
 
