@@ -1,0 +1,166 @@
+"""What of a run's config decides its memory and its time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from omegaconf import DictConfig, OmegaConf
+
+from sdar_verl.config import SdarConfig
+from sdar_verl.errors import ConfigError
+from sdar_verl.planner.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A run, as the planner sees it.
+
+    Attributes:
+        architecture: of the policy; reference and teacher have the same.
+        gpus: training GPUs, which the rollout engine shares.
+        tensor_parallel: GPUs of one rollout engine.
+        checkpointing: activations are recomputed in the backward pass.
+        training_bytes: bytes of a weight that the optimizer updates (verl keeps float32 unless told otherwise).
+        micro_tokens: largest tokens per GPU in one micro-batch of the update.
+        forward_tokens: the same for log-prob passes.
+        actor_offload: the actor's weights wait on the CPU while the engine generates.
+        optimizer_offload: the optimizer's moments do.
+        reference: a reference worker exists.
+        reference_offload: its weights wait on the CPU between its passes.
+        reference_pass: it is asked for log-probs of the student's rows.
+        entropy: the update computes the entropy of the student.
+        rollout_share: of the card's memory that the rollout engine may take.
+        teacher: source of the teacher's weights, ``none`` without one.
+        teacher_placement: ``colocated`` or ``pool``.
+        teacher_offload: EMA and snapshot weights wait on the CPU between passes.
+        teacher_gpus: GPUs of the teacher's own pool.
+        objective: of the distillation term.
+        top_k: support of a distribution-level objective; None: the full vocabulary, 0: not distribution-level.
+        lora_rank: 0 without LoRA.
+        episodes: episodes per step.
+        turns: turns per episode, on average.
+        prompt: tokens of a student's prompt, on average.
+        context: tokens that the privileged context adds.
+        response: tokens of a response, on average.
+        longest: longest sequence of a training row (student or teacher).
+        steps: optimisation steps of the run.
+    """
+
+    architecture: Architecture
+    gpus: int
+    tensor_parallel: int = 1
+    checkpointing: bool = True
+    training_bytes: int = 4
+    micro_tokens: int = 16384
+    forward_tokens: int = 32768
+    actor_offload: bool = False
+    optimizer_offload: bool = False
+    reference: bool = True
+    reference_offload: bool = True
+    reference_pass: bool = True
+    entropy: bool = False
+    rollout_share: float = 0.6
+    teacher: str = "actor"
+    teacher_placement: str = "colocated"
+    teacher_offload: bool = True
+    teacher_gpus: int = 0
+    objective: str = "sampled"
+    top_k: int | None = 0
+    lora_rank: int = 0
+    episodes: int = 128
+    turns: float = 30.0
+    prompt: float = 1000.0
+    context: float = 1000.0
+    response: float = 150.0
+    longest: int = 4608
+    steps: int = 150
+
+    @property
+    def rows(self) -> float:
+        """Training rows of a step: one per turn."""
+        return self.episodes * self.turns
+
+    def with_gpus(self, gpus: int) -> Layout:
+        """The same run on another number of GPUs."""
+        return replace(self, gpus=gpus, tensor_parallel=min(self.tensor_parallel, gpus))
+
+    @classmethod
+    def from_config(
+        cls,
+        config: DictConfig,
+        sdar: SdarConfig,
+        *,
+        turns: float | None = None,
+        prompt: float | None = None,
+        context: float | None = None,
+        response: float | None = None,
+    ) -> Layout:
+        """Read verl's whole config; what only a run can know may be given.
+
+        Args:
+            config: verl's, composed from a recipe.
+            sdar: its ``sdar`` node.
+            turns: turns per episode; None: half of ``sdar.env.max_steps``, a guess.
+            prompt: tokens of a prompt; None: half of ``data.max_prompt_length``, a guess.
+            context: tokens of the privileged context; None: half of what the teacher's limit leaves, a guess.
+            response: tokens of a response; None: a third of ``data.max_response_length``, a guess.
+
+        Raises:
+            ConfigError: a model the planner does not know.
+        """
+        model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
+        rollout, reference = config.actor_rollout_ref.rollout, config.actor_rollout_ref.ref
+        fsdp = actor.fsdp_config
+        prompt = config.data.max_prompt_length / 2 if prompt is None else prompt
+        room = max(sdar.teacher.max_prompt_length - config.data.max_prompt_length, 0)
+        teacher = sdar.teacher.source
+        lora = int(OmegaConf.select(model, "lora_rank") or OmegaConf.select(model, "lora.rank") or 0)
+        has_reference = bool(actor.use_kl_loss or config.algorithm.use_kl_in_reward) and lora == 0
+        reads_reference = bool((actor.use_kl_loss and actor.kl_loss_coef) or config.algorithm.use_kl_in_reward)
+        gpus = int(config.trainer.n_gpus_per_node * config.trainer.nnodes)
+        objective = sdar.loss.objective
+        if gpus % rollout.tensor_model_parallel_size:
+            raise ConfigError(
+                f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does not "
+                f"divide the {gpus} GPUs (trainer.n_gpus_per_node x trainer.nnodes)"
+            )
+        return cls(
+            architecture=Architecture.find(str(model.path)),
+            gpus=gpus,
+            tensor_parallel=int(rollout.tensor_model_parallel_size),
+            checkpointing=bool(model.enable_gradient_checkpointing),
+            training_bytes=2 if fsdp.get("model_dtype") in ("bf16", "bfloat16") else 4,
+            micro_tokens=int(actor.ppo_max_token_len_per_gpu),
+            forward_tokens=int(rollout.log_prob_max_token_len_per_gpu or actor.ppo_max_token_len_per_gpu),
+            actor_offload=bool(fsdp.param_offload),
+            optimizer_offload=bool(fsdp.optimizer_offload),
+            reference=has_reference,
+            reference_offload=bool(reference.fsdp_config.param_offload),
+            reference_pass=reads_reference,
+            entropy=bool(actor.entropy_coeff) or sdar.loss.gate in ("entropy", "soft_or"),
+            rollout_share=float(rollout.gpu_memory_utilization),
+            teacher=teacher,
+            teacher_placement=getattr(sdar.teacher, "placement", "colocated"),
+            teacher_offload=getattr(sdar.teacher, "offload", None) is not False,
+            teacher_gpus=int(getattr(sdar.teacher, "pool_gpus_per_node", None) or 0)
+            * int(getattr(sdar.teacher, "pool_nodes", None) or 1),
+            objective=objective,
+            top_k=_support(sdar),
+            lora_rank=lora,
+            episodes=int(config.data.train_batch_size * rollout.n),
+            turns=sdar.env.max_steps / 2 if turns is None else turns,
+            prompt=prompt,
+            context=(0.0 if teacher == "none" else room / 2) if context is None else context,
+            response=config.data.max_response_length / 3 if response is None else response,
+            longest=int(
+                max(config.data.max_prompt_length, 0 if teacher == "none" else sdar.teacher.max_prompt_length)
+                + config.data.max_response_length
+            ),
+            steps=int(config.trainer.total_training_steps or 0),
+        )
+
+
+def _support(sdar: SdarConfig) -> int | None:
+    if sdar.loss.objective not in ("forward_kl", "reverse_kl", "jsd"):
+        return 0
+    return None if getattr(sdar.loss, "support", "full") == "full" else int(getattr(sdar.loss, "top_k", 0) or 0)

@@ -1,0 +1,157 @@
+"""Bytes per GPU in each phase of a step, under FSDP (full sharding) with a colocated rollout engine.
+
+    weights     training_bytes * P / N           sharded over N ranks
+    moments     8 * P / N                        Adam, float32
+    gradients   training_bytes * P / N           from the first backward pass to the optimizer's step
+    gathered    2 layers in bf16, and the root's embedding and head       unsharded while they compute
+    activations T * [2 h L + one layer's]        checkpointing; without: T * L * one layer's
+    logits      T * V * bytes of the phase       bf16 logits, their gradient, and what the objective adds
+
+P weights, N GPUs, T tokens of a micro-batch. The allocator's fragmentation, the CUDA context and NCCL's buffers are a
+flat ``OVERHEAD``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdar_verl.planner.hardware import GIB
+from sdar_verl.planner.layout import Layout
+
+OVERHEAD = 4.0 * GIB
+"""CUDA context, NCCL buffers, fragmentation: an allowance, not a measurement."""
+
+SLEEPING_ENGINE = 1.5 * GIB
+"""What a rollout engine keeps while it sleeps: an allowance."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase's memory on one GPU: part -> bytes."""
+
+    name: str
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+def trainable(layout: Layout) -> float:
+    """Weights that the optimizer updates: all, or LoRA's two factors on every matrix of every layer."""
+    if layout.lora_rank == 0:
+        return float(layout.architecture.parameters)
+    a = layout.architecture
+    sides = 2 * (a.hidden + a.query_size) + 2 * (a.hidden + a.kv_size) + 3 * (a.hidden + a.intermediate)
+    return float(layout.lora_rank * a.layers * sides)
+
+
+def resident(layout: Layout) -> dict[str, float]:
+    """What of actor, reference and teacher stays on a GPU through all phases, sharded."""
+    parts = {"CUDA, NCCL, fragments": OVERHEAD}
+    weights = layout.architecture.parameters / layout.gpus
+    if not layout.actor_offload:
+        parts["actor weights"] = layout.training_bytes * weights
+    if not layout.optimizer_offload:
+        parts["optimizer moments"] = 8.0 * trainable(layout) / layout.gpus
+    if layout.reference and not layout.reference_offload:
+        parts["reference weights"] = 2.0 * weights
+    if layout.teacher in ("ema", "snapshot") and not layout.teacher_offload and layout.teacher_placement == "colocated":
+        parts["teacher weights"] = layout.training_bytes * weights
+    return parts
+
+
+def gathered_bytes(layout: Layout) -> float:
+    """Unsharded bf16 weights: the layer at work, the one that is fetched meanwhile, embedding and head."""
+    a = layout.architecture
+    root = a.vocabulary * a.hidden * (1 if a.tied else 2)
+    return 2.0 * (2 * a.layer_parameters + root)
+
+
+def activation_bytes(layout: Layout, tokens: float) -> float:
+    """Of one micro-batch's backward pass."""
+    a = layout.architecture
+    layer = a.layer_activation_bytes()
+    if layout.checkpointing:
+        return tokens * (2.0 * a.hidden * a.layers + layer)
+    return tokens * layer * a.layers
+
+
+def logits_bytes(layout: Layout, tokens: float, *, backward: bool) -> float:
+    """Logits and what is made of them, for ``tokens`` of a micro-batch.
+
+    Forward: bf16 logits. Backward: their gradient, in place (flash-attn's cross entropy). The entropy makes a float32
+    softmax. A distribution-level objective runs in chunks: a top-k support keeps ids and log-probs, the full vocabulary
+    one chunk in float32.
+    """
+    vocabulary = layout.architecture.vocabulary
+    total = tokens * vocabulary * 2.0
+    if backward and layout.entropy:
+        total += tokens * vocabulary * 4.0
+    if backward and layout.top_k != 0:
+        total += tokens * vocabulary * 2.0  # the objective's gradient joins that of the policy gradient
+        total += tokens * (layout.top_k or 0) * 12.0 + min(tokens, CHUNK_TOKENS) * vocabulary * 12.0
+    return total
+
+
+CHUNK_TOKENS = 1024
+"""Tokens that a full-vocabulary objective handles at a time."""
+
+
+def phases(layout: Layout, gpu_memory: float) -> list[Phase]:
+    """Memory of every phase on one training GPU.
+
+    Args:
+        layout: the run.
+        gpu_memory: bytes of the card; the rollout engine takes its share of it.
+    """
+    a, n = layout.architecture, layout.gpus
+    base = resident(layout)
+    actor = {} if "actor weights" in base else {"actor weights": layout.training_bytes * a.parameters / n}
+    asleep = {**base, "sleeping rollout engine": SLEEPING_ENGINE}
+    # A row is never split: the longest one is a micro-batch even when the budget is smaller.
+    forward_tokens = max(layout.forward_tokens, layout.longest)
+    update_tokens = max(layout.micro_tokens, layout.longest)
+    passes = {
+        "gathered weights": gathered_bytes(layout),
+        "activations": forward_tokens * a.layer_activation_bytes() * 1.0,
+        "logits": logits_bytes(layout, forward_tokens, backward=False),
+    }
+    found = [
+        Phase("rollout", {**base, "rollout engine": layout.rollout_share * gpu_memory}),
+        Phase("old log-probs", {**asleep, **actor, **passes}),
+    ]
+    if layout.reference_pass or layout.teacher == "reference":
+        reference = {} if "reference weights" in base else {"reference weights": 2.0 * a.parameters / n}
+        found.append(Phase("reference", {**asleep, **reference, **passes}))
+    if layout.teacher not in ("none", "reference") and layout.teacher_placement == "colocated":
+        own: dict[str, float] = {}
+        if layout.teacher in ("ema", "snapshot") and "teacher weights" not in base:
+            own["teacher weights"] = layout.training_bytes * a.parameters / n
+        found.append(Phase("teacher", {**asleep, **actor, **own, **passes}))
+    moments = {} if "optimizer moments" in base else {"optimizer moments": 8.0 * trainable(layout) / n}
+    fresh = 2.0 if layout.teacher == "actor_fresh" else 1.0  # the teacher's rows ride in the student's micro-batch
+    found.append(
+        Phase(
+            "update",
+            {
+                **asleep,
+                **actor,
+                **moments,
+                "gradients": layout.training_bytes * trainable(layout) / n,
+                "gathered weights": gathered_bytes(layout),
+                "activations": activation_bytes(layout, update_tokens),
+                "logits": logits_bytes(layout, update_tokens, backward=True) * fresh,
+            },
+        )
+    )
+    return found
+
+
+def rollout_need(layout: Layout) -> tuple[float, float]:
+    """Bytes per GPU of the rollout engine's weights, and of the cache of one episode's longest prompt and answer."""
+    a = layout.architecture
+    weights = 2.0 * a.parameters / layout.tensor_parallel
+    cache = a.kv_bytes_per_token() * layout.longest / layout.tensor_parallel
+    return weights, cache

@@ -1,0 +1,158 @@
+"""Puts memory and time together: does it fit, on how many cards, what to change when it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sdar_verl.planner.hardware import Efficiency, Gpu
+from sdar_verl.planner.layout import Layout
+from sdar_verl.planner.memory import Phase, phases, rollout_need
+from sdar_verl.planner.timing import step_seconds
+
+MOST_GPUS = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout on one kind of card.
+
+    Attributes:
+        layout: the run.
+        gpu: the card.
+        phases: memory per phase on a training GPU.
+        seconds: time per phase of a step.
+    """
+
+    layout: Layout
+    gpu: Gpu
+    phases: list[Phase]
+    seconds: dict[str, float]
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most memory."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def faults(self) -> list[str]:
+        """Why it does not fit, and what to change; empty when it fits."""
+        faults = []
+        gib = 1024**3
+        for phase in self.phases:
+            if phase.total > self.gpu.memory:
+                largest = max(phase.parts, key=lambda part: phase.parts[part])
+                faults.append(
+                    f"{phase.name} needs {phase.total / gib:.0f} GiB of {self.gpu.memory / gib:.0f}, most of it "
+                    f"{largest} ({phase.parts[largest] / gib:.0f} GiB): {_REMEDIES.get(largest, 'use more GPUs')}"
+                )
+        weights, cache = rollout_need(self.layout)
+        given = self.layout.rollout_share * self.gpu.memory
+        if weights + cache > given:
+            faults.append(
+                f"the rollout engine gets {given / gib:.0f} GiB, but its weights take {weights / gib:.0f} and one "
+                f"episode's cache {cache / gib:.1f}: raise actor_rollout_ref.rollout.gpu_memory_utilization or "
+                "actor_rollout_ref.rollout.tensor_model_parallel_size"
+            )
+        if self.layout.teacher_placement == "pool" and self.layout.teacher_gpus < 1:
+            faults.append("sdar.teacher.placement=pool needs sdar.teacher.pool_gpus_per_node")
+        return faults
+
+    @property
+    def fits(self) -> bool:
+        """Every phase fits."""
+        return not self.faults
+
+    @property
+    def cards(self) -> int:
+        """GPUs in all, the teacher's own pool included."""
+        return self.layout.gpus + (self.layout.teacher_gpus if self.layout.teacher_placement == "pool" else 0)
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step; phases follow each other."""
+        return sum(self.seconds.values())
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU-hours of the run."""
+        return self.step * self.layout.steps * self.cards / 3600.0
+
+
+_OFFLOAD_ACTOR = "set actor_rollout_ref.actor.fsdp_config.param_offload=True, or use more GPUs"
+_REMEDIES = {
+    "actor weights": _OFFLOAD_ACTOR,
+    "optimizer moments": "set actor_rollout_ref.actor.fsdp_config.optimizer_offload=True, or use more GPUs",
+    "gradients": "use more GPUs, or LoRA",
+    "reference weights": "set actor_rollout_ref.ref.fsdp_config.param_offload=True",
+    "teacher weights": "set sdar.teacher.offload=True",
+    "rollout engine": "lower actor_rollout_ref.rollout.gpu_memory_utilization, or offload actor and optimizer",
+    "activations": "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu (and log_prob_max_token_len_per_gpu), or "
+    "set actor_rollout_ref.model.enable_gradient_checkpointing=True",
+    "logits": "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu (and log_prob_max_token_len_per_gpu)",
+    "gathered weights": "a card with more memory: FSDP gathers a layer, embedding and head on every GPU",
+}
+
+
+def make_plan(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None) -> Plan:
+    """Memory and time of ``layout`` on ``gpu``."""
+    return Plan(layout, gpu, phases(layout, gpu.memory), step_seconds(layout, gpu, efficiency))
+
+
+def recommend(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None) -> Plan | None:
+    """The layout that fits on fewest cards; offloading and smaller micro-batches only where it does not fit without.
+
+    Args:
+        layout: the wished run; its number of GPUs is ignored.
+        gpu: the card.
+        efficiency: assumptions for the time.
+
+    Returns:
+        A plan that fits, or None when none does up to 64 GPUs.
+    """
+    gpus = 1
+    while gpus <= MOST_GPUS:
+        for candidate in _gentler(layout.with_gpus(gpus)):
+            plan = make_plan(candidate, gpu, efficiency)
+            if plan.fits:
+                return plan
+        gpus *= 2
+    return None
+
+
+def _gentler(layout: Layout) -> list[Layout]:
+    """``layout`` and what saves memory, from what costs least time to what costs most."""
+    candidates = [layout]
+    candidates.append(replace(candidates[-1], reference_offload=True, teacher_offload=True))
+    candidates.append(replace(candidates[-1], checkpointing=True))
+    candidates.append(replace(candidates[-1], optimizer_offload=True))
+    candidates.append(replace(candidates[-1], actor_offload=True))
+    for tokens in (16384, 8192, 4096):
+        smaller = replace(
+            candidates[-1],
+            micro_tokens=min(layout.micro_tokens, tokens),
+            forward_tokens=min(layout.forward_tokens, tokens),
+        )
+        candidates.append(smaller)
+        candidates.append(replace(smaller, rollout_share=min(layout.rollout_share, 0.4)))
+    return candidates
+
+
+def changed(wished: Layout, found: Layout) -> list[str]:
+    """Overrides that turn the one layout into the other."""
+    options = {
+        "gpus": "trainer.n_gpus_per_node * trainer.nnodes",
+        "tensor_parallel": "actor_rollout_ref.rollout.tensor_model_parallel_size",
+        "checkpointing": "actor_rollout_ref.model.enable_gradient_checkpointing",
+        "micro_tokens": "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+        "forward_tokens": "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
+        "actor_offload": "actor_rollout_ref.actor.fsdp_config.param_offload",
+        "optimizer_offload": "actor_rollout_ref.actor.fsdp_config.optimizer_offload",
+        "reference_offload": "actor_rollout_ref.ref.fsdp_config.param_offload",
+        "teacher_offload": "sdar.teacher.offload",
+        "rollout_share": "actor_rollout_ref.rollout.gpu_memory_utilization",
+    }
+    return [
+        f"{option}={getattr(found, name)}"
+        for name, option in options.items()
+        if getattr(found, name) != getattr(wished, name)
+    ]

@@ -1,0 +1,74 @@
+"""Seconds per step and phase: FLOPs and bytes over a card's data sheet, times stated efficiencies.
+
+    pass      forward FLOPs / (N * peak * forward efficiency)
+    update    3 x forward FLOPs (4 x with checkpointing) / (N * peak * training efficiency)
+    rollout   turns * (prefill + answer tokens * time of a decoding step + environment)
+
+An episode's turns follow each other; all episodes run at once, spread over the N / TP engines. A decoding step reads
+the weights once and the cache of every running episode, or is bound by its FLOPs, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+from sdar_verl.planner.hardware import Efficiency, Gpu
+from sdar_verl.planner.layout import Layout
+
+
+def row_flops(layout: Layout, context: float = 0.0) -> float:
+    """Forward FLOPs of all rows of a step, whose prompts have ``context`` more tokens."""
+    length = round(layout.prompt + context + layout.response)
+    return layout.rows * layout.architecture.forward_flops([length])
+
+
+def phase_flops(layout: Layout) -> dict[str, float]:
+    """FLOPs of every training phase of a step, over all GPUs."""
+    student, teacher = row_flops(layout), row_flops(layout, layout.context)
+    flops = {"old log-probs": student}
+    if layout.reference_pass:
+        flops["reference"] = student
+    if layout.teacher not in ("none", "actor_fresh"):
+        flops["teacher"] = teacher
+    flops["update"] = student * (4.0 if layout.checkpointing else 3.0)
+    if layout.teacher == "actor_fresh":
+        flops["update"] += teacher
+    return flops
+
+
+def rollout_seconds(layout: Layout, gpu: Gpu, efficiency: Efficiency) -> float:
+    """Seconds until the last of a step's episodes has ended, if all have the mean number of turns."""
+    a, tp = layout.architecture, layout.tensor_parallel
+    engines = max(layout.gpus // tp, 1)
+    running = layout.episodes / engines
+    peak, bandwidth = gpu.flops * tp * efficiency.prefill, gpu.bandwidth * tp * efficiency.decode
+    prefill = running * a.forward_flops([round(layout.prompt)], head_tokens=1) / peak
+    cache = running * (layout.prompt + layout.response / 2) * a.kv_bytes_per_token()
+    compute = running * a.forward_flops([1]) / peak
+    token = max((2.0 * a.parameters + cache) / bandwidth, compute) + efficiency.token_latency
+    return layout.turns * (prefill + layout.response * token + efficiency.env_latency)
+
+
+def step_seconds(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None) -> dict[str, float]:
+    """Seconds of every phase of a step.
+
+    Args:
+        layout: the run.
+        gpu: the card.
+        efficiency: assumptions; None: the defaults.
+    """
+    efficiency = efficiency or Efficiency()
+    seconds = {"rollout": rollout_seconds(layout, gpu, efficiency)}
+    for phase, flops in phase_flops(layout).items():
+        on_pool = phase == "teacher" and layout.teacher_placement == "pool"
+        gpus = max(layout.teacher_gpus, 1) if on_pool else layout.gpus
+        share = efficiency.training if phase == "update" else efficiency.forward
+        seconds[phase] = flops / (gpus * gpu.flops * share)
+    return seconds
+
+
+def tokens_per_step(layout: Layout) -> dict[str, float]:
+    """Tokens that a step reads and writes."""
+    return {
+        "written by the policy": layout.rows * layout.response,
+        "read by the student": layout.rows * layout.prompt,
+        "read by the teacher": 0.0 if layout.teacher == "none" else layout.rows * (layout.prompt + layout.context),
+    }

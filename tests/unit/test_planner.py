@@ -1,0 +1,226 @@
+"""The planner's arithmetic against real modules, and what it says of layouts that do and do not fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+
+from sdar_verl.errors import ConfigError
+from sdar_verl.planner.architecture import KNOWN, Architecture
+from sdar_verl.planner.hardware import GIB, find_gpu
+from sdar_verl.planner.layout import Layout
+from sdar_verl.planner.memory import activation_bytes, phases, resident, trainable
+from sdar_verl.planner.plan import changed, make_plan, recommend
+from sdar_verl.planner.show import as_dict, as_text
+from sdar_verl.planner.timing import phase_flops, step_seconds
+
+SMALL = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4}
+CONFIGS = {
+    "qwen2, tied": Qwen2Config(**SMALL, num_hidden_layers=3, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2, own head": Qwen2Config(**SMALL, num_hidden_layers=2, num_key_value_heads=4, tie_word_embeddings=False),
+    "qwen3, wide heads": Qwen3Config(
+        **SMALL, num_hidden_layers=3, num_key_value_heads=2, head_dim=48, tie_word_embeddings=True
+    ),
+}
+H100 = find_gpu("h100-80gb")
+RUN = Layout(architecture=KNOWN["qwen2.5-3b-instruct"], gpus=8, tensor_parallel=2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_those_of_the_real_module(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    assert Architecture.from_config(CONFIGS[name].to_dict()).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("qwen2.5-3b-instruct", Qwen2Config),
+        ("qwen2.5-7b-instruct", Qwen2Config),
+        ("qwen3-1.7b", Qwen3Config),
+    ],
+)
+def test_the_recipes_models_have_as_many_weights_as_transformers_builds(name, config):
+    a = KNOWN[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config(
+                hidden_size=a.hidden,
+                intermediate_size=a.intermediate,
+                num_hidden_layers=a.layers,
+                num_attention_heads=a.heads,
+                num_key_value_heads=a.kv_heads,
+                head_dim=a.head_dim,
+                vocab_size=a.vocabulary,
+                tie_word_embeddings=a.tied,
+            )
+        )
+    assert a.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_forward_flops_are_within_five_per_cent_of_torchs_counter(name):
+    config, tokens = CONFIGS[name], 64
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.int64))
+    expected = Architecture.from_config(config.to_dict()).forward_flops([tokens], causal=False)
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def saved_bytes(config, tokens: int) -> int:
+    """Distinct storages that a bf16 forward pass keeps for its backward pass, weights apart."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(torch.bfloat16)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(input_ids=torch.zeros(1, tokens, dtype=torch.int64))
+        return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config])
+def test_a_layers_activations_are_what_autograd_keeps(kind):
+    tokens = 32
+    shapes = [kind(**SMALL, num_hidden_layers=layers, num_key_value_heads=2, head_dim=32) for layers in (2, 4)]
+    two, four = (saved_bytes(shape, tokens) for shape in shapes)
+    per_layer = (four - two) / 2 / tokens
+    assert Architecture.from_config(shapes[0].to_dict()).layer_activation_bytes() == pytest.approx(per_layer, rel=0.01)
+
+
+def test_adam_keeps_eight_bytes_a_weight_and_gradients_four():
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    moments = sum(
+        value.nbytes for state in optimizer.state.values() for key, value in state.items() if key.startswith("exp_avg")
+    )
+    weights = sum(p.numel() for p in model.parameters())
+    assert moments == 8 * weights
+    assert sum(p.grad.nbytes for p in model.parameters()) == 4 * weights
+
+
+def test_what_is_sharded_halves_with_twice_the_cards_and_the_rest_stays():
+    one, two = resident(RUN), resident(RUN.with_gpus(16))
+    assert two["optimizer moments"] == one["optimizer moments"] / 2
+    assert two["actor weights"] == one["actor weights"] / 2
+    assert two["CUDA, NCCL, fragments"] == one["CUDA, NCCL, fragments"]
+
+
+def test_checkpointing_keeps_one_layers_activations_and_every_layers_input():
+    a = RUN.architecture
+    full, light = (activation_bytes(replace(RUN, checkpointing=flag), 1000) for flag in (False, True))
+    assert full == 1000 * a.layers * a.layer_activation_bytes()
+    assert light == 1000 * (2 * a.hidden * a.layers + a.layer_activation_bytes())
+
+
+@pytest.mark.parametrize(
+    ("teacher", "extra"), [("none", None), ("actor", set()), ("ema", {"teacher weights"}), ("actor_fresh", set())]
+)
+def test_a_teachers_weights_take_room_where_they_are_a_copy(teacher, extra):
+    found = {phase.name: phase for phase in phases(replace(RUN, teacher=teacher), H100.memory)}
+    if extra is None:
+        assert "teacher" not in found
+    else:
+        assert set(found["teacher"].parts) - set(found["old log-probs"].parts) == extra
+
+
+def test_a_full_vocabulary_objective_costs_more_logits_memory_than_a_sampled_token():
+    sampled, full = (
+        next(p for p in phases(replace(RUN, top_k=k), H100.memory) if p.name == "update").parts["logits"]
+        for k in (0, None)
+    )
+    assert full > sampled
+
+
+def test_lora_trains_a_fraction_of_the_weights():
+    lora = replace(RUN, lora_rank=16)
+    assert trainable(lora) < 0.05 * trainable(RUN)
+    assert resident(lora)["optimizer moments"] == 8 * trainable(lora) / 8
+
+
+def test_phases_without_work_are_not_there():
+    plain = replace(RUN, teacher="none", reference_pass=False)
+    assert set(phase_flops(plain)) == {"old log-probs", "update"}
+    assert set(phase_flops(RUN)) == {"old log-probs", "reference", "teacher", "update"}
+
+
+def test_the_update_is_four_forward_passes_with_checkpointing_and_three_without():
+    for flag, times in ((True, 4), (False, 3)):
+        flops = phase_flops(replace(RUN, checkpointing=flag))
+        assert flops["update"] == pytest.approx(times * flops["old log-probs"])
+
+
+def test_twice_the_turns_take_twice_the_time():
+    once, twice = (sum(step_seconds(replace(RUN, turns=turns), H100).values()) for turns in (10, 20))
+    assert twice == pytest.approx(2 * once)
+
+
+def test_a_layout_that_does_not_fit_says_which_phase_and_what_to_change():
+    tight = replace(RUN, gpus=1, tensor_parallel=1, architecture=KNOWN["qwen2.5-7b-instruct"])
+    plan = make_plan(tight, H100)
+    assert not plan.fits
+    assert any("optimizer_offload" in fault for fault in plan.faults)
+
+
+def test_the_recommendation_fits_on_no_more_cards_than_needed():
+    wished = replace(RUN, architecture=KNOWN["qwen2.5-7b-instruct"])
+    found = recommend(wished, H100)
+    assert found is not None and found.fits
+    if found.layout.gpus > 1:
+        half = found.layout.with_gpus(found.layout.gpus // 2)
+        assert not make_plan(half, H100).fits
+    assert changed(wished, found.layout)
+
+
+def test_nothing_is_recommended_where_nothing_fits():
+    huge = replace(KNOWN["qwen2.5-7b-instruct"], hidden=65536, intermediate=262144, layers=200)
+    assert recommend(replace(RUN, architecture=huge), H100) is None
+
+
+def test_a_pool_of_its_own_is_counted_and_speeds_up_nothing_else():
+    pool = replace(RUN, teacher="snapshot", teacher_placement="pool", teacher_gpus=4)
+    plan = make_plan(pool, H100)
+    assert plan.cards == 12
+    assert plan.seconds["teacher"] == pytest.approx(2 * make_plan(RUN, H100).seconds["teacher"])
+    assert make_plan(replace(pool, teacher_gpus=0), H100).faults
+
+
+def test_text_and_json_say_the_same():
+    plan = make_plan(RUN, H100)
+    data = json.loads(json.dumps(as_dict(plan, price=2.5)))
+    assert data["cost"] == pytest.approx(2.5 * plan.gpu_hours)
+    text = as_text(plan, price=2.5)
+    for phase in plan.phases:
+        assert f"{phase.name}" in text
+        assert f"{phase.total / GIB:.1f}" in text
+
+
+def test_an_unknown_model_or_card_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no-such-model"):
+        Architecture.find("no-such-model")
+    with pytest.raises(ConfigError, match="h100-80gb"):
+        find_gpu("abacus")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    with pytest.raises(ConfigError, match="mixtral"):
+        Architecture.find(str(tmp_path))
+
+
+def test_a_local_folder_is_read(tmp_path):
+    config = CONFIGS["qwen3, wide heads"]
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert Architecture.find(str(tmp_path)) == Architecture.from_config(config.to_dict(), name=tmp_path.name)
