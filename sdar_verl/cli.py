@@ -1,33 +1,30 @@
-"""The command ``sdar-verl``."""
+"""The command ``sdar-verl``: finds the sub-commands in their rooms and runs the one that is asked for."""
 
 from __future__ import annotations
 
 import argparse
-import os
+import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from sdar_verl._version import __version__
-from sdar_verl.envs.alfworld.prepare import PANELS, Prepared, Source, prepare
-from sdar_verl.envs.alfworld.spec import DEFAULT_HOUSEHOLD_SEED, TASK_TYPES, GeneratorConfig
 from sdar_verl.errors import SdarError
 
-_GENERATED_COUNTS = {"train": 512, "validation": 128, "test": 128}
-
-# Options that only make sense when games are generated, and the fields of GeneratorConfig that they set.
-_GENERATOR_OPTIONS = {
-    "receptacles": "n_receptacles",
-    "distractors": "n_distractors",
-    "p_home": "p_home",
-    "household_seed": "household_seed",
-    "processes": None,
-}
+# Modules with add_parser(subparsers), which sets run=function(arguments) -> exit status. They import what takes time
+# (torch, verl, an environment's engine) when they run, so that --help is quick.
+_PREPARE = ("sdar_verl.envs.alfworld.command",)
+_COMMANDS = ("sdar_verl.planner.command",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for errors that the user can mend)."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes positional words in one run only; Hydra overrides may stand on both sides of an option.
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif rest:
+        arguments.overrides += rest
     try:
         return int(arguments.run(arguments))
     except (SdarError, ImportError, ValueError, OSError) as error:
@@ -41,105 +38,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sdar-verl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_prepare(commands)
+    prepare = commands.add_parser("prepare", help="make an environment's task panels (parquet files for verl)")
+    environments = prepare.add_subparsers(dest="env", required=True, metavar="ENVIRONMENT")
+    for module in _PREPARE:
+        importlib.import_module(module).add_parser(environments)
+    for module in _COMMANDS:
+        importlib.import_module(module).add_parser(commands)
     return parser
-
-
-def _add_prepare(commands: Any) -> None:
-    prepare_ = commands.add_parser("prepare", help="make an environment's task panels (parquet files for verl)")
-    envs = prepare_.add_subparsers(dest="env", required=True, metavar="ENVIRONMENT")
-    alfworld = envs.add_parser(
-        "alfworld",
-        help="ALFWorld: from its downloaded games, or from games generated here",
-        description="Writes train.parquet, validation.parquet, test.parquet and panel.json. Panels are sorted and "
-        "hashed: the same options give the same tasks on any machine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    alfworld.set_defaults(run=_prepare_alfworld)
-    alfworld.add_argument("--out", required=True, help="folder to write to")
-    alfworld.add_argument(
-        "--data",
-        help="ALFWorld's data folder, the one that holds json_2.1.1; by default $ALFWORLD_DATA",
-        default=argparse.SUPPRESS,
-    )
-    alfworld.add_argument("--generate", action="store_true", help="generate games instead of reading downloaded ones")
-    for panel, split in PANELS.items():
-        alfworld.add_argument(
-            f"--{panel}",
-            type=int,
-            metavar="N",
-            default=argparse.SUPPRESS,
-            help=f"tasks of the {panel} panel ({split}); by default all downloaded games, "
-            f"or {_GENERATED_COUNTS[panel]} generated ones",
-        )
-    alfworld.add_argument(
-        "--seed", type=int, default=0, help="of the generated games, or of the choice among downloaded"
-    )
-    alfworld.add_argument("--task-types", nargs="+", choices=TASK_TYPES, metavar="TYPE", default=list(TASK_TYPES))
-    alfworld.add_argument("--force", action="store_true", help="replace panels that were made with other options")
-    generated = alfworld.add_argument_group("with --generate")
-    defaults = GeneratorConfig()
-    for name, type_, text in (
-        ("receptacles", int, f"receptacles per room (default: {defaults.n_receptacles})"),
-        ("distractors", int, f"objects per room beside the target (default: {defaults.n_distractors})"),
-        ("p-home", float, f"probability that an object lies at its usual place (default: {defaults.p_home})"),
-        ("household-seed", int, f"which map of usual places (default: {DEFAULT_HOUSEHOLD_SEED})"),
-        ("processes", int, "processes that generate (default: the CPUs of this machine, at most 8)"),
-    ):
-        generated.add_argument(f"--{name}", type=type_, metavar="N", default=argparse.SUPPRESS, help=text)
-
-
-def _prepare_alfworld(arguments: argparse.Namespace) -> int:
-    given = vars(arguments)
-    counts = {panel: given[panel] for panel in PANELS if panel in given}
-    if arguments.generate:
-        if "data" in given:
-            raise SdarError(f"--data {given['data']} has no effect with --generate; leave one of them out")
-        fields = {field: given[option] for option, field in _GENERATOR_OPTIONS.items() if field and option in given}
-        config = GeneratorConfig(seed=arguments.seed, task_types=_in_order(arguments.task_types), **fields)
-        source = Source(counts={**_GENERATED_COUNTS, **counts}, generator=config)
-    else:
-        for option in _GENERATOR_OPTIONS:
-            if option in given:
-                raise SdarError(
-                    f"--{option.replace('_', '-')} only has an effect with --generate; leave it out or add that"
-                )
-        source = Source(
-            counts=counts, task_types=_in_order(arguments.task_types), seed=arguments.seed, data=given.get("data")
-        )
-    outcome = prepare(
-        source,
-        arguments.out,
-        force=arguments.force,
-        processes=given.get("processes", min(8, os.cpu_count() or 1)),
-        progress=_show_progress,
-    )
-    _show_panels(arguments.out, outcome)
-    return 0
-
-
-def _in_order(task_types: Sequence[str]) -> tuple[str, ...]:
-    """Without repetition, in ALFRED's order: the order of the option must not change the games."""
-    return tuple(task_type for task_type in TASK_TYPES if task_type in task_types)
-
-
-def _show_progress(panel: str, done: int, count: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\rgenerating {panel}: {done}/{count}", end="\n" if done == count else "", file=sys.stderr, flush=True)
-    elif done == count or done % max(1, count // 4) == 0:
-        print(f"generating {panel}: {done}/{count}", file=sys.stderr, flush=True)
-
-
-def _show_panels(out: str, outcome: Prepared) -> None:
-    print(f"{out}: {'made' if outcome.made else 'nothing to do, these panels are there already'}")
-    for panel, described in outcome.described["panels"].items():
-        print(f"  {described['file']:<20} {described['tasks']:>5} tasks  hash {described['hash'][:16]}")
-        for task_type, number in described["task_types"].items():
-            print(f"    {number:>5} {task_type}")
-        for reason, number in sorted(outcome.skipped.get(panel, {}).items()):
-            print(f"    {number:>5} left out: {reason}")
-    for note in outcome.notes:
-        print(f"note: {note}", file=sys.stderr)
 
 
 if __name__ == "__main__":

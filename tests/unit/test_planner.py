@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
+from sdar_verl.cli import main
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.architecture import KNOWN, Architecture
 from sdar_verl.planner.hardware import GIB, find_gpu
@@ -224,3 +225,46 @@ def test_a_local_folder_is_read(tmp_path):
     config = CONFIGS["qwen3, wide heads"]
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert Architecture.find(str(tmp_path)) == Architecture.from_config(config.to_dict(), name=tmp_path.name)
+
+
+def test_the_command_plans_a_recipe_with_overrides(capsys, tmp_path):
+    chart = tmp_path / "memory.svg"
+    arguments = ["plan", "--config-name", "sdar_alfworld", "model=qwen2.5-7b", "trainer.n_gpus_per_node=8"]
+    status = main([*arguments, "--turns", "20", "--price", "2", "--json", "--plot", str(chart)])
+    plan = json.loads(capsys.readouterr().out)
+    assert status == (0 if plan["fits"] else 1)
+    assert plan["gpus"] == 8
+    assert plan["tokens_per_step"]["written by the policy"] == pytest.approx(128 * 20 * 512 / 3)
+    assert plan["cost"] == pytest.approx(2 * plan["gpu_hours"])
+    assert chart.read_text().count("<svg") == 1
+
+
+def test_the_command_recommends_and_names_the_overrides(capsys):
+    status = main(["plan", "model=qwen2.5-7b", "trainer.n_gpus_per_node=2", "--gpu", "a100-40gb", "--recommend"])
+    text = capsys.readouterr().out
+    assert status == 0
+    assert "recommended:" in text
+    assert "trainer.n_gpus_per_node * trainer.nnodes=" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--config-name", "sdar_nowhere"], "sdar_nowhere"),
+        (["model=gpt-9"], "gpt-9"),
+        (["--gpu", "abacus"], "abacus"),
+        (["--training-efficiency", "1.5"], "--training-efficiency"),
+        (["trainer.n_gpus_per_node=3"], "tensor_model_parallel_size"),
+    ],
+)
+def test_bad_arguments_of_the_command_are_named(capsys, arguments, word):
+    assert main(["plan", *arguments]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(capsys):
+    main(["plan", "model=qwen2.5-7b", "--gpu", "a100-80gb", "trainer.n_gpus_per_node=4", "--json"])
+    assert json.loads(capsys.readouterr().out)["gpus"] == 4
+    with pytest.raises(SystemExit):
+        main(["plan", "model=qwen2.5-7b", "--gpus=4"])
+    assert "--gpus=4" in capsys.readouterr().err

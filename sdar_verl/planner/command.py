@@ -1,0 +1,77 @@
+"""``sdar-verl plan``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``plan`` to ``sdar-verl``."""
+    parser = commands.add_parser(
+        "plan",
+        help="memory per GPU and phase, time per step, GPU-hours of a recipe",
+        description="What a run of a recipe needs, before a GPU is rented. Lengths that only a run can know are "
+        "guesses unless given; docs/planner.md has the arithmetic and how far it was off.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--config-name", default="sdar_alfworld", help="recipe (default: sdar_alfworld)")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. model=qwen2.5-7b trainer.n_gpus_per_node=4")
+    parser.add_argument("--gpu", default="h100-80gb", help="card (default: h100-80gb)")
+    parser.add_argument("--price", type=float, metavar="P", help="of a GPU-hour, in any currency")
+    parser.add_argument("--turns", type=float, help="turns per episode (default: half of sdar.env.max_steps)")
+    parser.add_argument("--prompt", type=float, help="tokens of a prompt (default: half of data.max_prompt_length)")
+    parser.add_argument("--context", type=float, help="tokens that the teacher's context adds")
+    parser.add_argument("--response", type=float, help="tokens of a response (default: a third of the limit)")
+    for name, text in (
+        ("training-efficiency", "share of the card's FLOP/s in the update (default: 0.35)"),
+        ("forward-efficiency", "the same in log-prob passes (default: 0.4)"),
+        ("decode-efficiency", "share of the card's bandwidth while tokens are written (default: 0.6)"),
+    ):
+        parser.add_argument(f"--{name}", type=float, metavar="E", help=text)
+    parser.add_argument("--recommend", action="store_true", help="find the layout that fits on fewest cards")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--plot", metavar="FILE", help="write the memory as stacked bars (png, svg, pdf)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit status 0 when the run fits, 1 when it does not."""
+    from sdar_verl.compose import compose_config
+    from sdar_verl.config import load_config
+    from sdar_verl.errors import ConfigError
+    from sdar_verl.planner.hardware import Efficiency, find_gpu
+    from sdar_verl.planner.layout import Layout
+    from sdar_verl.planner.plan import changed, make_plan, recommend
+    from sdar_verl.planner.show import as_dict, as_text, draw
+
+    shares = {"training": arguments.training_efficiency, "forward": arguments.forward_efficiency}
+    shares["decode"] = arguments.decode_efficiency
+    for name, share in shares.items():
+        if share is not None and not 0.0 < share <= 1.0:
+            raise ConfigError(f"--{name}-efficiency {share}: must lie in (0, 1]")
+    efficiency = Efficiency(**{name: share for name, share in shares.items() if share is not None})
+    gpu = find_gpu(arguments.gpu)
+    config = compose_config(arguments.config_name, arguments.overrides)
+    lengths = {name: getattr(arguments, name) for name in ("turns", "prompt", "context", "response")}
+    wished = Layout.from_config(config, load_config(config.sdar), **lengths)
+    plan = make_plan(wished, gpu, efficiency)
+    notes = []
+    if arguments.recommend:
+        found = recommend(wished, gpu, efficiency)
+        if found is None:
+            notes.append(
+                f"no layout fits on up to 64 x {gpu.name}; a card with more memory, LoRA or a smaller model would"
+            )
+        else:
+            plan = found
+            notes += changed(wished, found.layout) or ["the recipe as it is"]
+    if arguments.json:
+        print(json.dumps({**as_dict(plan, arguments.price), "recommended": notes}, indent=1))
+    else:
+        print(as_text(plan, arguments.price))
+        if notes:
+            print("\n".join(["", "recommended:", *(f"  {note}" for note in notes)]))
+    if arguments.plot:
+        draw(plan, arguments.plot)
+    return 0 if plan.fits else 1
