@@ -12,8 +12,8 @@ from sdar_verl.errors import SdarError
 
 # Modules with add_parser(subparsers), which sets run=function(arguments) -> exit status. They import what takes time
 # (torch, verl, an environment's engine) when they run, so that --help is quick.
-_PREPARE = ("sdar_verl.envs.alfworld.command",)
-_COMMANDS = ("sdar_verl.planner.command",)
+_PREPARE = ("sdar_verl.envs.alfworld.command", "sdar_verl.envs.search.command")
+_COMMANDS = ("sdar_verl.planner.command", "sdar_verl.envs.search.serve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

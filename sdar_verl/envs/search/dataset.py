@@ -1,0 +1,169 @@
+"""Question files of the user's: Search-R1's parquet (NQ, HotpotQA and the evaluation sets) and its descendants'."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdar_verl.envs.base import Task
+from sdar_verl.errors import SdarError
+
+PANELS = ("train", "validation", "test")
+#: First word of a file's name -> panel.
+_BY_NAME = {"train": "train", "dev": "validation", "val": "validation", "validation": "validation", "test": "test"}
+_COLUMNS = ("question", "golden_answers", "data_source", "extra_info", "env_kwargs", "reward_model", "reward_spec")
+_FORMS = (
+    "columns `question` and `golden_answers` (Search-R1, FlashRAG), or `extra_info`/`env_kwargs` with a `question` and "
+    "`reward_model` with a `ground_truth` (SkyRL, SDAR), and `data_source`"
+)
+
+
+class QuestionFileError(SdarError, ValueError):
+    """A file of questions that is missing, damaged or in another form; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class QuestionFile:
+    """A file and the panel that its questions are for."""
+
+    panel: str
+    path: Path
+
+    @classmethod
+    def of(cls, given: str) -> QuestionFile:
+        """Read ``PANEL=FILE``, or ``FILE`` whose name begins with the panel's (``train.parquet``, ``dev.jsonl``).
+
+        Raises:
+            QuestionFileError: no such file, or no telling which panel is meant.
+        """
+        panel, equals, name = given.partition("=")
+        if not equals or panel not in PANELS:
+            name = given
+            first = Path(given).name.lower().replace("-", "_").replace(".", "_").split("_")[0]
+            panel = _BY_NAME.get(first, "")
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise QuestionFileError(f"--source {given}: {path} does not exist; download the data set first")
+        if not panel:
+            raise QuestionFileError(
+                f"--source {given}: which panel is it for? Write {', '.join(f'{p}=FILE' for p in PANELS)}"
+            )
+        return cls(panel, path)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the file."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Tasks of one panel by id, and why rows were left out."""
+
+    tasks: Mapping[str, Task]
+    skipped: Counter[str]
+
+
+def read_questions(files: Sequence[QuestionFile]) -> Questions:
+    """Tasks of some files: each question once, its type the data set that it comes from.
+
+    A task's id is ``<data set>/<hash of question and answers>``: it does not depend on where in which file it stands.
+
+    Raises:
+        QuestionFileError: a file cannot be read, or has no columns that we know.
+    """
+    tasks: dict[str, Task] = {}
+    skipped: Counter[str] = Counter()
+    for file in files:
+        usable = 0
+        for row in _rows(file.path):
+            task, reason = _task(row)
+            if task is None:
+                skipped[reason] += 1
+                continue
+            usable += 1
+            if task.task_id in tasks:
+                skipped["the same question again"] += 1
+            tasks[task.task_id] = task
+        if not usable:
+            reasons = ", ".join(f"{count} rows: {reason}" for reason, count in skipped.items()) or "it has no rows"
+            raise QuestionFileError(f"{file.path} holds no question that can be used ({reasons}); needed are {_FORMS}")
+    return Questions(tasks, skipped)
+
+
+def _task(row: Mapping[str, Any]) -> tuple[Task | None, str]:
+    question, answers = _question(row), _answers(row)
+    source = str(row.get("data_source") or "").strip().removeprefix("searchR1_").replace("/", "_")
+    if not question:
+        return None, "no question"
+    if not answers:
+        return None, "no golden answers"
+    if not source:
+        return None, "no data_source"
+    if not question.endswith("?"):
+        question += "?"  # as Search-R1 does
+    name = hashlib.sha256(json.dumps([question, answers]).encode()).hexdigest()[:16]
+    return Task("search", f"{source}/{name}", source, question, {"answers": answers}), ""
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    for place in (row, row.get("extra_info"), row.get("env_kwargs")):
+        if isinstance(place, Mapping) and isinstance(place.get("question"), str):
+            return " ".join(place["question"].split())
+    return ""
+
+
+def _answers(row: Mapping[str, Any]) -> list[str]:
+    found = row.get("golden_answers")
+    for name in ("reward_model", "reward_spec", "env_kwargs"):
+        if found is None and isinstance(row.get(name), Mapping):
+            found = row[name].get("ground_truth")
+    if isinstance(found, Mapping):
+        found = found.get("target")
+    if isinstance(found, str):
+        found = [found]
+    return [str(answer).strip() for answer in found or [] if answer is not None and str(answer).strip()]
+
+
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    if path.suffix in (".jsonl", ".json"):
+        yield from _json_lines(path)
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
+        if not columns:
+            raise QuestionFileError(f"{path} has the columns {', '.join(file.schema_arrow.names)}; needed are {_FORMS}")
+        for batch in file.iter_batches(columns=columns):
+            yield from batch.to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise QuestionFileError(
+            f"{path} is no readable parquet file ({error}); download it again, or give a .jsonl file"
+        ) from error
+
+
+def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise QuestionFileError(
+                    f"{path}, line {number} is not JSON ({error}): the file is cut off, or not one JSON object a line"
+                ) from error
+            if not isinstance(row, dict):
+                raise QuestionFileError(f"{path}, line {number} is no JSON object; needed are {_FORMS}")
+            yield row

@@ -1,0 +1,287 @@
+"""``sdar-verl prepare search`` and the server command: same options, same panels; bad files are named."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+
+pytest.importorskip("bm25s")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sdar_verl.cli import main
+from sdar_verl.envs.registry import make_env
+from sdar_verl.envs.search.client import HttpRetriever, RetrieverError
+from sdar_verl.envs.search.passages import Passage, write_corpus
+from sdar_verl.panels import read_panel
+
+
+def prepare(*arguments: object) -> int:
+    return main(["prepare", "search", *map(str, arguments)])
+
+
+def described(out: Path) -> dict:
+    return json.loads((out / "panel.json").read_text())
+
+
+# ---------------------------------------------------------------- the invented world
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("world") / "data"
+    assert prepare("--out", out, "--train", 40, "--validation", 8, "--test", 8) == 0
+    return out
+
+
+def test_panels_are_sorted_hashed_and_answerable_from_the_corpus_beside_them(made, capsys):
+    panels = {name: read_panel(made / f"{name}.parquet") for name in ("train", "validation", "test")}
+    assert {name: len(tasks) for name, tasks in panels.items()} == {"train": 40, "validation": 8, "test": 8}
+    assert Counter(task.task_type for task in panels["test"]) == dict.fromkeys(
+        ("one_hop", "two_hop", "three_hop", "comparison"), 2
+    )
+    env = make_env("search", retriever=str(made / "corpus.jsonl"))
+    for task in (task for tasks in panels.values() for task in tasks):
+        env.reset(task)
+        seen = "\n".join(env.step(f"search: {query}").observation for query in task.data["searches"])
+        if task.task_type != "comparison":
+            assert task.data["answers"][0] in seen
+        step = env.step(f"answer: {task.data['answers'][-1]}")
+        assert step.success and step.reward == 1.0
+
+
+def test_the_same_options_do_nothing_again_and_other_options_are_refused(made, capsys):
+    before = {file.name: file.stat().st_mtime_ns for file in made.iterdir()}
+    options = ("--train", 40, "--validation", 8, "--test", 8)
+    assert prepare("--out", made, *options) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {file.name: file.stat().st_mtime_ns for file in made.iterdir()} == before
+    assert prepare("--out", made, *options, "--seed", 1) == 2
+    assert "seed: 0 there, 1 asked for" in capsys.readouterr().err
+
+
+def test_panels_do_not_depend_on_folder_or_process(made, tmp_path):
+    options = ["--train", "40", "--validation", "8", "--test", "8"]
+    command = [sys.executable, "-m", "sdar_verl.cli", "prepare", "search", "--out", str(tmp_path / "again"), *options]
+    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(command, check=True, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    assert described(tmp_path / "again")["panels"] == described(made)["panels"]
+    assert (tmp_path / "again" / "corpus.jsonl").read_bytes() == (made / "corpus.jsonl").read_bytes()
+
+
+def test_a_corpus_that_was_removed_is_made_again(tmp_path):
+    options = ("--out", tmp_path, "--train", 4, "--validation", 4, "--test", 4)
+    assert prepare(*options) == 0
+    corpus = (tmp_path / "corpus.jsonl").read_bytes()
+    (tmp_path / "corpus.jsonl").unlink()
+    assert prepare(*options) == 0
+    assert (tmp_path / "corpus.jsonl").read_bytes() == corpus
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--train", 0), ["--train 0"]),
+        (("--test", 100000), ["--test 100000", "--scale"]),
+        (("--scale", 99), ["scale=99"]),
+    ],
+)
+def test_numbers_that_cannot_be_had_are_named(tmp_path, capsys, options, words):
+    assert prepare("--out", tmp_path, *options) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "panel.json").exists()
+
+
+# ---------------------------------------------------------------- question files
+
+
+def search_r1_rows(sources: dict[str, int]) -> list[dict]:
+    """As Search-R1's parquet has them; the prompt is not read."""
+    return [
+        {
+            "id": f"test_{i}",
+            "question": f"  who is number {i} of {source}" + ("?" if i % 2 else ""),
+            "golden_answers": [f"Nr {i}", str(i)],
+            "data_source": source,
+            "prompt": [{"role": "user", "content": "Answer the given question. You must ..."}],
+            "reward_model": {"style": "rule", "ground_truth": {"target": [f"Nr {i}", str(i)]}},
+        }
+        for source, count in sources.items()
+        for i in range(count)
+    ]
+
+
+def write_parquet(path: Path, rows: list[dict]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path) -> tuple[Path, Path]:
+    train = write_parquet(tmp_path / "train.parquet", search_r1_rows({"nq": 30, "hotpotqa": 20}))
+    test = write_parquet(tmp_path / "test.parquet", search_r1_rows({"bamboogle": 5, "popqa": 9}))
+    return train, test
+
+
+def test_search_r1s_files_become_panels_with_a_type_per_data_set(files, tmp_path, capsys):
+    assert prepare("--out", tmp_path / "a", "--source", *files, "--validation", 10) == 0
+    said = capsys.readouterr()
+    panels = described(tmp_path / "a")["panels"]
+    assert panels["train"]["task_types"] == {"hotpotqa": 16, "nq": 24}
+    assert panels["validation"]["task_types"] == {"hotpotqa": 4, "nq": 6}
+    assert panels["test"]["task_types"] == {"bamboogle": 5, "popqa": 9}
+    assert "10 training questions are held out" in said.err
+    tasks = read_panel(tmp_path / "a" / "test.parquet")
+    assert [task.task_id for task in tasks] == sorted(task.task_id for task in tasks)
+    one = next(task for task in tasks if task.description.startswith("who is number 4 of popqa"))
+    assert (one.description, one.task_type, one.env) == ("who is number 4 of popqa?", "popqa", "search")
+    assert dict(one.data) == {"answers": ["Nr 4", "4"]}
+    assert not (tmp_path / "a" / "corpus.jsonl").exists()
+    train = {task.task_id for task in read_panel(tmp_path / "a" / "train.parquet")}
+    assert not train & {task.task_id for task in read_panel(tmp_path / "a" / "validation.parquet")}
+
+
+def test_hashes_do_not_depend_on_the_order_of_rows_and_files_or_their_names(files, tmp_path):
+    assert prepare("--out", tmp_path / "a", "--source", *files, "--validation", 10) == 0
+    rows = search_r1_rows({"hotpotqa": 20, "nq": 30})
+    Random(0).shuffle(rows)
+    halves = [write_parquet(tmp_path / f"{i}.parquet", rows[i::2]) for i in range(2)]
+    sources = [f"test={files[1]}", *(f"train={half}" for half in reversed(halves))]
+    assert prepare("--out", tmp_path / "b", "--source", *sources, "--validation", 10) == 0
+    assert described(tmp_path / "a")["panels"] == described(tmp_path / "b")["panels"]
+
+
+def test_descendants_and_json_lines_say_the_same(files, tmp_path):
+    """SkyRL's and SDAR's parquet keep the question elsewhere; FlashRAG's files are JSON lines."""
+    rows = search_r1_rows({"nq": 12})
+    sdar = [
+        {
+            "data_source": row["data_source"],
+            "prompt": row["prompt"],
+            "reward_model": row["reward_model"],
+            "extra_info": {"index": i, "question": row["question"]},
+            "env_kwargs": {"question": row["question"], "ground_truth": {"target": row["golden_answers"]}},
+        }
+        for i, row in enumerate(rows)
+    ]
+    skyrl = [
+        {
+            "data_source": f"searchR1_{row['data_source']}",
+            "reward_spec": row["reward_model"],
+            "extra_info": {"question": row["question"]},
+        }
+        for row in rows
+    ]
+    plain = [{key: row[key] for key in ("question", "golden_answers", "data_source")} for row in rows]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, plain)))
+    made = [
+        write_parquet(tmp_path / "train_r1.parquet", rows),
+        write_parquet(tmp_path / "train_sdar.parquet", sdar),
+        write_parquet(tmp_path / "train_skyrl.parquet", skyrl),
+        tmp_path / "train.jsonl",
+    ]
+    hashes = set()
+    for number, file in enumerate(made):
+        assert prepare("--out", tmp_path / str(number), "--source", file, "--validation", 3) == 0
+        panels = described(tmp_path / str(number))["panels"]
+        hashes.add((panels["train"]["hash"], panels["validation"]["hash"]))
+    assert len(hashes) == 1
+
+
+def test_rows_that_cannot_be_used_are_counted_and_said(tmp_path, capsys):
+    rows = search_r1_rows({"nq": 10})
+    rows += [rows[0], {**rows[1], "golden_answers": [""]}, {**rows[2], "question": " "}, {**rows[3], "data_source": ""}]
+    write_parquet(tmp_path / "train.parquet", rows)
+    assert prepare("--out", tmp_path / "a", "--source", tmp_path / "train.parquet", "--validation", 2) == 0
+    said = capsys.readouterr().out
+    for reason in ("no question", "no golden answers", "no data_source", "the same question again"):
+        assert f"1 left out: {reason}" in said
+    assert described(tmp_path / "a")["panels"]["train"]["tasks"] == 8
+
+
+def test_training_questions_in_the_test_panel_are_said(tmp_path, capsys):
+    train = write_parquet(tmp_path / "train.parquet", search_r1_rows({"nq": 10}))
+    sources = (train, f"validation={train}", f"test={train}")
+    assert prepare("--out", tmp_path / "a", "--source", *sources, "--validation", 3, "--test", 4) == 0
+    assert "10 questions of the test panel are training questions, too" in capsys.readouterr().err
+    panels = described(tmp_path / "a")["panels"]
+    assert {name: panel["tasks"] for name, panel in panels.items()} == {"train": 10, "validation": 3, "test": 4}
+
+
+BAD = {
+    "missing": (["train=no.parquet"], ["no.parquet does not exist"]),
+    "no panel": (["questions.jsonl"], ["which panel", "train=FILE"]),
+    "no training file": (["test=questions.jsonl"], ["no file of training questions"]),
+    "not parquet": (["train=broken.parquet"], ["broken.parquet is no readable parquet file"]),
+    "cut off": (["train=cut.jsonl"], ["cut.jsonl, line 2 is not JSON", "cut off"]),
+    "other columns": (["train=other.parquet"], ["has the columns text, label", "golden_answers"]),
+    "nothing usable": (["train=empty.jsonl"], ["holds no question that can be used", "2 rows: no golden answers"]),
+    "too few to hold out": (["train=questions.jsonl"], ["--validation 512", "3 training questions"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_question_files_are_named_with_the_remedy(tmp_path, monkeypatch, capsys, case):
+    monkeypatch.chdir(tmp_path)
+    good = [json.dumps({"question": f"q{i}?", "golden_answers": ["a"], "data_source": "nq"}) for i in range(3)]
+    Path("questions.jsonl").write_text("\n".join(good))
+    Path("broken.parquet").write_bytes(b"PAR1 and then nothing")
+    Path("cut.jsonl").write_text(good[0] + "\n" + good[1][:-9])
+    Path("empty.jsonl").write_text('{"question": "q"}\n{"question": "r", "golden_answers": []}\n')
+    write_parquet(Path("other.parquet"), [{"text": "x", "label": 1}])
+    sources, words = BAD[case]
+    assert prepare("--out", "out", "--source", *sources) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
+    assert not Path("out/panel.json").exists()
+
+
+def test_options_without_effect_are_refused(files, tmp_path, capsys):
+    assert prepare("--out", tmp_path / "a", "--source", *files, "--scale", 2) == 2
+    assert "--scale 2 only has an effect without --source" in capsys.readouterr().err
+    assert prepare("--out", tmp_path / "a", "--source", files[0], "--test", 2, "--validation", 3) == 2
+    assert "--test 2 has no effect" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- serve-retriever
+
+
+def test_the_command_serves_a_corpus(tmp_path):
+    write_corpus([Passage("1", "Oslo", "A city."), Passage("2", "Rome", "Another.")], tmp_path / "corpus.jsonl")
+    command = [sys.executable, "-m", "sdar_verl.cli", "serve-retriever", "--corpus", str(tmp_path / "corpus.jsonl")]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    with subprocess.Popen([*command, "--port", port], stdout=subprocess.PIPE, text=True, env=env) as server:
+        try:
+            assert server.stdout is not None
+            assert "2 passages indexed" in server.stdout.readline()
+            client = HttpRetriever([f"http://127.0.0.1:{port}"], retries=0)
+            for _ in range(200):
+                try:
+                    client.check()
+                    break
+                except RetrieverError:
+                    time.sleep(0.05)
+            assert [hit.passage.title for hit in client.search("oslo", 3)] == ["Oslo"]
+        finally:
+            server.terminate()
+
+
+def test_a_corpus_that_cannot_be_served_is_an_error(tmp_path, capsys):
+    assert main(["serve-retriever", "--corpus", str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl cannot be read" in capsys.readouterr().err
+    assert main(["serve-retriever", "--corpus", "x", "--topk", "0"]) == 2
+    assert "--topk 0" in capsys.readouterr().err
