@@ -129,7 +129,7 @@ def _has(config, name: str) -> bool:
 @pytest.fixture(scope="module")
 def recipe():
     with initialize_config_module("verl.trainer.config", version_base=None):
-        yield functools.cache(lambda *groups: compose("sdar_alfworld", overrides=list(groups)))
+        yield functools.cache(lambda *groups, env="alfworld": compose(f"sdar_{env}", overrides=list(groups)))
 
 
 def test_settings_in_the_documents_exist_and_are_accepted(recipe):
@@ -141,7 +141,8 @@ def test_settings_in_the_documents_exist_and_are_accepted(recipe):
         try:
             config = recipe(*groups)
             for name in (word.split("=")[0] for word in words if word not in groups):
-                assert any(_has(node, name) for node in (config, recipe("hardware=cpu"))), f"no such option: {name}"
+                nodes = (config, recipe("hardware=cpu"), recipe(env="search"))
+                assert any(_has(node, name) for node in nodes), f"no such option: {name}"
             ours = [word.removeprefix("sdar.") for word in words if word.startswith("sdar.") and "=" in word]
             if ours:
                 load_config(OmegaConf.merge(config.sdar, OmegaConf.from_dotlist(ours)))

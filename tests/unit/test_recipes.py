@@ -1,4 +1,4 @@
-"""The ALFWorld recipes resolve to the paper's settings, and verl's checks and ours accept them without a GPU."""
+"""The recipes resolve to the paper's settings, and verl's checks and ours accept them without a GPU."""
 
 from __future__ import annotations
 
@@ -29,18 +29,14 @@ MODELS = {
 }
 GRPO = ("sdar.loss.coef=0", "sdar.teacher.source=none")
 
-# Settings of the paper and, where it is silent, of its released ALFWorld scripts.
-PAPER = {
-    "data.train_batch_size": 16,
-    "data.max_prompt_length": 2048,
+# Settings of the paper and, where it is silent, of its released scripts: those of all environments ...
+COMMON = {
     "data.max_response_length": 512,
     "actor_rollout_ref.rollout.n": 8,
     "actor_rollout_ref.rollout.name": "vllm",
     "actor_rollout_ref.rollout.temperature": 1.0,
-    "actor_rollout_ref.rollout.tensor_model_parallel_size": 2,
     "actor_rollout_ref.rollout.agent.default_agent_loop": "sdar_agent",
     "actor_rollout_ref.actor.use_kl_loss": True,
-    "actor_rollout_ref.actor.kl_loss_coef": 0.01,
     "actor_rollout_ref.actor.kl_loss_type": "low_var_kl",
     "actor_rollout_ref.actor.entropy_coeff": 0.0,
     "actor_rollout_ref.actor.clip_ratio_low": 0.2,
@@ -49,7 +45,6 @@ PAPER = {
     "actor_rollout_ref.actor.loss_agg_mode": "token-mean",
     "actor_rollout_ref.actor.ppo_epochs": 1,
     "actor_rollout_ref.actor.optim.lr": 1e-6,
-    "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": 0.0,
     "actor_rollout_ref.actor.optim.weight_decay": 0.01,
     "actor_rollout_ref.model.enable_gradient_checkpointing": True,
     "algorithm.adv_estimator": "sdar",
@@ -60,35 +55,81 @@ PAPER = {
     "sdar.loss.gate": "gap",
     "sdar.loss.objective": "sampled",
     "sdar.teacher.source": "actor",
-    "sdar.advantage.invalid_action_penalty": 0.1,
     "sdar.advantage.group_stats": "episode",
-    "sdar.env.max_steps": 50,
-    "sdar.env.options.success_reward": 10.0,
-    "sdar.prompt.history_length": 2,
-    "sdar.update.mini_batch_rows": 256,
-    "sdar.validation.arms": {"student": {"context": "none", "temperature": 0.4}},
     "trainer.total_training_steps": 150,
-    "trainer.n_gpus_per_node": 8,
     "trainer.nnodes": 1,
     "trainer.device": "cuda",
     "trainer.v1.trainer_mode": "sdar",
 }
+GAMES = {
+    **COMMON,
+    "data.train_batch_size": 16,
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": 2,
+    "actor_rollout_ref.actor.kl_loss_coef": 0.01,
+    "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": 0.0,
+    "sdar.advantage.invalid_action_penalty": 0.1,
+    "sdar.env.options.success_reward": 10.0,
+    "sdar.prompt.history_length": 2,
+    "sdar.validation.arms": {"student": {"context": "none", "temperature": 0.4}},
+}
+# ... and of each.
+PAPER = {
+    "alfworld": {
+        **GAMES,
+        "data.max_prompt_length": 2048,
+        "sdar.env.name": "alfworld",
+        "sdar.env.max_steps": 50,
+        "sdar.update.mini_batch_rows": 256,
+        "trainer.n_gpus_per_node": 8,
+    },
+    "search": {
+        **COMMON,
+        "data.train_batch_size": 128,
+        "data.max_prompt_length": 4096,
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+        "actor_rollout_ref.actor.kl_loss_coef": 0.001,
+        "actor_rollout_ref.actor.optim.lr_warmup_steps": -1,  # a number here would go before the ratio
+        "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": 0.1,
+        "sdar.advantage.invalid_action_penalty": 0.01,
+        "sdar.env.name": "search",
+        "sdar.env.max_steps": 4,
+        "sdar.env.options.success_reward": 1.0,
+        "sdar.prompt.history_length": 4,
+        "sdar.update.mini_batch_rows": 256,
+        "sdar.validation.arms": {"student": {"context": "none", "temperature": 0.0}},
+        "trainer.n_gpus_per_node": 4,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=PAPER)
+def env(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def panels(tmp_path_factory) -> list[str]:
+def panels(env, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("panels")
     files = {"train_files": folder / "train.parquet", "val_files": folder / "validation.parquet"}
     for file in files.values():
-        tasks = [Task("alfworld", f"game-{i:02d}", "pick_and_place_simple", "put a mug on desk") for i in range(16)]
+        tasks = [Task(env, f"task-{i:03d}", "a type", "do something") for i in range(128)]
         write_panel(tasks, file, file.stem)
-    return [f"data.{option}={file}" for option, file in files.items()]
+    overrides = [f"data.{option}={file}" for option, file in files.items()]
+    if env == "search":
+        (folder / "corpus.jsonl").write_text('{"id": "1", "contents": "A passage."}\n')
+        overrides.append(f"sdar.env.options.retriever={folder / 'corpus.jsonl'}")
+    return overrides
 
 
 @pytest.fixture(scope="module")
-def recipe():
+def compose_recipe():
     with initialize_config_module("verl.trainer.config", version_base=None):
-        yield lambda *overrides: compose("sdar_alfworld", overrides=list(overrides))
+        yield lambda env, *overrides: compose(f"sdar_{env}", overrides=list(overrides))
+
+
+@pytest.fixture(scope="module")
+def recipe(env, compose_recipe):
+    return lambda *overrides: compose_recipe(env, *overrides)
 
 
 def faults(config) -> list[str]:
@@ -105,14 +146,14 @@ def test_every_shipped_model_is_tested():
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_settings_are_the_papers(recipe, model):
+def test_settings_are_the_papers(env, recipe, model):
     config = recipe(f"model={model}")
-    resolved = {name: OmegaConf.select(config, name) for name in PAPER}
+    resolved = {name: OmegaConf.select(config, name) for name in PAPER[env]}
     resolved = {
         name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         for name, value in resolved.items()
     }
-    assert resolved == PAPER
+    assert resolved == PAPER[env]
     assert config.actor_rollout_ref.model.path == MODELS[model]
     thinking = config.data.apply_chat_template_kwargs.get("enable_thinking")
     assert thinking is (False if model.startswith("qwen3") else None)
@@ -134,11 +175,11 @@ def test_verl_and_we_accept_it_up_to_the_missing_gpu_stack(recipe, panels, model
         omega_conf_to_dataclass(config.actor_rollout_ref[node])
 
 
-def test_panels_that_do_not_exist_are_named(recipe):
+def test_panels_that_do_not_exist_are_named(env, recipe):
     found = [fault for fault in faults(recipe()) if fault.startswith("data.")]
     assert [fault.split(" ")[0] for fault in found] == [
-        "data.train_files=data/alfworld/train.parquet",
-        "data.val_files=data/alfworld/validation.parquet",
+        f"data.train_files=data/{env}/train.parquet",
+        f"data.val_files=data/{env}/validation.parquet",
     ]
 
 
@@ -156,23 +197,27 @@ def command_of(script: Path, folder: Path, *extra: str) -> list[str]:
     return run.stdout.splitlines()
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_thin_and_compose(recipe, script, tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_scripts_are_thin_and_compose(compose_recipe, script, tmp_path):
+    env = script.parent.name
     command = command_of(script, tmp_path, "sdar.env.options={success_reward: 5.0}")
-    assert command[:4] == ["-m", "verl.trainer.main_ppo", "--config-name", "sdar_alfworld"]
-    config = recipe(*command[4:])
+    assert command[:4] == ["-m", "verl.trainer.main_ppo", "--config-name", f"sdar_{env}"]
+    config = compose_recipe(env, *command[4:])
     assert config.sdar.env.options.success_reward == 5.0, "further arguments are not passed on"
     model, method = script.stem.removeprefix("run_").rsplit("_", 1)
     assert config.actor_rollout_ref.model.path == MODELS[model]
     assert (config.sdar.loss.coef, config.sdar.teacher.source) == {"sdar": (0.01, "actor"), "grpo": (0, "none")}[method]
 
 
-def test_scripts_do_not_share_a_checkpoint_folder(recipe, tmp_path):
+def test_scripts_do_not_share_a_checkpoint_folder(compose_recipe, tmp_path):
     """With resume_mode=auto, one run would go on from another's weights."""
-    folders = [recipe(*command_of(script, tmp_path)[4:]).trainer.default_local_dir for script in SCRIPTS]
-    assert len(set(folders)) == len(SCRIPTS) == 4
+    configs = [compose_recipe(script.parent.name, *command_of(script, tmp_path)[4:]) for script in SCRIPTS]
+    folders = [config.trainer.default_local_dir for config in configs]
+    assert len(set(folders)) == len(SCRIPTS) >= 8
 
 
-def test_the_readme_names_every_script():
-    text = (RECIPES / "alfworld" / "README.md").read_text()
-    assert all(script.name in text for script in SCRIPTS)
+def test_every_environment_has_scripts_and_its_readme_names_them(env):
+    text = (RECIPES / env / "README.md").read_text()
+    scripts = [script for script in SCRIPTS if script.parent.name == env]
+    assert scripts
+    assert all(script.name in text for script in scripts)
