@@ -59,6 +59,14 @@ CASES = {
     "environment option": ({"sdar.env.options": {"colour": 1}}, ["sdar.env", "colour"]),
     "environment module": ({"sdar.env.modules": ["no_such_module_here"]}, ["sdar.env.modules", "no_such_module_here"]),
     "template": ({"sdar.prompt.template": "alfwrld"}, ["sdar.prompt.template", "alfworld_compact"]),
+    "a template with other tags": (
+        {"sdar.prompt.template": "search"},
+        [
+            "asks for the tags <search>, <answer>",
+            "sdar.env.name=alfworld reads <action>",
+            "set action_tags = ['action']",
+        ],
+    ),
     "bank": ({"sdar.skills.bank": "/no/such/bank"}, ["sdar.skills.bank", "/no/such/bank"]),
     "retrieval": ({"sdar.skills.retrieval": ["keywrd"]}, ["sdar.skills.retrieval", "keywrd", "keyword"]),
     "retrieval that has no effect": ({"sdar.skills.retrieval": ["none", "keyword"]}, ["sdar.skills.retrieval", "none"]),

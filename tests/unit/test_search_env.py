@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("bm25s")
 
+from transformers import AutoTokenizer
 from verl.utils.reward_score import search_r1_like_qa_em as verl_qa
 
 from sdar_verl.envs.base import Task
@@ -19,9 +21,13 @@ from sdar_verl.envs.search.client import RetrieverError
 from sdar_verl.envs.search.env import ANSWERED, NO_ACTION, NOTHING_FOUND, NOTHING_YET
 from sdar_verl.envs.search.passages import CorpusError, Passage, corpus_digest, write_corpus
 from sdar_verl.envs.search.scoring import exact_match
+from sdar_verl.errors import ConfigError
+from sdar_verl.panels import write_panel
 from sdar_verl.rollout.actions import parse_action
 from sdar_verl.rollout.prompts import PromptTemplate
+from tests.support import scripted
 from tests.support.retrieval_server import ScriptedServer, good
+from tests.support.tiny_model import make_tiny_model
 
 PASSAGES = [
     Passage("city-1", "Vessaly", "Vessaly was founded by Orrin Takk."),
@@ -165,6 +171,100 @@ def test_a_passage_cannot_forge_an_answer(tmp_path):
     slots = {"task": "q", "skills": "", "history": [], "admissible_actions": [], "step": 1, "max_steps": 4}
     text = PromptTemplate.load("search").render(observation=seen, **slots)
     assert "<answer>Orrin" not in text and "< answer>Orrin" in text
+
+
+# ---------------------------------------------------------------- in a run
+
+
+@pytest.fixture
+def recipe(corpus, tmp_path):
+    """Faults of ``sdar_search`` with further overrides; panels and corpus exist."""
+    import verl  # noqa: F401  loads the plugin, which puts our configs on the search path
+    from hydra import compose, initialize_config_module
+
+    from sdar_verl.config import load_config
+    from sdar_verl.training.checks import check_run
+
+    write_panel([replace(TASK, task_id=f"t{i:03d}") for i in range(128)], tmp_path / "panel.parquet", "train")
+    panel = f"[{tmp_path / 'panel.parquet'}]"
+    files = [f"data.train_files={panel}", f"data.val_files={panel}", f"sdar.env.options.retriever={corpus}"]
+
+    def faults(*overrides: str) -> list[str]:
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            config = compose("sdar_search", overrides=["hardware=cpu", *files, *overrides])
+        try:
+            check_run(config, load_config(config.sdar))
+        except ConfigError as error:
+            return str(error).splitlines()
+        return []
+
+    return faults
+
+
+def test_faults_of_a_run_are_told_before_it_starts(recipe, tmp_path):
+    assert recipe() == []
+    with ScriptedServer(lambda n, b: good()) as server:
+        at_server = f"sdar.env.options.retriever={server.url}"
+        assert recipe(at_server) == []
+        [fault] = recipe(at_server, "sdar.env.step_timeout_s=100")
+        assert "sdar.env.step_timeout_s=100 is less than the 107.5 s" in fault
+        assert recipe(at_server, "sdar.env.step_timeout_s=100", "+sdar.env.options.retries=1") == []
+    cases = {
+        at_server: "cannot be reached",
+        f"sdar.env.options.retriever={tmp_path / 'no.jsonl'}": "does not exist",
+        "+sdar.env.options.api=skyrl": "no effect with a corpus file",
+        "+sdar.env.options.colour=1": "no option 'colour'",
+        "sdar.prompt.template=alfworld": "asks for the tags <action>",
+    }
+    for override, words in cases.items():
+        [fault] = recipe(override)
+        assert words in fault
+
+
+def test_an_episode_of_the_agent_loop_is_searched_answered_and_paid(corpus, tmp_path, monkeypatch):
+    class Pool(scripted.Pool):
+        def session(self, task):
+            return Session(make_env("search", retriever=corpus), task)
+
+    class Session:
+        def __init__(self, env, task):
+            self.env, self.task = env, task
+
+        async def __aenter__(self):
+            return self
+
+        async def __aexit__(self, *_):
+            pass
+
+        async def reset(self):
+            return self.env.reset(self.task)
+
+        async def step(self, action):
+            return self.env.step(action)
+
+    tokenizer = AutoTokenizer.from_pretrained(make_tiny_model(tmp_path / "model"))
+    rows, infos, _, _ = scripted.play_episode(
+        monkeypatch,
+        tokenizer,
+        ["<think>name</think><search>Vessaly</search>", "Orrin?", "<answer>orrin takk</answer>"],
+        pool=Pool(),
+        task=TASK,
+        max_prompt_length=8192,
+        max_response_length=100,
+        prompt__template="search",
+        prompt__history_length=4,
+        skills__bank="search",
+        teacher__max_prompt_length=16384,
+    )
+    assert [row.reward_score for row in rows] == [1.0, 1.0, 1.0]
+    assert [info.unparsed for info in infos] == [False, True, False]
+    assert not any(info.inadmissible for info in infos)
+    last = tokenizer.decode(rows[-1].prompt_ids)
+    assert "Seen: [1] Vessaly: Vessaly was founded by Orrin Takk." in last
+    assert "Done: search: Vessaly" in last and "Done: (neither a search nor an answer could be read)" in last
+    assert infos[0].skills == ("single-fact", "answer-form", "queries", "reading", "turns")
+    assert "Form of the answer" in tokenizer.decode(infos[0].teacher_prompt_ids.tolist())
+    assert "Form of the answer" not in tokenizer.decode(rows[0].prompt_ids)
 
 
 # ---------------------------------------------------------------- exact match
