@@ -268,6 +268,13 @@ class TraceConfig(_Node):
 class SdarConfig(_Node):
     """The whole ``sdar:`` node."""
 
+    method: str = Field(
+        "sdar", min_length=1, description="name of the method, for logs and reports; the config group method sets it"
+    )
+    variant: Literal["paper", "released"] = Field(
+        "paper", description="whose reading, where paper and released code differ; the config group variant sets it"
+    )
+
     modules: list[str] = Field(
         default_factory=list,
         description="modules imported in every process of the run: they register contexts, gates, environments, ...",

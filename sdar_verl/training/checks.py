@@ -18,6 +18,7 @@ from sdar_verl.training.checks_loss import loss_faults
 from sdar_verl.training.checks_teacher import teacher_faults
 
 VERL_TRAINER_MODES = ("sync", "colocate_async", "separate_async")
+RELEASED_METHODS = ("grpo", "skill_grpo", "skill_prompt", "opsd", "grpo_opsd", "skill_sd", "rlsd", "sdar")
 SUPPORTED_STRATEGIES = ("fsdp", "fsdp2")
 
 
@@ -235,6 +236,15 @@ def _data(config: DictConfig, sdar: SdarConfig) -> list[str]:
     return faults
 
 
+def _variant(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    if sdar.variant == "paper" or sdar.method in RELEASED_METHODS:
+        return []
+    return [
+        f"sdar.variant=released has no effect with sdar.method={sdar.method}: the released code holds "
+        f"{', '.join(RELEASED_METHODS)}; set variant=paper"
+    ]
+
+
 def panel_files(config: DictConfig, option: str) -> list[str]:
     """The local files of ``data.train_files`` or ``data.val_files``; remote ones (``hdfs://``) are verl's to fetch."""
     files = config.data[option]
@@ -252,5 +262,6 @@ _CHECKS: tuple[Any, ...] = (
     context_faults,
     _batches,
     _engine,
+    _variant,
     _data,
 )

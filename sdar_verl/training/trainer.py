@@ -24,6 +24,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.debug import marked_timer
+from verl.workers.utils.losses import ppo_loss
 
 from sdar_verl.config import load_config
 from sdar_verl.errors import RolloutError
@@ -96,10 +97,11 @@ class SdarTrainer(PPOTrainerSync):
         if self._has_teacher:
             self._teacher.start()
         actor = self.config.actor_rollout_ref.actor.copy()
-        if self._has_teacher and self.use_reference_policy and not _reads_reference(self.config):
-            # The reference is there for the teacher alone: a KL with coefficient 0 is not worth a pass per step.
+        if self.use_reference_policy and not _reads_reference(self.config):
+            # The reference is there for the teacher at most: a KL with coefficient 0 is not worth a pass per step.
             self.use_reference_policy = False
             actor.use_kl_loss = False
+            self.actor_rollout_wg.set_loss_fn(partial(ppo_loss, config=omega_conf_to_dataclass(actor)))
         if self._has_teacher:
             self.actor_rollout_wg.set_loss_fn(
                 Importing(
