@@ -153,7 +153,7 @@ def _allowed(name: str, field: FieldInfo) -> str:
 def _type_name(annotation: Any) -> str:
     if typing.get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
-    if isinstance(annotation, UnionType):
+    if isinstance(annotation, UnionType) or typing.get_origin(annotation) is typing.Union:
         parts = [part for part in typing.get_args(annotation) if part is not NoneType]
         return " or ".join(["null", *map(_type_name, parts)])
     simple = {float: "number", int: "whole number", bool: "`true`, `false`", str: "text"}

@@ -68,7 +68,11 @@ class LossConfig(_Node):
     granularity: Literal["token", "turn", "trajectory"] = Field(
         "token", description="the gap enters the gate per token, or as its mean over the turn or the trajectory"
     )
-    objective: str = Field("sampled", description="registered objective: sampled (paper), k1, k2, k3 (Skill-SD)")
+    objective: str = Field(
+        "sampled",
+        description="registered objective: sampled (paper), k1, k2, k3 (Skill-SD); over "
+        "distributions (docs/divergences.md): forward_kl, reverse_kl, jsd",
+    )
     objective_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the objective")
     divide_by: Literal["tokens", "trajectory", "weights", "gap_bearing"] = Field(
         "tokens",
@@ -76,6 +80,26 @@ class LossConfig(_Node):
         "(the paper's Agg), gates (a weighted mean), or tokens whose gap reaches gap_threshold",
     )
     gap_threshold: float = Field(0.05, gt=0, description="nats, for divide_by=gap_bearing")
+    support: Literal["full", "top_k"] | None = Field(
+        None,
+        description="objectives over distributions: over the whole vocabulary or k of its tokens; null is full",
+    )
+    top_k: int | None = Field(
+        None,
+        ge=1,
+        description="support=top_k: the student's likeliest tokens (reverse_kl, jsd) or the teacher's (forward_kl); "
+        "null is 100",
+    )
+    tail: Literal["bucket", "renormalise"] | None = Field(
+        None,
+        description="support=top_k: all other tokens as one event, or left out with the rest scaled to 1; "
+        "null is bucket",
+    )
+    chunk_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="objectives over distributions: tokens whose logits are in memory at a time; null is 128",
+    )
 
 
 class TeacherConfig(_Node):

@@ -112,6 +112,7 @@ def on_support(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     Returns:
         (..., k + 1) log-probs, the last one of the tail; -infinity there when k = V.
     """
+    logits = logits - logits.detach().amax(-1, keepdim=True)  # normalisers are then small, with all their digits
     log_z = logits.logsumexp(-1, keepdim=True)
     chosen = logits.gather(-1, ids) - log_z
     if ids.shape[-1] == logits.shape[-1]:
@@ -152,7 +153,7 @@ def full_columns(kind: str, student_logits: torch.Tensor, teacher_logits: torch.
     """
     student = student_logits.log_softmax(-1)
     teacher = teacher_logits.detach().log_softmax(-1)
-    return _columns(kind, student, teacher, None, None)
+    return columns_of(kind, student, teacher, None, None)
 
 
 def top_k_columns(
@@ -171,18 +172,19 @@ def top_k_columns(
         (tokens, 5), see ``COLUMNS``; only the first carries a gradient.
     """
     student, teacher = on_support(student_logits, ids), teacher_log_probs.detach()
-    return _columns(
+    return columns_of(
         kind, close_support(student, tail), close_support(teacher, tail), student[..., -1].detach(), teacher[..., -1]
     )
 
 
-def _columns(
+def columns_of(
     kind: str,
     student: torch.Tensor,
     teacher: torch.Tensor,
     student_tail: torch.Tensor | None,
     teacher_tail: torch.Tensor | None,
 ) -> torch.Tensor:
+    """The columns of two distributions, log-probs (tokens, support), and of their log-probs outside it (tokens,)."""
     value = DIVERGENCES[kind](student, teacher)
     with torch.no_grad():
         rest = [entropy(student), entropy(teacher)]

@@ -5,21 +5,29 @@ tensors. Here the language-model head is applied to ``chunk`` tokens, the functi
 thrown away; the backward pass makes them again. At any time only chunk x V numbers exist:
 
     forward    z_c = (h_c W^T + b) / temperature,   y_c = f(z_c)
-    backward   z_c again,  dz_c = dy_c * df/dz_c,   dh_c = dz_c W,   dW += dz_c^T h_c
+    backward   z_c again,  dz_c = dy_c df/dz_c / temperature,  dh_c = dz_c W,  dW += dz_c^T h_c
 
 The price is one more product with the head (forward and recomputation), see docs/divergences.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-RowFunction = Callable[[torch.Tensor, slice], torch.Tensor]
-"""``f(logits, rows) -> columns``: logits (chunk, V) in float32, divided by the temperature; ``rows`` says which rows of
-the whole they are; columns (chunk, m), of which only the first is differentiated."""
+
+class RowFunction(Protocol):
+    """A function of logits, given a chunk of rows at a time: (chunk, V) in float32, divided by the temperature.
+
+    ``rows`` says which rows of the whole they are; the logits may be overwritten.
+    """
+
+    def columns(self, logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        """(chunk, m) float32."""
+
+    def slope(self, logits: torch.Tensor, rows: slice, upstream: torch.Tensor) -> torch.Tensor:
+        """``upstream`` (chunk,) times the derivative of the first column with respect to the logits, (chunk, V)."""
 
 
 def map_logits(
@@ -36,7 +44,7 @@ def map_logits(
     Args:
         hidden: (N, H), input of the head; gradient.
         weight: (V, H), the head's; gradient. Same dtype as ``hidden``: the logits are made in it, as the model does.
-        function: see ``RowFunction``; the same every time it is called with the same rows.
+        function: of the logits; the same whenever it is called with the same rows.
         bias: (V,) or None; gradient.
         temperature: logits are divided by it.
         chunk: tokens at a time.
@@ -58,7 +66,7 @@ def chunk_logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float
 ) -> torch.Tensor:
     """Logits of some tokens, (chunk, V) float32; the product itself in the dtype of ``weight``."""
-    return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() / temperature
+    return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float().div_(temperature)
 
 
 def _slices(total: int, chunk: int) -> list[slice]:
@@ -80,7 +88,7 @@ class _MapLogits(torch.autograd.Function):
         ctx.function, ctx.temperature, ctx.chunk = function, temperature, chunk
         with _no_autocast(hidden):
             parts = [
-                function(chunk_logits(hidden[rows], weight, bias, temperature), rows)
+                function.columns(chunk_logits(hidden[rows], weight, bias, temperature), rows)
                 for rows in _slices(len(hidden), chunk)
             ]
         return torch.cat(parts)
@@ -100,12 +108,9 @@ class _MapLogits(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         with _no_autocast(hidden):
             for rows in _slices(len(hidden), ctx.chunk):
-                logits = chunk_logits(hidden[rows], weight, bias, ctx.temperature).requires_grad_()
-                with torch.enable_grad():
-                    value = ctx.function(logits, rows)[:, 0]
-                (slope,) = torch.autograd.grad(value, logits, grad[rows, 0])
-                del logits, value
-                slope = (slope / ctx.temperature).to(weight.dtype)
+                logits = chunk_logits(hidden[rows], weight, bias, ctx.temperature)
+                slope = ctx.function.slope(logits, rows, grad[rows, 0] / ctx.temperature).to(weight.dtype)
+                del logits
                 if grad_hidden is not None:
                     grad_hidden[rows] = slope @ weight
                 if grad_weight is not None:

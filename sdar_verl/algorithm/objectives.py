@@ -5,9 +5,9 @@ An objective is a pure function ``objective(student_log_probs, teacher_log_probs
 - ``student_log_probs``: (batch, response_length), log pi_theta(y_t | s_t) of the sampled tokens in nats; carries the
   gradient;
 - ``teacher_log_probs``: same shape, log pi_T(y_t | s_t+) of the very same tokens; detached by the caller;
-- ``signals``: what else is known per token: ``old_log_probs`` (log pi_old(y_t | s_t), detached, or None). An
-  objective names those it reads and takes the rest as ``**_``. A keyword that is no signal is an option of the
-  objective, set in ``sdar.loss.objective_options``;
+- ``signals``: what else is known per token: ``old_log_probs`` (log pi_old(y_t | s_t), detached, or None) and, for
+  objectives over distributions, ``divergence`` (with gradient). An objective names those it reads and takes the rest
+  as ``**_``. A keyword that is no signal is an option of the objective, set in ``sdar.loss.objective_options``;
 - ``loss``: same shape, minimised.
 
 Values are finite; at masked positions both log-probs are 0.
@@ -28,11 +28,12 @@ from typing import Any
 
 import torch
 
+from sdar_verl.algorithm.divergences import DIVERGENCES
 from sdar_verl.algorithm.registry import Registry
 
 Objective = Callable[..., torch.Tensor]
 
-SIGNALS = ("old_log_probs",)
+SIGNALS = ("old_log_probs", "divergence")
 
 # Beyond these the exponentials would overflow; a token this far from its teacher or its sampler teaches no less.
 MAX_LOG_RATIO = 20.0
@@ -113,6 +114,26 @@ def k3(
     difference = student_log_probs - teacher_log_probs
     estimate = torch.exp((-difference).clamp(max=MAX_LOG_RATIO)) - 1.0 + difference
     return _importance(student_log_probs, old_log_probs, "k3") * estimate if importance else estimate
+
+
+def _over_distributions(kind: str) -> Objective:
+    def objective(
+        student_log_probs: torch.Tensor,
+        teacher_log_probs: torch.Tensor,
+        *,
+        divergence: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        if divergence is None:
+            raise ValueError(f"objective {kind!r} reads the divergence of two distributions, which is not given")
+        return divergence
+
+    objective.__doc__ = f"""``{kind}`` of :mod:`sdar_verl.algorithm.divergences`, computed where the logits are."""
+    return objective
+
+
+for _kind in DIVERGENCES:
+    register_objective(_kind)(_over_distributions(_kind))
 
 
 def _importance(student: torch.Tensor, old: torch.Tensor | None, objective: str) -> torch.Tensor:

@@ -12,6 +12,7 @@ from sdar_verl.algorithm.objectives import check_objective_options, get_objectiv
 from sdar_verl.algorithm.schedules import make_schedule
 from sdar_verl.algorithm.signals import check_signal, get_signal, signal_reads
 from sdar_verl.config import LossConfig, SdarConfig
+from sdar_verl.training.checks_distributions import distribution_faults
 
 
 def loss_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
@@ -20,7 +21,8 @@ def loss_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     named = [*_names(loss)]
     if named:
         return named  # the rest asks gates, signals and schedules about themselves
-    return [*_schedules(loss), *_without_effect(loss, sdar), *_run(loss, config, sdar)]
+    faults = [*_schedules(loss), *_without_effect(loss, sdar), *_run(loss, config, sdar)]
+    return faults + distribution_faults(config, sdar)
 
 
 def _names(loss: LossConfig) -> Iterator[str]:

@@ -20,6 +20,8 @@ SUPPORT_LOG_PROBS = "sdar_support_log_probs"
 TEACHER_HIDDEN = "sdar_teacher_hidden"
 """Nested (rows, response tokens, hidden size): what the teacher's head reads."""
 
+HEAD_FIELDS = (SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN)
+
 
 @dataclass(frozen=True)
 class HeadRequest:

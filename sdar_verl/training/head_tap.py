@@ -20,8 +20,10 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 
-from sdar_verl.algorithm.divergences import COLUMNS, full_columns, on_support, top_k_columns, top_k_ids
-from sdar_verl.algorithm.head_chunks import chunk_logits, map_logits
+from sdar_verl.algorithm.divergence_rows import FullDivergence, TopKDivergence
+from sdar_verl.algorithm.divergences import COLUMNS, on_support, top_k_ids
+from sdar_verl.algorithm.head_chunks import RowFunction, chunk_logits, map_logits
+from sdar_verl.training.distributions import COLUMN_PREFIX
 from sdar_verl.training.fields import TEACHER_MASK
 from sdar_verl.training.head_requests import (
     HEAD_REQUEST,
@@ -30,9 +32,6 @@ from sdar_verl.training.head_requests import (
     TEACHER_HIDDEN,
     HeadRequest,
 )
-
-COLUMN_PREFIX = "sdar_distribution_"
-"""Model outputs of an update: this and a name of ``COLUMNS``, nested (rows, sequence tokens)."""
 
 Head = tuple[torch.Tensor, torch.Tensor | None]
 """Weight (V, H) and bias (V,) of a language-model head."""
@@ -58,8 +57,9 @@ class HeadTap:
     """The hook of one engine; it does nothing until a batch carries a request.
 
     Attributes:
-        teacher_head: the teacher's head for ``divergence`` over the whole vocabulary: set from another engine's (or
-            this one's) :meth:`take_head` before the update, and freed after it.
+        teacher_head: the teacher's head for ``divergence`` over the whole vocabulary: handed over by the engine of the
+            teacher pass (:meth:`hand_head_to`), freed after the update.
+        checked: the model's logits were seen to be the head's.
     """
 
     def __init__(self, engine: Any):
@@ -79,10 +79,10 @@ class HeadTap:
             engine.forward_step = tap.forward_step
         return tap
 
-    def take_head(self) -> Head | None:
-        """The head that a ``hidden`` pass kept (a copy, gathered over the ranks); it is given away."""
-        kept, self._kept = self._kept, None
-        return kept
+    def hand_head_to(self, engine: Any) -> None:
+        """Give the head that a ``hidden`` pass kept (a copy, gathered over the ranks) to the tap of ``engine``."""
+        if self._kept is not None:
+            HeadTap.attach(engine).teacher_head, self._kept = self._kept, None
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
         """verl's ``forward_step``, with the request answered."""
@@ -177,7 +177,7 @@ class _Step:
         self._columns = map_logits(
             hidden,
             weight,
-            self._divergence(),
+            self._divergence(len(weight)),
             bias=bias,
             temperature=self._temperature,
             chunk=self._request.chunk,
@@ -214,7 +214,7 @@ class _Step:
         if given is not None and int(given.max()) >= len(weight):
             raise RuntimeError(
                 f"the student's vocabulary is larger than the teacher's ({len(weight)} tokens); use a teacher with the "
-                "student's vocabulary, or sdar.loss.objective=sampled"
+                "the student's vocabulary, or sdar.loss.objective=sampled"
             )
         ids, log_probs = [], []
         for start in range(0, len(hidden), request.chunk):
@@ -228,27 +228,22 @@ class _Step:
         if log_probs:
             self.fields[SUPPORT_LOG_PROBS] = self._rows(torch.cat(log_probs))
 
-    def _divergence(self) -> Any:
+    def _divergence(self, vocabulary: int) -> RowFunction:
         request, chosen = self._request, self._chosen
         if request.k:
             ids, teacher = (_flat(self._data[name])[chosen] for name in (SUPPORT_IDS, SUPPORT_LOG_PROBS))
-            return lambda logits, rows: top_k_columns(request.kind, logits, ids[rows], teacher[rows], request.tail)
+            return TopKDivergence(request.kind, ids, teacher, request.tail)
         head = self._tap.teacher_head
         if head is None:
             raise RuntimeError("the teacher's head is not here: the teacher pass did not run on this worker")
         weight, bias = head
+        if len(weight) != vocabulary:
+            raise RuntimeError(
+                f"the student's vocabulary has {vocabulary} tokens, the teacher's {len(weight)}; use a teacher with "
+                "the student's vocabulary, or sdar.loss.objective=sampled"
+            )
         hidden = _flat(self._data[TEACHER_HIDDEN])[chosen]
-
-        def full(logits: torch.Tensor, rows: slice) -> torch.Tensor:
-            teacher = chunk_logits(hidden[rows], weight, bias, self._temperature)
-            if teacher.shape != logits.shape:
-                raise RuntimeError(
-                    f"the student's vocabulary has {logits.shape[1]} tokens, the teacher's {teacher.shape[1]}; use a "
-                    "teacher with the student's vocabulary, or sdar.loss.objective=sampled"
-                )
-            return full_columns(request.kind, logits, teacher)
-
-        return full
+        return FullDivergence(request.kind, lambda rows: chunk_logits(hidden[rows], weight, bias, self._temperature))
 
     def _index(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows of the flattened hidden states that predict response tokens, in the order of the responses."""

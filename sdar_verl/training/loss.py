@@ -13,12 +13,14 @@ from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
+from sdar_verl.algorithm.divergences import DIVERGENCES
 from sdar_verl.algorithm.gap import StepStatistics
 from sdar_verl.algorithm.gates import Ranges, gate_reads
 from sdar_verl.algorithm.loss import DistillationTerms, distillation_terms
 from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.config import LossConfig
 from sdar_verl.errors import ConfigError
+from sdar_verl.training.distributions import column_sums, divergence_signal
 from sdar_verl.training.fields import (
     GAP_POOLED,
     GAP_SHIFT,
@@ -73,7 +75,8 @@ def sdar_loss(
     )
     metrics["sdar/loss"] = Metric(value=distillation, aggregation=AggregationType.SUM)
     sums = stats_sums(terms)
-    if step.coef > 0 and loss.requires_grad:
+    sums |= column_sums(model_output, data, terms.mask)
+    if step.coef > 0 and loss.requires_grad and settings.objective not in DIVERGENCES:
         sums |= gradient_squares(loss, distillation, model_output["log_probs"], log_probs)
     for name, value in sums.items():
         metrics[f"{SUMS_PREFIX}{name}"] = Metric(value=value, aggregation=AggregationType.SUM)
@@ -137,6 +140,7 @@ def _terms(
         centre=settings.centre,
         clamp=settings.clamp,
         statistics=StepStatistics(shift, pooled, scale, Ranges(*step.ranges) if step.ranges else None),
+        signals=divergence_signal(model_output, data),
     )
 
 

@@ -13,6 +13,7 @@ from sdar_verl.algorithm.gap import episode_means, row_turns
 from sdar_verl.algorithm.schedules import GRAD_SHARE
 from sdar_verl.algorithm.stats import finalize_stats
 from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.training.distributions import column_means
 from sdar_verl.training.fields import SUMS_PREFIX
 
 
@@ -118,6 +119,7 @@ def reduce_loss_sums(metrics: dict[str, Any]) -> dict[str, float]:
     if sums.get("grad_rl_squared", 0.0) > 0.0:
         share = math.sqrt(sums["grad_distill_squared"] / sums["grad_rl_squared"])
         means[GRAD_SHARE] = metrics.get("sdar/lambda", 1.0) * share
+    means |= column_means(sums)
     means["sdar/loss"] = metrics.pop("actor/sdar/loss")
     return means
 

@@ -32,6 +32,7 @@ from sdar_verl.training.fields import (
     TEACHER_PARTITION,
     TEACHER_PROMPTS,
 )
+from sdar_verl.training.head_requests import HEAD_REQUEST, HeadRequest
 from sdar_verl.training.teacher_rows import TeacherRows, nested
 from sdar_verl.training.teacher_sources import get_source
 
@@ -95,6 +96,7 @@ class PrivilegedTeacher:
         *,
         outputs: Mapping[str, Mapping[str, Any]] | None = None,
         carry: Sequence[str] = (),
+        request: HeadRequest | None = None,
     ) -> dict[str, float]:
         """Write log-probs, entropy and mask of the teacher, and what else is asked for, on every row.
 
@@ -105,7 +107,8 @@ class PrivilegedTeacher:
             infos: the agent loop's record of each row, None for verl's padding rows.
             outputs: registered teacher outputs -> their keyword arguments
                 (:mod:`sdar_verl.training.teacher_outputs`), each nested (rows, response tokens[, columns]).
-            carry: fields of the training rows that those outputs read.
+            carry: fields of the training rows that those outputs or the request read.
+            request: what to compute at the language-model head (:mod:`sdar_verl.training.head_requests`).
 
         Returns:
             Metrics of the pass.
@@ -120,7 +123,7 @@ class PrivilegedTeacher:
             scored: dict[str, torch.Tensor] = {}
             fields[TEACHER_PROMPTS] = nested(rows.prompts)
         else:
-            scored = self._pass(batch, rows, outputs or {}, carry)
+            scored = self._pass(batch, rows, outputs or {}, carry, request)
         metrics = self._metrics(batch, scored, mask)
         fields |= scored
         tq.kv_batch_put(
@@ -192,7 +195,12 @@ class PrivilegedTeacher:
     # ---------------------------------------------------------------- the pass
 
     def _pass(
-        self, batch: KVBatchMeta, rows: TeacherRows, outputs: Mapping[str, Mapping[str, Any]], carry: Sequence[str]
+        self,
+        batch: KVBatchMeta,
+        rows: TeacherRows,
+        outputs: Mapping[str, Mapping[str, Any]],
+        carry: Sequence[str],
+        request: HeadRequest | None = None,
     ) -> dict[str, torch.Tensor]:
         """Fields of the pass, nested (rows, response tokens[, columns])."""
         keys = list(batch.keys)
@@ -212,6 +220,8 @@ class PrivilegedTeacher:
         }
         if outputs:
             extra[TEACHER_OUTPUTS] = {name: dict(arguments) for name, arguments in outputs.items()}
+        if request is not None:
+            extra[HEAD_REQUEST] = request.to_json()
         tq.kv_batch_put(keys=keys, partition_id=TEACHER_PARTITION, fields=inputs, tags=tags)
         try:
             meta = KVBatchMeta(partition_id=TEACHER_PARTITION, keys=keys, tags=tags, extra_info=extra)

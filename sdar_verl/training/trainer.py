@@ -33,9 +33,10 @@ from sdar_verl.panels import panel_digest
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.advantage import AdvantageRows, advantage_rows
 from sdar_verl.training.checks import check_run, panel_files
+from sdar_verl.training.distributions import StepRequests, distribution_loss, step_requests
+from sdar_verl.training.head_requests import asked
 from sdar_verl.training.late_context import LateContexts, late_contexts
 from sdar_verl.training.live import step_line, validation_line
-from sdar_verl.training.loss import sdar_loss
 from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
 from sdar_verl.training.parts import StepRows, load_parts, make_parts, save_parts
 from sdar_verl.training.resume import claim_checkpoints, resumed_folder
@@ -63,6 +64,9 @@ class SdarTrainer(PPOTrainerSync):
         self._has_teacher = self.sdar.teacher.source != "none"
         if self._has_teacher:
             self._teacher = PrivilegedTeacher(self.sdar.teacher, self)
+        self._requests = step_requests(self.sdar.loss) if self._has_teacher else StepRequests()
+        correction = config.algorithm.get("rollout_correction", None)
+        self._bypasses = bool(correction and correction.get("bypass_mode", False))
         self._teacher_checked = False
         self._infos: list[RowInfo | None] = []
         self.parts = make_parts(self.sdar, config)
@@ -105,7 +109,7 @@ class SdarTrainer(PPOTrainerSync):
         if self._has_teacher:
             self.actor_rollout_wg.set_loss_fn(
                 Importing(
-                    partial(sdar_loss, config=omega_conf_to_dataclass(actor), settings=self.sdar.loss),
+                    partial(distribution_loss, config=omega_conf_to_dataclass(actor), settings=self.sdar.loss),
                     self.sdar.all_modules,
                 )
             )
@@ -163,6 +167,15 @@ class SdarTrainer(PPOTrainerSync):
 
     # ---------------------------------------------------------------- teacher and advantages
 
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        with asked(batch.extra_info, self._requests.student):
+            if self._requests.student is not None and self._bypasses:
+                # verl takes the rollout's log-probs and makes no pass over the student's rows.
+                temperature = self.config.actor_rollout_ref.rollout.temperature
+                batch.extra_info.update(calculate_entropy=False, compute_loss=False, temperature=temperature)
+                self.actor_rollout_wg.compute_log_prob(batch)
+            return super()._compute_old_log_prob(batch, metrics)
+
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if self._has_teacher:
             with marked_timer("teacher", self.timing_raw, color="blue"):
@@ -178,17 +191,17 @@ class SdarTrainer(PPOTrainerSync):
         return batch
 
     def _teacher_pass(self, batch: KVBatchMeta, metrics: dict) -> None:
-        correction = self.config.algorithm.get("rollout_correction", None)
-        bypasses = bool(correction and correction.get("bypass_mode", False))
         # Under bypass the old log-probs are the rollout engine's, not these workers': nothing to compare with.
-        checks = self.sdar.teacher.sanity_check and self._teacher.equals_student and not bypasses
+        checks = self.sdar.teacher.sanity_check and self._teacher.equals_student and not self._bypasses
         if checks and not self._teacher_checked:
             metrics["sdar/empty_context_gap"] = self._teacher.check_empty_context(batch)
         self._teacher_checked = True
-        metrics.update(self._teacher.score(batch, self._infos))
+        requests = self._requests
+        metrics.update(self._teacher.score(batch, self._infos, carry=requests.carry, request=requests.teacher))
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        batch = super()._update_actor(batch, metrics)
+        with asked(batch.extra_info, self._requests.update):
+            batch = super()._update_actor(batch, metrics)
         if self._has_teacher:
             self._teacher.updated()
             metrics.update(reduce_loss_sums(metrics))

@@ -29,6 +29,8 @@ from sdar_verl.training.fields import (
     TEACHER_OUTPUTS,
     TEACHER_PROMPTS,
 )
+from sdar_verl.training.head_requests import HEAD_FIELDS, HEAD_REQUEST, SUPPORT_IDS, HeadRequest
+from sdar_verl.training.head_tap import HeadTap
 from sdar_verl.training.teacher_outputs import LogitsOutputs
 from sdar_verl.training.teacher_rows import nested, response_part, teacher_row
 from sdar_verl.training.teacher_sources import WeightSource, get_source
@@ -60,6 +62,7 @@ def score(worker: TrainingWorker, data: TensorDict) -> TensorDict | None:
         fields |= outputs.gather(result)
     lengths = data["responses"].offsets().diff().tolist()
     fields = {name: response_part(values, lengths) for name, values in fields.items()}
+    fields |= {name: result[name] for name in HEAD_FIELDS if name in result}
     return tu.get_tensordict(fields).cpu()
 
 
@@ -84,10 +87,11 @@ class FreshTeacherTrainingWorker(TrainingWorker):
     def train_batch(self, data: TensorDict) -> TensorDict:
         """One optimizer update (verl's), on rows that carry the teacher's prompts."""
         if TEACHER_PROMPTS in data:
-            data[TEACHER_LOG_PROBS] = self._teacher_log_probs(data)
+            for name, values in self._teacher_fields(data).items():
+                data[name] = values
         return super().train_batch(data)
 
-    def _teacher_log_probs(self, data: TensorDict) -> torch.Tensor:
+    def _teacher_fields(self, data: TensorDict) -> dict[str, torch.Tensor]:
         columns = [data[name].unbind() for name in (TEACHER_PROMPTS, "responses", "response_mask")]
         rows = [teacher_row(*row) for row in zip(*columns, strict=True)]
         names = ("input_ids", "position_ids", "loss_mask")
@@ -102,12 +106,23 @@ class FreshTeacherTrainingWorker(TrainingWorker):
             max_token_len_per_gpu=self.engine_config.infer_max_token_len_per_gpu,
             micro_batch_size_per_gpu=self.engine_config.infer_micro_batch_size_per_gpu,
         )
+        asked = tu.get(data, HEAD_REQUEST, default=None)
+        request = HeadRequest.from_json(asked).teacher if asked is not None else None
+        if request is not None:
+            tu.assign_non_tensor(batch, **{HEAD_REQUEST: request.to_json()})
+            if request.what == "on_support":
+                batch[SUPPORT_IDS] = data[SUPPORT_IDS]
         # The engine, not infer_batch of this class: the latter gives its result to reporting ranks alone, and every
         # rank needs it. verl's train_batch puts the module into training mode again.
         with self.engine.eval_mode(disable_auto_offload=True):
             output = self.engine.infer_batch(batch, loss_function=None)
+        result, device = output["model_output"], data["responses"].device
+        if request is not None:
+            HeadTap.attach(self.engine).hand_head_to(self.engine)
         lengths = data["responses"].offsets().diff().tolist()
-        return response_part(output["model_output"]["log_probs"], lengths).to(data["responses"].device)
+        fields = {TEACHER_LOG_PROBS: response_part(result["log_probs"], lengths)}
+        fields |= {name: result[name] for name in HEAD_FIELDS if name in result}
+        return {name: values.to(device) for name, values in fields.items()}
 
 
 class TeacherWorker(ActorRolloutRefWorker):
@@ -127,6 +142,11 @@ class TeacherWorker(ActorRolloutRefWorker):
         self._source: WeightSource | None = None
         if get_source(self._settings.source).per_update:
             self.actor_worker_cls = FreshTeacherTrainingWorker
+
+    @property
+    def _actor(self) -> TrainingWorker:
+        assert self.actor is not None, "init_model comes first"
+        return self.actor
 
     @property
     def other(self) -> TrainingWorker | None:
@@ -149,6 +169,9 @@ class TeacherWorker(ActorRolloutRefWorker):
             self._other = frozen.ref
         self._source = get_source(self._settings.source)(self._settings, self)
         self.set_dispatch_collect(mesh_name=MESH, **self._source.engine.get_dispatch_collect())
+        for worker in (self.actor, self.ref, self._other):
+            if worker is not None:
+                HeadTap.attach(worker.engine)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name=MESH))
     @DistProfiler.annotate(color="cyan", role="teacher_compute_log_prob")
@@ -156,7 +179,17 @@ class TeacherWorker(ActorRolloutRefWorker):
         """Score teacher rows with the teacher's weights; see :func:`score`."""
         with self.source.scoring() as extra:
             tu.assign_non_tensor(data, **extra)
-            return score(self.source.engine, data)
+            fields = score(self.source.engine, data)
+        HeadTap.attach(self.source.engine.engine).hand_head_to(self._actor.engine)
+        return fields
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def update_actor(self, data: TensorDict) -> TensorDict | None:
+        """verl's update; afterwards the copy of the teacher's head, if there was one, is freed."""
+        try:
+            return super().update_actor(data)
+        finally:
+            HeadTap.attach(self._actor.engine).teacher_head = None
 
     @register(dispatch_mode=_EVERYWHERE)
     def update_teacher(self, step: int) -> None:
@@ -206,6 +239,7 @@ class PoolTeacherWorker(ActorRolloutRefWorker):
         """Build the teacher's model."""
         super().init_model()
         self.set_dispatch_collect(mesh_name=MESH, **self.teacher.get_dispatch_collect())
+        HeadTap.attach(self.teacher.engine)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name=MESH))
     @DistProfiler.annotate(color="cyan", role="teacher_compute_log_prob")

@@ -21,7 +21,21 @@ def plain_log_probs(
     model: Path | str,
     state: Mapping[str, torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Log-probs of the responses' tokens, nats.
+    """Log-probs of the responses' tokens, nats; arguments as in :func:`plain_logits`."""
+    rows = plain_logits(prompts, responses, model, state)
+    return [
+        logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
+        for logits, response in zip(rows, responses, strict=True)
+    ]
+
+
+def plain_logits(
+    prompts: Sequence[torch.Tensor],
+    responses: Sequence[torch.Tensor],
+    model: Path | str,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """Logits from which the responses' tokens are drawn, one (response tokens, V) per row.
 
     Args:
         prompts: token ids of each row's prompt.
@@ -39,6 +53,6 @@ def plain_log_probs(
     out = []
     with torch.no_grad():
         for prompt, response in zip(prompts, responses, strict=True):
-            log_probs = network(torch.cat([prompt, response])[None]).logits[0].log_softmax(-1)
-            out.append(log_probs[len(prompt) - 1 : -1].gather(1, response[:, None])[:, 0])
+            logits = network(torch.cat([prompt, response])[None]).logits[0]
+            out.append(logits[len(prompt) - 1 : -1])
     return out

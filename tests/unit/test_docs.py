@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sdar_verl.algorithm.divergences import COLUMNS
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.config import load_config
@@ -78,7 +79,8 @@ def worker_metrics() -> dict[str, float]:
     terms = distillation_terms(-torch.ones(1, 2), -torch.ones(1, 2), torch.ones(1, 2))
     sums = {f"actor/{SUMS_PREFIX}{name}": value for name, value in stats_sums(terms).items()}
     squares = {f"actor/{SUMS_PREFIX}grad_{name}_squared": 1.0 for name in ("rl", "distill")}
-    return {**sums, **squares, "actor/sdar/loss": 0.0}
+    columns = {f"actor/{SUMS_PREFIX}distribution_{name}": 1.0 for name in COLUMNS}
+    return {**sums, **squares, **columns, "actor/sdar/loss": 0.0}
 
 
 def constants(source: Path) -> Iterator[str]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from sdar_verl.algorithm.divergence_rows import FullDivergence, TopKDivergence
 from sdar_verl.algorithm.divergences import DIVERGENCES, full_columns, on_support, top_k_columns, top_k_ids
-from sdar_verl.algorithm.head_chunks import chunk_logits, map_logits
+from sdar_verl.algorithm.head_chunks import RowFunction, chunk_logits, map_logits
 from tests.support.allocations import Allocations
 
 KINDS = sorted(DIVERGENCES)
 TEMPERATURE = 0.7
+
+
+Plain = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Case:
@@ -33,22 +41,25 @@ class Case:
     def leaves(self) -> list[torch.Tensor]:
         return [leaf for leaf in (self.hidden, self.weight, self.bias) if leaf is not None]
 
-    def full(self, kind: str):
-        return lambda z, rows: full_columns(
-            kind, z, chunk_logits(self.teacher_hidden[rows], self.teacher_weight, None, TEMPERATURE)
-        )
+    def full(self, kind: str) -> tuple[Plain, RowFunction]:
+        """The divergence of all tokens at once by autograd, and in rows."""
 
-    def top_k(self, kind: str, k: int):
+        def teacher(rows: slice) -> torch.Tensor:
+            return chunk_logits(self.teacher_hidden[rows], self.teacher_weight, None, TEMPERATURE)
+
+        return lambda z: full_columns(kind, z, teacher(slice(None))), FullDivergence(kind, teacher)
+
+    def top_k(self, kind: str, k: int, tail: str = "bucket") -> tuple[Plain, RowFunction]:
+        """The same over k tokens."""
         with torch.no_grad():
             ids = top_k_ids(chunk_logits(self.hidden, self.weight, self.bias, TEMPERATURE), k)
             teacher = on_support(chunk_logits(self.teacher_hidden, self.teacher_weight, None, TEMPERATURE), ids)
-        return lambda z, rows: top_k_columns(kind, z, ids[rows], teacher[rows], "bucket")
+        return lambda z: top_k_columns(kind, z, ids, teacher, tail), TopKDivergence(kind, ids, teacher, tail)
 
-    def naive(self, function) -> torch.Tensor:
-        everything = slice(0, len(self.hidden))
-        return function(chunk_logits(self.hidden, self.weight, self.bias, TEMPERATURE), everything)
+    def naive(self, function: Plain) -> torch.Tensor:
+        return function(chunk_logits(self.hidden, self.weight, self.bias, TEMPERATURE))
 
-    def chunked(self, function, chunk: int) -> torch.Tensor:
+    def chunked(self, function: RowFunction, chunk: int) -> torch.Tensor:
         return map_logits(self.hidden, self.weight, function, bias=self.bias, temperature=TEMPERATURE, chunk=chunk)
 
     def gradients(self, columns: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -57,11 +68,12 @@ class Case:
 
 @pytest.mark.parametrize("chunk", [1, 3, 11, 100])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("support", ["full", "top_k"])
+@pytest.mark.parametrize("support", ["full", "bucket", "renormalise", "all"])
 def test_chunks_give_the_plain_values_and_gradients(kind: str, support: str, chunk: int) -> None:
     case = Case(tokens=11, hidden=6, vocabulary=13)
-    function = case.full(kind) if support == "full" else case.top_k(kind, 4)
-    plain, chunked = case.naive(function), case.chunked(function, chunk)
+    tail = "renormalise" if support == "renormalise" else "bucket"
+    plainly, in_rows = case.full(kind) if support == "full" else case.top_k(kind, 13 if support == "all" else 4, tail)
+    plain, chunked = case.naive(plainly), case.chunked(in_rows, chunk)
     torch.testing.assert_close(chunked, plain)
     for got, expected in zip(case.gradients(chunked), case.gradients(plain), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
@@ -70,18 +82,19 @@ def test_chunks_give_the_plain_values_and_gradients(kind: str, support: str, chu
 def test_only_what_needs_a_gradient_gets_one() -> None:
     case = Case(tokens=5, hidden=4, vocabulary=7, bias=False)
     case.weight.requires_grad_(False)  # an adapter is trained, the head is not
-    columns = case.chunked(case.full("reverse_kl"), 2)
+    plainly, in_rows = case.full("reverse_kl")
+    columns = case.chunked(in_rows, 2)
     (got,) = torch.autograd.grad(columns[:, 0].sum(), [case.hidden])
-    (expected,) = torch.autograd.grad(case.naive(case.full("reverse_kl"))[:, 0].sum(), [case.hidden])
+    (expected,) = torch.autograd.grad(case.naive(plainly)[:, 0].sum(), [case.hidden])
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_half_precision_weights_sum_their_gradient_in_float32() -> None:
     """2,000 tokens one by one: a running sum in bfloat16 would be off by far more than one rounding of the result."""
     case = Case(tokens=2000, hidden=4, vocabulary=5, dtype=torch.bfloat16, bias=False)
-    function = case.full("forward_kl")
-    (got,) = torch.autograd.grad(case.chunked(function, 1)[:, 0].sum(), [case.weight])
-    (expected,) = torch.autograd.grad(case.naive(function)[:, 0].sum(), [case.weight])
+    plainly, in_rows = case.full("forward_kl")
+    (got,) = torch.autograd.grad(case.chunked(in_rows, 1)[:, 0].sum(), [case.weight])
+    (expected,) = torch.autograd.grad(case.naive(plainly)[:, 0].sum(), [case.weight])
     assert got.dtype == torch.bfloat16
     scale = expected.float().abs().max()
     assert (got.float() - expected.float()).abs().max() <= 0.02 * scale
@@ -101,9 +114,9 @@ def test_no_temporary_grows_with_tokens_times_vocabulary(kind: str, support: str
     peaks = []
     for tokens in (64, 256):
         case = Case(tokens, hidden, vocabulary, dtype=torch.float32, bias=False)
-        function = case.full(kind) if support == "full" else case.top_k(kind, 16)
-        chunked = peak(case, lambda case=case, function=function: case.chunked(function, chunk))
-        naive = peak(case, lambda case=case, function=function: case.naive(function))
+        plainly, in_rows = case.full(kind) if support == "full" else case.top_k(kind, 16)
+        chunked = peak(case, lambda case=case, in_rows=in_rows: case.chunked(in_rows, chunk))
+        naive = peak(case, lambda case=case, plainly=plainly: case.naive(plainly))
         assert naive.largest == tokens * vocabulary  # the counter sees what it should
         assert naive.peak >= 4 * 4 * tokens * vocabulary
         assert chunked.largest == chunk * vocabulary  # a chunk of logits; the head's gradient has as many elements
@@ -117,6 +130,61 @@ def test_no_temporary_grows_with_tokens_times_vocabulary(kind: str, support: str
 def test_bad_arguments_are_named() -> None:
     case = Case(tokens=3, hidden=4, vocabulary=5)
     with pytest.raises(ValueError, match="chunk is 0"):
-        case.chunked(case.full("jsd"), 0)
+        case.chunked(case.full("jsd")[1], 0)
     with pytest.raises(ValueError, match="at least one token"):
-        map_logits(torch.zeros(0, 4), torch.zeros(5, 4), case.full("jsd"))
+        map_logits(torch.zeros(0, 4), torch.zeros(5, 4), case.full("jsd")[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [0, 3, 5])
+def test_tokens_that_neither_can_give_change_nothing_in_rows_either(kind: str, k: int) -> None:
+    """Padding of the vocabulary: -infinity in both; with k = 5 nothing but padding is outside the support."""
+    draw = torch.Generator().manual_seed(3)
+    student, teacher = (2 * torch.randn(4, 5, generator=draw) for _ in range(2))
+    pad = torch.full((4, 2), -math.inf)
+    results = []
+    for z, t in ((student, teacher), (torch.cat([student, pad], -1), torch.cat([teacher, pad], -1))):
+        ids = top_k_ids(z, k) if k else None
+        rows: RowFunction
+        if ids is None:
+            rows = FullDivergence(kind, lambda rows, t=t: t[rows].clone())
+        else:
+            rows = TopKDivergence(kind, ids, on_support(t, ids), "bucket")
+        everything = slice(0, 4)
+        results.append((rows.columns(z.clone(), everything), rows.slope(z.clone(), everything, torch.ones(4))))
+    (columns, slope), (wide_columns, wide_slope) = results
+    torch.testing.assert_close(wide_columns, columns)
+    torch.testing.assert_close(wide_slope[:, :5], slope)
+    assert not wide_slope[:, 5:].any()
+
+
+def test_a_token_that_only_the_student_can_give_is_infinitely_far() -> None:
+    student, teacher = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, -math.inf]])
+    assert (
+        FullDivergence("reverse_kl", lambda rows: teacher[rows].clone()).columns(student, slice(0, 1))[0, 0] == math.inf
+    )
+    student = torch.zeros(1, 3)
+    value = FullDivergence("forward_kl", lambda rows: teacher[rows].clone()).columns(student, slice(0, 1))[0, 0]
+    assert value.item() == pytest.approx(math.log(1.5))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    student=st.lists(st.floats(-1e4, 1e4, width=32), min_size=5, max_size=5),
+    teacher=st.lists(st.floats(-1e4, 1e4, width=32), min_size=5, max_size=5),
+    kind=st.sampled_from(KINDS),
+    k=st.integers(0, 5),
+)
+def test_extreme_logits_give_the_plain_values_in_rows(student, teacher, kind, k) -> None:  # type: ignore[no-untyped-def]
+    z, t = torch.tensor([student], requires_grad=True), torch.tensor([teacher])
+    if k:
+        ids = top_k_ids(z.detach(), k)
+        plain = top_k_columns(kind, z, ids, on_support(t, ids), "bucket")
+        rows: RowFunction = TopKDivergence(kind, ids, on_support(t, ids), "bucket")
+    else:
+        plain = full_columns(kind, z, t)
+        rows = FullDivergence(kind, lambda rows: t[rows].clone())
+    (slope,) = torch.autograd.grad(plain[:, 0].sum(), z)
+    one = slice(0, 1)
+    torch.testing.assert_close(rows.columns(z.detach().clone(), one), plain.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rows.slope(z.detach().clone(), one, torch.ones(1)), slope, rtol=1e-3, atol=1e-2)

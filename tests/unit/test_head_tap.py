@@ -12,6 +12,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from sdar_verl.algorithm.divergences import COLUMNS, full_columns, on_support, top_k_columns, top_k_ids
+from sdar_verl.training.distributions import COLUMN_PREFIX
 from sdar_verl.training.fields import TEACHER_MASK
 from sdar_verl.training.head_requests import (
     HEAD_REQUEST,
@@ -20,7 +21,7 @@ from sdar_verl.training.head_requests import (
     TEACHER_HIDDEN,
     HeadRequest,
 )
-from sdar_verl.training.head_tap import COLUMN_PREFIX, HeadTap, columns_of_this_step
+from sdar_verl.training.head_tap import HeadTap, columns_of_this_step
 
 TEMPERATURE = 0.8
 PROMPTS, RESPONSES = (3, 1, 5), (4, 2, 3)
@@ -182,7 +183,7 @@ def test_values_and_gradients_are_those_of_plain_passes(tied: bool, kind: str, k
     what = "hidden" if not k else "top_k" if kind == "forward_kl" else "on_support"
     outputs = forward(teacher_engine, make_batch(TEACHER_PROMPTS, 2, packed, HeadRequest(what, 4, k), **fields))
     fields |= {name: outputs[name] for name in (SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN) if name in outputs}
-    taps[0].teacher_head = taps[1].take_head()
+    taps[1].hand_head_to(engine)
 
     batch = make_batch(PROMPTS, 1, packed, HeadRequest("divergence", 4, k, kind), **fields)
     value, output = engine.forward_step(batch, loss_function=loss, forward_only=False)

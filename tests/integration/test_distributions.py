@@ -1,0 +1,91 @@
+"""Objectives over distributions through verl's own main_ppo on the CPU, against plain forward passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdar_verl.algorithm.divergences import COLUMNS, full_columns, on_support, top_k_columns, top_k_ids
+from sdar_verl.local import start_policy
+from tests.support.plain import plain_logits
+from tests.support.toy_run import train
+from tests.support.verl_run import Run
+
+pytestmark = pytest.mark.integration
+
+TEMPERATURE = 0.9
+METRICS = {
+    "divergence": "sdar/divergence",
+    "student_entropy": "sdar/support_entropy/student",
+    "teacher_entropy": "sdar/support_entropy/teacher",
+    "student_tail": "sdar/tail_mass/student",
+    "teacher_tail": "sdar/tail_mass/teacher",
+}
+
+
+def weights_after(run: Run, step: int) -> dict[str, torch.Tensor]:
+    if step == 0:
+        return {name: value.float() for name, value in load_file(Path(start_policy()) / "model.safetensors").items()}
+    folder = run.folder / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface"
+    return load_file(folder / "model.safetensors")
+
+
+def tokens(run: Run, step: int, teacher_step: int) -> dict[str, torch.Tensor]:
+    """Logits of student and teacher, and gaps of the sampled tokens, at every distilled token of a step.
+
+    The weights are those the step began with (one update per step), and for the teacher those of ``teacher_step``.
+    """
+    record: dict[str, Any] = torch.load(run.folder / f"step_{step}.pt", weights_only=False)
+    real = [i for i, tag in enumerate(record["tags"]) if not tag.get("is_padding", False)]
+    rows = {name: [values[i] for i in real] for name, values in record.items()}
+    contexts = [torch.as_tensor(info.teacher_prompt_ids, dtype=torch.int64) for info in rows["infos"]]
+    masks, responses = torch.cat(rows["response_mask"]).bool(), rows["responses"]
+    logits = {
+        "student": plain_logits(rows["prompts"], responses, start_policy(), weights_after(run, step - 1)),
+        "teacher": plain_logits(contexts, responses, start_policy(), weights_after(run, teacher_step)),
+    }
+    out = {name: torch.cat(values)[masks] / TEMPERATURE for name, values in logits.items()}
+    ids = torch.cat(responses)[masks][:, None]
+    student, teacher = (out[name].log_softmax(-1).gather(1, ids)[:, 0] for name in ("student", "teacher"))
+    return {**out, "gap": teacher - student}
+
+
+CASES = {
+    # A frozen teacher and the whole vocabulary: at step 2 its head is not the student's.
+    "reverse_kl full": ("reverse_kl", 0, "gap", ["sdar.teacher.source=reference", "sdar.loss.chunk_tokens=32"]),
+    "reverse_kl top_k": ("reverse_kl", 8, "none", ["sdar.teacher.source=actor", "sdar.loss.support=top_k"]),
+    "forward_kl top_k": ("forward_kl", 8, "gap", ["sdar.teacher.source=actor_fresh", "sdar.loss.support=top_k"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_steps_are_those_of_plain_passes(case: str, tmp_path: Path) -> None:
+    kind, k, gate, overrides = CASES[case]
+    overrides += [f"sdar.loss.objective={kind}", f"sdar.loss.gate={gate}"]
+    overrides += [f"sdar.loss.top_k={k}"] if k else []
+    overrides += [f"actor_rollout_ref.rollout.temperature={TEMPERATURE}", "trainer.save_freq=1"]
+    overrides += ["sdar.loss.beta=5.0"]
+    run = train(tmp_path, *overrides, steps=2, record=True)
+    for step in (1, 2):
+        frozen = "sdar.teacher.source=reference" in overrides
+        at = tokens(run, step, teacher_step=0 if frozen else step - 1)
+        student, teacher = at["student"], at["teacher"]
+        if k:
+            ids = top_k_ids(student if kind == "reverse_kl" else teacher, k)
+            columns = top_k_columns(kind, student, ids, on_support(teacher, ids), "bucket")
+        else:
+            columns = full_columns(kind, student, teacher)
+        logged = run.metrics[step]
+        for name, column in zip(COLUMNS, columns.double().unbind(1), strict=True):
+            assert logged[METRICS[name]] == pytest.approx(column.mean().item(), rel=1e-3, abs=1e-6), name
+        weight = torch.sigmoid(5.0 * at["gap"]) if gate == "gap" else torch.ones_like(at["gap"])
+        expected = (weight * columns[:, 0]).mean().item()
+        assert logged["sdar/loss"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        total = logged["actor/pg_loss"] + 0.5 * expected + 0.001 * logged["actor/kl_loss"]
+        assert logged["actor/loss"] == pytest.approx(total, rel=1e-3, abs=1e-6)
+        assert logged["sdar/divergence"] > 1e-3, "student and teacher do not differ: nothing was tested"
+        assert "sdar/grad_share" not in logged
