@@ -108,7 +108,7 @@ def _tokenizer(config: DictConfig, path: str) -> dict[str, int]:
 def _budgets(config: DictConfig, settings: TeacherConfig, *, own_engine: bool) -> list[str]:
     longest = settings.max_prompt_length + config.data.max_response_length
     nodes = {"actor_rollout_ref.rollout.log_prob": config.actor_rollout_ref.rollout}
-    if own_engine and not uses_lora(config):
+    if own_engine and not (uses_lora(config) and settings.path is None and settings.placement == "colocated"):
         nodes["actor_rollout_ref.ref.log_prob"] = config.actor_rollout_ref.ref
     return [
         f"{name}_max_token_len_per_gpu={node.log_prob_max_token_len_per_gpu} is less than the longest teacher row, "

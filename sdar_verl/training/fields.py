@@ -24,6 +24,9 @@ TEACHER_OUTPUTS = "sdar_teacher_outputs"
 TEACHER_NODE = "sdar_teacher"
 """Key under ``actor_rollout_ref`` by which ``sdar.teacher`` reaches the workers: verl gives them that node alone."""
 
+MODULES_NODE = "sdar_modules"
+"""Key under ``actor_rollout_ref`` with the modules that register names (``sdar.modules``), for the workers."""
+
 SUMS_PREFIX = "sdar_total/"
 """Worker metrics under this prefix are sums; the trainer turns them into means."""
 

@@ -25,6 +25,7 @@ from sdar_verl.config import TeacherConfig
 from sdar_verl.errors import TeacherError
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.fields import (
+    MODULES_NODE,
     TEACHER_LOG_PROBS,
     TEACHER_MASK,
     TEACHER_NODE,
@@ -64,6 +65,7 @@ class PrivilegedTeacher:
         trainer, settings = self._trainer, self._settings
         with open_dict(trainer.config.actor_rollout_ref):
             trainer.config.actor_rollout_ref[TEACHER_NODE] = OmegaConf.create(settings.model_dump())
+            trainer.config.actor_rollout_ref[MODULES_NODE] = list(trainer.sdar.all_modules)
         if settings.placement == "pool":
             # verl makes the pool with its own, and refuses when the cluster has too few devices for all of them.
             devices = [settings.pool_gpus_per_node] * (settings.pool_nodes or 1)

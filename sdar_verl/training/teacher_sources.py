@@ -2,8 +2,7 @@
 
 A source lives in each training worker (:mod:`sdar_verl.training.worker`), next to the actor, and answers for one
 thing: that a forward pass within :meth:`WeightSource.scoring` runs through the teacher's weights. A source of your own
-is a subclass, registered from a module that all of verl's processes import (an entry point of the group
-``verl.plugins``, or ``VERL_USE_EXTERNAL_MODULES``)::
+is a subclass, registered from a module that ``sdar.modules`` names::
 
     @register_source("halfway")
     class Halfway(Ema):

@@ -22,7 +22,9 @@ from verl.utils.profiler import DistProfiler
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from sdar_verl.config import TeacherConfig
+from sdar_verl.modules import import_modules
 from sdar_verl.training.fields import (
+    MODULES_NODE,
     TEACHER_ENTROPY,
     TEACHER_LOG_PROBS,
     TEACHER_NODE,
@@ -136,6 +138,7 @@ class TeacherWorker(ActorRolloutRefWorker):
 
     def __init__(self, config: DictConfig, role: str, **kwargs: Any):
         super().__init__(config, role, **kwargs)
+        import_modules(config[MODULES_NODE])
         self._settings = teacher_settings(config)
         self._own_config = copy.deepcopy(config)  # verl's init_model renames keys in the reference's node
         self._other: TrainingWorker | None = None

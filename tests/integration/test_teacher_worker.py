@@ -12,7 +12,13 @@ import torch
 import torch.multiprocessing as mp
 
 from sdar_verl.config import TeacherConfig
-from sdar_verl.training.fields import TEACHER_ENTROPY, TEACHER_LOG_PROBS, TEACHER_NODE, TEACHER_PROMPTS
+from sdar_verl.training.fields import (
+    MODULES_NODE,
+    TEACHER_ENTROPY,
+    TEACHER_LOG_PROBS,
+    TEACHER_NODE,
+    TEACHER_PROMPTS,
+)
 from sdar_verl.training.teacher_outputs import TOPK_IDS, TOPK_LOG_PROBS
 from sdar_verl.training.teacher_rows import nested, teacher_row
 from tests.support.tiny_model import make_tiny_model
@@ -57,6 +63,7 @@ def worker_config(model: str, adapter: int = 0, **teacher: Any) -> Any:
     config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     with open_dict(config):
         config[TEACHER_NODE] = TeacherConfig(**teacher).model_dump()
+        config[MODULES_NODE] = ["tests.support.toy_source"]
     return config
 
 
@@ -190,6 +197,7 @@ def run(rank: int, folder: str, port: int) -> None:
         "snapshot": follow(model, root / "snapshot", rank, source="snapshot", update_every=2, offload=False),
         "fresh": fresh(model, rank),
         "adapter": adapter(model, rank),
+        "own": follow(model, root / "own", rank, source="toy_every_odd_step"),
         "path": ask(make_worker(model, source="reference", path=other), rank),
         "topk": ask(make_worker(model, source="actor"), rank, sdar_teacher_outputs={"topk": {"k": 7}}),
     }
@@ -248,6 +256,8 @@ def mixture(states: list[dict[str, torch.Tensor]], shares: list[float]) -> dict[
         # Decay .5 after every step; a copy after every second step.
         ("ema", [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.25, 0.25, 0.5]]),
         ("snapshot", [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]),
+        # tests/support/toy_source.py: a third party's.
+        ("own", [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]),
     ],
 )
 def test_a_teacher_with_weights_of_its_own_scores_with_them(folder, ranks, source, shares):
