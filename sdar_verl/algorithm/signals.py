@@ -182,6 +182,7 @@ def advantage_shaping(
     standardise: str = "none",
     reliability: str = "none",
     reliability_scale: float = 2.0,
+    flat_groups: bool = True,
     clip: float | None = None,
     epsilon: float = 1e-8,
 ) -> torch.Tensor:
@@ -198,6 +199,7 @@ def advantage_shaping(
             E[R | it does not] over the rows of the task, agreement being sigmoid(mean log pi_T of the row - mean over
             all rows); R is the episode's return. A task whose rows all have one return has TVA 0.
         reliability_scale: tau, for ``reliability="group"``; ADRS has 2.
+        flat_groups: False leaves a task alone whose advantages are all 0, as ADRS's code does.
         clip: largest change of an advantage; None: no limit.
         epsilon: added to standard deviations.
     """
@@ -227,6 +229,8 @@ def advantage_shaping(
         change = change * torch.sigmoid(reliability_scale * teacher_value(rows)).unsqueeze(-1).to(change)
     if clip is not None:
         change = change.clamp(-clip, clip)
+    if not flat_groups:
+        change = change * _group_has_advantage(rows).unsqueeze(-1).to(change)
     return torch.where(rows.mask, rows.advantages + change, rows.advantages)
 
 
@@ -250,6 +254,15 @@ def teacher_value(rows: SignalRows, epsilon: float = 1e-8) -> torch.Tensor:
         against = ((1.0 - agree) * score).sum() / ((1.0 - agree).sum() + epsilon)
         value[members] = with_teacher - against
     return value
+
+
+def _group_has_advantage(rows: SignalRows) -> torch.Tensor:
+    """(rows,) bool: some row of the task has an advantage other than 0."""
+    largest = rows.advantages.abs().amax(dim=-1).tolist()
+    strength: dict[Hashable, float] = {}
+    for group, value in zip(rows.group_ids, largest, strict=True):
+        strength[group] = max(strength.get(group, 0.0), value)
+    return torch.tensor([strength[group] > 1e-6 for group in rows.group_ids], device=rows.advantages.device)
 
 
 def _turns_by_episode(rows: SignalRows, judged: torch.Tensor) -> list[list[tuple[int, int]]]:

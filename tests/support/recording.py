@@ -23,6 +23,7 @@ def _register(_) -> None:
         "old_log_probs",
         "ref_log_prob",
         "advantages",
+        "entropy",
         "rm_scores",
         TEACHER_LOG_PROBS,
         TEACHER_MASK,

@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
+from sdar_verl.algorithm import gates, objectives, schedules, signals
+from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.config import load_config
+from sdar_verl.modules import import_modules
 from sdar_verl.training.checks_loss import loss_faults, needs_step_statistics
+
+REGISTRIES = ((gates, "_GATES"), (objectives, "_OBJECTIVES"), (signals, "_SIGNALS"), (schedules, "_SCHEDULES"))
+
+THEIR_MODULE = """
+from dataclasses import dataclass
+from sdar_verl.algorithm.gates import register_gate
+from sdar_verl.algorithm.objectives import register_objective
+from sdar_verl.algorithm.schedules import Schedule, register_schedule
+from sdar_verl.algorithm.signals import register_signal
+
+@register_gate("their_gate")
+def their_gate(gap, *, width, **_):
+    return (gap / width).clamp(0.0, 1.0)
+
+@register_objective("their_objective")
+def their_objective(student_log_probs, teacher_log_probs, **_):
+    return 3.0 * (teacher_log_probs - student_log_probs)
+
+@register_signal("their_signal", reads=("gap",))
+def their_signal(rows, *, strength):
+    return rows.advantages + strength * rows.gap
+
+@register_schedule("their_schedule")
+@dataclass
+class TheirSchedule(Schedule):
+    every: int
+
+    def factor(self, step):
+        return 0.5 ** (step // self.every)
+"""
 
 VERL = {
     "actor_rollout_ref": {"actor": {"loss_agg_mode": "token-mean"}},
@@ -149,3 +185,36 @@ def test_what_needs_the_teacher_before_the_update_is_known() -> None:
     assert needs_step_statistics(load_config({}).loss) == []
     loss = load_config({"loss": {"centre": "batch", "divide_by": "weights", "granularity": "turn"}}).loss
     assert needs_step_statistics(loss) == ["sdar.loss.centre=batch", "sdar.loss.divide_by=weights"]
+
+
+def test_a_package_of_someone_elses_adds_its_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate, objective, signal and schedule from a module that this package does not know."""
+    (tmp_path / "their_method.py").write_text(THEIR_MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    loss = {
+        "gate": "their_gate",
+        "gate_options": {"width": 2.0},
+        "objective": "their_objective",
+        "coef_schedule": {"name": "their_schedule", "options": {"every": 3}},
+    }
+    assert "unknown gate 'their_gate'" in faults(loss)[0]
+    tables = [getattr(module, name)._entries for module, name in REGISTRIES]
+    before = [dict(table) for table in tables]
+    try:
+        import_modules(["their_method"])
+        assert faults(loss) == []
+        assert faults({"signal": "their_signal", "coef": 0.5}) == []
+        (fault,) = faults({**loss, "beta": 2.0})
+        assert "sdar.loss.beta=2.0 has no effect with sdar.loss.gate=their_gate" in fault
+        (fault,) = faults({**loss, "gate_options": {}})
+        assert "gate 'their_gate' needs the option 'width'" in fault
+        gap = torch.tensor([[0.5, 1.0]])
+        terms = distillation_terms(
+            torch.zeros(1, 2), gap, torch.ones(1, 2), **{k: loss[k] for k in ("gate", "gate_options", "objective")}
+        )
+        torch.testing.assert_close(terms.loss, (gap / 2.0) * (3.0 * gap))
+    finally:
+        sys.modules.pop("their_method", None)
+        for table, entries in zip(tables, before, strict=True):
+            table.clear()
+            table.update(entries)

@@ -199,6 +199,17 @@ def test_shaping_is_clipped() -> None:
     assert change.abs().max().item() == pytest.approx(0.2)
 
 
+def test_shaping_can_leave_tasks_without_an_advantage_alone() -> None:
+    rows = make_rows()
+    advantages = rows.advantages * torch.tensor([name == "g" for name in GROUPS]).unsqueeze(-1)
+    rows = make_rows(advantages=advantages)
+    everywhere, elsewhere = (apply("advantage_shaping", rows, flat_groups=choice) for choice in (True, False))
+    alone = GROUPS.index("h")
+    assert (everywhere - advantages)[alone].abs().max() > 0.1
+    assert torch.equal(elsewhere[alone], advantages[alone])
+    assert torch.equal(elsewhere[:alone], everywhere[:alone])
+
+
 def test_teacher_value_is_positive_where_the_teacher_likes_what_succeeded() -> None:
     """Two rows per task, one solved: brute force of E[R | agrees] - E[R | does not]."""
     liked, disliked = -0.1, -3.0
