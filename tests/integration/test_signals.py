@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from sdar_verl.algorithm.advantages import rlsd_advantages
 from sdar_verl.algorithm.gap import step_statistics
@@ -47,7 +48,7 @@ def one(tmp_path_factory) -> Run:
 
 
 def padded(rows: list[torch.Tensor]) -> torch.Tensor:
-    return torch.nested.as_nested_tensor([row.float() for row in rows]).to_padded_tensor(0.0)
+    return pad_sequence([row.float() for row in rows], batch_first=True)
 
 
 def test_lambda_follows_the_measured_share(one):
