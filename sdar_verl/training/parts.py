@@ -95,11 +95,14 @@ def make_parts(settings: SdarConfig, config: Any) -> list[TrainerPart]:
         config: verl's whole config.
     """
     from sdar_verl.training.distillation import Distillation
+    from sdar_verl.training.record import RunRecord
+    from sdar_verl.training.warnings import RunWarnings
 
     parts: list[TrainerPart] = []
     if settings.teacher.source != "none":
         parts.append(Distillation(settings, config))
-    return parts
+    record = RunRecord(settings, config)
+    return [*parts, record, RunWarnings(settings, record)]
 
 
 def save_parts(parts: Sequence[TrainerPart], folder: str | Path) -> None:

@@ -186,8 +186,9 @@ class SdarTrainer(PPOTrainerSync):
             metrics["sdar/groups_without_variance"] = rows.counts.groups_without_variance
             metrics["sdar/groups"] = rows.counts.groups
         step_rows = self._step_rows(batch, metrics)
-        for part in self.parts:
-            part.on_advantages(step_rows)
+        with marked_timer("parts", self.timing_raw, color="green"):
+            for part in self.parts:
+                part.on_advantages(step_rows)
         return batch
 
     def _teacher_pass(self, batch: KVBatchMeta, metrics: dict) -> None:
@@ -245,8 +246,8 @@ class SdarTrainer(PPOTrainerSync):
     # ---------------------------------------------------------------- what a person sees
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, *args: Any, **kwargs: Any) -> None:
-        # The teacher pass runs within verl's advantage phase; its time is shown on its own.
-        timing_raw["adv"] -= timing_raw.get("teacher", 0.0)
+        # Teacher pass and parts run within verl's advantage phase; their times are shown on their own.
+        timing_raw["adv"] -= timing_raw.get("teacher", 0.0) + timing_raw.get("parts", 0.0)
         super()._compute_metrics(batch, metrics, timing_raw, *args, **kwargs)
         for part in self.parts:
             part.on_step_end(self.global_steps, metrics)

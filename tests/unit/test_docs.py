@@ -24,9 +24,11 @@ from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
 from sdar_verl.rollout.rows import RowInfo, TurnNote
+from sdar_verl.training import warnings
 from sdar_verl.training.fields import SUMS_PREFIX
 from sdar_verl.training.metrics import gap_metrics, reduce_loss_sums, row_metrics
 from sdar_verl.training.teacher import teacher_metrics
+from sdar_verl.training.trackers import HISTOGRAMS
 from sdar_verl.training.validation import arm_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +74,7 @@ def emitted_metrics() -> set[str]:
     three, one = torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool)
     names |= set(gap_metrics(three, one, one, ["e"] * 3, [0, 1, 2], three, three))
     names |= set(teacher_metrics(0.0, 0))
+    names |= {*HISTOGRAMS, *(f"sdar/warnings/{name}" for name in warnings.NAMES)}
     return names | {name for source in SOURCES for name in constants(source)}
 
 

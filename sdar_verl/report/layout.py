@@ -1,0 +1,83 @@
+"""Where a run's record lies and what its files are called (docs/report.md describes them)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdar_verl.errors import SdarError
+
+SCHEMA = 1
+"""Version of the record's files; a reader refuses another one."""
+
+RECORD = "record"
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+DISTRIBUTIONS_FILE = "distributions.jsonl"
+WARNINGS_FILE = "warnings.jsonl"
+OUTCOMES = "outcomes"
+TRACES = "traces"
+
+
+class RecordError(SdarError):
+    """A run's folder is not one, or its record cannot be read; the message says what to do."""
+
+
+def step_file(folder: Path, step: int) -> Path:
+    """The Parquet file of one step in ``folder`` (``outcomes`` or ``traces``)."""
+    return folder / f"step_{step:08d}.parquet"
+
+
+def step_files(folder: Path) -> dict[int, Path]:
+    """Step -> file, in the order of steps."""
+    return {int(path.stem.removeprefix("step_")): path for path in sorted(folder.glob("step_*.parquet"))}
+
+
+def find_record(run: Path) -> Path | None:
+    """The record of ``run``: the folder itself, its ``record``, or that of its checkpoints; None when there is none."""
+    candidates = [run, run / RECORD, run / "checkpoints" / RECORD]
+    return next((folder for folder in candidates if (folder / RUN_FILE).is_file()), None)
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Add one JSON line in a single write, so that a run that is killed leaves at most its last line unfinished."""
+    with path.open("a") as stream:
+        stream.write(json.dumps(value) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All complete JSON lines of ``path``; an unfinished last one is left out.
+
+    Raises:
+        RecordError: another line than the last is damaged.
+    """
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    values = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise RecordError(f"{path}, line {number}, is not JSON ({error}); the file was damaged") from error
+    return values
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON file, atomically."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def keep_steps(path: Path, last: int) -> None:
+    """Rewrite a file of JSON lines without the steps after ``last``; nothing happens when it does not exist."""
+    if path.is_file():
+        write_atomically(path, "".join(json.dumps(value) + "\n" for value in read_lines(path) if value["step"] <= last))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside ``path`` and rename: a reader sees the old content or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,164 @@
+"""Each warning has a run that provokes it, and a sound run provokes none."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sdar_verl.config import load_config
+from sdar_verl.report.distributions import Tokens, token_distributions
+from sdar_verl.training.parts import StepRows
+from sdar_verl.training.warnings import COLLAPSE_STEPS, FLAT_STEPS, RunWarnings
+
+SOUND = {
+    "sdar/success": 0.5,
+    "sdar/episodes": 32,
+    "sdar/groups": 4,
+    "sdar/groups_without_variance": 1,
+    "sdar/context_share": 1.0,
+}
+
+
+class Run:
+    """Steps of a run that never trained: metrics and gaps go in, warnings come out."""
+
+    def __init__(self, tmp_path, **node):
+        self.settings = load_config({"validation": {"arms": ARMS}, **node})
+        self.record = SimpleNamespace(folder=tmp_path, latest={})
+        self.said: list[str] = []
+        self.part = RunWarnings(self.settings, self.record, self.said.append)
+        self.step = 0
+
+    def play(self, gaps=None, beta=5.0, kl=None, **metrics) -> dict:
+        """One step of 8 turns with 100 tokens each; ``gaps`` (8, 100) or one number per turn."""
+        self.step += 1
+        drawn = np.random.default_rng(self.step).normal(-0.05, 0.5, (8, 100))
+        gap = drawn if gaps is None else np.broadcast_to(np.asarray(gaps, float).reshape(8, -1), (8, 100))
+        turn, position = np.indices((8, 100))
+        tokens = Tokens(
+            gap=gap.ravel(),
+            gate=1 / (1 + np.exp(-beta * gap.ravel())),
+            turn=turn.ravel(),
+            position=position.ravel(),
+            kl=None if kl is None else np.repeat(np.asarray(kl, float), 100),
+        )
+        self.record.latest = token_distributions(tokens, 100)
+        rows = StepRows(self.step, None, [], {**SOUND, **metrics}, self.settings, None)
+        self.part.on_updated(rows)
+        return {k.removeprefix("sdar/warnings/"): v for k, v in rows.metrics.items() if k.startswith("sdar/warnings/")}
+
+
+ARMS = {
+    "student": {"context": "none", "temperature": 0.4},
+    "teacher": {"context": "skills", "temperature": 0.4},
+    "teacher_hot": {"context": "skills", "temperature": 1.0},
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path)
+
+
+def test_a_sound_run_warns_of_nothing(run):
+    for _ in range(12):
+        assert run.play() == {}
+    assert run.said == []
+
+
+def test_a_warning_is_told_once_and_counted_from_then_on(run):
+    counts = [run.play(**{"sdar/context_share": 0.2}) for _ in range(3)]
+    assert counts == [{"no_context": 1}, {"no_context": 2}, {"no_context": 3}]
+    assert len(run.said) == 1 and "sdar.skills.retrieval" in run.said[0]
+    assert run.play() == {"no_context": 3}
+    assert (run.record.folder / "warnings.jsonl").read_text().count("\n") == 1
+
+
+def test_gaps_that_are_all_zero(run):
+    assert run.play(gaps=np.zeros(8)) == {"zero_gap": 1}
+
+
+def test_a_zero_gap_on_most_tokens_alone_is_no_zero_gap(run):
+    gaps = np.zeros((8, 100))
+    gaps[:, 0] = 3.0
+    assert "zero_gap" not in run.play(gaps=gaps)
+
+
+def test_a_gate_stuck_at_one_half(run):
+    assert run.play(gaps=np.full(8, 1e-3)) == {"gate_at_half": 1}
+
+
+def test_a_gate_of_one_half_that_was_asked_for(tmp_path):
+    assert Run(tmp_path, loss={"gate": "half"}).play(gaps=np.full(8, 1e-3)) == {}
+
+
+def test_groups_without_reward_variance_over_several_steps(run):
+    flat = {"sdar/groups_without_variance": 4}
+    assert [run.play(**flat) for _ in range(FLAT_STEPS - 1)] == [{}] * (FLAT_STEPS - 1)
+    assert run.play(**flat) == {"flat_rewards": 1}
+
+
+def test_a_gap_that_grows_from_turn_to_turn(run):
+    assert run.play(gaps=np.linspace(-0.2, -2.5, 8)) == {"gap_grows": 1}
+
+
+def test_a_large_gap_that_does_not_grow(run):
+    assert run.play(gaps=np.full(8, -1.5)) == {}
+
+
+def test_turns_with_few_tokens_say_nothing(run):
+    tokens = Tokens(np.linspace(0, -3, 30), np.full(30, 0.3), np.repeat(np.arange(3), 10), np.tile(np.arange(10), 3))
+    run.record.latest = token_distributions(tokens, 10)
+    rows = StepRows(1, None, [], dict(SOUND), run.settings, None)
+    run.part.on_updated(rows)
+    assert not any("warnings" in name for name in rows.metrics)
+
+
+def test_a_kl_that_grows_from_turn_to_turn(run):
+    assert run.play(kl=np.linspace(0.01, 1.5, 8)) == {"kl_grows": 1}
+
+
+def test_a_success_that_collapses(run):
+    for _ in range(COLLAPSE_STEPS):
+        assert run.play() == {}
+    counts = [run.play(**{"sdar/success": 0.0}) for _ in range(COLLAPSE_STEPS)]
+    assert counts[-1]["collapse"] >= 1 and "optim.lr" in run.said[0]
+
+
+def test_a_fall_within_noise_is_no_collapse(run):
+    few = {"sdar/episodes": 2}
+    for _ in range(COLLAPSE_STEPS):
+        run.play(**few)
+    assert [run.play(**few, **{"sdar/success": 0.2}) for _ in range(COLLAPSE_STEPS)][-1] == {}
+
+
+def outcomes(student: list[float], teacher: list[float]) -> dict:
+    tasks = [f"t{i}" for i in range(len(student))]
+    return {
+        "arm": ["student"] * len(tasks) + ["teacher"] * len(tasks),
+        "task_id": tasks * 2,
+        "acc": student + teacher,
+    }
+
+
+def test_a_teacher_below_its_student_on_its_own_context(run):
+    run.part.on_validated(0, {}, outcomes([1.0] * 20 + [0.0] * 20, [0.0] * 30 + [0.0] * 10))
+    assert len(run.said) == 1 and "teacher_worse" in run.said[0] and "0.500 less" in run.said[0]
+
+
+@pytest.mark.parametrize("teacher", [[1.0] * 40, [1.0] * 19 + [0.0] * 21])
+def test_a_teacher_that_is_better_or_worse_by_chance(run, teacher):
+    run.part.on_validated(0, {}, outcomes([1.0] * 20 + [0.0] * 20, teacher))
+    assert run.said == []
+
+
+def test_counts_and_memory_come_back_on_resume(run, tmp_path):
+    for _ in range(COLLAPSE_STEPS):
+        run.play(**{"sdar/context_share": 0.1})
+    resumed = Run(tmp_path)
+    resumed.part.load_state_dict(run.part.state_dict())
+    counts = [resumed.play(**{"sdar/success": 0.0}) for _ in range(COLLAPSE_STEPS)][-1]
+    assert counts["no_context"] == COLLAPSE_STEPS and counts["collapse"] >= 1
+    assert not any("no_context" in text for text in resumed.said)
