@@ -225,7 +225,7 @@ def plain(values: Any) -> Any:
         return {str(key): plain(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
         return [plain(value) for value in values]
-    if hasattr(values, "item") and getattr(values, "size", 1) == 1:
+    if hasattr(values, "item") and len(values.shape) == 0:
         values = values.item()
     if isinstance(values, float):
         return values if math.isfinite(values) else None

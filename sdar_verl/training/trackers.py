@@ -37,8 +37,8 @@ def log_histograms(trainer: Any, step: int, distributions: Mapping[str, Any]) ->
         values = {name: wandb.Histogram(np_histogram=histogram) for name, histogram in histograms.items()}
         backends["wandb"].log(values, step=step, commit=False)
     if "tensorboard" in backends:
-        for name, (counts, edges) in histograms.items():
-            _tensorboard(backends["tensorboard"].writer, name, counts, edges, step)
+        for name, (counts, bounds) in histograms.items():
+            _tensorboard(backends["tensorboard"].writer, name, counts, bounds, step)
 
 
 def _tensorboard(writer: Any, name: str, counts: np.ndarray, edges: np.ndarray, step: int) -> None:
