@@ -9,7 +9,6 @@ import numpy as np
 
 from sdar_verl.report.distributions import GAP_EDGES, GATE_EDGES
 
-
 HISTOGRAMS = {"sdar/gap_histogram": "gap_histogram", "sdar/gate_histogram": "gate_histogram"}
 """Name in the tracker -> key of the distributions."""
 

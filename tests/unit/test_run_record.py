@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from sdar_verl.config import LossConfig, load_config
 from sdar_verl.panels import PanelError
 from sdar_verl.report import layout
-from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
 from sdar_verl.training.record import RunRecord, plain, write_outcomes
 from sdar_verl.training.step_tokens import gaps_and_gates
 from tests.support.toy_panel import write_toy_panels
@@ -110,7 +110,7 @@ def test_gaps_and_gates_are_the_losss_own_and_nan_without_a_teacher():
         TEACHER_MASK: [torch.ones(3), torch.zeros(2)],
         "response_mask": [torch.tensor([1.0, 1.0, 0.0]), torch.ones(2)],
     }
-    found = gaps_and_gates(columns, LossConfig(), beta=2.0)
+    found = gaps_and_gates(columns, LossConfig(), StepValues(coef=0.0, beta=2.0))
     torch.testing.assert_close(found["gap"][0][:2], torch.tensor([0.5, -0.5]))
     torch.testing.assert_close(found["gate"][0][:2], torch.sigmoid(torch.tensor([1.0, -1.0])))
     assert found["gap"][0][2].isnan() and found["gate"][1].isnan().all() and len(found["gap"][1]) == 2
