@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.report import layout
 from sdar_verl.report.distributions import reward_statistics, token_distributions
 from sdar_verl.report.trace import choose_episodes, split_tokens, thin, write_trace
+from sdar_verl.rollout.rows import RowInfo, TurnNote
 from sdar_verl.training.parts import StepRows, TrainerPart
 from sdar_verl.training.step_tokens import StepTokens, read_tokens
 from sdar_verl.training.trackers import log_histograms
@@ -119,51 +120,50 @@ class RunRecord(TrainerPart):
 
 def trace_rows(rows: StepRows, tokens: StepTokens, limit: int) -> list[dict[str, Any]]:
     """The chosen episodes' turns, one row of :func:`sdar_verl.report.trace.trace_schema` each, in order."""
-    import transfer_queue as tq
-
     keys = rows.batch.keys
-    words = {i: info for i, info in enumerate(rows.infos) if info is not None and info.text is not None}
-    chosen = set(choose_episodes([keys[i].rsplit("_", 1)[0] for i in words], limit)) if words else set()
-    picked = [i for i in words if keys[i].rsplit("_", 1)[0] in chosen]
-    if not picked:
+    traced = {i: info for i, info in enumerate(rows.infos) if info is not None and info.steps[0].text is not None}
+    if not traced:
         return []
-    data = tq.kv_batch_get(
-        keys=[keys[i] for i in picked], partition_id=rows.batch.partition_id, select_fields=["prompts"]
-    )
-    tokenizer = rows.trainer.tokenizer
-    turns = []
-    for i, prompt in zip(picked, data["prompts"].unbind(), strict=True):
-        info = words[i]
-        text = dict(info.text or {})
-        episode = keys[i].rsplit("_", 1)[0]
-        ids = [int(token) for token in tokens.columns["responses"][i]]
-        columns = {
-            name: None if source not in tokens.columns else [_number(x) for x in tokens.columns[source][i]]
-            for name, source in _TOKEN_SOURCES.items()
-        }
-        if info.teacher_prompt_ids is None:
-            columns["teacher_log_prob"] = None
-        turns.append(
-            {
-                "step": rows.step,
-                "group": episode.rsplit("_", 1)[0],
-                "episode": episode,
-                "turn": info.turn,
-                "task_type": info.task_type,
-                "skills": list(info.skills),
-                "prompt": tokenizer.decode(prompt.tolist()),
-                "token_ids": ids,
-                "tokens": split_tokens(ids, tokenizer.decode),
-                **columns,
-                "unparsed": info.unparsed,
-                "inadmissible": info.inadmissible,
-                "truncated": info.truncated,
-                "episode_reward": float(tokens.columns["rm_scores"][i].sum()),
-                "success": info.success,
-                **text,
-            }
-        )
+    chosen = set(choose_episodes([keys[i].rsplit("_", 1)[0] for i in traced], limit))
+    prompts = rows.get(["prompts"])["prompts"].unbind()
+    turns = [
+        {"episode": episode, "group": episode.rsplit("_", 1)[0], "step": rows.step, **turn}
+        for i, info in traced.items()
+        if (episode := keys[i].rsplit("_", 1)[0]) in chosen
+        for turn in _row_turns(info, i, prompts[i].tolist(), tokens, rows.trainer.tokenizer)
+    ]
     return sorted(turns, key=lambda turn: (turn["episode"], turn["turn"]))
+
+
+def _row_turns(
+    info: RowInfo, row: int, prompt: list[int], tokens: StepTokens, tokenizer: Any
+) -> Iterator[dict[str, Any]]:
+    """The turns of one row: itself, or those of a conversation, whose tokens lie between its environment's."""
+    answer = [int(token) for token in tokens.columns["responses"][row]]
+    columns = {name: tokens.columns.get(source) for name, source in _TOKEN_SOURCES.items()}
+    if info.teacher_prompt_ids is None:
+        columns["teacher_log_prob"] = None
+    for number, turn in enumerate(info.steps):
+        start, stop = (turn.start, turn.stop) if isinstance(turn, TurnNote) else (0, len(answer))
+        ids = answer[start:stop]
+        yield {
+            "turn": info.turn + number,
+            "task_type": info.task_type,
+            "skills": list(info.skills),
+            "prompt": tokenizer.decode(prompt + answer[:start]),
+            "token_ids": ids,
+            "tokens": split_tokens(ids, tokenizer.decode),
+            **{
+                name: None if column is None else [_number(value) for value in column[row][start:stop]]
+                for name, column in columns.items()
+            },
+            "unparsed": turn.unparsed,
+            "inadmissible": turn.inadmissible,
+            "truncated": info.truncated,
+            "episode_reward": float(tokens.columns["rm_scores"][row].sum()),
+            "success": info.success,
+            **(turn.text or {}),
+        }
 
 
 _TOKEN_SOURCES = {

@@ -12,6 +12,7 @@ from sdar_verl.algorithm.gates import Ranges, gate_reads
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.config import LossConfig
 from sdar_verl.report.distributions import Tokens
+from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.fields import (
     GAP_POOLED,
     GAP_SHIFT,
@@ -48,7 +49,7 @@ class StepTokens:
         keep = np.isfinite(gap)
         if not keep.any():
             return None
-        turns = [0 if info is None else info.turn for info in rows.infos]
+        places = [_places(info, length) for info, length in zip(rows.infos, self.lengths, strict=True)]
         kl = None
         if "ref_log_prob" in self.columns:
             ratio = np.concatenate(self.columns["ref_log_prob"]).astype(np.float64)
@@ -57,10 +58,19 @@ class StepTokens:
         return Tokens(
             gap=gap[keep],
             gate=np.concatenate(self.columns["gate"]).astype(np.float64)[keep],
-            turn=np.repeat(turns, self.lengths)[keep],
-            position=np.concatenate([np.arange(length) for length in self.lengths])[keep],
+            turn=np.concatenate([turn for turn, _ in places])[keep],
+            position=np.concatenate([position for _, position in places])[keep],
             kl=kl,
         )
+
+
+def _places(info: RowInfo | None, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Turn of each token of a row, and its position within that turn's answer."""
+    turn, position = np.full(length, 0 if info is None else info.turn), np.arange(length)
+    for number, note in enumerate(info.turns if info is not None else ()):
+        turn[note.start : note.stop] = number
+        position[note.start : note.stop] = np.arange(note.stop - note.start)
+    return turn, position
 
 
 def read_tokens(rows: StepRows) -> StepTokens:
