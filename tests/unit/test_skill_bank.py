@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from sdar_verl.envs.base import Task
+from sdar_verl.envs.search.questions import TASK_TYPES as WORLD_TASK_TYPES
 from sdar_verl.skills.bank import MAX_FILE_BYTES, Skill, SkillBank, SkillBankError, bank_names
+from sdar_verl.skills.retrieval import retrieve
 
 ALFWORLD_TASK_TYPES = {
     "pick_and_place_simple",
@@ -109,10 +112,47 @@ def test_digest_follows_content_only(tmp_path: Path) -> None:
     assert SkillBank(skills).digest == SkillBank(skills[::-1]).digest
 
 
-@pytest.mark.parametrize("name", bank_names())
-def test_shipped_banks_have_a_skill_for_every_task_type(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in bank_names() if name.startswith("alfworld")])
+def test_shipped_alfworld_banks_have_one_skill_for_every_task_type(name: str) -> None:
     bank = SkillBank.load(name, task_types=ALFWORLD_TASK_TYPES)
     assert sorted(task_type for skill in bank for task_type in skill.task_types) == sorted(ALFWORLD_TASK_TYPES)
+
+
+# Search-R1's data sets, and what the invented world asks.
+SEARCH_TASK_TYPES = (
+    "nq",
+    "triviaqa",
+    "popqa",
+    "hotpotqa",
+    "2wikimultihopqa",
+    "musique",
+    "bamboogle",
+    *WORLD_TASK_TYPES,
+)
+
+
+def test_the_search_bank_has_one_skill_for_every_data_set_and_kind_of_question() -> None:
+    bank = SkillBank.load("search", task_types=SEARCH_TASK_TYPES)
+    assert sorted(task_type for skill in bank for task_type in skill.task_types) == sorted(SEARCH_TASK_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("question", "task_type", "specific"),
+    [
+        ("Who was born earlier, Orrin Takk or Lia Vey?", "comparison", ["comparing"]),
+        ("Which river is longer, the Maval River or the Ossel River?", "hotpotqa", ["comparing", "chains"]),
+        ("When was the oratory of Lumeth finished?", "nq", ["dates-and-numbers", "single-fact"]),
+        (
+            "How many kilometres long is the river that flows through Kovaen?",
+            "two_hop",
+            ["dates-and-numbers", "chains"],
+        ),
+        ("Who founded Kovaen?", "one_hop", ["single-fact"]),
+    ],
+)
+def test_search_skills_are_picked_by_words_of_the_question_and_its_data_set(question, task_type, specific) -> None:
+    found = retrieve(SkillBank.load("search"), Task("search", "t", task_type, question), ["keyword", "task_type"])
+    assert list(found.names) == [*specific, "answer-form", "queries", "reading", "turns"]
 
 
 def test_household_bank_keeps_the_form_that_the_tiny_policy_was_trained_on() -> None:
