@@ -150,7 +150,6 @@ def test_the_recipe_trains_and_validates_on_the_cpu(tmp_path: Path) -> None:
         assert all(
             math.isfinite(metrics[name]) for name in ("actor/loss", "actor/grad_norm", "sdar/loss", "sdar/gap_mean")
         )
-    assert run.metrics[1]["actor/lr"] < 1e-6, "the learning rate does not warm up"
     validation = run.metrics[2]
     assert validation["sdar-val/student/episodes"] == 4
     for task_type in ("one_hop", "two_hop", "three_hop", "comparison"):
