@@ -11,19 +11,16 @@ python="$(pwd)/${SDAR_VENV:-.venv}/bin/python"
 source scripts/cpu_env.sh
 
 for seed in 0 1 2; do
-  for method in sdar grpo; do
+  for method in sdar_frozen grpo; do
     run="$out/$method-$seed"
     [ -f "$run/finished" ] && continue
     mkdir -p "$run"
-    overrides=()
-    if [ "$method" = grpo ]; then
-      overrides=(sdar.loss.coef=0 sdar.teacher.source=none actor_rollout_ref.actor.use_kl_loss=False)
-    fi
     VERL_FILE_LOGGER_PATH="$run/metrics.jsonl" "$python" -m verl.trainer.main_ppo --config-name sdar_quickstart \
+      method="$method" \
       data.train_files="$data/train.parquet" data.val_files="$data/test.parquet" \
       trainer.default_local_dir="$run/checkpoints" hydra.run.dir="$run/hydra" \
       data.seed="$seed" sdar.rollout.seed="$seed" actor_rollout_ref.actor.data_loader_seed="$((42 + seed))" \
-      "${overrides[@]}" > "$run/log.txt" 2>&1
+      > "$run/log.txt" 2>&1
     touch "$run/finished"
   done
 done

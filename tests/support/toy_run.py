@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.support.toy_panel import write_toy_panels
 from tests.support.verl_run import Run, run_main_ppo
 
-SHORT = [
+SMALL = [
     "data.train_batch_size=4",
     "actor_rollout_ref.rollout.n=4",
     "actor_rollout_ref.actor.ppo_mini_batch_size=4",
     "sdar.env.max_steps=3",
     "sdar.env.processes=1",
-    "sdar.loss.coef=0.5",
-    "actor_rollout_ref.actor.kl_loss_coef=0.001",
     # All rows of a step in one update, so that the loss is taken at the weights the step began with.
     "sdar.update.mini_batch_rows=48",
     "trainer.val_before_train=False",
     "trainer.test_freq=-1",
     "trainer.save_freq=2",
 ]
+SHORT = [*SMALL, "sdar.loss.coef=0.5", "actor_rollout_ref.actor.kl_loss_coef=0.001"]
 # What two runs of the same arithmetic may differ by: the order of float32 sums.
 SAME = {"rel": 2e-4, "abs": 2e-5}
 
 
-def train(folder: Path, *overrides: str, steps: int = 4, record: bool = False, **kwargs: Any) -> Run:
+def train(
+    folder: Path,
+    *overrides: str,
+    steps: int = 4,
+    record: bool = False,
+    base: Sequence[str] = SHORT,
+    **kwargs: Any,
+) -> Run:
     """Run ``steps`` steps of the quick start's recipe in the toy environment.
 
     Args:
@@ -34,6 +41,7 @@ def train(folder: Path, *overrides: str, steps: int = 4, record: bool = False, *
         *overrides: verl's and ours.
         steps: of training.
         record: also write what each update reads to ``step_<n>.pt`` (:mod:`tests.support.recording`).
+        base: overrides that make the run short; ``SMALL`` leaves the method as its preset has it.
         **kwargs: of :func:`tests.support.verl_run.run_main_ppo`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,4 +50,4 @@ def train(folder: Path, *overrides: str, steps: int = 4, record: bool = False, *
         env = {"VERL_USE_EXTERNAL_MODULES": "sdar_verl.plugin,tests.support.recording", "SDAR_RECORD": str(folder)}
         overrides = (*overrides, "trainer.v1.trainer_mode=sdar_recording")
     panels = write_toy_panels(folder)
-    return run_main_ppo(folder, [*panels, *SHORT, f"trainer.total_training_steps={steps}", *overrides], **env, **kwargs)
+    return run_main_ppo(folder, [*panels, *base, f"trainer.total_training_steps={steps}", *overrides], **env, **kwargs)

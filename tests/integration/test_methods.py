@@ -1,0 +1,102 @@
+"""Every method preset trains two steps through verl's main_ppo, and differs from GRPO exactly where it should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.plain import padded
+from tests.support.toy_run import SMALL, train
+from tests.support.verl_run import Run
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+AUXILIARY = ("opsd", "grpo_opsd", "skill_sd", "sdar", "sdar_frozen")
+ADVANTAGES = ("rlsd", "agent_opsd", "adrs")
+LEARNING = ("actor/loss", "actor/pg_loss", "actor/grad_norm")
+
+
+def run(folder, method: str, *overrides: str) -> Run:
+    recorded = method != "skill_prompt"
+    return train(folder, f"method={method}", *overrides, base=SMALL, steps=2, record=recorded)
+
+
+def step_one(run: Run) -> dict:
+    return torch.load(run.folder / "step_1.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def grpo(tmp_path_factory) -> Run:
+    return run(tmp_path_factory.mktemp("grpo"), "grpo")
+
+
+def test_grpo_has_no_teacher_and_makes_no_pass_for_one(grpo):
+    metrics = grpo.metrics[2]
+    assert "sdar/gate_mean" not in metrics
+    assert "timing_s/teacher" not in metrics
+    assert "timing_s/ref" not in metrics
+    assert metrics["actor/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("method", AUXILIARY)
+def test_an_auxiliary_loss_leaves_the_advantages_and_joins_the_loss(method, grpo, tmp_path):
+    trained = run(tmp_path, method)
+    first, second = trained.metrics[1], trained.metrics[2]
+    # One seed: the first step's episodes are the same, whatever the method does with them.
+    assert torch.equal(padded(step_one(trained)["advantages"]), padded(step_one(grpo)["advantages"]))
+    assert first["sdar/loss"] != 0
+    expected = first["sdar/lambda"] * first["sdar/loss"] + (0 if method == "opsd" else first["actor/pg_loss"])
+    assert first["actor/loss"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert second["actor/grad_norm"] > 0
+    assert second["actor/grad_norm"] != grpo.metrics[2]["actor/grad_norm"]
+    assert ("timing_s/teacher" in first) and ("sdar/advantage_change" not in first)
+
+
+@pytest.mark.parametrize("method", ADVANTAGES)
+def test_a_signal_of_the_advantages_changes_them_and_adds_no_loss(method, grpo, tmp_path):
+    trained = run(tmp_path, method)
+    first = trained.metrics[1]
+    ours, plain = (padded(step_one(one)["advantages"]) for one in (trained, grpo))
+    mask = padded(step_one(grpo)["response_mask"]).bool()
+    assert not torch.equal(ours, plain)
+    assert first["sdar/advantage_change"] == pytest.approx((ours - plain)[mask].abs().mean().item(), rel=1e-3)
+    assert first["actor/loss"] == pytest.approx(first["actor/pg_loss"], rel=1e-4, abs=1e-7)
+    assert trained.metrics[2]["actor/grad_norm"] > 0
+    if method == "rlsd":
+        # w lies in [1 - .2, 1 + .2] and lambda is .5: no advantage moves by more than a tenth of itself.
+        assert ((ours - plain).abs() <= 0.1 * plain.abs() + 1e-6).all()
+
+
+def test_skill_grpo_reads_the_skills_itself(grpo, tmp_path):
+    trained = run(tmp_path, "skill_grpo", "trainer.test_freq=2")
+    longer, plain = (
+        torch.tensor(
+            [
+                len(prompt)
+                for prompt, tag in zip(rows["prompts"], rows["tags"], strict=True)
+                if not tag.get("is_padding")
+            ]
+        )
+        for rows in (step_one(trained), step_one(grpo))
+    )
+    assert longer.float().mean() > plain.float().mean() + 5
+    assert "sdar/gate_mean" not in trained.metrics[1]
+    assert {"sdar-val/student/success", "sdar-val/with_skills/success"} <= set(trained.metrics[2])
+
+
+def test_skill_prompting_evaluates_and_takes_no_step(tmp_path):
+    evaluated = run(tmp_path, "skill_prompt", "trainer.val_before_train=True")
+    assert set(evaluated.metrics) == {0}
+    assert {"sdar-val/student/success", "sdar-val/with_skills/success"} <= set(evaluated.metrics[0])
+    assert not (tmp_path / "checkpoints" / "global_step_1").exists()
+
+
+@pytest.mark.parametrize("method", ["opsd", "grpo_opsd", "rlsd"])
+def test_the_released_variant_trains_too(method, tmp_path):
+    trained = run(tmp_path, method, "variant=released")
+    assert trained.metrics[2]["actor/grad_norm"] > 0
+    if method == "rlsd":
+        lambdas = [trained.metrics[step]["sdar/lambda"] for step in (1, 2)]
+        assert lambdas == pytest.approx([0.495, 0.49])
+    else:
+        assert trained.metrics[1]["sdar/gate_mean"] == 0.5

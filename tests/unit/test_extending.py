@@ -1,0 +1,100 @@
+"""docs/extending.md, executed: its Python as one module, its YAML as a preset, its claims as assertions."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The page's module, imported."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "extending_page.py").write_text("\n".join(blocks("python")))
+    sys.path.insert(0, str(folder))
+    yield importlib.import_module("extending_page")
+    sys.path.remove(str(folder))
+
+
+def test_the_gate_endorses_only(page):
+    gate = page.endorse(torch.tensor([0.8, -0.5, 0.0, 0.05]), beta=5.0)
+    assert torch.allclose(gate, torch.tensor([torch.tanh(torch.tensor(3.75)).item(), 0.0, 0.0, 0.0]))
+
+
+def test_the_numbers_tried_on_the_page_are_what_it_says(page):
+    gradient = page.student.grad[0]
+    assert gradient[0] == pytest.approx(-torch.tanh(torch.tensor(5 * 0.75)).item() / 3)
+    assert gradient[1:].tolist() == [0.0, 0.0]
+    assert page.stats["tokens"] == 3
+
+
+def test_the_context_tells_how_others_failed(page):
+    from sdar_verl.context.base import ContextRequest, PlayedEpisode, PlayedTurn
+    from sdar_verl.envs.base import Task
+
+    def episode(name: str, action: str | None, success: bool) -> PlayedEpisode:
+        return PlayedEpisode(name, (PlayedTurn("a room", action, action is not None),), success, float(success), "end")
+
+    task = Task("alfworld", "t", "look", "look at a book")
+    played = (episode("1", "take a mug", False), episode("2", "use lamp", True), episode("3", None, False))
+    text = page.failures(ContextRequest(task, siblings=played))
+    assert text.splitlines()[1:] == ["- it ended with: take a mug", "- it ended with: no action"]
+    assert page.failures(ContextRequest(task, siblings=played[1:2])) is None
+
+
+def test_the_preset_and_its_options_pass_the_checks_of_a_run(tmp_path):
+    """In a process of its own, where nothing but sdar.modules imports the page's module."""
+    module = "\n".join(block for block in blocks("python") if "gated_distillation_loss" not in block)
+    (tmp_path / "my_methods.py").write_text(module)
+    preset = tmp_path / "my_configs" / "method" / "endorse.yaml"
+    preset.parent.mkdir(parents=True)
+    preset.write_text(blocks("yaml")[0])
+    script = f"""
+from sdar_verl.compose import compose_config
+from sdar_verl.config import load_config
+from sdar_verl.envs.base import Task
+from sdar_verl.panels import write_panel
+from sdar_verl.training.checks import check_run
+files = []
+for name in ("train", "val"):
+    tasks = [Task("alfworld", f"g-{{i}}", "pick_and_place_simple", "put a mug on desk") for i in range(8)]
+    write_panel(tasks, f"{{name}}.parquet", name)
+    files.append(f"data.{{name}}_files={{name}}.parquet")
+where = "hydra.searchpath=[file://{tmp_path}/my_configs]"
+config = compose_config("sdar_quickstart", [where, "method=endorse", "+sdar.loss.gate_options.margin=0.1", *files])
+sdar = load_config(config.sdar)
+check_run(config, sdar)
+print(sdar.method, sdar.loss.gate, sdar.loss.coef, sdar.context.sources)
+try:
+    config = compose_config("sdar_quickstart", [where, "method=endorse", "+sdar.loss.gate_options.margn=1", *files])
+    check_run(config, load_config(config.sdar))
+except Exception as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=environment()
+    )
+    assert "endorse endorse 0.1 ['skills', 'failures']" in done.stdout, done.stdout + done.stderr
+    assert "margn" in done.stdout and "margin" in done.stdout
+
+
+def environment() -> dict[str, str]:
+    root = str(Path(__file__).parents[2])
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+        "VERL_PLATFORM": "cpu",
+    }
