@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK
-from tests.integration.test_training import plain_log_probs, train
+from tests.integration.test_training import plain_log_probs
+from tests.support.toy_run import train
 from tests.support.verl_run import Run
 
 pytestmark = pytest.mark.integration
@@ -29,7 +30,10 @@ def test_a_shuffled_sibling_teaches_every_group_that_has_one(tmp_path: Path) -> 
         tmp_path,
         "sdar.teacher.source=actor",
         "sdar.teacher.max_prompt_length=480",
-        "sdar.context.sources=[sibling]",
+        # From another package: its context wraps ours, its gate is what the workers must apply.
+        "sdar.modules=[tests.support.third_party]",
+        "sdar.context.sources=[their_sibling]",
+        "sdar.loss.gate=their_gate",
         "sdar.context.control=shuffled",
         steps=2,
         record=True,
@@ -38,6 +42,7 @@ def test_a_shuffled_sibling_teaches_every_group_that_has_one(tmp_path: Path) -> 
     metrics = run.metrics[1]
     assert metrics["sdar/context_share"] + metrics["sdar/context_missing_share"] == pytest.approx(1.0)
     assert metrics["sdar/empty_context_gap"] <= 1e-6
+    assert metrics["sdar/gate_mean"] == pytest.approx(0.25)
 
     named = [(key, info) for key, info in zip(record["keys"], record["infos"], strict=True) if info is not None]
     solved: dict[str, set[str]] = {}
