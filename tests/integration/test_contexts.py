@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK
-from tests.integration.test_training import plain_log_probs
+from tests.support.plain import plain_log_probs
 from tests.support.toy_run import train
 from tests.support.verl_run import Run
 

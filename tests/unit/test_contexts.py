@@ -288,3 +288,16 @@ def test_every_builtin_is_documented():
     names = [name for name in context_names() if get_context(name).function.__module__ == builtin.__name__]
     assert len(names) == 5
     assert all(f"`{name}`" in text for name in [*names, *CONTROLS])
+
+
+def test_the_documented_context_of_ones_own_works(own_registry):
+    text = (Path(__file__).parents[2] / "docs" / "contexts.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 1
+    exec(blocks[0], {})
+    context = get_context("last_words")
+    own = ContextRequest(TASK, episode=episode("u_0", False, ["x"]), siblings=(episode("u_1", True, ["y"]),))
+    assert context.late
+    assert context.make(own, {}).text == "In the end you saw: the end"
+    assert context.make(own, {"of": "sibling"}).text.startswith("Someone else saw")
+    assert context.make(ContextRequest(TASK, episode=own.episode), {"of": "sibling"}).text == ""
