@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from sdar_verl.local import start_policy
 from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK
 from tests.support.plain import plain_log_probs
 from tests.support.toy_run import train
@@ -59,7 +60,7 @@ def test_a_shuffled_sibling_teaches_every_group_that_has_one(tmp_path: Path) -> 
     seen = [i for i, has_context in enumerate(expected) if has_context]
     prompts = [torch.as_tensor(named[i][1].teacher_prompt_ids, dtype=torch.int64) for i in seen]
     responses = rows(record, real, "responses")
-    plain = plain_log_probs(prompts, [responses[i] for i in seen])
+    plain = plain_log_probs(prompts, [responses[i] for i in seen], start_policy())
     recorded = rows(record, real, TEACHER_LOG_PROBS)
     assert max((recorded[i] - there).abs().max().item() for i, there in zip(seen, plain, strict=True)) < 2e-4
     assert set(run.metrics) == {1, 2}
@@ -92,9 +93,9 @@ def test_a_conversation_is_one_row_with_its_observations_masked(tmp_path: Path) 
             sampled[turn.start : turn.stop] = 1
         assert torch.equal(mask, sampled)
         assert info.turns[0].start == 0 and info.turns[-1].stop == len(response)
-    student = plain_log_probs(rows(record, real, "prompts"), responses)
+    student = plain_log_probs(rows(record, real, "prompts"), responses, start_policy())
     teacher = plain_log_probs(
-        [torch.as_tensor(info.teacher_prompt_ids, dtype=torch.int64) for info in infos], responses
+        [torch.as_tensor(info.teacher_prompt_ids, dtype=torch.int64) for info in infos], responses, start_policy()
     )
     for name, plain in (("old_log_probs", student), (TEACHER_LOG_PROBS, teacher)):
         worst = max(
