@@ -75,7 +75,7 @@ def test_line_numbers_and_double_ids_are_named(tmp_path):
 
 
 def test_a_file_that_is_missing_or_packed_says_so(tmp_path):
-    with pytest.raises(CorpusError, match="cannot be read"):
+    with pytest.raises(CorpusError, match="cannot be read here"):
         read_corpus(tmp_path / "none.jsonl")
     (tmp_path / "packed").write_bytes(b"\x1f\x8b\x08\xff\xfe")
     with pytest.raises(CorpusError, match="unpack it first"):

@@ -103,6 +103,14 @@ def test_numbers_that_cannot_be_had_are_named(tmp_path, capsys, options, words):
     assert not (tmp_path / "panel.json").exists()
 
 
+def test_a_corpus_of_the_users_is_not_overwritten(tmp_path, capsys):
+    write_corpus([Passage("1", "Oslo", "A city.")], tmp_path / "corpus.jsonl")
+    before = (tmp_path / "corpus.jsonl").read_bytes()
+    assert prepare("--out", tmp_path, "--train", 4, "--validation", 4, "--test", 4, "--force") == 2
+    assert "corpus.jsonl is another corpus, not made here" in capsys.readouterr().err
+    assert (tmp_path / "corpus.jsonl").read_bytes() == before
+
+
 # ---------------------------------------------------------------- question files
 
 
@@ -150,6 +158,16 @@ def test_search_r1s_files_become_panels_with_a_type_per_data_set(files, tmp_path
     assert not (tmp_path / "a" / "corpus.jsonl").exists()
     train = {task.task_id for task in read_panel(tmp_path / "a" / "train.parquet")}
     assert not train & {task.task_id for task in read_panel(tmp_path / "a" / "validation.parquet")}
+
+
+def test_questions_of_files_do_not_leave_the_invented_corpus_beside_them(files, tmp_path):
+    """The recipe would search it, and find nothing for them."""
+    assert prepare("--out", tmp_path / "a", "--train", 4, "--validation", 4, "--test", 4) == 0
+    assert prepare("--out", tmp_path / "a", "--source", *files, "--validation", 10, "--force") == 0
+    assert not (tmp_path / "a" / "corpus.jsonl").exists()
+    write_corpus([Passage("1", "Oslo", "A city.")], tmp_path / "a" / "corpus.jsonl")
+    assert prepare("--out", tmp_path / "a", "--source", *files, "--validation", 9, "--force") == 0
+    assert (tmp_path / "a" / "corpus.jsonl").exists(), "the user's own"
 
 
 def test_hashes_do_not_depend_on_the_order_of_rows_and_files_or_their_names(files, tmp_path):
@@ -281,7 +299,16 @@ def test_the_command_serves_a_corpus(tmp_path):
 
 
 def test_a_corpus_that_cannot_be_served_is_an_error(tmp_path, capsys):
-    assert main(["serve-retriever", "--corpus", str(tmp_path / "none.jsonl")]) == 2
+    assert main(["serve-retriever", "--corpus", str(tmp_path / "none.jsonl"), "--port", "0"]) == 2
     assert "none.jsonl cannot be read" in capsys.readouterr().err
     assert main(["serve-retriever", "--corpus", "x", "--topk", "0"]) == 2
     assert "--topk 0" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_named_before_the_corpus_is_read(tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve-retriever", "--corpus", str(tmp_path / "none.jsonl"), "--port", port]) == 2
+    assert f"--port {port}" in capsys.readouterr().err

@@ -33,7 +33,7 @@ def add_parser(environments: Any) -> None:
         "validation or test, and may be left out when the file's name begins with it",
     )
     for panel in PANELS:
-        of_files = f"{HELD_OUT} held out of the training questions" if panel == "validation" else "all"
+        of_files = f"all, or {HELD_OUT} held out of training where no file is named" if panel == "validation" else "all"
         parser.add_argument(
             f"--{panel}",
             type=int,

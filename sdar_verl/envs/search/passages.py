@@ -131,7 +131,7 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path} is not UTF-8 text ({error}); unpack it first if it is compressed") from error
     except OSError as error:
-        raise CorpusError(f"corpus {path} cannot be read ({error.strerror or error})") from error
+        raise CorpusError(f"corpus {Path(path).absolute()} cannot be read here ({error.strerror or error})") from error
 
 
 def _parse(path: str | Path, number: int | str, line: str) -> Passage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from sdar_verl.envs.base import Task
 from sdar_verl.envs.prepared import Prepared, check_counts, finished_panels, versions
 from sdar_verl.envs.search.bm25 import Bm25Retriever
 from sdar_verl.envs.search.dataset import PANELS, QuestionFile, read_questions
-from sdar_verl.envs.search.passages import write_corpus
+from sdar_verl.envs.search.passages import corpus_digest, read_corpus, write_corpus
 from sdar_verl.envs.search.questions import make_questions, make_tasks
 from sdar_verl.envs.search.world import make_world
 from sdar_verl.panels import PANEL_FILE, PanelError, choose, write_panels
@@ -69,7 +70,11 @@ def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared
     finished = finished_panels(out, settings, force=force)
     if finished is not None and (source.files or (out / CORPUS_FILE).is_file()):
         return finished
-    panels, skipped, notes = _from_files(source) if source.files else _from_world(source, out)
+    made_here = _made_here(out)
+    panels, skipped, notes = _from_files(source) if source.files else _from_world(source, out, made_here)
+    if source.files and made_here:
+        # The recipe would find it there and search it for answers that it does not hold.
+        (out / CORPUS_FILE).unlink(missing_ok=True)
     described = write_panels(panels, out, settings, versions(("sdar-verl", "bm25s")))
     return Prepared(described, made=True, skipped=skipped, notes=notes)
 
@@ -77,7 +82,15 @@ def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared
 _Made = tuple[dict[str, list[Task]], dict[str, Counter[str]], tuple[str, ...]]
 
 
-def _from_world(source: Source, out: Path) -> _Made:
+def _made_here(out: Path) -> bool:
+    """Whether the corpus in ``out`` is one that an earlier call has written, rather than the user's."""
+    try:
+        return "scale" in json.loads((out / PANEL_FILE).read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _from_world(source: Source, out: Path, replace_corpus: bool) -> _Made:
     try:
         world = make_world(source.seed, source.scale)
         retriever = Bm25Retriever(world.passages)
@@ -85,8 +98,11 @@ def _from_world(source: Source, out: Path) -> _Made:
         raise ImportError(f'{error.name} is not installed here: pip install "sdar-verl[search]"') from error
     questions = make_questions(world, retriever, source.seed)
     panels = make_tasks(questions, {**GENERATED_COUNTS, **source.counts}, retriever.digest, source.seed)
+    corpus = out / CORPUS_FILE
+    if corpus.is_file() and not replace_corpus and corpus_digest(read_corpus(corpus)) != retriever.digest:
+        raise PanelError(f"{corpus} is another corpus, not made here: move it away, or use another --out")
     (out / PANEL_FILE).unlink(missing_ok=True)  # what it describes is about to be replaced
-    write_corpus(world.passages, out / CORPUS_FILE)
+    write_corpus(world.passages, corpus)
     return panels, {}, ()
 
 

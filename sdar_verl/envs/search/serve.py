@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 import time
 from typing import Any
 
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         CorpusError: the corpus is missing or damaged.
+        OSError: the address is taken, or not one of this machine.
         ValueError: an option is out of range.
     """
     from sdar_verl.envs.search.bm25 import Bm25Retriever
@@ -40,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--topk {arguments.topk}: choose 1 to {MAX_TOPK}")
     if arguments.k1 < 0 or not 0 <= arguments.b <= 1:
         raise ValueError(f"--k1 {arguments.k1:g} --b {arguments.b:g}: k1 is at least 0, b between 0 and 1")
+    _check_address(arguments.host, arguments.port)  # now, and not after a large corpus was indexed
     started = time.perf_counter()
     try:
         retriever = Bm25Retriever(read_corpus(arguments.corpus), k1=arguments.k1, b=arguments.b)
@@ -54,3 +57,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     uvicorn.run(make_app(retriever, arguments.topk), host=arguments.host, port=arguments.port, log_level="warning")
     return 0
+
+
+def _check_address(host: str, port: int) -> None:
+    [(family, kind, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise OSError(f"--host {host} --port {port}: {error.strerror}; choose another") from error
