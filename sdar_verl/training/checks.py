@@ -142,6 +142,20 @@ def _rows(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"sdar.prompt.history_length={sdar.prompt.history_length} has no effect with sdar.rollout.rows=trajectory, "
             "whose row holds the whole conversation; set it to 0"
         )
+    episodes = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
+    mini_batch = sdar.update.mini_batch_rows
+    if mini_batch is not None and mini_batch > episodes:
+        faults.append(
+            f"sdar.update.mini_batch_rows={mini_batch}, but with sdar.rollout.rows=trajectory a step has {episodes} "
+            "rows (data.train_batch_size * rollout.n), and verl would fill it up with padding; set it to "
+            f"{episodes} or a divisor"
+        )
+    room, needed = config.actor_rollout_ref.rollout.max_model_len, config.data.max_prompt_length + limit
+    if room is not None and room < needed:
+        faults.append(
+            f"actor_rollout_ref.rollout.max_model_len={room} is less than a conversation may have, "
+            f"data.max_prompt_length + data.max_response_length = {needed}; raise it, or lower max_response_length"
+        )
     if sdar.advantage.group_stats == "turn":
         faults.append(
             "sdar.advantage.group_stats=turn counts turn rows, sdar.rollout.rows=trajectory has none; use episode"

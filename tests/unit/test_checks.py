@@ -116,6 +116,14 @@ CASES = {
         ["sdar.rollout.turn_length=None", "max_response_length=20"],
     ),
     "history in a conversation": ({"sdar.rollout.rows": "trajectory"}, ["sdar.prompt.history_length=2 has no effect"]),
+    "more rows per update than conversations": (
+        {"sdar.rollout.rows": "trajectory"},
+        ["sdar.update.mini_batch_rows=128", "a step has 32 rows"],
+    ),
+    "no room for a conversation": (
+        {"sdar.rollout.rows": "trajectory", "actor_rollout_ref.rollout.max_model_len": 300},
+        ["max_model_len=300", "= 340"],
+    ),
     "turn statistics of a conversation": (
         {"sdar.rollout.rows": "trajectory", "sdar.advantage.group_stats": "turn"},
         ["sdar.advantage.group_stats=turn", "episode"],
@@ -302,6 +310,7 @@ SOUND = {
         "sdar.rollout.rows": "trajectory",
         "sdar.rollout.turn_length": 20,
         "sdar.prompt.history_length": 0,
+        "sdar.update.mini_batch_rows": 32,
     },
 }
 
