@@ -24,6 +24,7 @@ PAPER = {
     "sdar_frozen": (1.0, "loss", "gap", "sampled", True, "reference"),
     "agent_opsd": (1.0, "advantage_factor", "gap", "sampled", True, "actor"),
     "adrs": (0.02, "advantage_shaping", "gap", "sampled", True, "actor"),
+    "sdpo": (1.0, "loss", "none", "jsd", False, "ema"),
 }
 # What the released code does otherwise, by method.
 RELEASED = {
