@@ -8,7 +8,7 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${SDAR_VENV:-.venv}"
-bash scripts/make_env.sh "$venv" local,search,test
+bash scripts/make_env.sh "$venv" local,search,webshop,test
 
 selection=(-m "not slow")
 if [ "${1:-}" = "--all" ]; then

@@ -12,7 +12,7 @@ from sdar_verl.errors import SdarError
 
 # Modules with add_parser(subparsers), which sets run=function(arguments) -> exit status. They import what takes time
 # (torch, verl, an environment's engine) when they run, so that --help is quick.
-_PREPARE = ("sdar_verl.envs.alfworld.command", "sdar_verl.envs.search.command")
+_PREPARE = tuple(f"sdar_verl.envs.{env}.command" for env in ("alfworld", "search", "webshop"))
 _COMMANDS = ("sdar_verl.planner.command", "sdar_verl.envs.search.serve")
 
 

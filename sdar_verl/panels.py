@@ -24,7 +24,7 @@ PANEL_FILE = "panel.json"
 _HASH_KEY = b"sdar_panel_hash"
 
 # Keys of Task.data that say where something lies, not what it is.
-_LOCATIONS = ("game_file",)
+LOCATIONS = ("game_file", "catalogue")
 
 
 class PanelError(SdarError):
@@ -36,7 +36,7 @@ def panel_hash(tasks: Iterable[Task]) -> str:
     lines = []
     for task in tasks:
         fields = asdict(task)
-        fields["data"] = {key: value for key, value in task.data.items() if key not in _LOCATIONS}
+        fields["data"] = {key: value for key, value in task.data.items() if key not in LOCATIONS}
         lines.append(json.dumps(fields, sort_keys=True))
     return sha256("\n".join(sorted(lines)).encode()).hexdigest()
 

@@ -12,7 +12,7 @@ from sdar_verl.compat import check_verl_version
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.modules import import_modules
-from sdar_verl.panels import PanelError, read_panel
+from sdar_verl.panels import LOCATIONS, PanelError, read_panel
 from sdar_verl.training.checks_context import context_faults
 from sdar_verl.training.checks_loss import loss_faults
 from sdar_verl.training.checks_teacher import teacher_faults
@@ -241,6 +241,14 @@ def _data(config: DictConfig, sdar: SdarConfig) -> list[str]:
                 faults.append(
                     f"data.{option}={file} holds tasks of {', '.join(sorted(others))}, "
                     f"but sdar.env.name={sdar.env.name}"
+                )
+            lost = sorted({task.data[key] for task in tasks for key in LOCATIONS if key in task.data})
+            lost = [place for place in lost if not Path(place).exists()]
+            if lost:
+                faults.append(
+                    f"data.{option}={file}: {len(lost)} of the files or folders that its tasks need are not there, "
+                    f"such as {lost[0]} (moved or deleted since); make the panel again with "
+                    f"`sdar-verl prepare {sdar.env.name} --out DIR`"
                 )
     if not faults and 0 < train_tasks < config.data.train_batch_size:
         faults.append(

@@ -22,7 +22,7 @@ from sdar_verl.envs.base import Task
 from sdar_verl.envs.pool import EnvError, EnvPool, EnvProcessError
 from sdar_verl.panels import read_panel
 from tests.support.retrieval_server import ScriptedServer, good
-from tests.support.tiny_model import make_tiny_model
+from tests.support.tiny_model import make_talkative_model
 from tests.support.verl_run import run_main_ppo
 
 pytestmark = pytest.mark.integration
@@ -93,19 +93,6 @@ def test_a_server_that_dies_costs_the_episode_and_then_stops_the_run(cluster) ->
         asyncio.run(run(server.url))
 
 
-def talkative_model(folder: Path, phrases: list[str]) -> Path:
-    """A tiny random model whose tokens beyond the bytes are whole actions: by chance it searches and answers."""
-    from transformers import AutoTokenizer
-
-    model = make_tiny_model(folder, vocab=259 + len(phrases), tie_word_embeddings=False)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    assert tokenizer.add_tokens(phrases) == len(phrases)
-    tokenizer.save_pretrained(model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32768}))
-    return model
-
-
 def test_the_recipe_trains_and_validates_on_the_cpu(tmp_path: Path) -> None:
     data = tmp_path / "data" / "search"
     counts = ("--train", "8", "--validation", "4", "--test", "4")
@@ -113,7 +100,7 @@ def test_the_recipe_trains_and_validates_on_the_cpu(tmp_path: Path) -> None:
     tasks = [task for panel in ("train", "validation") for task in read_panel(data / f"{panel}.parquet")]
     phrases = {f"<search>{query}</search>" for task in tasks for query in task.data["searches"]}
     phrases |= {f"<answer>{task.data['answers'][0]}</answer>" for task in tasks}
-    model = talkative_model(tmp_path / "model", sorted(phrases))
+    model = make_talkative_model(tmp_path / "model", sorted(phrases))
 
     run = run_main_ppo(
         tmp_path,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 CHAT_TEMPLATE = (
@@ -73,3 +75,23 @@ def make_tiny_model(
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def make_talkative_model(path: Path | str, phrases: Sequence[str]) -> Path:
+    """A tiny random model with a token for every one of ``phrases``: sampled at random, it often says one of them.
+
+    Args:
+        path: folder, made when missing.
+        phrases: all different.
+    """
+    from transformers import AutoTokenizer
+
+    model = make_tiny_model(path, vocab=259 + len(phrases), tie_word_embeddings=False)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.add_tokens(list(phrases)) != len(phrases):
+        raise ValueError("phrases must be different, and none may be a token already")
+    tokenizer.save_pretrained(model)
+    config = json.loads((model / "config.json").read_text())
+    # Prompts are counted in bytes here.
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32768}))
+    return model

@@ -318,3 +318,15 @@ SOUND = {
 @pytest.mark.parametrize("case", SOUND)
 def test_a_sound_choice_passes(recipe, case):
     run_checks(recipe, **SOUND[case])
+
+
+def test_files_that_tasks_need_must_be_there(recipe, tmp_path):
+    panel, game = tmp_path / "train.parquet", tmp_path / "game.tw-pddl"
+    data = {"game_file": str(game)}
+    write_panel([Task("alfworld", f"game-{i:02d}", "pick", "put a mug", data) for i in range(16)], panel, "train")
+    with pytest.raises(ConfigError) as told:
+        run_checks(recipe, **{"data.train_files": str(panel)})
+    assert f"data.train_files={panel}: 1 of the files" in str(told.value)
+    assert str(game) in str(told.value)
+    game.touch()
+    run_checks(recipe, **{"data.train_files": str(panel)})

@@ -146,7 +146,7 @@ def test_settings_in_the_documents_exist_and_are_accepted(recipe):
         try:
             config = recipe(*groups)
             for name in (word.split("=")[0] for word in words if word not in groups):
-                nodes = (config, recipe("hardware=cpu"), recipe(env="search"))
+                nodes = (config, recipe("hardware=cpu"), recipe(env="search"), recipe(env="webshop"))
                 assert any(_has(node, name) for node in nodes), f"no such option: {name}"
             ours = [word.removeprefix("sdar.") for word in words if word.startswith("sdar.") and "=" in word]
             if ours:

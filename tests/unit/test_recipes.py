@@ -82,6 +82,14 @@ PAPER = {
         "sdar.update.mini_batch_rows": 256,
         "trainer.n_gpus_per_node": 8,
     },
+    "webshop": {
+        **GAMES,
+        "data.max_prompt_length": 4096,
+        "sdar.env.name": "webshop",
+        "sdar.env.max_steps": 15,
+        "sdar.update.mini_batch_rows": 64,
+        "trainer.n_gpus_per_node": 2,
+    },
     "search": {
         **COMMON,
         "data.train_batch_size": 128,

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sdar_verl.envs.alfworld.prepare import PANELS, Prepared, Source, prepare
+from sdar_verl.envs.alfworld.prepare import PANELS, Source, prepare
 from sdar_verl.envs.alfworld.spec import DEFAULT_HOUSEHOLD_SEED, TASK_TYPES, GeneratorConfig
+from sdar_verl.envs.prepared import show_panels
 from sdar_verl.errors import SdarError
 
 _GENERATED_COUNTS = {"train": 512, "validation": 128, "test": 128}
@@ -92,7 +93,7 @@ def _run(arguments: argparse.Namespace) -> int:
         processes=given.get("processes", min(8, os.cpu_count() or 1)),
         progress=_show_progress,
     )
-    _show_panels(arguments.out, outcome)
+    show_panels(arguments.out, outcome)
     return 0
 
 
@@ -106,15 +107,3 @@ def _show_progress(panel: str, done: int, count: int) -> None:
         print(f"\rgenerating {panel}: {done}/{count}", end="\n" if done == count else "", file=sys.stderr, flush=True)
     elif done == count or done % max(1, count // 4) == 0:
         print(f"generating {panel}: {done}/{count}", file=sys.stderr, flush=True)
-
-
-def _show_panels(out: str, outcome: Prepared) -> None:
-    print(f"{out}: {'made' if outcome.made else 'nothing to do, these panels are there already'}")
-    for panel, described in outcome.described["panels"].items():
-        print(f"  {described['file']:<20} {described['tasks']:>5} tasks  hash {described['hash'][:16]}")
-        for task_type, number in described["task_types"].items():
-            print(f"    {number:>5} {task_type}")
-        for reason, number in sorted(outcome.skipped.get(panel, {}).items()):
-            print(f"    {number:>5} left out: {reason}")
-    for note in outcome.notes:
-        print(f"note: {note}", file=sys.stderr)

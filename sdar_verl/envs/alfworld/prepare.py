@@ -7,7 +7,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from sdar_verl.envs.alfworld.dataset import DOWNLOADED_FOLDER, PUBLISHED, find_d
 from sdar_verl.envs.alfworld.generate import CONFIG_FILE, generate_games
 from sdar_verl.envs.alfworld.spec import TASK_TYPES, GeneratorConfig
 from sdar_verl.envs.base import Task
-from sdar_verl.panels import PANEL_FILE, PanelError, choose, read_panels_file, write_panels
+from sdar_verl.envs.prepared import Prepared, check_counts, finished_panels, versions
+from sdar_verl.panels import PANEL_FILE, PanelError, choose, write_panels
 
 #: Panel -> folder of ALFWorld's layout. The test panel's rooms are never trained in.
 PANELS = {"train": "train", "validation": "valid_seen", "test": "valid_unseen"}
@@ -48,23 +48,6 @@ class Source:
         return {**common, "data": root, "task_types": list(self.task_types), "seed": self.seed}
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Outcome of :func:`prepare`.
-
-    Attributes:
-        described: content of ``panel.json``.
-        made: False when finished panels with the same settings were there.
-        skipped: panel -> reason -> trajectories left out.
-        notes: what the user should know.
-    """
-
-    described: Mapping[str, Any]
-    made: bool
-    skipped: Mapping[str, Counter[str]]
-    notes: tuple[str, ...] = ()
-
-
 def prepare(
     source: Source,
     out: str | Path,
@@ -89,18 +72,11 @@ def prepare(
         ImportError: games shall be generated, but the package alfworld is not installed.
     """
     out = Path(out)
-    for panel, count in source.counts.items():
-        if count < 1:
-            raise PanelError(f"--{panel} {count}: ask for at least one task")
+    check_counts(source.counts)
     settings = source.settings()
-    existing = None if force else read_panels_file(out)
-    if existing is not None:
-        if existing["settings"] == settings:
-            return Prepared(existing, made=False, skipped={})
-        raise PanelError(
-            f"{out} holds panels made with other settings ({_differences(existing['settings'], settings)}); "
-            "use another --out, or --force to replace them"
-        )
+    finished = finished_panels(out, settings, force=force)
+    if finished is not None:
+        return finished
     panels: dict[str, list[Task]] = {}
     skipped: dict[str, Counter[str]] = {}
     notes = []
@@ -121,7 +97,7 @@ def prepare(
         if count > len(games.tasks):
             raise PanelError(f"--{panel} {count}: {split} holds only {len(games.tasks)} playable games; ask for fewer")
         panels[panel] = choose(games.tasks, count, source.seed)
-    described = write_panels(panels, out, settings, _versions())
+    described = write_panels(panels, out, settings, versions(("sdar-verl", "alfworld", "textworld")))
     return Prepared(described, made=True, skipped=skipped, notes=tuple(notes))
 
 
@@ -147,29 +123,3 @@ def _remove_generated(out: Path) -> None:
 def _seems_incomplete(root: str, split: str, count: int, task_types: tuple[str, ...]) -> bool:
     whole = set(task_types) == set(TASK_TYPES)
     return whole and Path(root).name == DOWNLOADED_FOLDER and count < PUBLISHED[split]
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    flat_old, flat_new = _flat(old), _flat(new)
-    return ", ".join(
-        f"{key}: {flat_old.get(key, 'not set')} there, {flat_new.get(key, 'not set')} asked for"
-        for key in sorted(flat_old.keys() | flat_new.keys())
-        if flat_old.get(key) != flat_new.get(key)
-    )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in ("sdar-verl", "alfworld", "textworld"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions

@@ -1,0 +1,171 @@
+"""Makes WebShop's task panels and the catalogue that goes with them, from the downloaded files or generated ones."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from sdar_verl.envs.base import Task
+from sdar_verl.envs.prepared import Prepared, check_counts, finished_panels, versions
+from sdar_verl.envs.webshop.catalogue import CatalogueError, DataFiles, Product, find_data_files, read_products
+from sdar_verl.envs.webshop.generate import CatalogueConfig, generate_catalogue
+from sdar_verl.envs.webshop.goals import Kind, count_goals, make_goal, shuffled
+from sdar_verl.envs.webshop.store import Catalogue, read_meta, write_catalogue
+from sdar_verl.panels import PANEL_FILE, PanelError, choose, write_panels
+
+CATEGORIES = ("beauty", "electronics", "fashion", "garden", "grocery")
+
+PANELS: dict[str, dict[str, tuple[int, int | None]]] = {
+    "webshop": {"train": (1500, None), "validation": (500, 1500), "test": (0, 500)},
+    "released": {"train": (500, None), "validation": (0, 500)},
+}
+"""Split -> panel -> places in WebShop's shuffled list of goals. ``webshop`` is its own split; ``released`` is that of
+SDAR's released code, which has no test panel: it validates on WebShop's."""
+
+MAX_TRAIN = 20_000
+"""Tasks of the training panel when no number is asked for; the full catalogue gives millions of synthetic goals."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where products and goals come from.
+
+    Attributes:
+        counts: panel -> number of tasks; a panel that is not named takes all there are (training: at most MAX_TRAIN).
+        kind: whose instructions.
+        split: key of :data:`PANELS`.
+        seed: of prices, price caps and the choice among goals.
+        generator: draws a catalogue; None reads downloaded files.
+        data: folder of the downloaded files.
+        size: which of them, see :func:`find_data_files`.
+    """
+
+    counts: Mapping[str, int]
+    kind: Kind = "synthetic"
+    split: str = "webshop"
+    seed: int = 0
+    generator: CatalogueConfig | None = None
+    data: str | None = None
+    size: str | None = None
+
+    def files(self) -> DataFiles:
+        """The downloaded files.
+
+        Raises:
+            CatalogueError: no folder was named, or it is incomplete.
+        """
+        if self.data is None:
+            raise CatalogueError(
+                "name the folder of WebShop's downloaded files with --data, or make a catalogue with --generate"
+            )
+        return find_data_files(self.data, self.size, human=self.kind == "human")
+
+    def settings(self) -> dict[str, Any]:
+        """What decides which tasks the panels hold, as JSON gives it back."""
+        common = {"env": "webshop", "kind": self.kind, "split": self.split, "seed": self.seed}
+        if self.generator is not None:
+            made: dict[str, Any] = {"generator": asdict(self.generator)}
+        else:
+            files = self.files()
+            # By content, as far as that is cheap: the full file has gigabytes.
+            made = {"data": {file.name: _fingerprint(file) for file in _all(files)}}
+        return json.loads(json.dumps({**common, "counts": dict(self.counts), **made}))
+
+
+def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared:
+    """Write the panels to ``out``, and the catalogue to ``out/catalogue``.
+
+    Args:
+        source: products and goals.
+        out: folder; finished panels with the same settings in it are left as they are.
+        force: replace panels that were made with other settings, and their catalogue.
+
+    Raises:
+        PanelError: ``out`` holds panels of other settings and ``force`` is not set, or a count cannot be had.
+        CatalogueError: the downloaded files are missing, incomplete or damaged.
+        ImportError: the search library is not installed.
+    """
+    out = Path(out)
+    check_counts(source.counts)
+    unknown = sorted(source.counts.keys() - PANELS[source.split].keys())
+    if unknown:
+        raise PanelError(f"--{unknown[0]} has no effect with --split {source.split}, which has no such panel")
+    settings = source.settings()
+    finished = finished_panels(out, settings, force=force)
+    if finished is not None:
+        read_meta(out / "catalogue")  # which the panels are nothing without
+        return finished
+    (out / PANEL_FILE).unlink(missing_ok=True)  # what it describes is about to be replaced
+    files = source.files() if source.generator is None else generate_catalogue(source.generator, out / "generated")
+    counts: list[int] = []
+    catalogue = write_catalogue(_counting(read_products(files), source.kind, counts), out / "catalogue")
+    panels = _choose(source, catalogue, counts)
+    described = write_panels(panels, out, settings, versions(("sdar-verl", "bm25s", "rapidfuzz")))
+    return Prepared(described, made=True, skipped={}, notes=_notes(source, counts))
+
+
+def _counting(products: Iterator[Product], kind: Kind, counts: list[int]) -> Iterator[Product]:
+    for product in products:
+        counts.append(count_goals(product, kind))
+        yield product
+
+
+def _choose(source: Source, catalogue: Catalogue, counts: Sequence[int]) -> dict[str, list[Task]]:
+    ends = list(itertools.accumulate(counts))
+    order = shuffled(ends[-1])
+    panels = {}
+    for panel, (start, stop) in PANELS[source.split].items():
+        places = range(len(order))[start:stop]
+        wanted = source.counts.get(panel, min(len(places), MAX_TRAIN) if panel == "train" else len(places))
+        if wanted > len(places) or not places:
+            raise PanelError(
+                f"--{panel} {wanted}: the catalogue gives {len(order)} {source.kind} goals, {len(places)} of them for "
+                f"the {panel} panel; ask for fewer, or use a larger catalogue"
+            )
+        # The order is random already, so a longer list need not be made whole to be chosen from.
+        places = places[: max(MAX_TRAIN, wanted)]
+        tasks = [_task(source, catalogue, ends, place, order[place]) for place in places]
+        panels[panel] = choose(tasks, wanted, source.seed)
+    return panels
+
+
+def _task(source: Source, catalogue: Catalogue, ends: Sequence[int], place: int, number: int) -> Task:
+    """The goal with this number in the order of the data, at this place in the shuffled order."""
+    row = bisect.bisect_right(ends, number)
+    within = number - (ends[row - 1] if row else 0)
+    goal = make_goal(catalogue[row], source.kind, within, source.seed)
+    data = {
+        "catalogue": str(catalogue.folder.absolute()),
+        "digest": catalogue.digest,
+        "price_seed": source.seed,
+        "place": place,
+        "goal": goal.as_dict(),
+    }
+    return Task("webshop", f"{goal.asin}-{within:04d}", goal.category, goal.instruction, data)
+
+
+def _notes(source: Source, counts: Sequence[int]) -> tuple[str, ...]:
+    start, stop = PANELS[source.split]["train"]
+    there = len(range(sum(counts))[start:stop])
+    if "train" in source.counts or there <= MAX_TRAIN:
+        return ()
+    return (f"train holds {MAX_TRAIN} of {there} goals; choose another number with --train",)
+
+
+def _all(files: DataFiles) -> list[Path]:
+    return [file for file in (files.products, files.attributes, files.human) if file is not None]
+
+
+def _fingerprint(file: Path) -> str:
+    """Hash of a file's length, first and last megabyte."""
+    size, piece = file.stat().st_size, 1 << 20
+    with file.open("rb") as stream:
+        first = stream.read(piece)
+        stream.seek(max(0, size - piece))
+        return sha256(b"%d" % size + first + stream.read()).hexdigest()[:16]
