@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sdar_verl.algorithm.divergences import COLUMNS, full_columns, on_support, top_k_columns, top_k_ids
 from sdar_verl.local import start_policy
 from tests.support.plain import plain_logits
-from tests.support.toy_run import train
+from tests.support.toy_run import SAME, train
 from tests.support.verl_run import Run
 
 pytestmark = pytest.mark.integration
@@ -62,14 +62,24 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_steps_are_those_of_plain_passes(case: str, tmp_path: Path) -> None:
+def start(case: str, folder: Path, *more: str) -> Run:
+    """Two steps of a case."""
     kind, k, gate, overrides = CASES[case]
-    overrides += [f"sdar.loss.objective={kind}", f"sdar.loss.gate={gate}"]
+    overrides = [*overrides, f"sdar.loss.objective={kind}", f"sdar.loss.gate={gate}", *more]
     overrides += [f"sdar.loss.top_k={k}"] if k else []
     overrides += [f"actor_rollout_ref.rollout.temperature={TEMPERATURE}", "trainer.save_freq=1"]
-    overrides += ["sdar.loss.beta=5.0"]
-    run = train(tmp_path, *overrides, steps=2, record=True)
+    return train(folder, *overrides, steps=2, record=True)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> Run:
+    return start("reverse_kl full", tmp_path_factory.mktemp("full"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_steps_are_those_of_plain_passes(case: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    kind, k, gate, overrides = CASES[case]
+    run = request.getfixturevalue("full") if case == "reverse_kl full" else start(case, tmp_path)
     for step in (1, 2):
         frozen = "sdar.teacher.source=reference" in overrides
         at = tokens(run, step, teacher_step=0 if frozen else step - 1)
@@ -89,3 +99,11 @@ def test_two_steps_are_those_of_plain_passes(case: str, tmp_path: Path) -> None:
         assert logged["actor/loss"] == pytest.approx(total, rel=1e-3, abs=1e-6)
         assert logged["sdar/divergence"] > 1e-3, "student and teacher do not differ: nothing was tested"
         assert "sdar/grad_share" not in logged
+
+
+def test_two_ranks_equal_one(full: Run, tmp_path: Path) -> None:
+    """Sharded weights, a head gathered on each rank, gradients averaged over ranks."""
+    two = start("reverse_kl full", tmp_path, "trainer.n_gpus_per_node=2")
+    for step in (1, 2):
+        for name in ("actor/loss", "actor/grad_norm", "sdar/loss", *METRICS.values()):
+            assert two.metrics[step][name] == pytest.approx(full.metrics[step][name], **SAME), (step, name)
