@@ -6,7 +6,7 @@
     any, full              -                              hidden, and the head      divergence
 
 A teacher's distribution is kept as k log-probs per token, or as the hidden state from which its head makes all of
-them: 4 * (3 * k + 1) bytes per token, or the hidden size in the model's precision, whatever the vocabulary.
+them: 4 * (2 * k + 1) bytes per token, or the hidden size in the model's precision, whatever the vocabulary.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ HEAD_REQUEST = "sdar_head_request"
 """Non-tensor entry of a batch: a :class:`HeadRequest` as JSON."""
 
 SUPPORT_IDS = "sdar_support_ids"
-"""Nested (rows, response tokens, k), int64: the tokens that a top-k divergence is taken over."""
+"""Nested (rows, response tokens, k), int32: the tokens that a top-k divergence is taken over."""
 
 SUPPORT_LOG_PROBS = "sdar_support_log_probs"
 """Nested (rows, response tokens, k + 1), nats: the teacher's log-probs of those and of all others together."""

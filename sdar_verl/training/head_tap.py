@@ -210,7 +210,7 @@ class _Step:
             self._tap.keep(weight, bias)
             self.fields[TEACHER_HIDDEN] = self._rows(hidden)
             return
-        given = _flat(self._data[SUPPORT_IDS]) if request.what == "on_support" else None
+        given = _flat(self._data[SUPPORT_IDS]).long() if request.what == "on_support" else None
         if given is not None and int(given.max()) >= len(weight):
             raise RuntimeError(
                 f"the student's vocabulary is larger than the teacher's ({len(weight)} tokens); use a teacher with the "
@@ -224,7 +224,7 @@ class _Step:
             if request.what != "top_k_ids":
                 log_probs.append(on_support(logits, ids[-1]))
         if given is None:
-            self.fields[SUPPORT_IDS] = self._rows(torch.cat(ids))
+            self.fields[SUPPORT_IDS] = self._rows(torch.cat(ids).int())
         if log_probs:
             self.fields[SUPPORT_LOG_PROBS] = self._rows(torch.cat(log_probs))
 
@@ -232,7 +232,7 @@ class _Step:
         request, chosen = self._request, self._chosen
         if request.k:
             ids, teacher = (_flat(self._data[name])[chosen] for name in (SUPPORT_IDS, SUPPORT_LOG_PROBS))
-            return TopKDivergence(request.kind, ids, teacher, request.tail)
+            return TopKDivergence(request.kind, ids.long(), teacher, request.tail)
         head = self._tap.teacher_head
         if head is None:
             raise RuntimeError("the teacher's head is not here: the teacher pass did not run on this worker")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -71,9 +72,11 @@ def make_engine(model: torch.nn.Module) -> FSDPEngineWithLMHead:
     return engine
 
 
-def shard(model: torch.nn.Module) -> torch.nn.Module:
+def shard(model: torch.nn.Module, **options) -> torch.nn.Module:
     """As verl does: layers, and the head where it has weights of its own; freed after each forward pass."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard as fully_shard_with
+
+    fully_shard = partial(fully_shard_with, **options)
 
     parts = list(model.model.layers)
     if not model.config.tie_word_embeddings:
@@ -198,6 +201,79 @@ def test_values_and_gradients_are_those_of_plain_passes(tied: bool, kind: str, k
     for name, parameter in plain.named_parameters():
         grad = grads[name].full_tensor() if sharded else grads[name]
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def full_step(engine: FSDPEngineWithLMHead, teacher_engine: FSDPEngineWithLMHead) -> torch.Tensor:
+    """Teacher pass and update with reverse KL over the whole vocabulary; the loss."""
+    HeadTap.attach(engine)
+    tap = HeadTap.attach(teacher_engine)
+    outputs = forward(teacher_engine, make_batch(TEACHER_PROMPTS, 2, True, HeadRequest("hidden", 4)))
+    tap.hand_head_to(engine)
+    fields = {TEACHER_HIDDEN: outputs[TEACHER_HIDDEN]}
+    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", 4, 0, "reverse_kl"), **fields)
+    value, _ = engine.forward_step(batch, loss_function=loss, forward_only=False)
+    value.backward()
+    return value.detach()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_add_up_over_micro_batches_that_are_not_synchronised(tied: bool):
+    """verl exchanges gradients after the last micro-batch only, and keeps gathered ones until then."""
+    model, teacher = shard(make_model(0, tied=tied)), make_engine(make_model(7, tied=tied))
+    engine = make_engine(model)
+    full_step(engine, teacher)
+    once = {name: parameter.grad.full_tensor().clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for last in (False, False, True):
+        model.set_requires_gradient_sync(last)
+        full_step(engine, teacher)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), 3 * once[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_half_precision_as_verl_trains_in_it(tied: bool):
+    """float32 master weights, bfloat16 for the passes: close to the float32 loss and its gradient's direction."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    teacher_model, plain = make_model(7, tied=tied), make_model(0, tied=tied)
+    with torch.no_grad():
+        teacher = plain_logits(teacher_model, TEACHER_PROMPTS, 2)
+    _, expected = by_hand(plain, "reverse_kl", 0, teacher)
+    expected.backward()
+
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = make_model(0, tied=tied)
+    engines = [make_engine(shard(m, mp_policy=half)) for m in (model, teacher_model)]
+    for engine in engines:
+        engine._autocast_dtype = torch.bfloat16
+    value = full_step(*engines)
+    assert value.item() == pytest.approx(expected.item(), rel=0.05)
+    got = torch.cat([parameter.grad.full_tensor().flatten() for parameter in model.parameters()])
+    wanted = torch.cat([parameter.grad.flatten() for parameter in plain.parameters()])
+    assert got.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(got, wanted, dim=0) > 0.99
+
+
+def test_an_adapter_on_the_layers_is_trained_through_a_frozen_head():
+    from peft import LoraConfig, get_peft_model
+
+    def adapted() -> torch.nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            return get_peft_model(make_model(0), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+
+    teacher = make_model(7)
+    with torch.no_grad():
+        _, expected = by_hand(adapted(), "reverse_kl", 0, plain_logits(teacher, TEACHER_PROMPTS, 2))
+    plain, model = adapted(), adapted()
+    by_hand(plain, "reverse_kl", 0, plain_logits(teacher, TEACHER_PROMPTS, 2).detach())[1].backward()
+    value = full_step(make_engine(model), make_engine(teacher))
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+    for got, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (got.grad is None) == (wanted.grad is None)
+        if got.grad is not None:
+            torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_a_batch_without_a_request_goes_through_untouched():
