@@ -285,7 +285,7 @@ def test_the_command_serves_a_corpus(tmp_path):
     with subprocess.Popen([*command, "--port", port], stdout=subprocess.PIPE, text=True, env=env) as server:
         try:
             assert server.stdout is not None
-            assert "2 passages indexed" in server.stdout.readline()
+            assert "2 passages ready" in server.stdout.readline()
             client = HttpRetriever([f"http://127.0.0.1:{port}"], retries=0)
             for _ in range(200):
                 try:

@@ -82,6 +82,31 @@ def test_threads_may_search_at_once(retriever):
         assert list(threads.map(lambda q: retriever.search(q, 3), queries)) == [retriever.search(q, 3) for q in queries]
 
 
+def test_a_kept_index_is_read_and_gives_the_same(retriever, tmp_path, monkeypatch):
+    import bm25s
+
+    made = Bm25Retriever(PASSAGES, keep=tmp_path / "index")
+    monkeypatch.setattr(bm25s.BM25, "index", lambda *_, **__: pytest.fail("indexed again"))
+    read = Bm25Retriever(PASSAGES, keep=tmp_path / "index")
+    for query in ("red", "green apples", "pears", "zebra"):
+        assert read.search(query, 3) == made.search(query, 3) == retriever.search(query, 3)
+
+
+def test_a_kept_index_of_something_else_is_refused_and_an_unfinished_one_made_again(tmp_path):
+    keep = tmp_path / "index"
+    Bm25Retriever(PASSAGES, keep=keep)
+    with pytest.raises(ValueError, match="holds an index of another corpus; use another folder"):
+        Bm25Retriever(PASSAGES[:2], keep=keep)
+    with pytest.raises(ValueError, match="holds an index of another b, k1"):
+        Bm25Retriever(PASSAGES, k1=1.2, b=0.7, keep=keep)
+    (keep / "sdar_index.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        Bm25Retriever(PASSAGES, keep=keep)
+    (keep / "sdar_index.json").unlink()
+    (keep / "data.csc.index.npy").write_bytes(b"cut off")
+    assert Bm25Retriever(PASSAGES, keep=keep).search("pears", 1)
+
+
 # ---------------------------------------------------------------- client and server
 
 

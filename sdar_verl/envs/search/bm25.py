@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdar_verl.envs.search.passages import Passage, corpus_digest
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 # Lucene's variant with the constants of the BM25 baselines of this field (Anserini).
 K1 = 0.9
 B = 0.4
+_SETTINGS_FILE = "sdar_index.json"
 
 
 @dataclass(frozen=True)
@@ -31,21 +34,32 @@ class Bm25Retriever:
         passages: the corpus; titles are indexed with the texts.
         k1: saturation of term counts.
         b: normalisation by length.
+        keep: folder in which the index is kept; read from there when it was made of these passages and settings.
 
     Raises:
-        ValueError: no passages.
+        ValueError: no passages, or the folder holds something else.
     """
 
-    def __init__(self, passages: Sequence[Passage], k1: float = K1, b: float = B) -> None:
+    def __init__(
+        self, passages: Sequence[Passage], k1: float = K1, b: float = B, keep: str | Path | None = None
+    ) -> None:
         import bm25s
 
         if not passages:
             raise ValueError("BM25 needs at least one passage")
         self.passages = list(passages)
         self.digest = corpus_digest(self.passages)
+        settings = {"corpus": self.digest, "k1": k1, "b": b, "bm25s": bm25s.__version__}
+        if keep is not None and _check_kept(Path(keep), settings):
+            self._index = bm25s.BM25.load(str(keep), mmap=True, show_progress=False)
+            return
         self._index = bm25s.BM25(method="lucene", k1=k1, b=b)
         texts = [f"{passage.title}\n{passage.text}" for passage in self.passages]
         self._index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+        if keep is not None:
+            self._index.save(str(keep), show_progress=False)
+            # Last: without it the index is unfinished.
+            (Path(keep) / _SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     def search(self, query: str, topk: int) -> list[Hit]:
         """The best passages, best first; equal ones in the corpus's order; none that share no word with the query."""
@@ -57,6 +71,20 @@ class Bm25Retriever:
             return []
         scores = self._index.get_scores(known)
         return [Hit(self.passages[index], float(scores[index])) for index in _best(scores, topk)]
+
+
+def _check_kept(folder: Path, settings: Mapping[str, object]) -> bool:
+    """Whether ``folder`` holds a finished index of these settings; an error when it holds one of others."""
+    try:
+        found = json.loads((folder / _SETTINGS_FILE).read_text())
+    except FileNotFoundError:
+        return False
+    except ValueError as error:
+        raise ValueError(f"{folder / _SETTINGS_FILE} is damaged ({error}); remove the folder") from error
+    if found != dict(settings):
+        other = ", ".join(sorted(key for key in settings if found.get(key) != settings[key]))
+        raise ValueError(f"{folder} holds an index of another {other}; use another folder, or remove it")
+    return True
 
 
 def _best(scores: np.ndarray, topk: int) -> list[int]:

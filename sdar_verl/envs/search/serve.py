@@ -19,6 +19,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("--corpus", required=True, metavar="FILE.jsonl", help="one passage a line")
+    parser.add_argument(
+        "--index",
+        metavar="DIR",
+        help="folder that keeps the index, so that the next start need not make it again (default: none)",
+        default=argparse.SUPPRESS,
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--topk", type=int, default=3, help="passages per query when a request does not say")
@@ -45,11 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     _check_address(arguments.host, arguments.port)  # now, and not after a large corpus was indexed
     started = time.perf_counter()
     try:
-        retriever = Bm25Retriever(read_corpus(arguments.corpus), k1=arguments.k1, b=arguments.b)
+        retriever = Bm25Retriever(
+            read_corpus(arguments.corpus), k1=arguments.k1, b=arguments.b, keep=vars(arguments).get("index")
+        )
     except ModuleNotFoundError as error:
         raise ImportError(f'{error.name} is not installed here: pip install "sdar-verl[search]"') from error
     print(
-        f"{len(retriever.passages):,} passages indexed in {time.perf_counter() - started:.1f} s "
+        f"{len(retriever.passages):,} passages ready in {time.perf_counter() - started:.1f} s "
         f"(corpus {retriever.digest[:16]}); serving http://{arguments.host}:{arguments.port}/retrieve",
         flush=True,
     )
