@@ -18,9 +18,6 @@ TEACHER_ENTROPY = "sdar_teacher_entropy"
 TEACHER_PROMPTS = "sdar_teacher_prompts"
 """Nested (rows, prompt tokens), int64: the teacher's prompts, for sources that score inside the update."""
 
-TEACHER_OUTPUTS = "sdar_teacher_outputs"
-"""Non-tensor entry of a teacher pass: what else to compute from the logits, name -> keyword arguments."""
-
 TEACHER_NODE = "sdar_teacher"
 """Key under ``actor_rollout_ref`` by which ``sdar.teacher`` reaches the workers: verl gives them that node alone."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -29,7 +30,6 @@ from sdar_verl.training.fields import (
     TEACHER_LOG_PROBS,
     TEACHER_MASK,
     TEACHER_NODE,
-    TEACHER_OUTPUTS,
     TEACHER_PARTITION,
     TEACHER_PROMPTS,
 )
@@ -40,6 +40,15 @@ from sdar_verl.training.teacher_sources import get_source
 _POOL = "sdar_teacher_pool"
 _TOLERANCE_SAME_ENGINE = 1e-3
 _TOLERANCE_OTHER_ENGINE = 0.02  # its micro-batches differ, and bf16 rounds
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A pass on its way: the keys of its rows, the fields they carry, and what the workers answered."""
+
+    keys: list[str]
+    carry: tuple[str, ...]
+    answer: Any
 
 
 class PrivilegedTeacher:
@@ -55,6 +64,8 @@ class PrivilegedTeacher:
         self._trainer = trainer
         self._source = get_source(settings.source)
         self._pool: Any = None
+        self._begun: _Sent | None = None
+        self._early: dict[str, torch.Tensor] | None = None
 
     # ---------------------------------------------------------------- set-up
 
@@ -91,12 +102,27 @@ class PrivilegedTeacher:
 
     # ---------------------------------------------------------------- a step
 
+    def begin(
+        self,
+        batch: KVBatchMeta,
+        infos: Sequence[RowInfo | None],
+        *,
+        carry: Sequence[str] = (),
+        request: HeadRequest | None = None,
+    ) -> None:
+        """Start the pass of :meth:`score`, with its arguments, and do not wait for it.
+
+        Only a teacher with devices of its own does so: it then runs while the actor's devices compute the student's
+        and the reference's log-probs. A pass that reads what those compute (``carry``) has to wait for them.
+        """
+        if self._pool is not None and not carry:
+            self._begun = self._send(batch, TeacherRows.read(batch, infos), carry, request)
+
     def score(
         self,
         batch: KVBatchMeta,
         infos: Sequence[RowInfo | None],
         *,
-        outputs: Mapping[str, Mapping[str, Any]] | None = None,
         carry: Sequence[str] = (),
         request: HeadRequest | None = None,
     ) -> dict[str, float]:
@@ -107,9 +133,7 @@ class PrivilegedTeacher:
         Args:
             batch: the step's rows.
             infos: the agent loop's record of each row, None for verl's padding rows.
-            outputs: registered teacher outputs -> their keyword arguments
-                (:mod:`sdar_verl.training.teacher_outputs`), each nested (rows, response tokens[, columns]).
-            carry: fields of the training rows that those outputs or the request read.
+            carry: fields of the training rows that the request reads.
             request: what to compute at the language-model head (:mod:`sdar_verl.training.head_requests`).
 
         Returns:
@@ -125,7 +149,9 @@ class PrivilegedTeacher:
             scored: dict[str, torch.Tensor] = {}
             fields[TEACHER_PROMPTS] = nested(rows.prompts)
         else:
-            scored = self._pass(batch, rows, outputs or {}, carry, request)
+            self._receive_early()
+            scored = self._early if self._early is not None else self._pass(batch, rows, carry, request)
+            self._early = None
         metrics = self._metrics(batch, scored, mask)
         fields |= scored
         tq.kv_batch_put(
@@ -162,8 +188,9 @@ class PrivilegedTeacher:
         Raises:
             TeacherError: it exceeds ``sdar.teacher.sanity_tolerance``.
         """
+        self._receive_early()  # its rows have the same keys
         rows = TeacherRows.read(batch, None)
-        teacher = self._pass(batch, rows, {}, ())[TEACHER_LOG_PROBS]
+        teacher = self._pass(batch, rows)[TEACHER_LOG_PROBS]
         student = self._student_log_probs(batch)
         gap = (teacher.values() - student.values())[torch.cat(rows.response_masks).bool()].abs()
         difference = gap.mean().item()
@@ -197,14 +224,12 @@ class PrivilegedTeacher:
     # ---------------------------------------------------------------- the pass
 
     def _pass(
-        self,
-        batch: KVBatchMeta,
-        rows: TeacherRows,
-        outputs: Mapping[str, Mapping[str, Any]],
-        carry: Sequence[str],
-        request: HeadRequest | None = None,
+        self, batch: KVBatchMeta, rows: TeacherRows, carry: Sequence[str] = (), request: HeadRequest | None = None
     ) -> dict[str, torch.Tensor]:
         """Fields of the pass, nested (rows, response tokens[, columns])."""
+        return self._receive(self._send(batch, rows, carry, request))
+
+    def _send(self, batch: KVBatchMeta, rows: TeacherRows, carry: Sequence[str], request: HeadRequest | None) -> _Sent:
         keys = list(batch.keys)
         inputs = list_of_dict_to_tensordict(rows.inputs())
         if carry:
@@ -220,22 +245,29 @@ class PrivilegedTeacher:
             "compute_loss": False,
             "temperature": self._trainer.config.actor_rollout_ref.rollout.temperature,
         }
-        if outputs:
-            extra[TEACHER_OUTPUTS] = {name: dict(arguments) for name, arguments in outputs.items()}
         if request is not None:
             extra[HEAD_REQUEST] = request.to_json()
         tq.kv_batch_put(keys=keys, partition_id=TEACHER_PARTITION, fields=inputs, tags=tags)
+        meta = KVBatchMeta(partition_id=TEACHER_PARTITION, keys=keys, tags=tags, extra_info=extra)
+        workers = self._trainer.actor_rollout_wg if self._pool is None else self._pool
+        return _Sent(keys, tuple(carry), workers.compute_teacher_log_prob(meta))
+
+    def _receive(self, sent: _Sent) -> dict[str, torch.Tensor]:
         try:
-            meta = KVBatchMeta(partition_id=TEACHER_PARTITION, keys=keys, tags=tags, extra_info=extra)
-            workers = self._trainer.actor_rollout_wg if self._pool is None else self._pool
-            done = workers.compute_teacher_log_prob(meta)
-            if len(done) != len(keys):
-                raise TeacherError(f"the teacher pass returned {len(done)} rows for {len(keys)}: a fault of the engine")
-            names = [name for name in done.fields if name.startswith("sdar_") and name not in carry]
-            data = tq.kv_batch_get(keys=keys, partition_id=TEACHER_PARTITION, select_fields=names)
+            # A pool's workers are not waited for when they are called.
+            parts = [sent.answer] if self._pool is None else ray.get(sent.answer.futures)
+            rows = sum(len(part) for part in parts)
+            if rows != len(sent.keys):
+                raise TeacherError(f"the teacher pass returned {rows} rows for {len(sent.keys)}: a fault of the engine")
+            names = [name for name in parts[0].fields if name.startswith("sdar_") and name not in sent.carry]
+            data = tq.kv_batch_get(keys=sent.keys, partition_id=TEACHER_PARTITION, select_fields=names)
             return {name: data[name] for name in names}
         finally:
-            tq.kv_clear(keys=keys, partition_id=TEACHER_PARTITION)
+            tq.kv_clear(keys=sent.keys, partition_id=TEACHER_PARTITION)
+
+    def _receive_early(self) -> None:
+        if self._begun is not None:
+            self._early, self._begun = self._receive(self._begun), None
 
     def _student_log_probs(self, batch: KVBatchMeta) -> torch.Tensor:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["old_log_probs"])

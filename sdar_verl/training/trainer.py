@@ -168,6 +168,8 @@ class SdarTrainer(PPOTrainerSync):
     # ---------------------------------------------------------------- teacher and advantages
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if self._has_teacher:
+            self._teacher.begin(batch, self._infos, carry=self._requests.carry, request=self._requests.teacher)
         with asked(batch.extra_info, self._requests.student):
             if self._requests.student is not None and self._bypasses:
                 # verl takes the rollout's log-probs and makes no pass over the student's rows.

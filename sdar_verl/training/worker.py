@@ -8,8 +8,6 @@ actor's. ``PoolTeacherWorker`` is the teacher alone, frozen, on devices of its o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +26,10 @@ from sdar_verl.training.fields import (
     TEACHER_ENTROPY,
     TEACHER_LOG_PROBS,
     TEACHER_NODE,
-    TEACHER_OUTPUTS,
     TEACHER_PROMPTS,
 )
 from sdar_verl.training.head_requests import HEAD_FIELDS, HEAD_REQUEST, SUPPORT_IDS, HeadRequest
 from sdar_verl.training.head_tap import HeadTap
-from sdar_verl.training.teacher_outputs import LogitsOutputs
 from sdar_verl.training.teacher_rows import nested, response_part, teacher_row
 from sdar_verl.training.teacher_sources import WeightSource, get_source
 
@@ -46,41 +42,22 @@ def score(worker: TrainingWorker, data: TensorDict) -> TensorDict | None:
 
     Args:
         worker: verl's, of the actor, the reference or the teacher's own engine.
-        data: this rank's teacher rows; ``sdar_teacher_outputs`` may ask for more than log-probs and entropy.
+        data: this rank's teacher rows; a request at the head may ask for more than log-probs and entropy
+            (:mod:`sdar_verl.training.head_requests`).
 
     Returns:
         Nested fields over the responses, on the CPU; None on a rank that does not report (sequence parallelism).
     """
-    requests = tu.pop(data, TEACHER_OUTPUTS, default=None)
-    outputs = LogitsOutputs(requests) if requests else None
-    with _logits_to(worker, data, outputs):
-        result = worker.infer_batch(data)
+    result = worker.infer_batch(data)
     if result is None:
         return None
     fields = {TEACHER_LOG_PROBS: result["log_probs"]}
     if "entropy" in result:
         fields[TEACHER_ENTROPY] = result["entropy"]
-    if outputs is not None:
-        fields |= outputs.gather(result)
     lengths = data["responses"].offsets().diff().tolist()
     fields = {name: response_part(values, lengths) for name, values in fields.items()}
     fields |= {name: result[name] for name in HEAD_FIELDS if name in result}
     return tu.get_tensordict(fields).cpu()
-
-
-@contextmanager
-def _logits_to(worker: TrainingWorker, data: TensorDict, outputs: LogitsOutputs | None) -> Iterator[None]:
-    """verl's engine hands its logits to the loss function when it is told so; for the pass, that is ``outputs``."""
-    if outputs is None:
-        yield
-        return
-    tu.assign_non_tensor(data, distillation_use_topk=True, compute_loss=True)
-    loss_fn = worker.loss_fn
-    worker.set_loss_fn(outputs)
-    try:
-        yield
-    finally:
-        worker.set_loss_fn(loss_fn)
 
 
 class FreshTeacherTrainingWorker(TrainingWorker):
@@ -244,10 +221,10 @@ class PoolTeacherWorker(ActorRolloutRefWorker):
         self.set_dispatch_collect(mesh_name=MESH, **self.teacher.get_dispatch_collect())
         HeadTap.attach(self.teacher.engine)
 
-    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name=MESH))
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name=MESH), blocking=False)
     @DistProfiler.annotate(color="cyan", role="teacher_compute_log_prob")
     def compute_teacher_log_prob(self, data: TensorDict) -> TensorDict | None:
-        """Score teacher rows; see :func:`score`."""
+        """Score teacher rows; see :func:`score`. The caller gets futures: its own devices have work meanwhile."""
         return score(self.teacher, data)
 
 

@@ -19,7 +19,7 @@ from sdar_verl.training.fields import (
     TEACHER_NODE,
     TEACHER_PROMPTS,
 )
-from sdar_verl.training.teacher_outputs import TOPK_IDS, TOPK_LOG_PROBS
+from sdar_verl.training.head_requests import HEAD_REQUEST, SUPPORT_IDS, SUPPORT_LOG_PROBS, HeadRequest
 from sdar_verl.training.teacher_rows import nested, teacher_row
 from tests.support.tiny_model import make_tiny_model
 
@@ -199,7 +199,9 @@ def run(rank: int, folder: str, port: int) -> None:
         "adapter": adapter(model, rank),
         "own": follow(model, root / "own", rank, source="toy_every_odd_step"),
         "path": ask(make_worker(model, source="reference", path=other), rank),
-        "topk": ask(make_worker(model, source="actor"), rank, sdar_teacher_outputs={"topk": {"k": 7}}),
+        "topk": ask(
+            make_worker(model, source="actor"), rank, **{HEAD_REQUEST: HeadRequest("top_k", chunk=4, k=7).to_json()}
+        ),
     }
     torch.save(results, root / f"rank_{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -332,5 +334,7 @@ def test_the_top_k_of_the_teacher_are_those_of_its_softmax(folder, ranks):
         assert_scores(results["topk"], rows, expected)
         for i, log_probs in enumerate(expected):
             largest = log_probs.topk(7)
-            torch.testing.assert_close(results["topk"][TOPK_LOG_PROBS][i], largest.values, **SAME)
-            torch.testing.assert_close(log_probs.gather(1, results["topk"][TOPK_IDS][i]), largest.values, **SAME)
+            ids, found = results["topk"][SUPPORT_IDS][i], results["topk"][SUPPORT_LOG_PROBS][i]
+            torch.testing.assert_close(found[:, :7], largest.values, **SAME)
+            torch.testing.assert_close(found[:, 7].exp(), 1 - largest.values.exp().sum(-1), **SAME)
+            torch.testing.assert_close(log_probs.gather(1, ids), largest.values, **SAME)

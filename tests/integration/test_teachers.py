@@ -144,6 +144,7 @@ def test_other_weights_on_devices_of_their_own(tmp_path):
     assert any((a - b).abs().max() > 0.01 for a, b in zip(start, rows[TEACHER_LOG_PROBS], strict=True))
     assert "sdar/empty_context_gap" not in run.metrics[1], "other weights are not the student's"
     assert "sdar/teacher_staleness" not in run.metrics[1]
+    assert run.metrics[1]["timing_s/teacher"] >= 0
 
 
 @pytest.mark.slow

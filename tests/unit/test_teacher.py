@@ -15,7 +15,7 @@ from sdar_verl.config import TeacherConfig
 from sdar_verl.errors import TeacherError
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.teacher import PrivilegedTeacher, check_not_lost
-from sdar_verl.training.teacher_rows import TeacherRows, nested
+from sdar_verl.training.teacher_rows import TeacherRows, nested, response_part
 
 VOCABULARY = 1000
 CHANCE = -math.log(VOCABULARY)
@@ -90,6 +90,13 @@ def test_rows_without_a_context_keep_the_students_prompt_and_get_a_mask_of_zeros
     assert [mask.tolist() for mask in rows.teacher_masks()] == [[1, 0, 1], [0]]
     own = TeacherRows.read(batch(), None)
     assert [row["input_ids"].tolist() for row in own.inputs()] == [[1, 2, 7, 8, 9], [3, 6]]
+
+
+def test_the_response_part_is_what_predicts_the_response():
+    """Position i of a sequence is about token i + 1; the response is the sequence's end."""
+    about = nested([torch.arange(1, length + 1) for length in (5, 3, 7)])  # the index of the token it is about
+    part = response_part(about, (2, 1, 4))
+    assert [row.tolist() for row in part.unbind()] == [[3, 4], [2], [3, 4, 5, 6]]
 
 
 def test_a_step_without_any_context_is_an_error(monkeypatch):
