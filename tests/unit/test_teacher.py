@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from sdar_verl.config import TeacherConfig
 from sdar_verl.errors import TeacherError
 from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.training.fields import TEACHER_ENTROPY, TEACHER_LOG_PROBS
 from sdar_verl.training.teacher import PrivilegedTeacher, check_not_lost
 from sdar_verl.training.teacher_rows import TeacherRows, nested, response_part
 
@@ -90,6 +91,66 @@ def test_rows_without_a_context_keep_the_students_prompt_and_get_a_mask_of_zeros
     assert [mask.tolist() for mask in rows.teacher_masks()] == [[1, 0, 1], [0]]
     own = TeacherRows.read(batch(), None)
     assert [row["input_ids"].tolist() for row in own.inputs()] == [[1, 2, 7, 8, 9], [3, 6]]
+
+
+class PoolOfOne:
+    """A teacher's workers: the log-prob of every token is minus the length of its row's prompt."""
+
+    def __init__(self, queue: dict[str, Any]):
+        self.queue = queue
+        self.calls = 0
+
+    def compute_teacher_log_prob(self, meta: Any) -> Any:
+        self.calls += 1
+        rows = self.queue[meta.partition_id]
+        lengths = zip(rows["prompts"].unbind(), rows["responses"].unbind(), strict=True)
+        values = nested([-len(prompt) * torch.ones(len(response)) for prompt, response in lengths])
+        self.queue[meta.partition_id] = {TEACHER_LOG_PROBS: values, TEACHER_ENTROPY: values}
+        return SimpleNamespace(futures=[Rows(fields=["prompts", TEACHER_LOG_PROBS, TEACHER_ENTROPY])])
+
+
+class Rows(SimpleNamespace):
+    """verl's description of two rows: some of its attributes."""
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_a_pool_scores_while_the_student_is_scored(monkeypatch):
+    """The early pass is the one that counts, whatever other pass comes in between."""
+    queue: dict[str, Any] = {
+        "train": {
+            "prompts": nested([torch.tensor([1, 2]), torch.tensor([3])]),
+            "responses": nested([torch.tensor([7, 8]), torch.tensor([6])]),
+            "response_mask": nested([torch.tensor([1, 1]), torch.tensor([1])]),
+            "old_log_probs": nested([torch.tensor([-2.0, -2.0]), torch.tensor([-1.0])]),
+        }
+    }
+    monkeypatch.setattr("ray.get", lambda futures: futures)
+    monkeypatch.setattr(tq, "kv_batch_get", lambda keys, partition_id, select_fields: queue[partition_id])
+    monkeypatch.setattr(tq, "kv_clear", lambda keys, partition_id: queue.pop(partition_id))
+
+    def put(keys, partition_id, fields, tags=None):
+        queue[partition_id] = {**queue.get(partition_id, {}), **{name: fields[name] for name in fields.keys()}}  # noqa: SIM118
+
+    monkeypatch.setattr(tq, "kv_batch_put", put)
+    one = teacher(source="reference", placement="pool", pool_gpus_per_node=1)
+    one._trainer.config.actor_rollout_ref.rollout = {"temperature": 1.0}
+    one._trainer.tokenizer = range(VOCABULARY)
+    one._pool = PoolOfOne(queue)
+    step = Rows(keys=["a_0_0", "b_0_0"], partition_id="train", tags=[{}, {}])
+    seen = RowInfo(turn=0, task_type="t", teacher_prompt_ids=torch.tensor([5, 5, 5, 5]).numpy())
+
+    one.begin(step, [seen, None])
+    assert one._pool.calls == 1
+    assert one.check_empty_context(step) == 0.0  # on the student's prompts: minus their lengths
+    assert one.score(step, [seen, None])["sdar/teacher_log_prob"] == -4.0
+    assert one._pool.calls == 2
+    assert [row.tolist() for row in queue["train"][TEACHER_LOG_PROBS].unbind()] == [[-4.0, -4.0], [-1.0]]
+    assert set(queue) == {"train"}, "rows are left behind"
+
+    one.begin(step, [seen, None], carry=["sdar_support_ids"])
+    assert one._pool.calls == 2, "a pass that reads the student's numbers cannot start before them"
 
 
 def test_the_response_part_is_what_predicts_the_response():
