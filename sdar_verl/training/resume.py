@@ -39,6 +39,16 @@ _OPTIONS = (
     "data.seed",
 )
 
+# Of those nodes: where the teacher runs, and how closely it is watched.
+_NOT_THE_EXPERIMENT = {
+    "sdar.teacher.offload",
+    "sdar.teacher.placement",
+    "sdar.teacher.pool_gpus_per_node",
+    "sdar.teacher.pool_nodes",
+    "sdar.teacher.sanity_check",
+    "sdar.teacher.sanity_tolerance",
+}
+
 
 def fingerprint(config: DictConfig) -> dict[str, Any]:
     """Option -> value of everything that makes this experiment what it is."""
@@ -51,7 +61,7 @@ def fingerprint(config: DictConfig) -> dict[str, Any]:
             values |= {f"{option}.{key}": item for key, item in nested.items()}
         else:
             values[option] = value
-    return values
+    return {option: value for option, value in values.items() if option not in _NOT_THE_EXPERIMENT}
 
 
 def claim_checkpoints(config: DictConfig) -> None:
@@ -65,7 +75,8 @@ def claim_checkpoints(config: DictConfig) -> None:
     resumable = (folder / "latest_checkpointed_iteration.txt").is_file()
     if config.trainer.resume_mode == "auto" and resumable and note.is_file():
         found = json.loads(note.read_text())
-        different = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        read = {*found, *wanted} - _NOT_THE_EXPERIMENT
+        different = sorted(key for key in read if found.get(key) != wanted.get(key))
         if different:
             changes = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in different)
             raise ConfigError(

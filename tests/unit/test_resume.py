@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -35,6 +37,15 @@ def folder(tmp_path):
 
 def test_the_same_experiment_goes_on(folder):
     claim_checkpoints(config(folder, **{"trainer.total_training_steps": 20, "sdar.env.processes": 9}))
+
+
+def test_the_teacher_may_move_between_two_runs(folder):
+    """Also from a folder whose note still holds such options."""
+    note = json.loads((folder / RUN_FILE).read_text())
+    (folder / RUN_FILE).write_text(json.dumps({**note, "sdar.teacher.sanity_tolerance": 0.001}))
+    claim_checkpoints(config(folder, **{"sdar.teacher.offload": False, "sdar.teacher.sanity_check": False}))
+    with pytest.raises(ConfigError, match=r"sdar\.teacher\.ema_decay: None there, 0\.9 here"):
+        claim_checkpoints(config(folder, **{"sdar.teacher.ema_decay": 0.9}))
 
 
 @pytest.mark.parametrize(
