@@ -18,6 +18,7 @@ import transfer_queue as tq
 from omegaconf import OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.protocol import BatchData
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 from verl.trainer.ppo.utils import Role
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
@@ -254,12 +255,13 @@ class PrivilegedTeacher:
 
     def _receive(self, sent: _Sent) -> dict[str, torch.Tensor]:
         try:
-            # A pool's workers are not waited for when they are called.
-            parts = [sent.answer] if self._pool is None else ray.get(sent.answer.futures)
-            rows = sum(len(part) for part in parts)
-            if rows != len(sent.keys):
-                raise TeacherError(f"the teacher pass returned {rows} rows for {len(sent.keys)}: a fault of the engine")
-            names = [name for name in parts[0].fields if name.startswith("sdar_") and name not in sent.carry]
+            # A pool's workers are not waited for when they are called; then verl leaves it to the caller to collect.
+            done = sent.answer if self._pool is None else BatchData(ray.get(sent.answer.futures)).concat()
+            if len(done) != len(sent.keys):
+                raise TeacherError(
+                    f"the teacher pass returned {len(done)} rows for {len(sent.keys)}: a fault of the engine"
+                )
+            names = [name for name in done.fields if name.startswith("sdar_") and name not in sent.carry]
             data = tq.kv_batch_get(keys=sent.keys, partition_id=TEACHER_PARTITION, select_fields=names)
             return {name: data[name] for name in names}
         finally:
