@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdar_verl.algorithm.loss import distillation_terms
-from sdar_verl.algorithm.objectives import check_objective_options, get_objective, list_objectives
+from sdar_verl.algorithm.objectives import check_objective_options, get_objective
 
 VOCAB = 7
 
@@ -61,10 +61,8 @@ def test_k3_without_importance_ratio_has_the_gradient_of_the_forward_kl() -> Non
     torch.testing.assert_close(expected_gradient(student, teacher, student.detach(), **options), kl)
 
 
-@pytest.mark.parametrize("objective", list_objectives())
+@pytest.mark.parametrize("objective", ["sampled", "k1", "k2", "k3"])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_on_average(objective: str) -> None:
-    if "old_log_probs" not in get_objective(objective).__code__.co_varnames and objective not in ("sampled", "k2"):
-        pytest.skip("reads more than log-probs of the sampled token")
     student, _, _ = logits()
     gradient = expected_gradient(student, student.detach(), student.detach(), objective=objective)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient))
