@@ -80,6 +80,12 @@ class LossConfig(_Node):
         "(the paper's Agg), gates (a weighted mean), or tokens whose gap reaches gap_threshold",
     )
     gap_threshold: float = Field(0.05, gt=0, description="nats, for divide_by=gap_bearing")
+    measure_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between measurements of sdar/grad_share_weights: two further passes, forward and backward, "
+        "over the step's first update; null: never",
+    )
     support: Literal["full", "top_k"] | None = Field(
         None,
         description="objectives over distributions: over the whole vocabulary or k of its tokens; null is full",

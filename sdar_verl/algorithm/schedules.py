@@ -31,7 +31,10 @@ from typing import Any
 from sdar_verl.algorithm.registry import Registry
 
 GRAD_SHARE = "sdar/grad_share"
-"""Metric that ``grad_share`` follows: norm of lambda times the distillation gradient over the norm of the rest's."""
+"""Norm of lambda times the distillation gradient over the norm of the rest's, both in the sampled tokens' log-probs."""
+
+GRAD_SHARE_WEIGHTS = "sdar/grad_share_weights"
+"""The same in the weights, measured every ``sdar.loss.measure_every`` steps."""
 
 
 class Schedule:
@@ -121,21 +124,25 @@ class CosineDecay(Schedule):
 class GradShare(Schedule):
     """Lambda that keeps the distillation gradient at a chosen share of the policy gradient.
 
-        share_n  = |lambda_n grad L_SDAR| / |grad L_RL|       measured at step n (:data:`GRAD_SHARE`)
+        share_n  = |lambda_n grad L_SDAR| / |grad L_RL|       measured at step n
         target   = lambda_n * share / share_n
         log lambda_(n+1) = smoothing * log lambda_n + (1 - smoothing) * log target
 
-    Starts at the base value and stays within a factor ``bound`` of it, both ways. A step without a policy gradient (no
-    group with variance) or without a distillation gradient changes nothing.
+    The gradients are those in the log-probs of the sampled tokens (``of="tokens"``, :data:`GRAD_SHARE`, every step, for
+    objectives on sampled tokens) or in the weights (``of="weights"``, :data:`GRAD_SHARE_WEIGHTS`). Starts at the base
+    value and stays within a factor ``bound`` of it, both ways. A step without a policy gradient (no group with
+    variance), without a distillation gradient or without a measurement changes nothing.
     """
 
     share: float
+    of: str = "tokens"
     smoothing: float = 0.9
     bound: float = 100.0
 
-    measures = GRAD_SHARE
-
     def __post_init__(self) -> None:
+        if self.of not in ("tokens", "weights"):
+            raise ValueError(f"grad_share has of={self.of!r}; known: tokens, weights")
+        self.measures = GRAD_SHARE if self.of == "tokens" else GRAD_SHARE_WEIGHTS
         if not self.share > 0.0:
             raise ValueError(f"grad_share has share={self.share}; it must be above 0")
         if not 0.0 <= self.smoothing < 1.0:

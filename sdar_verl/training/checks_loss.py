@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from sdar_verl.algorithm.gates import check_gate_options, gate_reads, get_gate
 from sdar_verl.algorithm.objectives import check_objective_options, get_objective
-from sdar_verl.algorithm.schedules import make_schedule
+from sdar_verl.algorithm.schedules import GRAD_SHARE_WEIGHTS, make_schedule
 from sdar_verl.algorithm.signals import check_signal, get_signal, signal_reads
 from sdar_verl.config import LossConfig, SdarConfig
 from sdar_verl.training.checks_distributions import distribution_faults
@@ -66,6 +66,11 @@ def _schedules(loss: LossConfig) -> Iterator[str]:
             f"sdar.loss.beta_schedule.name={loss.beta_schedule.name} follows {beta.measures}, which lambda moves and "
             "beta does not; use it in sdar.loss.coef_schedule"
         )
+    if coef.measures == GRAD_SHARE_WEIGHTS and loss.measure_every is None:
+        yield (
+            f"sdar.loss.coef_schedule.options.of=weights follows {GRAD_SHARE_WEIGHTS}, which is not measured; set "
+            "sdar.loss.measure_every to a number of steps, say 10"
+        )
     if coef.measures is not None and not signal_reads(loss.signal, "loss", loss.signal_options):
         yield (
             f"sdar.loss.coef_schedule.name={loss.coef_schedule.name} follows {coef.measures}, a measure of the "
@@ -83,7 +88,7 @@ def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
     if sdar.teacher.source == "none" or loss.coef == 0:
         return  # the whole signal is off: a baseline of some recipe, whose other options may stay as they are
     if not in_loss:
-        yield from _unused(loss, ["objective", "objective_options", "divide_by"], signal)
+        yield from _unused(loss, ["objective", "objective_options", "divide_by", "measure_every"], signal)
         if not gated:
             yield from _unused(loss, ["gate", "gate_options"], signal)
     if not (gated and gate_reads(loss.gate, "beta")):

@@ -83,7 +83,9 @@ class Distillation(TrainerPart):
             put_padded(rows, {name: value for name, value in fields.items() if value is not None}, stored)
             rows.metrics.update(table.metrics())
         in_loss = signal_reads(self._settings.signal, "loss", self._settings.signal_options)
-        values = StepValues(coef=coef if in_loss else 0.0, beta=beta, ranges=ranges)
+        every = self._settings.measure_every
+        due = every is not None and coef > 0 and in_loss and (rows.step - 1) % every == 0
+        values = StepValues(measure=rows.step if due else None, coef=coef if in_loss else 0.0, beta=beta, ranges=ranges)
         rows.batch.extra_info[STEP_VALUES] = values.as_dict()
 
     def on_updated(self, rows: StepRows) -> None:

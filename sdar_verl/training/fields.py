@@ -27,6 +27,9 @@ MODULES_NODE = "sdar_modules"
 SUMS_PREFIX = "sdar_total/"
 """Worker metrics under this prefix are sums; the trainer turns them into means."""
 
+NORM_PREFIX = "sdar_norm/"
+"""Worker metrics under this prefix are gradient norms in weight space; the trainer turns them into a share."""
+
 TEACHER_PARTITION = "sdar_teacher"
 """TransferQueue partition that holds the teacher's rows during its pass."""
 
@@ -51,11 +54,15 @@ class StepValues:
         coef: lambda of the auxiliary loss; 0 when the signal enters elsewhere.
         beta: sharpness of the gate.
         ranges: of entropy and gap over the step, for gates that ask for them.
+        measure: the step's number when both gradients are to be measured in weight space, else None.
+        only: ``rl`` or ``distillation`` during such a measurement: the loss that is differentiated alone.
     """
 
     coef: float
     beta: float
     ranges: tuple[float, float, float, float] | None = None
+    measure: int | None = None
+    only: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for ``extra_info``."""

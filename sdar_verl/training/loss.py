@@ -76,6 +76,8 @@ def sdar_loss(
     metrics["sdar/loss"] = Metric(value=distillation, aggregation=AggregationType.SUM)
     sums = stats_sums(terms)
     sums |= column_sums(model_output, data, terms.mask)
+    if step.only is not None:
+        return (loss if step.only == "rl" else _differentiable(distillation, log_probs)), metrics
     if step.coef > 0 and loss.requires_grad and settings.objective not in DIVERGENCES:
         sums |= gradient_squares(loss, distillation, model_output["log_probs"], log_probs)
     for name, value in sums.items():
@@ -92,8 +94,8 @@ def gradient_squares(
 
     No backward pass through the model: this is the gradient before the model's Jacobian, one number per token, so its
     squares add up exactly over micro-batches and ranks. It says how hard each loss pushes on the sampled tokens; where
-    pushes cancel in the weights (a constant gate pushes all tokens up and moves nothing on average) it is an upper
-    bound of what is felt there.
+    pushes cancel in the weights (a constant gate pushes all tokens up and moves nothing on average) it says more than
+    is felt there; :mod:`sdar_verl.training.gradient_probe` measures that.
 
     Args:
         loss: verl's loss: policy gradient, and KL to the reference where it is on.
@@ -142,6 +144,11 @@ def _terms(
         statistics=StepStatistics(shift, pooled, scale, Ranges(*step.ranges) if step.ranges else None),
         signals=divergence_signal(model_output, data),
     )
+
+
+def _differentiable(distillation: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """The term, also of a micro-batch in which no row has a teacher."""
+    return distillation if distillation.requires_grad else distillation + 0.0 * log_probs.sum()
 
 
 def _without_advantages(data: TensorDict) -> TensorDict:

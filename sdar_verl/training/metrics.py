@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from sdar_verl.algorithm.gap import episode_means, row_turns
-from sdar_verl.algorithm.schedules import GRAD_SHARE
+from sdar_verl.algorithm.schedules import GRAD_SHARE, GRAD_SHARE_WEIGHTS
 from sdar_verl.algorithm.stats import finalize_stats
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.distributions import column_means
-from sdar_verl.training.fields import SUMS_PREFIX
+from sdar_verl.training.fields import NORM_PREFIX, SUMS_PREFIX
 
 
 def row_metrics(keys: Sequence[str], infos: Sequence[RowInfo | None]) -> dict[str, float]:
@@ -120,6 +120,9 @@ def reduce_loss_sums(metrics: dict[str, Any]) -> dict[str, float]:
         share = math.sqrt(sums["grad_distill_squared"] / sums["grad_rl_squared"])
         means[GRAD_SHARE] = metrics.get("sdar/lambda", 1.0) * share
     means |= column_means(sums)
+    norms = {part: metrics.pop(f"actor/{NORM_PREFIX}{part}", 0.0) for part in ("rl", "distillation")}
+    if norms["rl"] > 0.0:
+        means[GRAD_SHARE_WEIGHTS] = metrics.get("sdar/lambda", 1.0) * norms["distillation"] / norms["rl"]
     means["sdar/loss"] = metrics.pop("actor/sdar/loss")
     return means
 

@@ -28,6 +28,7 @@ from sdar_verl.training.fields import (
     TEACHER_NODE,
     TEACHER_PROMPTS,
 )
+from sdar_verl.training.gradient_probe import GradientProbe
 from sdar_verl.training.head_requests import HEAD_FIELDS, HEAD_REQUEST, SUPPORT_IDS, HeadRequest
 from sdar_verl.training.head_tap import HeadTap
 from sdar_verl.training.teacher_rows import nested, response_part, teacher_row
@@ -152,6 +153,7 @@ class TeacherWorker(ActorRolloutRefWorker):
         for worker in (self.actor, self.ref, self._other):
             if worker is not None:
                 HeadTap.attach(worker.engine)
+        GradientProbe.attach(self._actor.engine)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name=MESH))
     @DistProfiler.annotate(color="cyan", role="teacher_compute_log_prob")

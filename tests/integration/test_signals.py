@@ -137,3 +137,19 @@ def test_without_the_policy_gradient_only_the_teacher_trains(tmp_path):
     expected = 0.5 * metrics["sdar/loss"] + 0.001 * metrics["actor/kl_loss"]
     assert metrics["actor/loss"] == pytest.approx(expected, rel=1e-5, abs=1e-7)
     assert metrics["actor/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("objective", ["sampled", "reverse_kl"])
+def test_a_measurement_in_the_weights_leaves_the_update_as_it_is(objective, tmp_path):
+    options = [f"sdar.loss.objective={objective}", "actor_rollout_ref.actor.optim.clip_grad=1e9"]
+    plain = train(tmp_path / "plain", *options, steps=1)
+    follow = ["sdar.loss.coef_schedule.name=grad_share", "+sdar.loss.coef_schedule.options.share=0.3"]
+    follow += ["+sdar.loss.coef_schedule.options.of=weights", "+sdar.loss.coef_schedule.options.smoothing=0"]
+    measured = train(tmp_path / "measured", *options, *follow, "sdar.loss.measure_every=1", steps=2)
+    first, second = measured.metrics[1], measured.metrics[2]
+    for name in ("actor/loss", "actor/grad_norm", "sdar/loss"):
+        assert first[name] == pytest.approx(plain.metrics[1][name], rel=1e-6), name
+    share = first["sdar/grad_share_weights"]
+    assert 0.0 < share < float("inf")
+    assert second["sdar/lambda"] == pytest.approx(0.5 * 0.3 / share, rel=1e-5)
+    assert "sdar/grad_share_weights" not in plain.metrics[1]

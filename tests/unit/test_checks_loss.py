@@ -72,6 +72,10 @@ SOUND = {
     },
     "shaping by the gate": {"signal": "advantage_shaping", "granularity": "trajectory", "beta": 3.0},
     "follower": {"coef_schedule": {"name": "grad_share", "options": {"share": 0.1}}},
+    "follower in the weights": {
+        "coef_schedule": {"name": "grad_share", "options": {"share": 0.1, "of": "weights"}},
+        "measure_every": 10,
+    },
     "gap bearing": {"divide_by": "gap_bearing", "gap_threshold": 0.1, "gate": "none"},
     "switched off": {"coef": 0, "objective": "k3", "divide_by": "weights", "beta": 2.0, "gate": "none"},
 }
@@ -121,6 +125,14 @@ UNSOUND = {
     "centre": ({"gate": "none", "centre": "batch"}, ["sdar.loss.centre=batch has no effect with sdar.loss.gate=none"]),
     "clamp": ({"gate": "half", "clamp": 1.0}, ["sdar.loss.clamp=1.0 has no effect", "leave it at null"]),
     "threshold": ({"gap_threshold": 0.2}, ["sdar.loss.gap_threshold=0.2", "sdar.loss.divide_by=tokens"]),
+    "a measurement that is not made": (
+        {"coef_schedule": {"name": "grad_share", "options": {"share": 0.1, "of": "weights"}}},
+        ["options.of=weights", "sdar.loss.measure_every"],
+    ),
+    "a measurement of no loss": (
+        {"signal": "advantage_weight", "coef": 0.5, "measure_every": 5},
+        ["sdar.loss.measure_every=5 has no effect with sdar.loss.signal=advantage_weight"],
+    ),
     "both trajectory": ({"centre": "trajectory", "granularity": "trajectory"}, ["centre=batch or granularity=turn"]),
     "objective of another signal": (
         {"signal": "advantage_weight", "coef": 0.5, "objective": "k3"},

@@ -105,6 +105,16 @@ def test_schedules_give_each_step_its_values() -> None:
     assert seen == [pytest.approx(pair) for pair in ((0.45, 0.0), (0.35, 5.0), (0.25, 5.0), (0.0, 5.0))]
 
 
+def test_a_measurement_is_asked_for_every_so_many_steps() -> None:
+    part, settings, _ = make_part(measure_every=3, coef_schedule={"stop_step": 7})
+    asked = []
+    for step in range(1, 9):
+        rows = make_rows(settings, step)
+        part.on_advantages(rows)
+        asked.append(step_values(rows).measure)
+    assert asked == [1, None, None, 4, None, None, None, None]
+
+
 def test_statistics_of_the_whole_step_are_written_beside_the_rows() -> None:
     options = {"centre": "batch", "granularity": "trajectory", "divide_by": "weights"}
     part, settings, _ = make_part(**options)

@@ -25,7 +25,7 @@ from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
 from sdar_verl.rollout.rows import RowInfo, TurnNote
 from sdar_verl.training import warnings
-from sdar_verl.training.fields import SUMS_PREFIX
+from sdar_verl.training.fields import NORM_PREFIX, SUMS_PREFIX
 from sdar_verl.training.metrics import gap_metrics, reduce_loss_sums, row_metrics
 from sdar_verl.training.teacher import teacher_metrics
 from sdar_verl.training.trackers import HISTOGRAMS
@@ -83,7 +83,8 @@ def worker_metrics() -> dict[str, float]:
     sums = {f"actor/{SUMS_PREFIX}{name}": value for name, value in stats_sums(terms).items()}
     squares = {f"actor/{SUMS_PREFIX}grad_{name}_squared": 1.0 for name in ("rl", "distill")}
     columns = {f"actor/{SUMS_PREFIX}distribution_{name}": 1.0 for name in COLUMNS}
-    return {**sums, **squares, **columns, "actor/sdar/loss": 0.0}
+    norms = {f"actor/{NORM_PREFIX}{part}": 1.0 for part in ("rl", "distillation")}
+    return {**sums, **squares, **norms, **columns, "actor/sdar/loss": 0.0}
 
 
 def constants(source: Path) -> Iterator[str]:

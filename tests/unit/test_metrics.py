@@ -194,3 +194,7 @@ def test_the_gradient_share_is_lambda_times_a_ratio_of_norms():
     squares["actor/sdar_total/grad_rl_squared"] = 0.0  # no group with variance: nothing to be a share of
     metrics = {**sums, **squares, "actor/sdar/loss": 0.0, "sdar/lambda": 0.2}
     assert "sdar/grad_share" not in reduce_loss_sums(metrics)
+    norms = {"actor/sdar_norm/rl": 4.0, "actor/sdar_norm/distillation": 6.0}
+    metrics = {**sums, **norms, "actor/sdar/loss": 0.0, "sdar/lambda": 0.2}
+    assert reduce_loss_sums(metrics)["sdar/grad_share_weights"] == pytest.approx(0.3)
+    assert not any(name.startswith("actor/sdar_norm") for name in metrics)

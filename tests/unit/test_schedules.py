@@ -82,6 +82,11 @@ def test_grad_share_ignores_a_step_that_says_nothing(measured: float) -> None:
     assert schedule.factor(2) == 1.0
 
 
+def test_grad_share_says_which_metric_it_follows() -> None:
+    followed = [make_schedule("grad_share", {"share": 0.1, **of}).measures for of in ({}, {"of": "weights"})]
+    assert followed == ["sdar/grad_share", "sdar/grad_share_weights"]
+
+
 def test_grad_share_keeps_its_state() -> None:
     schedule = make_schedule("grad_share", {"share": 0.1})
     schedule.observe(0.5, 2.0)
@@ -108,6 +113,7 @@ def test_decays_never_leave_their_range_and_never_rise(step: int, steps: int, fi
         ("grad_share", {"share": 0.0}, "share=0.0"),
         ("grad_share", {"share": 0.1, "smoothing": 1.0}, "smoothing=1.0"),
         ("grad_share", {"share": 0.1, "bound": 0.5}, "bound=0.5"),
+        ("grad_share", {"share": 0.1, "of": "logits"}, "of='logits'; known: tokens, weights"),
     ],
 )
 def test_wrong_options_are_named(name: str, options: dict[str, float], words: str) -> None:

@@ -210,6 +210,19 @@ def test_lambda_and_beta_are_the_steps_not_the_settings() -> None:
     torch.testing.assert_close(loss, expected)
 
 
+def test_a_measurement_differentiates_one_loss_at_a_time() -> None:
+    step, settings = Step(), LossConfig(coef=0.7)
+    both, metrics = run(step, settings)
+    parts = {}
+    for part in ("rl", "distillation"):
+        output, data = step.micro_batch(range(ROWS), settings, coef=0.7)
+        tu.assign_non_tensor(data, **{STEP_VALUES: StepValues(0.7, 5.0, measure=1, only=part).as_dict()})
+        parts[part] = gradient(sdar_loss(actor(), settings, output, data)[0], step)
+    torch.testing.assert_close(parts["rl"] + 0.7 * parts["distillation"], gradient(both, step))
+    squares = sums(metrics)
+    assert parts["rl"].square().sum().item() == pytest.approx(squares["grad_rl_squared"])
+
+
 def test_without_the_policy_gradient_its_advantages_do_not_matter_and_the_rest_stays() -> None:
     step = Step()
     kept, metrics = run(step, LossConfig(coef=0.7, policy_gradient=False))
