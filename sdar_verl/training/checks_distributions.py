@@ -85,7 +85,7 @@ def _engine(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
     if _measured(sdar.loss) == GRAD_SHARE:
         yield (
             f"sdar.loss.coef_schedule.name={sdar.loss.coef_schedule.name} follows {GRAD_SHARE}, a gradient on sampled "
-            f"tokens, which {objective} does not have; use another schedule"
+            f"tokens, which {objective} does not have; use its option of=weights, or another schedule"
         )
 
 

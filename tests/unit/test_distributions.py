@@ -158,7 +158,7 @@ REFUSED = {
     ),
     "a schedule on the sampled tokens' gradient": (
         {**SUPPORT, "sdar.loss.coef_schedule": {"name": "grad_share", "options": {"share": 0.1}}},
-        ["coef_schedule.name=grad_share", "use another schedule"],
+        ["coef_schedule.name=grad_share", "of=weights, or another schedule"],
     ),
 }
 
