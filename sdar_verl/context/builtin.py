@@ -46,14 +46,15 @@ def answer(request: ContextRequest, *, field: str = "answers") -> str:
 
 
 @register_context("demonstration")
-def demonstration(request: ContextRequest) -> str:
-    """Actions that solve this very task, from its data or from the environment (ALFWorld: the game's walkthrough)."""
+def demonstration(request: ContextRequest) -> str | None:
+    """Actions that solve this very task, from its data (key ``demonstration``) or from the environment.
+
+    ALFWorld knows the game's walkthrough, WebShop finds a purchase with the full score, Search-QA's generated questions
+    bring their searches. None where nobody knows a solution.
+    """
     actions = demonstration_of(request.task)
     if not actions:
-        raise ContextError(
-            f"context 'demonstration': neither the data of task {request.task.task_id!r} (key 'demonstration') nor "
-            f"environment {request.task.env!r} knows a solution"
-        )
+        return None
     return "Actions that solve this task, in order:\n" + _listed(actions)
 
 

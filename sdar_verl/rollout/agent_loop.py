@@ -51,7 +51,6 @@ class _Texts:
         found: whose skills and matches are counted.
         passages: early contexts by name, kept for the trainer.
         late: the trainer makes the teacher's prompts.
-        missing: a context was asked for, but there is none.
     """
 
     student: str = ""
@@ -59,7 +58,6 @@ class _Texts:
     found: Passage = NO_TEXT
     passages: dict[str, Passage] = field(default_factory=dict)
     late: bool = False
-    missing: bool = False
 
 
 @register("sdar_agent")
@@ -225,7 +223,7 @@ class SdarAgentLoop(AgentLoopBase):
         if contexts.late:
             return replace(texts, passages=passages, found=join([*passages.values()]), late=True)
         found = contexts.passage(request, passages)
-        return replace(texts, teacher=contexts.controlled(found, task.task_id), found=found, missing=not found.text)
+        return replace(texts, teacher=contexts.controlled(found, task.task_id), found=found)
 
     def _info(self, task: Task, shown: TurnContext, dropped: int, texts: _Texts, prompt_tokens: int) -> RowInfo:
         return RowInfo(
@@ -236,7 +234,6 @@ class SdarAgentLoop(AgentLoopBase):
             admissible_actions=shown.admissible_actions if texts.late else (),
             skills=texts.found.skills,
             no_match=texts.found.no_match,
-            context_missing=texts.missing,
             prompt_tokens=prompt_tokens,
             history_dropped=dropped,
         )

@@ -96,7 +96,7 @@ class RowInfo:
         episode: on the first row of an episode, None on the others.
         skills: names of the skills in the context, in order.
         no_match: retrieval found no skill of this task's own.
-        context_missing: the teacher has no say because its context does not exist (no sibling succeeded, say).
+        context_missing: the teacher has no say because its late context does not exist (no sibling succeeded, say).
         prompt_tokens: tokens of the student's prompt.
         teacher_prompt_ids: token ids of the teacher's prompt; None when the teacher has no say on this row.
         context_tokens: tokens by which the teacher's prompt is longer than the student's.

@@ -95,13 +95,20 @@ def _other_types(config: DictConfig) -> list[str]:
 def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Make the early contexts of a few tasks, but for the skills, which have checks of their own."""
     names = [name for name in sdar.context.sources if name != "skills" and not get_context(name).late]
-    for task in _first(_tasks(config), PROBED_TASKS):
-        request = ContextRequest(task, seed=sdar.context.seed, skills=lambda: Passage(""))
-        for name in names:
+    tasks = _first(_tasks(config), PROBED_TASKS) if names else []
+    for name in names:
+        texts = []
+        for task in tasks:
+            request = ContextRequest(task, seed=sdar.context.seed, skills=lambda: Passage(""))
             try:
-                get_context(name).make(request, sdar.context.options.get(name, {}))
+                texts.append(get_context(name).make(request, sdar.context.options.get(name, {})).text)
             except ContextError as error:
                 return [f"sdar.context.sources: {error}"]
+        if tasks and not any(texts):
+            return [
+                f"sdar.context.sources: context {name!r} has nothing to show for the first {len(tasks)} tasks of "
+                f"data.train_files (environment {tasks[0].env!r}); use another context"
+            ]
     return []
 
 

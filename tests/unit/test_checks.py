@@ -81,7 +81,10 @@ CASES = {
         ["sdar.context.options.sibling has no effect", "['skills']"],
     ),
     "no ground truth": ({"sdar.context.sources": ["answer"]}, ["context 'answer'", "'answers'", "demonstration"]),
-    "no walkthrough": ({"sdar.context.sources": ["skills", "demonstration"]}, ["context 'demonstration'", "game-00"]),
+    "no walkthrough": (
+        {"sdar.context.sources": ["skills", "demonstration"]},
+        ["context 'demonstration'", "8 tasks of data.train_files", "alfworld"],
+    ),
     "a teacher that sees what the student sees": (
         {"sdar.context.student": "skills", "sdar.teacher.source": "actor"},
         ["sdar.context.student=skills", "gap is 0", "sdar.teacher.source=none"],

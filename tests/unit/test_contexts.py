@@ -76,8 +76,8 @@ def test_demonstration_comes_from_the_task_or_from_the_environment(tmp_path):
         "take mug 1 from desk 1",
     ]
     game.write_text(json.dumps({"walkthrough": None}))
-    with pytest.raises(ContextError, match=r"'demonstration'.*'t'.*alfworld"):
-        get_context("demonstration").make(ContextRequest(Task("alfworld", "t", "", "", {"game_file": str(game)})), {})
+    unknown = ContextRequest(Task("alfworld", "t", "", "", {"game_file": str(game)}))
+    assert get_context("demonstration").make(unknown, {}).text == ""
     game.write_text("{")
     with pytest.raises(ContextError, match="not a whole ALFWorld game"):
         get_context("demonstration").make(ContextRequest(Task("alfworld", "t", "", "", {"game_file": str(game)})), {})

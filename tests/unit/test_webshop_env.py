@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 
 from sdar_verl.envs.base import Task
-from sdar_verl.envs.registry import check_env, make_env
+from sdar_verl.envs.registry import check_env, demonstration_of, make_env
 from sdar_verl.envs.webshop.goals import Goal
 from sdar_verl.envs.webshop.store import CatalogueError, write_catalogue
 from sdar_verl.rollout.actions import match_admissible
@@ -181,3 +182,32 @@ def test_spacy_is_asked_for_by_name(monkeypatch):
 def test_step_before_reset_is_an_error(env):
     with pytest.raises(RuntimeError, match="before reset"):
         env.step("search[x]")
+
+
+@pytest.mark.parametrize(
+    "options", [{"color": "black", "size": "large"}, ("[2 pack] white",)], ids=["named", "people's"]
+)
+def test_a_demonstration_wins(env, task, options):
+    goal = replace(GOAL, options=options)
+    task = replace(task, data={**task.data, "goal": goal.as_dict()})
+    actions = demonstration_of(task)
+    assert actions[0] == "search[acme desk lamp brass]" and actions[-1] == "click[buy now]"
+    *_, end = play(env, task, *actions)
+    assert end.success
+
+
+def test_a_demonstration_turns_pages(env, task, catalogue):
+    """The goal's title fits sixty bulbs alike; the one to buy is on the third page of results."""
+    bulb = catalogue[catalogue.search("spare bulb")[25]]
+    fields = {"asin": bulb.asin, "query": bulb.query, "product_category": bulb.product_category, "options": {}}
+    goal = replace(GOAL, title="Spare Bulb", attributes=("bright",), **fields)
+    task = replace(task, data={**task.data, "goal": goal.as_dict()})
+    actions = demonstration_of(task)
+    assert actions[1:3] == ["click[next >]"] * 2
+    assert play(env, task, *actions)[-1].success
+
+
+def test_there_is_no_demonstration_for_what_nobody_can_buy(task):
+    goal = replace(GOAL, price_cap=1.0)
+    assert demonstration_of(replace(task, data={**task.data, "goal": goal.as_dict()})) == []
+    assert demonstration_of(Task("webshop", "t", "garden", "a lamp", {})) == []

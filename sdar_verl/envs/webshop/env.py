@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from sdar_verl.envs.base import Step, Task, TextEnv
@@ -11,6 +12,7 @@ from sdar_verl.envs.webshop import pages
 from sdar_verl.envs.webshop.goals import Goal, product_price
 from sdar_verl.envs.webshop.nouns import nouns_rule
 from sdar_verl.envs.webshop.reward import score_purchase
+from sdar_verl.envs.webshop.solution import find_solution
 from sdar_verl.envs.webshop.store import open_catalogue
 from sdar_verl.envs.webshop.visit import Visit
 
@@ -106,6 +108,14 @@ class WebShopEnv(TextEnv):
             bought = self._visit.click(argument)
         self._last = self._buy() if bought else self._shown()
         return self._last
+
+    @classmethod
+    def demonstration(cls, task: Task) -> Sequence[str]:
+        """A way to the full score, found by trying; empty when none was found, see :func:`find_solution`."""
+        if any(key not in task.data for key in _NEEDED):
+            return ()
+        catalogue = open_catalogue(str(task.data["catalogue"]))
+        return find_solution(catalogue, Goal.from_dict(task.data["goal"]), int(task.data["price_seed"]))
 
     def _buy(self) -> Step:
         visit = self._visit
