@@ -37,6 +37,7 @@ if [ "$status" -ne 0 ]; then
 fi
 trained="$(date +%s)"
 
-echo "== 4/4 summary"
+echo "== 4/4 summary and report"
 "$venv/bin/python" -m sdar_verl.local.summary "$out" \
   --seconds-train "$((trained - training))" --started "$started"
+"$venv/bin/sdar-verl" report "$out"

@@ -13,7 +13,13 @@ from sdar_verl.errors import SdarError
 # Modules with add_parser(subparsers), which sets run=function(arguments) -> exit status. They import what takes time
 # (torch, verl, an environment's engine) when they run, so that --help is quick.
 _PREPARE = tuple(f"sdar_verl.envs.{env}.command" for env in ("alfworld", "search", "webshop"))
-_COMMANDS = ("sdar_verl.planner.command", "sdar_verl.envs.search.serve")
+_COMMANDS = (
+    "sdar_verl.planner.command",
+    "sdar_verl.envs.search.serve",
+    "sdar_verl.report.command",
+    "sdar_verl.report.compare_command",
+    "sdar_verl.report.sweep_command",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

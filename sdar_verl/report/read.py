@@ -1,0 +1,184 @@
+"""Reads what a run left behind, as much of it as there is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdar_verl.report import layout
+from sdar_verl.report.layout import RecordError
+from sdar_verl.report.trace import read_trace
+
+
+@dataclass
+class RunData:
+    """A run as its folder tells it.
+
+    Attributes:
+        folder: what was asked for.
+        run: content of ``run.json``; empty when there is no record.
+        metrics: step -> metrics, in the order of steps.
+        distributions: one per step, in the order of steps.
+        outcomes: step -> columns of its validation episodes.
+        traces: step -> file.
+        warnings: what was warned of.
+        notes: what is missing or could not be read, in plain words.
+    """
+
+    folder: Path
+    run: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[int, dict[str, Any]] = field(default_factory=dict)
+    distributions: list[dict[str, Any]] = field(default_factory=list)
+    outcomes: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
+    traces: dict[int, Path] = field(default_factory=dict)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Experiment name, or the folder's."""
+        return str(self.run.get("experiment") or self.folder.resolve().name)
+
+    def column(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) wherever the metric is a number."""
+        return [
+            (step, float(data[key]))
+            for step, data in self.metrics.items()
+            if isinstance(data.get(key), (int, float)) and not isinstance(data.get(key), bool)
+        ]
+
+    @property
+    def training_steps(self) -> list[int]:
+        """Steps that trained, not those that only validated."""
+        return [step for step, data in self.metrics.items() if "sdar/success" in data or "timing_s/step" in data]
+
+    def arms(self) -> list[str]:
+        """Validation arms, in alphabetical order."""
+        prefix, suffix = "sdar-val/", "/success"
+        names = {key for data in self.metrics.values() for key in data if key.startswith(prefix)}
+        return sorted(key[len(prefix) : -len(suffix)] for key in names if key.endswith(suffix))
+
+
+def read_run(folder: str | Path) -> RunData:
+    """Read a run's folder: its record, or only the metrics of verl's file tracker.
+
+    Args:
+        folder: the run's folder, its checkpoint folder, the record itself, or a ``.jsonl`` of verl's file tracker.
+
+    Raises:
+        RecordError: there is nothing to report on, or the record has another schema version.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise RecordError(f"{folder} does not exist; give the folder of a run (trainer.default_local_dir or above it)")
+    record = layout.find_record(folder) if folder.is_dir() else None
+    if record is None:
+        return _from_tracker(folder)
+    data = RunData(folder, run=_run_file(record / layout.RUN_FILE))
+    data.metrics = _metrics(record / layout.METRICS_FILE, data.notes)
+    data.distributions = _by_step(record / layout.DISTRIBUTIONS_FILE, data.notes)
+    data.warnings = _lines(record / layout.WARNINGS_FILE, data.notes, needed=False)
+    data.traces = layout.step_files(record / layout.TRACES)
+    data.outcomes = _outcomes(record / layout.OUTCOMES, data.notes)
+    if not data.metrics and not data.traces:
+        data.notes.append("The run has not finished a step: there is nothing to draw yet.")
+    if not data.traces:
+        data.notes.append("No episode was traced. Set sdar.trace.every to see what the teacher said of each token.")
+    if not data.outcomes:
+        data.notes.append("No validation was recorded.")
+    return data
+
+
+def episodes(data: RunData, limit: int) -> Iterator[list[dict[str, Any]]]:
+    """Traced episodes, each as its turns, at most ``limit``, evenly from all traced steps.
+
+    A trace that cannot be read is left out and noted.
+    """
+    per_step = max(1, limit // max(1, len(data.traces)))
+    steps = list(data.traces)
+    if len(steps) > limit:
+        steps = [steps[i * (len(steps) - 1) // max(1, limit - 1)] for i in range(limit)]
+    for step in steps:
+        try:
+            turns = read_trace(data.traces[step])
+        except RecordError as error:
+            data.notes.append(f"{error}")
+            continue
+        by_episode: dict[str, list[dict[str, Any]]] = {}
+        for turn in turns:
+            by_episode.setdefault(turn["episode"], []).append(turn)
+        yield from list(by_episode.values())[:per_step]
+
+
+def _from_tracker(folder: Path) -> RunData:
+    files = [folder] if folder.is_file() else [folder / layout.METRICS_FILE, *sorted(folder.glob("*.jsonl"))]
+    file = next((path for path in files if path.is_file() and path.suffix == ".jsonl"), None)
+    if file is None:
+        raise RecordError(
+            f"{folder} holds no record of a run: neither {layout.RECORD}/{layout.RUN_FILE} (written by runs with "
+            "trainer.v1.trainer_mode=sdar into trainer.default_local_dir) nor a .jsonl of verl's file tracker"
+        )
+    data = RunData(folder if folder.is_dir() else folder.parent)
+    data.metrics = _metrics(file, data.notes)
+    data.notes.append(
+        f"Only {file.name} of verl's file tracker was found; distributions, outcomes and traces are in the record "
+        "that runs of this version write."
+    )
+    return data
+
+
+def _run_file(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(path.read_text())
+    except ValueError as error:
+        raise RecordError(
+            f"{path} is damaged ({error}); without it the record cannot be told from another's"
+        ) from error
+    found = run.get("schema") if isinstance(run, dict) else None
+    if found != layout.SCHEMA:
+        raise RecordError(
+            f"{path} has schema {found}, this version reads {layout.SCHEMA}; use the version of sdar-verl that wrote it"
+            + (f" ({run['versions'].get('sdar-verl')})" if isinstance(run, dict) and "versions" in run else "")
+        )
+    return run
+
+
+def _lines(path: Path, notes: list[str], needed: bool = True) -> list[dict[str, Any]]:
+    if not path.is_file():
+        if needed:
+            notes.append(f"{path.name} is missing.")
+        return []
+    try:
+        return layout.read_lines(path)
+    except (RecordError, UnicodeDecodeError) as error:
+        notes.append(f"{path.name} cannot be read: {error}")
+        return []
+
+
+def _by_step(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    latest = {line["step"]: line for line in _lines(path, notes) if "step" in line}
+    return [latest[step] for step in sorted(latest)]
+
+
+def _metrics(path: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
+    steps: dict[int, dict[str, Any]] = {}
+    for line in _lines(path, notes):
+        if isinstance(line, dict) and isinstance(line.get("data"), dict) and "step" in line:
+            steps.setdefault(int(line["step"]), {}).update(line["data"])
+    return dict(sorted(steps.items()))
+
+
+def _outcomes(folder: Path, notes: list[str]) -> dict[int, dict[str, list[Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found = {}
+    for step, path in layout.step_files(folder).items():
+        try:
+            found[step] = pq.read_table(path).to_pydict()
+        except (OSError, pa.ArrowInvalid) as error:
+            notes.append(f"{path.name} of the validation outcomes cannot be read ({error}).")
+    return found
