@@ -225,7 +225,7 @@ def _binned(
         pooled = pool([line[key] for line in part])
         if column in pooled:
             points = [
-                [place(part[0][key], i), value]
+                [place(part[0][key], int(i)), value]
                 for i, value, n in zip(pooled["index"], pooled[column], pooled["tokens"], strict=True)
                 if n >= 20
             ]
