@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.report import layout
@@ -206,6 +206,7 @@ def describe_run(config: DictConfig) -> dict[str, Any]:
         "schema": layout.SCHEMA,
         "project": config.trainer.project_name,
         "experiment": config.trainer.experiment_name,
+        "method": OmegaConf.select(config, "sdar.method"),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "panels": {
             option: [panel_digest(file) for file in panel_files(config, option)]
