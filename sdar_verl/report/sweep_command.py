@@ -1,0 +1,95 @@
+"""``sdar-verl sweep``: methods times seeds, one run after the other, each in a folder of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+FINISHED = "finished"
+
+
+def add_parser(subparsers: Any) -> None:
+    """The sub-command and its options."""
+    parser = subparsers.add_parser(
+        "sweep",
+        help="run methods x seeds in sequence, ready for `sdar-verl compare`",
+        description="Starts `python -m verl.trainer.main_ppo` once per method and seed. A finished run is not run "
+        "again, an unfinished one resumes from its latest checkpoint. Words that remain are verl overrides.",
+    )
+    parser.add_argument("--config-name", required=True, help="the recipe, such as sdar_alfworld")
+    parser.add_argument("--methods", required=True, type=_names, metavar="A,B,...", help="of the config group method")
+    parser.add_argument("--seeds", default=[0], type=_seeds, metavar="0,1,...", help="default: 0")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="runs are DIR/<method>-<seed>")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands only")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="for all runs")
+    parser.set_defaults(run=run)
+
+
+def _names(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if not names or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different names")
+    return names
+
+
+def _seeds(text: str) -> list[int]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds, such as 0,1,2")
+    return [int(part) for part in text.split(",")]
+
+
+def command(config: str, method: str, seed: int, folder: Path, overrides: list[str]) -> list[str]:
+    """What starts one run. Later words win in Hydra: overrides of the user's stand last."""
+    return [
+        *(sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", config),
+        f"method={method}",
+        f"data.seed={seed}",
+        f"sdar.rollout.seed={seed}",
+        f"actor_rollout_ref.actor.data_loader_seed={42 + seed}",
+        f"trainer.experiment_name={method}-{seed}",
+        f"trainer.default_local_dir={folder}/checkpoints",
+        f"hydra.run.dir={folder}/hydra",
+        *overrides,
+    ]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """All runs, seed by seed; 1 when one of them failed."""
+    out: Path = arguments.out.resolve()
+    failed = []
+    for seed in arguments.seeds:
+        for method in arguments.methods:
+            folder = out / f"{method}-{seed}"
+            words = command(arguments.config_name, method, seed, folder, arguments.overrides)
+            if arguments.dry_run:
+                print(shlex.join(words))
+                continue
+            if (folder / FINISHED).is_file():
+                print(f"{folder} is finished already")
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            print(f"{folder} (log: train.log)", flush=True)
+            env = {**os.environ, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
+            with (folder / "train.log").open("a") as log:
+                status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=env, check=False).returncode
+            if status:
+                failed.append(folder)
+                print(f"  failed with status {status}; the end of its log:", *_tail(folder / "train.log"), sep="\n  ")
+            else:
+                (folder / FINISHED).touch()
+    if arguments.dry_run:
+        return 0
+    folders = [str(out / f"{method}-{seed}") for method in arguments.methods for seed in arguments.seeds]
+    print(f"sdar-verl compare {shlex.join(folders)} --baseline {arguments.methods[0]}")
+    if failed:
+        print(f"{len(failed)} of {len(folders)} runs failed: {', '.join(map(str, failed))}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _tail(path: Path, lines: int = 12) -> list[str]:
+    return path.read_text(errors="replace").splitlines()[-lines:]

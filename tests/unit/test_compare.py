@@ -1,0 +1,229 @@
+"""Comparing runs: what is refused, what is paired, what is called noise."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from sdar_verl.cli import main
+from sdar_verl.report.compare import ComparisonError, load, method_of
+from sdar_verl.report.compare_show import as_html, as_json, cell, markdown
+from sdar_verl.report.estimates import Estimate, default_threshold, difference, estimate, measures, table
+from sdar_verl.report.read import RunData
+from tests.support.recorded_run import write_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three seeds of a method that learns and of one that hardly does."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [
+        str(write_run(folder / f"{name}-{seed}", experiment=f"{name}-{seed}", seed=seed, rate=rate, steps=9))
+        for name, rate in (("sdar", 0.07), ("grpo", 0.01))
+        for seed in range(3)
+    ]
+
+
+def measure(key, threshold=0.5):
+    return next(m for m in measures(threshold) if m.key == key)
+
+
+def test_runs_are_grouped_by_method_over_seeds(runs):
+    comparison = load(runs)
+    assert [(group.name, len(group.runs)) for group in comparison.groups] == [("sdar", 3), ("grpo", 3)]
+    group = comparison.groups[0]
+    assert group.success.shape == (3, 3, 40) and group.steps.tolist() == [0, 4, 9]
+    assert comparison.arm == "student"
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        ({"experiment": "sdar-2"}, "sdar"),
+        ({"experiment": "sdar_seed12"}, "sdar"),
+        ({"experiment": "grpo"}, "grpo"),
+        ({"experiment": "x", "method": "rlsd"}, "rlsd"),
+        ({"experiment": "7"}, "7"),
+    ],
+)
+def test_the_method_of_a_run(tmp_path, run, name):
+    assert method_of(RunData(tmp_path, run=run)) == name
+
+
+def test_a_method_can_be_named(runs):
+    comparison = load([f"mine={runs[0]}", runs[3]])
+    assert [group.name for group in comparison.groups] == ["mine", "grpo"]
+
+
+def test_estimates_are_means_over_runs_and_tasks(runs):
+    group = load(runs).groups[0]
+    final = estimate(group, measure("final"), 500)
+    assert final.value == pytest.approx(group.success[:, -1].mean())
+    assert final.low < final.value < final.high
+    best = estimate(group, measure("best"), 200)
+    assert best.value == pytest.approx(np.mean([run.mean(axis=1).max() for run in group.success]))
+    area = estimate(group, measure("area"), 200)
+    a, b, c = group.success.mean(axis=(0, 2))
+    assert area.value == pytest.approx((4 * (a + b) / 2 + 5 * (b + c) / 2) / 9)
+
+
+def test_times_to_a_threshold_on_three_axes(runs):
+    group = load(runs).groups[0]
+    found = {key: estimate(group, measure(key, 0.5), 100) for key in ("steps", "tokens", "seconds")}
+    assert found["steps"].reached == 3
+    assert found["tokens"].value == pytest.approx(1000 * found["steps"].value)
+    assert found["seconds"].value == pytest.approx(11 * found["steps"].value)
+
+
+def test_a_threshold_that_is_not_reached_has_no_time_and_no_interval(runs):
+    found = estimate(load(runs).groups[1], measure("steps", 0.99), 100)
+    assert math.isnan(found.value) and math.isnan(found.low) and found.reached == 0
+    assert cell(found, measure("steps"), runs=3) == "0 of 3 runs get there"
+
+
+def test_a_clear_difference_is_no_noise_and_a_method_against_itself_is(runs):
+    sdar, grpo = load(runs).groups
+    clear = difference(sdar, grpo, measure("final"), 500)
+    assert clear.value > 0.3 and not clear.within_noise
+    same = difference(sdar, sdar, measure("final"), 200)
+    assert same == Estimate(0.0, 0.0, 0.0) and same.within_noise
+
+
+def test_pairing_by_task_narrows_the_interval():
+    from sdar_verl.report.compare import Group
+
+    def made(success):
+        group = Group("m", [RunData(None, run={})])
+        group.steps, group.success = np.array([0.0]), success[None, None, :].astype(float)
+        group.tokens = group.seconds = np.zeros((1, 1))
+        return group
+
+    hard = np.arange(100) < 50
+    theirs, ours = hard.copy(), hard.copy()
+    ours[50:55] = True  # the same tasks and five more
+    found = difference(made(ours), made(theirs), measure("final"), 1000)
+    assert found.value == pytest.approx(0.05) and found.low > 0
+    assert (
+        found.high - found.low
+        < 0.1
+        < estimate(made(ours), measure("final"), 1000).high - estimate(made(ours), measure("final"), 1000).low
+    )
+
+
+def test_different_panels_are_refused_unless_told_otherwise(tmp_path):
+    one = write_run(tmp_path / "a-0", experiment="a-0")
+    other = write_run(tmp_path / "b-0", experiment="b-0", panel="f" * 64)
+    with pytest.raises(ComparisonError, match=r"different panels.*aaaa.*ffff.*--any-panel"):
+        load([str(one), str(other)])
+    assert any("different panels" in note for note in load([str(one), str(other)], any_panel=True).notes)
+
+
+def test_different_tasks_of_one_panel_are_refused(tmp_path):
+    one = write_run(tmp_path / "a-0", experiment="a-0", tasks=40)
+    other = write_run(tmp_path / "b-0", experiment="b-0", tasks=30)
+    with pytest.raises(ComparisonError, match="30 of up to 40"):
+        load([str(one), str(other)])
+    assert len(load([str(one), str(other)], any_panel=True).tasks) == 30
+
+
+def test_runs_without_a_record_are_of_an_unknown_panel(tmp_path):
+    for name, value in (("a-0", 0.5), ("b-0", 0.7)):
+        (tmp_path / name).mkdir()
+        line = {"step": 0, "data": {"sdar-val/student/success": value}}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    folders = [str(tmp_path / name) for name in ("a-0", "b-0")]
+    with pytest.raises(ComparisonError, match="unknown"):
+        load(folders)
+    comparison = load(folders, any_panel=True)
+    found = difference(comparison.groups[1], comparison.groups[0], measure("final"))
+    assert found.value == pytest.approx(0.2) and found.within_noise
+    assert any("not paired" in note for note in comparison.notes)
+
+
+def test_runs_of_one_method_with_other_settings_are_refused(tmp_path):
+    one = write_run(tmp_path / "a-0", experiment="a-0")
+    other = write_run(tmp_path / "a-1", experiment="a-1", seed=1, **{"sdar.loss.beta": 9.0})
+    with pytest.raises(ComparisonError, match=r"sdar.loss.beta \(5.0, 9.0\)"):
+        load([str(one), str(other)])
+    assert len(load([str(one), str(other)], any_settings=True).groups[0].runs) == 2
+
+
+def test_methods_that_play_different_games_are_refused(tmp_path):
+    one = write_run(tmp_path / "a-0", experiment="a-0", **{"sdar.env.max_steps": 12})
+    other = write_run(tmp_path / "b-0", experiment="b-0", **{"sdar.env.max_steps": 50})
+    with pytest.raises(ComparisonError, match="do not play the same game"):
+        load([str(one), str(other)])
+
+
+def test_an_unknown_arm_and_an_unknown_baseline_name_the_known(runs, capsys):
+    assert main(["compare", *runs, "--arm", "no"]) == 2
+    assert "['student']" in capsys.readouterr().err
+    assert main(["compare", *runs, "--baseline", "no"]) == 2
+    assert "sdar, grpo" in capsys.readouterr().err
+
+
+def test_the_default_threshold_is_where_the_baseline_ends(runs):
+    comparison = load(runs)
+    assert default_threshold(comparison, "sdar") == pytest.approx(comparison.groups[0].success[:, -1].mean())
+    assert default_threshold(comparison, None) == pytest.approx(comparison.groups[1].success[:, -1].mean())
+
+
+def test_tables_say_which_difference_is_noise(runs):
+    comparison = load(runs)
+    rows = table(comparison, "grpo", 0.5, 200)
+    text = markdown(comparison, rows, 0.5, "grpo")
+    assert "| mean over runs | minus grpo |" in text and "fewer than five runs" in text
+    close = Estimate(0.01, -0.05, 0.07)
+    assert cell(close, measure("final"), runs=3, difference=True) == "+1.0 [-5.0, +7.0] within noise"
+    assert "<td>success at the end</td>" in as_html(comparison, rows, 0.5, "grpo")
+    found = as_json(comparison, rows, 0.5, "grpo")
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["methods"][0]["differences"]["final"]["within_noise"] is False
+
+
+def test_the_command_prints_a_table_and_writes_its_files(runs, tmp_path, capsys):
+    assert main(["compare", *runs, "--baseline", "grpo", "--out", str(tmp_path / "c"), "--draws", "200"]) == 0
+    assert "success at the end" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+        "comparison.html",
+        "comparison.json",
+        "comparison.md",
+    ]
+
+
+@pytest.mark.parametrize("words", [["--draws", "3"], ["--threshold", "1.5"]])
+def test_options_out_of_range_are_named(runs, words, capsys):
+    assert main(["compare", *runs, *words]) == 2
+    assert words[0] in capsys.readouterr().err
+
+
+def test_a_sweep_is_methods_times_seeds_in_folders_of_their_own(tmp_path, capsys):
+    words = ["sweep", "--config-name", "sdar_quickstart", "--methods", "sdar,grpo", "--seeds", "0,3"]
+    assert main([*words, "--out", str(tmp_path), "--dry-run", "trainer.test_freq=5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and len({line.split("default_local_dir=")[1].split()[0] for line in lines}) == 4
+    assert all("trainer.test_freq=5" in line for line in lines)
+    assert "method=grpo" in lines[3] and "sdar.rollout.seed=3" in lines[3]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_sweep_goes_on_after_a_failure_and_does_not_repeat_what_is_finished(tmp_path, monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from sdar_verl.report import sweep_command
+
+    started = []
+
+    def fake(words, **_):
+        started.append(next(word for word in words if word.startswith("trainer.experiment_name")))
+        return SimpleNamespace(returncode=int("a-0" in started[-1]))
+
+    monkeypatch.setattr(sweep_command.subprocess, "run", fake)
+    words = ["sweep", "--config-name", "x", "--methods", "a,b", "--seeds", "0,1", "--out", str(tmp_path)]
+    assert main(words) == 1
+    assert len(started) == 4 and "1 of 4 runs failed" in capsys.readouterr().err
+    assert main(words) == 1
+    assert started[4:] == ["trainer.experiment_name=a-0"]
