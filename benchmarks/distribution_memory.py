@@ -1,18 +1,19 @@
 """Time and peak memory of a divergence in chunks against all tokens at once, forward and backward, on the CPU.
 
-    python benchmarks/distribution_memory.py [--cases 512x8192 512x32768 2048x32768 1024x151936] [--hidden 512]
+    python benchmarks/distribution_memory.py [--cases 512x8192 2048x32768 4096x32768 1024x151936] [--hidden 512]
 
-Every measurement is a process of its own with one thread. Memory is the peak of the resident set above what the process
-held before, as the kernel counts it. "At once" is plain PyTorch with autograd; it starts from the student's logits,
-which verl's engine has anyway and which are not counted, and (over the whole vocabulary) makes the teacher's. "Chunks"
-starts from hidden states and counts everything, the gradient of the head's weights included. Both give reverse KL and
-its gradients. Prints a Markdown table.
+Every measurement is a process of its own with one thread. Time is the CPU's, of the fastest repeat. Memory is the peak
+of the resident set above what the process held before, as the kernel counts it, with an allocator that gives freed
+tensors back at once. "At once" is plain PyTorch with autograd; it starts from the student's logits, which verl's engine
+has anyway and which are not counted, and (over the whole vocabulary) makes the teacher's. "Chunks" starts from hidden
+states and counts everything, the products with the head and the gradient of its weights included. Both give reverse KL
+and its gradients. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import platform
 import subprocess
 import sys
@@ -35,20 +36,23 @@ def resident(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def measure(run: Callable[[], None], repeats: int) -> dict[str, float]:
-    """Peak bytes above the start in the first call, seconds of the fastest."""
+def peak_bytes(run: Callable[[], None]) -> float:
+    """Most bytes above the start during a call."""
     before = resident("VmRSS")
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # the peak starts anew
+    run()
+    return resident("VmHWM") - before
+
+
+def cpu_seconds(run: Callable[[], None], repeats: int) -> float:
+    """Of the fastest call."""
     seconds = []
-    peak = 0
-    for repeat in range(repeats):
-        start = time.perf_counter()
+    for _ in range(repeats):
+        start = time.process_time()
         run()
-        seconds.append(time.perf_counter() - start)
-        if repeat == 0:
-            peak = resident("VmHWM") - before
-    return {"bytes": peak, "seconds": min(seconds)}
+        seconds.append(time.process_time() - start)
+    return min(seconds)
 
 
 def at_once(support: str, tokens: int, vocabulary: int, hidden: int) -> Callable[[], None]:
@@ -109,22 +113,40 @@ def teacher_on_support(
 
 
 def one(arguments: argparse.Namespace) -> None:
-    """One measurement, as JSON."""
+    """One measurement, printed."""
     torch.set_num_threads(1)
     tokens, vocabulary = (int(number) for number in arguments.cases[0].split("x"))
     make = {"at_once": at_once, "in_chunks": in_chunks}[arguments.way]
-    warm = make(arguments.support, 4, 128 + K, 16)
-    warm()  # loads libraries, which are not to be counted
-    print(json.dumps(measure(make(arguments.support, tokens, vocabulary, arguments.hidden), arguments.repeats)))
+    make(arguments.support, 4, 128 + K, 16)()  # loads libraries, which are not to be counted
+    run = make(arguments.support, tokens, vocabulary, arguments.hidden)
+    print(peak_bytes(run) if arguments.quantity == "bytes" else cpu_seconds(run, arguments.repeats))
+
+
+def measured(case: str, support: str, way: str, quantity: str, arguments: argparse.Namespace) -> float:
+    """One measurement in a fresh process."""
+    options = {
+        "--cases": case,
+        "--support": support,
+        "--way": way,
+        "--quantity": quantity,
+        "--hidden": str(arguments.hidden),
+        "--repeats": str(arguments.repeats),
+    }
+    command = [sys.executable, __file__, *(word for option in options.items() for word in option)]
+    env = dict(os.environ)
+    if quantity == "bytes":
+        env["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # tensors above it have pages of their own, freed with them
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
 
 
 def main() -> None:
     """Every case in fresh processes, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["512x8192", "512x32768", "2048x32768", "1024x151936"])
+    parser.add_argument("--cases", nargs="+", default=["512x8192", "2048x32768", "4096x32768", "1024x151936"])
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--way", choices=["at_once", "in_chunks"], help=argparse.SUPPRESS)
+    parser.add_argument("--quantity", choices=["bytes", "seconds"], help=argparse.SUPPRESS)
     parser.add_argument("--support", choices=["full", "top_k"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
@@ -136,22 +158,19 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for case in arguments.cases:
         for support in ("full", "top_k"):
-            options = ["--support", support, "--hidden", str(arguments.hidden), "--repeats", str(arguments.repeats)]
-            got = {}
-            for way in ("at_once", "in_chunks"):
-                command = [sys.executable, __file__, "--cases", case, "--way", way, *options]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
-                got[way] = json.loads(done.stdout)
-            naive, chunked = got["at_once"], got["in_chunks"]
+            got = {
+                (way, quantity): measured(case, support, way, quantity, arguments)
+                for way in ("at_once", "in_chunks")
+                for quantity in ("bytes", "seconds")
+            }
+            memory, seconds = ([got[way, q] for way in ("at_once", "in_chunks")] for q in ("bytes", "seconds"))
             cells = [
                 *case.split("x"),
                 support,
-                f"{naive['bytes'] / 1e6:.0f}",
-                f"{chunked['bytes'] / 1e6:.0f}",
-                f"{chunked['bytes'] / naive['bytes']:.1%}",
-                f"{naive['seconds']:.2f}",
-                f"{chunked['seconds']:.2f}",
-                f"{chunked['seconds'] / naive['seconds']:.2f}",
+                *(f"{number / 1e6:.0f}" for number in memory),
+                f"{memory[1] / memory[0]:.1%}",
+                *(f"{number:.2f}" for number in seconds),
+                f"{seconds[1] / seconds[0]:.2f}",
             ]
             print("| " + " | ".join(cells) + " |", flush=True)
 
