@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from sdar_verl.cli import main
-from sdar_verl.envs.registry import make_env
+from sdar_verl.envs.registry import demonstration_of, make_env
 from sdar_verl.envs.webshop import prepare as module
 from sdar_verl.envs.webshop.goals import count_goals, make_goal, shuffled
 from sdar_verl.panels import read_panel
+from sdar_verl.rollout.actions import match_admissible
 from tests.support.webshop_shop import shop
 
 
@@ -71,18 +72,19 @@ def test_hashes_depend_on_content_and_not_on_place(data, tmp_path):
     assert hashes(tmp_path / "a")["test"] != hashes(tmp_path / "c")["test"]
 
 
-def test_tasks_can_be_played(data, tmp_path):
-    assert prepare("--out", tmp_path / "a", "--data", data, "--test", 4) == 0
+@pytest.mark.parametrize("kind", [(), ("--human-goals",)], ids=["synthetic", "human"])
+def test_demonstrations_earn_the_full_score(data, tmp_path, kind):
+    arguments = ("--data", data, "--split", "released", "--train", 60, "--validation", 1, *kind)
+    assert prepare("--out", tmp_path / "a", *arguments) == 0
     env = make_env("webshop")
-    for task in read_panel(tmp_path / "a" / "test.parquet"):
-        goal = task.data["goal"]
-        env.reset(task)
-        step = env.step(f"search[{goal['title']}]")
-        assert f"click[{goal['asin'].lower()}]" in step.admissible_actions
-        env.step(f"click[{goal['asin']}]")
-        for value in goal["options"].values():
-            env.step(f"click[{value}]")
-        assert env.step("click[buy now]").success
+    for task in read_panel(tmp_path / "a" / "train.parquet"):
+        steps = [env.reset(task)]
+        for action in demonstration_of(task):
+            offered = match_admissible(action, steps[-1].admissible_actions, steps[-1].action_forms)
+            assert offered is not None
+            steps.append(env.step(offered))
+        assert steps[-1].success
+        assert [step.reward for step in steps] == [0.0] * (len(steps) - 1) + [10.0]
 
 
 def test_human_goals(data, tmp_path, capsys):
@@ -118,6 +120,16 @@ def test_a_long_training_list_is_chosen_from(data, tmp_path, monkeypatch, capsys
     assert prepare("--out", tmp_path / "a", "--data", data) == 0
     assert "train holds 50 of" in capsys.readouterr().err
     assert len(read_panel(tmp_path / "a" / "train.parquet")) == 50
+
+
+def test_tasks_that_nobody_can_solve_are_counted(data, tmp_path, capsys):
+    folder = shutil.copytree(data, tmp_path / "data")
+    file = folder / "items_shuffle.json"
+    file.write_text(file.read_text().replace('"Oblong"', '"Rectangular"'))
+    assert prepare("--out", tmp_path / "a", "--data", folder, "--test", 500) == 0
+    never = sum("shape: rectangular" in task.description for task in read_panel(tmp_path / "a" / "test.parquet"))
+    assert never > 0
+    assert f"test: {never} of 500 tasks cannot reach the full score" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from sdar_verl.envs.base import Task
 from sdar_verl.envs.prepared import Prepared, check_counts, finished_panels, versions
 from sdar_verl.envs.webshop.catalogue import CatalogueError, DataFiles, Product, find_data_files, read_products
 from sdar_verl.envs.webshop.generate import CatalogueConfig, generate_catalogue
-from sdar_verl.envs.webshop.goals import Kind, count_goals, make_goal, shuffled
+from sdar_verl.envs.webshop.goals import Goal, Kind, count_goals, make_goal, shuffled
+from sdar_verl.envs.webshop.reward import options_can_count
 from sdar_verl.envs.webshop.store import Catalogue, read_meta, write_catalogue
 from sdar_verl.panels import PANEL_FILE, PanelError, choose, write_panels
 
@@ -107,7 +108,7 @@ def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared
     catalogue = write_catalogue(_counting(read_products(files), source.kind, counts), out / "catalogue")
     panels = _choose(source, catalogue, counts)
     described = write_panels(panels, out, settings, versions(("sdar-verl", "bm25s", "rapidfuzz")))
-    return Prepared(described, made=True, skipped={}, notes=_notes(source, counts))
+    return Prepared(described, made=True, skipped={}, notes=_notes(source, counts, panels))
 
 
 def _counting(products: Iterator[Product], kind: Kind, counts: list[int]) -> Iterator[Product]:
@@ -150,12 +151,20 @@ def _task(source: Source, catalogue: Catalogue, ends: Sequence[int], place: int,
     return Task("webshop", f"{goal.asin}-{within:04d}", goal.category, goal.instruction, data)
 
 
-def _notes(source: Source, counts: Sequence[int]) -> tuple[str, ...]:
+def _notes(source: Source, counts: Sequence[int], panels: Mapping[str, Sequence[Task]]) -> tuple[str, ...]:
+    notes = []
     start, stop = PANELS[source.split]["train"]
     there = len(range(sum(counts))[start:stop])
-    if "train" in source.counts or there <= MAX_TRAIN:
-        return ()
-    return (f"train holds {MAX_TRAIN} of {there} goals; choose another number with --train",)
+    if "train" not in source.counts and there > MAX_TRAIN:
+        notes.append(f"train holds {MAX_TRAIN} of {there} goals; choose another number with --train")
+    for panel, tasks in panels.items():
+        never = sum(not options_can_count(Goal.from_dict(task.data["goal"])) for task in tasks)
+        if never:
+            notes.append(
+                f"{panel}: {never} of {len(tasks)} tasks cannot reach the full score, whatever is bought: WebShop's "
+                "reward takes a part of an option for a colour"
+            )
+    return tuple(notes)
 
 
 def _all(files: DataFiles) -> list[Path]:

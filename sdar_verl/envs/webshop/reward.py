@@ -62,6 +62,16 @@ def score_purchase(product: Product, goal: Goal, price: float, options: Mapping[
     return Reward(total, type_, attributes, chosen, affordable, title)
 
 
+def options_can_count(goal: Goal) -> bool:
+    """Whether choosing the goal's very options satisfies it.
+
+    In WebShop it may not: a chosen ``rectangular`` is taken for the colour ``tan``, while of a named option the goal
+    keeps ``('shape', 'rectangular')``.
+    """
+    values = tuple(goal.options.values()) if isinstance(goal.options, Mapping) else goal.options
+    return count_options(values, goal.option_texts) == len(goal.options)
+
+
 def type_reward(product: Product, goal: Goal, nouns: Nouns) -> tuple[float, float]:
     """(r_type, title score): is it the kind of product that was asked for?"""
     wanted, bought = nouns(goal.title), nouns(product.title)
