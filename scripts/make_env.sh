@@ -33,7 +33,7 @@ pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$
 echo "installing into $venv (a few minutes the first time) ..."
 # torch first and by its own: asked for by another package, pip may take a build with gigabytes of CUDA.
 "${pip[@]}" torch
-cuda="$("$venv/bin/python" -c 'import torch; print(torch.version.cuda or "")')"
+cuda="$("$venv/bin/python" -c 'import torch; print(torch.version.cuda or "")' 2> /dev/null)"
 if [ -n "$cuda" ] && ! command -v nvidia-smi > /dev/null; then
   echo "note: this torch is a build for CUDA $cuda and there is no GPU here: it works, but takes gigabytes. A CPU build" \
     "is smaller: see https://pytorch.org/get-started/locally, install it into $venv and run this again" >&2
