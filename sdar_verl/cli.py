@@ -19,6 +19,7 @@ _COMMANDS = (
     "sdar_verl.report.command",
     "sdar_verl.report.compare_command",
     "sdar_verl.report.sweep_command",
+    "sdar_verl.skills.command",
 )
 
 

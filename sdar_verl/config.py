@@ -180,11 +180,27 @@ class ContextConfig(_Node):
 class SkillsConfig(_Node):
     """A skill bank and the rules that pick from it."""
 
-    bank: str = Field("alfworld", min_length=1, description="name of a shipped bank or a folder of <name>/SKILL.md")
+    bank: str = Field(
+        "alfworld",
+        min_length=1,
+        description="name of a shipped bank, or a path: folder of <name>/SKILL.md, skill_mapping.json, SkillRL's JSON",
+    )
+    task_types: dict[str, list[str]] = Field(
+        default_factory=dict, description="the bank's name of a task type -> the environment's, several or none"
+    )
     retrieval: list[str] = Field(
         default_factory=lambda: ["keyword", "task_type"],
         min_length=1,
         description="registered retrieval rules, applied in order without duplicates",
+    )
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="rule -> its keyword arguments, for rules named in retrieval (docs/skills.md)"
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of one task's skills: what comes last is left out, whole skills at a time, and counted in "
+        "sdar/skills_dropped_share; null: no limit",
     )
     seed: int = Field(0, ge=0, description="for rules that draw, such as random")
 

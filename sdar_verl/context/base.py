@@ -16,11 +16,13 @@ class Passage:
         text: the text; empty when there is none.
         skills: names of the skills in it, in order; empty for other contexts.
         no_match: skills were asked for, but none is this task's own.
+        dropped: skills that were found, but left out to keep within ``sdar.skills.max_tokens``.
     """
 
     text: str
     skills: tuple[str, ...] = ()
     no_match: bool = False
+    dropped: int = 0
 
 
 @dataclass(frozen=True)

@@ -119,4 +119,5 @@ def join(passages: Sequence[Passage]) -> Passage:
         text="\n\n".join(passage.text for passage in passages if passage.text),
         skills=tuple(name for passage in passages for name in passage.skills),
         no_match=any(passage.no_match for passage in passages),
+        dropped=sum(passage.dropped for passage in passages),
     )

@@ -66,6 +66,12 @@ class TextEnv(ABC):
     """True when *different* environments of one process may be stepped at the same time, from different threads: for
     those that wait for a server most of the time."""
 
+    task_types: ClassVar[tuple[str, ...]] = ()
+    """Its categories of tasks; empty when they depend on the data. A skill bank that names others is refused."""
+
+    task_type_aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """What skill banks of others call them."""
+
     @property
     def longest_step_s(self) -> float:
         """Seconds that a step or a reset may take by the environment's own time limits (0: it has none); those of the

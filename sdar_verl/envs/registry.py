@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import util
 from typing import Any, TypeVar
@@ -96,6 +96,17 @@ def demonstration_of(task: Task) -> list[str]:
         return [stored] if isinstance(stored, str) else [str(action) for action in stored]
     expert = getattr(_factory(task.env), "demonstration", None)
     return list(expert(task)) if expert is not None else []
+
+
+def task_types_of(name: str) -> tuple[tuple[str, ...], Mapping[str, tuple[str, ...]]]:
+    """The environment's task types and other names for them; both empty where they depend on its data.
+
+    Raises:
+        ValueError: unknown environment.
+        ImportError: as :func:`make_env`.
+    """
+    factory = _factory(name)
+    return tuple(getattr(factory, "task_types", ())), dict(getattr(factory, "task_type_aliases", {}))
 
 
 def check_env(name: str, options: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
 from sdar_verl.rollout.outputs import Episode, OutputMaker, Turn
 from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnContext
 from sdar_verl.rollout.prompts import PromptTemplateError
-from sdar_verl.rollout.rows import EpisodeNote, RowInfo, turn_text
+from sdar_verl.rollout.rows import EVIDENCE_COLUMN, EpisodeNote, RowInfo, turn_text
 from sdar_verl.rollout.runtime import Runtime, get_runtime
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
 from sdar_verl.skills.retrieval import RetrievalError
@@ -102,7 +102,9 @@ class SdarAgentLoop(AgentLoopBase):
         failure = ""
         for attempt in (1, 2):
             try:
-                episode = await self._play(runtime, task, arm, sampling_params, seed_parts, traced)
+                episode = await self._play(
+                    runtime, task, arm, sampling_params, seed_parts, traced, kwargs.get(EVIDENCE_COLUMN)
+                )
                 break
             except EnvProcessError as error:
                 logger.warning("task %s, attempt %d: %s", task.task_id, attempt, error)
@@ -123,9 +125,10 @@ class SdarAgentLoop(AgentLoopBase):
         sampling_params: dict[str, Any],
         seed_parts: tuple[Any, ...],
         traced: bool,
+        evidence: str | None,
     ) -> Episode:
         settings = runtime.sdar
-        texts = self._texts(runtime, task, arm)
+        texts = self._texts(runtime, task, arm, evidence)
         note = EpisodeNote(asdict(task), passages={name: asdict(passage) for name, passage in texts.passages.items()})
         episode = Episode()
         history: list[tuple[str, str | None]] = []
@@ -208,14 +211,14 @@ class SdarAgentLoop(AgentLoopBase):
         return ids if used + runtime.max_answer_length <= runtime.max_response_length else []
 
     @staticmethod
-    def _texts(runtime: Runtime, task: Task, arm: ValidationArm | None) -> _Texts:
-        contexts, settings, request = runtime.contexts, runtime.sdar, runtime.request(task)
+    def _texts(runtime: Runtime, task: Task, arm: ValidationArm | None, evidence: str | None) -> _Texts:
+        contexts, settings, request = runtime.contexts, runtime.sdar, runtime.request(task, evidence)
         shows = settings.context.student if arm is None else arm.context
         if shows == "teacher":
             found = contexts.passage(request, contexts.early_passages(request))
             seen = contexts.controlled(found, task.task_id)
             return _Texts(seen.text if seen is not None else "", found=found)
-        found = runtime.skills(task) if shows == "skills" else NO_TEXT
+        found = runtime.skills(task, evidence) if shows == "skills" else NO_TEXT
         texts = _Texts(found.text, found=found)
         if arm is not None or settings.teacher.source == "none":
             return texts
@@ -234,6 +237,7 @@ class SdarAgentLoop(AgentLoopBase):
             admissible_actions=shown.admissible_actions if texts.late else (),
             skills=texts.found.skills,
             no_match=texts.found.no_match,
+            skills_dropped=texts.found.dropped,
             prompt_tokens=prompt_tokens,
             history_dropped=dropped,
         )

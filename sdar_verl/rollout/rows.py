@@ -13,6 +13,9 @@ from sdar_verl.envs.base import Task
 ROW_KEY = "sdar"
 """Key of the row's record inside verl's ``extra_fields``."""
 
+EVIDENCE_COLUMN = "sdar_evidence"
+"""Column of a prompt: what retrieval may know of earlier steps, as JSON; only with rules that learn."""
+
 
 def turn_text(
     task: Task, context: str, observation: str, action: str | None, result: str, reward: float
@@ -96,6 +99,7 @@ class RowInfo:
         episode: on the first row of an episode, None on the others.
         skills: names of the skills in the context, in order.
         no_match: retrieval found no skill of this task's own.
+        skills_dropped: skills that were found, but left out to keep within ``sdar.skills.max_tokens``.
         context_missing: the teacher has no say because its late context does not exist (no sibling succeeded, say).
         prompt_tokens: tokens of the student's prompt.
         teacher_prompt_ids: token ids of the teacher's prompt; None when the teacher has no say on this row.
@@ -123,6 +127,7 @@ class RowInfo:
     episode: EpisodeNote | None = None
     skills: tuple[str, ...] = ()
     no_match: bool = False
+    skills_dropped: int = 0
     context_missing: bool = False
     prompt_tokens: int = 0
     teacher_prompt_ids: np.ndarray | None = None

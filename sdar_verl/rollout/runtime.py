@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import cached_property
 from typing import Any
 
@@ -16,8 +17,9 @@ from sdar_verl.envs.pool import EnvPool
 from sdar_verl.modules import import_modules
 from sdar_verl.rollout.prompt_builder import PromptBuilder
 from sdar_verl.rollout.prompts import PromptTemplate, special_tokens_of
-from sdar_verl.skills.bank import SkillBank
-from sdar_verl.skills.retrieval import render_skills, retrieve
+from sdar_verl.skills.loading import load_run_bank
+from sdar_verl.skills.retrieval import fit_budget, render_skills, retrieve
+from sdar_verl.skills.ucb import Evidence
 
 
 class Runtime:
@@ -30,7 +32,7 @@ class Runtime:
         self.max_response_length = int(config.data.max_response_length)
         self.whole = self.sdar.rollout.rows == "trajectory"
         self.max_answer_length = (self.sdar.rollout.turn_length if self.whole else None) or self.max_response_length
-        self._bank = SkillBank.load(self.sdar.skills.bank)
+        self._bank = load_run_bank(self.sdar.skills, self.sdar.env.name)
         self.prompts = make_prompts(config, self.sdar, tokenizer)
         self.contexts = ContextBuilder(self.sdar.context, tokenizer)
 
@@ -48,14 +50,18 @@ class Runtime:
             env_modules=self.sdar.all_modules,
         )
 
-    def skills(self, task: Task) -> Passage:
-        """The skills that retrieval finds for ``task``."""
-        found = retrieve(self._bank, task, self.sdar.skills.retrieval, seed=self.sdar.skills.seed)
-        return Passage(render_skills(found.skills), found.names, found.no_match)
+    def skills(self, task: Task, evidence: str | None = None) -> Passage:
+        """The skills that retrieval finds for ``task``; ``evidence`` is the prompt's column for rules that learn."""
+        settings = self.sdar.skills
+        known = Evidence.from_dict(json.loads(evidence)) if evidence else None
+        found = retrieve(self._bank, task, settings.retrieval, settings.seed, settings.options, known)
+        if settings.max_tokens is not None:
+            found = fit_budget(found, settings.max_tokens, self.contexts.count_tokens)
+        return Passage(render_skills(found.skills), found.names, found.no_match, len(found.dropped))
 
-    def request(self, task: Task) -> ContextRequest:
+    def request(self, task: Task, evidence: str | None = None) -> ContextRequest:
         """What a context may read before the episode begins."""
-        return ContextRequest(task, seed=self.sdar.context.seed, skills=lambda: self.skills(task))
+        return ContextRequest(task, seed=self.sdar.context.seed, skills=lambda: self.skills(task, evidence))
 
     def arm(self, name: str) -> ValidationArm:
         """The validation arm called ``name``."""

@@ -15,7 +15,9 @@ from sdar_verl.modules import import_modules
 from sdar_verl.panels import LOCATIONS, PanelError, read_panel
 from sdar_verl.training.checks_context import context_faults
 from sdar_verl.training.checks_loss import loss_faults
+from sdar_verl.training.checks_skills import skill_faults
 from sdar_verl.training.checks_teacher import teacher_faults
+from sdar_verl.training.panel_tasks import panel_files
 
 VERL_TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 RELEASED_METHODS = ("grpo", "skill_grpo", "skill_prompt", "opsd", "grpo_opsd", "skill_sd", "rlsd", "sdar")
@@ -39,8 +41,6 @@ def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
     from sdar_verl.context.registry import ContextError, check_contexts
     from sdar_verl.envs.registry import check_env
     from sdar_verl.rollout.prompts import PromptTemplate
-    from sdar_verl.skills.bank import SkillBank
-    from sdar_verl.skills.retrieval import check_rules
 
     try:
         import_modules(sdar.all_modules)
@@ -50,8 +50,6 @@ def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
         "sdar.env": lambda: check_env(sdar.env.name, sdar.env.options),
         "sdar.prompt.template": lambda: PromptTemplate.load(sdar.prompt.template).check_rows(sdar.rollout.rows),
         "sdar.context.sources": lambda: check_contexts(sdar.context.sources, sdar.context.options),
-        "sdar.skills.bank": lambda: SkillBank.load(sdar.skills.bank),
-        "sdar.skills.retrieval": lambda: check_rules(sdar.skills.retrieval),
     }
     faults = []
     for option, attempt in attempts.items():
@@ -267,13 +265,6 @@ def _variant(config: DictConfig, sdar: SdarConfig) -> list[str]:
     ]
 
 
-def panel_files(config: DictConfig, option: str) -> list[str]:
-    """The local files of ``data.train_files`` or ``data.val_files``; remote ones (``hdfs://``) are verl's to fetch."""
-    files = config.data[option]
-    listed = [files] if isinstance(files, str) else list(files or [""])
-    return [str(file) for file in listed if "://" not in str(file)]
-
-
 _CHECKS: tuple[Any, ...] = (
     _names,
     _actions,
@@ -281,6 +272,7 @@ _CHECKS: tuple[Any, ...] = (
     _modes,
     teacher_faults,
     _rows,
+    skill_faults,
     context_faults,
     _batches,
     _engine,

@@ -48,6 +48,7 @@ def row_metrics(keys: Sequence[str], infos: Sequence[RowInfo | None]) -> dict[st
         "sdar/context_share": len(seen) / len(played),
         "sdar/truncated_share": _share(info.truncated for info in played),
         "sdar/no_match_share": _share(info.no_match for info in played),
+        "sdar/skills_dropped_share": _share(info.skills_dropped > 0 for info in played),
         "sdar/context_missing_share": _share(info.context_missing for info in played),
     }
     if any(info.turns for info in played):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tensordict import TensorDict
     from transfer_queue import KVBatchMeta
 
+    from sdar_verl.training.validation import ArmDataset
+
 STATE_FILE = "sdar_state.json"
 
 
@@ -64,6 +66,12 @@ class TrainerPart:
     name: ClassVar[str]
     """Key of the part's state in a checkpoint; unique among parts."""
 
+    def on_prompts(self, step: int, prompts: TensorDict) -> None:
+        """Called with the step's prompts before their episodes begin; may add columns, which the agent loop gets."""
+
+    def on_validation(self, panel: ArmDataset) -> None:
+        """Called before a validation; may set ``panel.columns``, which the agent loop gets."""
+
     def on_rows(self, rows: StepRows) -> None:
         """Called when the step's episodes are played, before any log-prob is computed; may change ``rows.infos``."""
 
@@ -96,9 +104,12 @@ def make_parts(settings: SdarConfig, config: Any) -> list[TrainerPart]:
     """
     from sdar_verl.training.distillation import Distillation
     from sdar_verl.training.record import RunRecord
+    from sdar_verl.training.skill_statistics import SkillStatistics, learns
     from sdar_verl.training.warnings import RunWarnings
 
     parts: list[TrainerPart] = []
+    if learns(settings):
+        parts.append(SkillStatistics(settings))
     if settings.teacher.source != "none":
         parts.append(Distillation(settings, config))
     record = RunRecord(settings, config)

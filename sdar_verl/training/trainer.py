@@ -32,12 +32,13 @@ from sdar_verl.modules import Importing
 from sdar_verl.panels import panel_digest
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.advantage import AdvantageRows, advantage_rows
-from sdar_verl.training.checks import check_run, panel_files
+from sdar_verl.training.checks import check_run
 from sdar_verl.training.distributions import StepRequests, distribution_loss, step_requests
 from sdar_verl.training.head_requests import asked
 from sdar_verl.training.late_context import LateContexts, late_contexts
 from sdar_verl.training.live import step_line, validation_line
 from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
+from sdar_verl.training.panel_tasks import panel_files
 from sdar_verl.training.parts import StepRows, load_parts, make_parts, save_parts
 from sdar_verl.training.resume import claim_checkpoints, resumed_folder
 from sdar_verl.training.teacher import PrivilegedTeacher
@@ -132,6 +133,8 @@ class SdarTrainer(PPOTrainerSync):
         self._prompts_submitted += len(batch)
         uids = [f"s{self.global_steps:08d}p{first + i:08d}" for i in range(len(batch))]
         tu.assign_non_tensor_stack(batch, "uid", uids)
+        for part in self.parts:
+            part.on_prompts(self.global_steps, batch)
         return batch
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
@@ -214,6 +217,12 @@ class SdarTrainer(PPOTrainerSync):
         return batch
 
     # ---------------------------------------------------------------- validation
+
+    def on_validate_begin(self) -> None:
+        """verl's hook, before the panel is read."""
+        super().on_validate_begin()
+        for part in self.parts:
+            part.on_validation(self.val_dataset)
 
     def _val_metrics_update(
         self,

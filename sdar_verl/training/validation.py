@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -17,11 +17,15 @@ class ArmDataset(Dataset):
     Args:
         panel: verl's validation data set.
         arms: the ``sdar.validation.arms`` node.
+
+    Attributes:
+        columns: row -> further columns of it; trainer parts may set it before a validation.
     """
 
     def __init__(self, panel: Dataset, arms: Mapping[str, ValidationArm]):
         self._panel = panel
         self._arms = list(arms)
+        self.columns: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_columns
 
     def __len__(self) -> int:
         return len(self._panel) * len(self._arms)  # type: ignore[arg-type]
@@ -36,7 +40,11 @@ class ArmDataset(Dataset):
         arm = self._arms[arm_index]
         row["data_source"] = f"{row['data_source']}/{arm}"
         row["sdar_arm"] = arm
-        return row
+        return {**row, **self.columns(row)}
+
+
+def _no_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
 
 
 def expected_episodes(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:

@@ -24,9 +24,11 @@ from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
 from sdar_verl.rollout.rows import RowInfo, TurnNote
+from sdar_verl.skills.ucb import TypeStatistics
 from sdar_verl.training import warnings
 from sdar_verl.training.fields import NORM_PREFIX, SUMS_PREFIX
 from sdar_verl.training.metrics import gap_metrics, reduce_loss_sums, row_metrics
+from sdar_verl.training.skill_statistics import statistics_metrics
 from sdar_verl.training.teacher import teacher_metrics
 from sdar_verl.training.trackers import HISTOGRAMS
 from sdar_verl.training.validation import arm_metrics
@@ -75,6 +77,7 @@ def emitted_metrics() -> set[str]:
     names |= set(gap_metrics(three, one, one, ["e"] * 3, [0, 1, 2], three, three))
     names |= set(teacher_metrics(0.0, 0))
     names |= {*HISTOGRAMS, *(f"sdar/warnings/{name}" for name in warnings.NAMES)}
+    names |= set(statistics_metrics({"<task type>": TypeStatistics()}))
     return names | {name for source in SOURCES for name in constants(source)}
 
 

@@ -115,12 +115,15 @@ def env(request) -> str:
     return request.param
 
 
+TASK_TYPES = {"alfworld": "pick_and_place_simple", "search": "nq", "webshop": "fashion"}
+
+
 @pytest.fixture(scope="module")
 def panels(env, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("panels")
     files = {"train_files": folder / "train.parquet", "val_files": folder / "validation.parquet"}
     for file in files.values():
-        tasks = [Task(env, f"task-{i:03d}", "a type", "do something") for i in range(128)]
+        tasks = [Task(env, f"task-{i:03d}", TASK_TYPES[env], "do something") for i in range(128)]
         write_panel(tasks, file, file.stem)
     overrides = [f"data.{option}={file}" for option, file in files.items()]
     if env == "search":

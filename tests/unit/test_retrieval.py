@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdar_verl.envs.base import Task
-from sdar_verl.skills import retrieval
+from sdar_verl.skills import registry
 from sdar_verl.skills.bank import Skill, SkillBank
 from sdar_verl.skills.retrieval import (
     RetrievalError,
@@ -129,12 +129,12 @@ def test_unknown_rules_list_the_known_ones() -> None:
 
 
 def test_a_new_rule_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieval, "_RETRIEVERS", dict(retrieval._RETRIEVERS))
+    monkeypatch.setattr(registry, "_rules", dict(registry._rules))
     register_retriever("last")(lambda bank, task, seed: list(bank)[-1:])
     assert "last" in retriever_names()
     assert retrieve(BANK, task(), "last").names == ("recipe-place",)
     with pytest.raises(RetrievalError, match="'full' is registered already"):
-        register_retriever("full")
+        register_retriever("full")(lambda bank, task, seed: [])
 
 
 def test_render_skills() -> None:

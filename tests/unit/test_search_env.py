@@ -253,6 +253,7 @@ def test_an_episode_of_the_agent_loop_is_searched_answered_and_paid(corpus, tmp_
         max_response_length=100,
         prompt__template="search",
         prompt__history_length=4,
+        env__name="search",
         skills__bank="search",
         teacher__max_prompt_length=16384,
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sdar_verl.envs.alfworld.games import read_walkthrough
+from sdar_verl.envs.alfworld.spec import TASK_TYPE_ALIASES, TASK_TYPES
 from sdar_verl.envs.base import Step, Task, TextEnv
 from sdar_verl.envs.registry import register_env
 
@@ -31,6 +32,9 @@ class AlfworldEnv(TextEnv):
     Raises:
         ValueError: an option has a wrong type.
     """
+
+    task_types: ClassVar[tuple[str, ...]] = TASK_TYPES
+    task_type_aliases: ClassVar[Mapping[str, tuple[str, ...]]] = TASK_TYPE_ALIASES
 
     def __init__(
         self, hide_actions: Sequence[str] = ("help",), success_reward: float = 10.0, speedups: bool = True

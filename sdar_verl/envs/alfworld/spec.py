@@ -21,6 +21,14 @@ TASK_TYPES = (
     "pick_cool_then_place_in_recep",
     "pick_two_obj_and_place",
 )
+#: What the skill banks of SDAR's released code and of SkillRL call them.
+TASK_TYPE_ALIASES = {
+    "pick_and_place": ("pick_and_place_simple", "pick_two_obj_and_place"),
+    "clean": ("pick_clean_then_place_in_recep",),
+    "heat": ("pick_heat_then_place_in_recep",),
+    "cool": ("pick_cool_then_place_in_recep",),
+    "examine": ("look_at_obj_in_light",),
+}
 SPLITS = ("train", "valid_seen", "valid_unseen")
 
 #: What a task does to the object on its way, the appliance that does it, ALFRED's name for the property it needs.

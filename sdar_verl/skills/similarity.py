@@ -1,0 +1,104 @@
+"""The rule ``embedding``: the skills whose text is most like the task's description."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from importlib import util
+
+from sdar_verl.envs.base import Task
+from sdar_verl.skills.bank import SkillBank
+from sdar_verl.skills.registry import RetrievalError, register_retriever
+from sdar_verl.skills.rules import general_skills
+from sdar_verl.skills.skill import Skill
+
+BM25 = "bm25"
+
+Scorer = Callable[[str], Sequence[float]]
+_scorers: dict[tuple[str, str], Scorer] = {}
+_lock = threading.Lock()
+
+
+@register_retriever("embedding")
+def embedding(
+    bank: SkillBank, task: Task, seed: int, *, model: str = BM25, top: int = 3, min_score: float | None = None
+) -> list[Skill]:
+    """The specific skills nearest to the task's description, best first, and the general ones.
+
+    Args:
+        bank: its skills are indexed once per process by name, description, keywords and text.
+        task: its description is read.
+        seed: not used; ties fall by the skills' names.
+        model: ``bm25`` (word overlap, library bm25s), or the name or folder of a sentence-transformers model, whose
+            cosine is the score.
+        top: how many skills.
+        min_score: skills below this score are left out; None leaves out those that share no word (``bm25``), or none
+            (models).
+
+    Raises:
+        RetrievalError: ``top`` below 1, or the library or the model is not there.
+    """
+    if top < 1:
+        raise RetrievalError(f"sdar.skills.options.embedding.top={top}: at least 1")
+    if not bank.specific:
+        return general_skills(bank)
+    scores = _scorer(bank, model)(task.description)
+    ranked = sorted(range(len(scores)), key=lambda index: (-scores[index], bank.specific[index].name))
+    if min_score is not None:
+        ranked = [index for index in ranked if scores[index] >= min_score]
+    elif model == BM25:
+        ranked = [index for index in ranked if scores[index] > 0]
+    return [bank.specific[index] for index in ranked[:top]] + general_skills(bank)
+
+
+def _scorer(bank: SkillBank, model: str) -> Scorer:
+    key = (bank.digest, model)
+    with _lock:
+        if key not in _scorers:
+            texts = [
+                "\n".join([skill.name.replace("-", " "), skill.description, " ".join(skill.keywords), skill.text])
+                for skill in bank.specific
+            ]
+            _scorers[key] = _bm25(texts) if model == BM25 else _sentence_transformer(texts, model)
+        return _scorers[key]
+
+
+def _bm25(texts: Sequence[str]) -> Scorer:
+    _require("bm25s")
+    import bm25s
+
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(list(texts), show_progress=False), show_progress=False)
+
+    def score(query: str) -> Sequence[float]:
+        tokens = bm25s.tokenize([query], return_ids=False, show_progress=False)[0]
+        known = [token for token in tokens if token in index.vocab_dict]
+        return [float(value) for value in index.get_scores(known)] if known else [0.0] * len(texts)
+
+    return score
+
+
+def _sentence_transformer(texts: Sequence[str], model: str) -> Scorer:
+    _require("sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        encoder = SentenceTransformer(model, device="cpu")
+    except Exception as error:  # the library raises what its back-ends raise
+        raise RetrievalError(
+            f"sdar.skills.options.embedding.model={model}: sentence-transformers cannot load it ({error}); give a "
+            f"model's name or folder, or {BM25}"
+        ) from error
+    vectors = encoder.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+
+    def score(query: str) -> Sequence[float]:
+        return [float(value) for value in vectors @ encoder.encode(query, normalize_embeddings=True)]
+
+    return score
+
+
+def _require(module: str) -> None:
+    if util.find_spec(module) is None:
+        raise RetrievalError(
+            f"retrieval rule 'embedding' needs {module}, which is not installed: pip install \"sdar-verl[embedding]\""
+        )
