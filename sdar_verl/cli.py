@@ -20,6 +20,7 @@ _COMMANDS = (
     "sdar_verl.report.compare_command",
     "sdar_verl.report.sweep_command",
     "sdar_verl.skills.command",
+    "sdar_verl.doctor.command",
 )
 
 

@@ -119,7 +119,7 @@ class SkillBank:
             other = "" if types & set(known) else " (not one of its types is known: a bank for another environment?)"
             raise SkillBankError(
                 f"{files[skill.name]}: skill {skill.name!r} has unknown task types {unknown}{other}; the environment "
-                f"has {sorted(known)}. Correct them, or translate them: sdar.skills.task_types={{{unknown[0]}: [...]}}"
+                f"has {sorted(known)}. Correct them, or translate them: +sdar.skills.task_types.{unknown[0]}=[...]"
             )
 
 

@@ -1,0 +1,53 @@
+"""``sdar-verl doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``doctor`` to ``sdar-verl``."""
+    parser = commands.add_parser(
+        "doctor",
+        help="check the installation, and with --config-name a run, before anything is started",
+        description="Green, yellow and red lines, each with a remedy. Exit status 1 when one is red.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--config-name", help="recipe whose run is checked too, e.g. sdar_alfworld")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for the run")
+    parser.add_argument("--no-ray", action="store_true", help="do not ask a Ray worker for the plugin (saves seconds)")
+    parser.add_argument(
+        "--resets",
+        type=int,
+        default=4,
+        metavar="N",
+        help="tasks that are started, to measure prompts (default: 4)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit status 0 without red lines, 1 with."""
+    from sdar_verl.doctor.findings import as_json, as_text, exit_status
+    from sdar_verl.doctor.installation import check_installation
+    from sdar_verl.doctor.machine import look_around
+    from sdar_verl.errors import ConfigError
+
+    if arguments.overrides and not arguments.config_name:
+        raise ConfigError(f"overrides {arguments.overrides} have no effect without --config-name; name the recipe")
+    if arguments.resets < 0:
+        raise ConfigError(f"--resets {arguments.resets}: at least 0")
+    machine = look_around(ray=not arguments.no_ray)
+    findings = check_installation(machine)
+    if arguments.config_name:
+        from sdar_verl.doctor.run_checks import check_config
+
+        findings += check_config(arguments.config_name, arguments.overrides, machine, arguments.resets)
+    if arguments.json:
+        print(json.dumps(as_json(findings), indent=1))
+    else:
+        print(as_text(findings, colour=sys.stdout.isatty()))
+    return exit_status(findings)
