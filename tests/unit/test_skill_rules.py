@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdar_verl.config import SdarConfig, SkillsConfig
+from sdar_verl.compose import compose_config
+from sdar_verl.config import SdarConfig, SkillsConfig, load_config
 from sdar_verl.envs.base import Task
 from sdar_verl.rollout.rows import EVIDENCE_COLUMN, EpisodeNote, RowInfo
 from sdar_verl.skills import registry
@@ -121,9 +122,10 @@ def test_oracle_shows_the_tasks_own_solution() -> None:
     assert "1. open oven\n2. put bread in oven" in found.skills[0].text
 
 
-def test_oracle_names_a_task_without_a_solution() -> None:
-    with pytest.raises(RetrievalError, match="'oracle'"):
-        retrieve(BANK, Task("alfworld", "t", "bake", "bake"), "oracle")
+def test_oracle_without_a_solution_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdar_verl.context.builtin.demonstration_of", lambda task: ())
+    found = retrieve(BANK, task(), "oracle")
+    assert found.skills == () and found.no_match
 
 
 # ---------------------------------------------------------------- BM25
@@ -256,12 +258,11 @@ def step_rows(rewards: dict[str, list[float]], skills: tuple[str, ...], task_typ
     return SimpleNamespace(batch=SimpleNamespace(keys=[*keys, "pad_0_0"]), infos=[*infos, None], metrics={})
 
 
-def test_only_rules_that_learn_bring_the_part() -> None:
+def test_only_rules_that_learn_bring_the_part(tmp_path) -> None:
     assert learns(settings(retrieval=["ucb"])) and not learns(settings(retrieval=["keyword"]))
-    config = SimpleNamespace(actor_rollout_ref=None)
-    none = {"teacher": {"source": "none"}, "loss": {"coef": 0}}
-    parts = make_parts(SdarConfig.model_validate({**none, "skills": {"retrieval": ["ucb"]}}), config)
-    assert [part.name for part in parts] == ["skill_statistics"]
+    folder = f"trainer.default_local_dir={tmp_path}"
+    config = compose_config("sdar_quickstart", [folder, "sdar.skills.retrieval=[keyword,ucb]"])
+    assert make_parts(load_config(config.sdar), config)[0].name == "skill_statistics"
 
 
 def test_a_task_counts_once_with_its_episodes_mean_reward() -> None:
