@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import random
 from pathlib import Path
 
 import pytest
@@ -20,28 +18,26 @@ from sdar_verl.panels import read_panel, write_panel
 from tests.support.tiny_model import make_talkative_model
 from tests.support.verl_run import run_main_ppo
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
-def spellings(action: str, count: int) -> list[str]:
-    """``action`` in ``count`` mixtures of upper and lower case: one token each, so that it is often sampled."""
-    argument = action.split("[")[1]
-    cases = itertools.product(*({letter.lower(), letter.upper()} for letter in argument))
-    ordered = sorted("".join(case) for case in itertools.islice(cases, 4096))
-    return [f"<action>{action.split('[')[0]}[{text}</action>" for text in random.Random(0).sample(ordered, count)]
+def often(action: str, count: int) -> list[str]:
+    """The same action ``count`` times, told apart by blanks behind it: as many tokens, so that it is often sampled."""
+    return [f"<action>{action}</action>{' ' * blanks}" for blanks in range(count)]
 
 
 def test_the_recipe_trains_and_validates_on_the_cpu(tmp_path: Path) -> None:
     data = tmp_path / "data" / "webshop"
     assert main(["prepare", "webshop", "--generate", "--out", str(data)]) == 0
     # Coffee only: a policy of a few hundred phrases can buy that.
-    for panel, count in (("train", 4), ("test", 2)):
+    for panel, count in (("train", 2), ("test", 2)):
         tasks = [task for task in read_panel(data / f"{panel}.parquet") if task.data["goal"]["query"] == "coffee"]
         write_panel(tasks[:count], data / f"{panel}.parquet", panel)
     shop = Catalogue(data / "catalogue")
-    offered = [shop[row].asin.lower() for row in shop.search("coffee")[:10]]
-    phrases = [*spellings("search[coffee]", 30), *spellings("click[buy now]", 60)]
-    phrases += [phrase for asin in offered for phrase in spellings(f"click[{asin}]", 6)]
+    found = [shop[row] for row in shop.search("dark roast ground coffee")[:10]]
+    offered = [product.asin.lower() for product in found if product.query == "coffee"]
+    phrases = [*often("search[dark roast ground coffee]", 600), *often("click[buy now]", 600)]
+    phrases += [phrase for asin in offered for phrase in often(f"click[{asin}]", 60)]
     model = make_talkative_model(tmp_path / "model", phrases)
 
     run = run_main_ppo(
@@ -50,15 +46,16 @@ def test_the_recipe_trains_and_validates_on_the_cpu(tmp_path: Path) -> None:
             "hardware=cpu",
             f"actor_rollout_ref.model.path={model}",
             f"data.val_files={data / 'test.parquet'}",
-            "data.train_batch_size=4",
+            "data.train_batch_size=2",
             "data.max_prompt_length=12288",  # of bytes, here
-            "data.max_response_length=2",
+            "data.max_response_length=1",  # one action
             "sdar.teacher.max_prompt_length=20480",
             "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=65536",
             "actor_rollout_ref.rollout.n=4",
-            "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-            "sdar.update.mini_batch_rows=128",
-            "sdar.env.max_steps=10",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+            "sdar.update.mini_batch_rows=48",
+            "sdar.env.max_steps=6",
+            "sdar.rollout.seed=0",
             "sdar.env.options.graded_reward=True",
             "trainer.total_training_steps=2",
             "trainer.test_freq=2",
@@ -68,13 +65,13 @@ def test_the_recipe_trains_and_validates_on_the_cpu(tmp_path: Path) -> None:
             "trainer.v1.trainer_mode=sdar_recording",
         ],
         config="sdar_webshop",
-        timeout=600,
+        timeout=1200,
         VERL_USE_EXTERNAL_MODULES="sdar_verl.plugin,tests.support.recording",
         SDAR_RECORD=str(tmp_path),
     )
     for step in (1, 2):
         metrics = run.metrics[step]
-        assert (metrics["sdar/episodes"], metrics["sdar/failed_episodes"]) == (16, 0)
+        assert (metrics["sdar/episodes"], metrics["sdar/failed_episodes"]) == (8, 0)
         assert 0 < metrics["sdar/invalid_share"] < 1
         assert metrics["sdar/context_share"] == 1
         assert 0 <= metrics["sdar/success"] <= metrics["sdar/score"] <= 1
@@ -86,12 +83,14 @@ def test_the_recipe_trains_and_validates_on_the_cpu(tmp_path: Path) -> None:
     assert 0 <= validation["sdar-val/student/success"] <= validation["sdar-val/student/score"] <= 1
 
     # What was graded, recorded and rewarded is one number; somebody bought something.
-    record = torch.load(tmp_path / "step_1.pt", weights_only=False)
-    rows = [row for row in zip(record["infos"], record["rm_scores"], record["prompts"], strict=True) if row[0]]
+    rows = []
+    for step in (1, 2):
+        record = torch.load(tmp_path / f"step_{step}.pt", weights_only=False)
+        rows += [row for row in zip(record["infos"], record["rm_scores"], record["prompts"], strict=True) if row[0]]
     assert max(info.score for info, _, _ in rows) > 0
     for info, scores, _ in rows:
         assert scores.sum().item() == pytest.approx(10 * info.score, abs=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(model)
     prompts = [tokenizer.decode(prompt.tolist()) for _, _, prompt in rows]
-    assert any("The page now: Back to Search [SEP] Page 1 (Total results: 50)" in prompt for prompt in prompts)
+    assert any("The page now: Back to Search [SEP] Page 1 (Total results: " in prompt for prompt in prompts)
     assert any("Price: $" in prompt.split("The page now:")[1] for prompt in prompts)
