@@ -189,4 +189,4 @@ def _trained(group: Group, key: str) -> list[list[float]]:
         return []
     steps = sorted(set.intersection(*map(set, columns)))
     values = {step: [column[step] for column in columns] for step in steps}
-    return [[step, sum(v) / len(v), min(v), max(v)] for step, v in values.items()]
+    return [[step, *(float(f"{x:.6g}") for x in (sum(v) / len(v), min(v), max(v)))] for step, v in values.items()]

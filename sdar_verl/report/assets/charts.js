@@ -46,12 +46,21 @@
     x: { label: chart.x, labelAnchor: "center", labelArrow: "none", nice: false, ...integerAxis(chart) },
     y: {
       label: chart.y, labelArrow: "none", grid: true, nice: true,
-      ...(chart.domain ? { domain: chart.domain } : {}),
+      ...(chart.domain ? { domain: chart.domain } : flatDomain(chart)),
       ...(chart.percent ? { tickFormat: (v) => `${Math.round(v * 100)}%` } : {}),
       ...(chart.log ? { type: "log", tickFormat: (v) => logTick(v) } : {}),
       ...(chart.zero ? { zero: true } : {}),
     },
   });
+
+  // A curve that never changes would stretch its rounding errors over the whole height.
+  function flatDomain(chart) {
+    const ys = (chart.series ?? []).flatMap((one) => one.points.flatMap((p) => p.slice(1)));
+    const [low, high] = [Math.min(...ys), Math.max(...ys)];
+    if (!ys.length || chart.zero || chart.log || high - low > 1e-6 * Math.max(1e-3, Math.abs(high))) return {};
+    const room = Math.max(0.01, Math.abs(high) / 10);
+    return { domain: [low - room, high + room] };
+  }
 
   function logTick(value) {
     const power = Math.log10(value);
