@@ -25,7 +25,7 @@ import torch
 from sdar_verl.algorithm.divergence_rows import FullDivergence, TopKDivergence
 from sdar_verl.algorithm.divergences import on_support, top_k_ids
 from sdar_verl.algorithm.head_chunks import RowFunction, chunk_logits, map_logits
-from sdar_verl.training.distributions import CHUNK_TOKENS
+from sdar_verl.training.head.distributions import CHUNK_TOKENS
 
 K = 100
 

@@ -15,7 +15,7 @@ from sdar_verl.envs.base import Task
 from sdar_verl.envs.registry import make_env
 from sdar_verl.rollout.prompt_builder import TurnContext
 from sdar_verl.rollout.runtime import Runtime
-from sdar_verl.training.checks_skills import spread
+from sdar_verl.training.checks.skills import spread
 from sdar_verl.training.panel_tasks import panel_tasks
 
 MAX_TASKS = 1000

@@ -16,7 +16,7 @@ from sdar_verl.doctor.findings import Finding
 from sdar_verl.doctor.machine import Machine
 from sdar_verl.doctor.prompts import check_prompts
 from sdar_verl.errors import ConfigError
-from sdar_verl.training.checks import check_run
+from sdar_verl.training.checks.run import check_run
 from sdar_verl.training.panel_tasks import panel_files, panel_tasks
 
 

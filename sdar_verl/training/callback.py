@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from sdar_verl.config import load_config
 from sdar_verl.errors import ConfigError
-from sdar_verl.training.checks import check_run
+from sdar_verl.training.checks.run import check_run
 
 
 class CheckBeforeStart(Callback):

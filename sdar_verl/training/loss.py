@@ -20,7 +20,6 @@ from sdar_verl.algorithm.loss import DistillationTerms, distillation_terms
 from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.config import LossConfig
 from sdar_verl.errors import ConfigError
-from sdar_verl.training.distributions import column_sums, divergence_signal
 from sdar_verl.training.fields import (
     GAP_POOLED,
     GAP_SHIFT,
@@ -31,6 +30,7 @@ from sdar_verl.training.fields import (
     TEACHER_MASK,
     StepValues,
 )
+from sdar_verl.training.head.distributions import column_sums, divergence_signal
 
 _STATISTICS = (GAP_SHIFT, GAP_POOLED, LOSS_SCALE)
 

@@ -13,8 +13,8 @@ from sdar_verl.algorithm.gap import episode_means, row_turns
 from sdar_verl.algorithm.schedules import GRAD_SHARE, GRAD_SHARE_WEIGHTS
 from sdar_verl.algorithm.stats import finalize_stats
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.training.distributions import column_means
 from sdar_verl.training.fields import NORM_PREFIX, SUMS_PREFIX
+from sdar_verl.training.head.distributions import column_means
 
 
 def row_metrics(keys: Sequence[str], infos: Sequence[RowInfo | None]) -> dict[str, float]:

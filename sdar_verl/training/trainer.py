@@ -32,16 +32,17 @@ from sdar_verl.modules import Importing
 from sdar_verl.panels import panel_digest
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.advantage import AdvantageRows, advantage_rows
-from sdar_verl.training.checks import check_run
-from sdar_verl.training.distributions import StepRequests, distribution_loss, step_requests
-from sdar_verl.training.head_requests import asked
+from sdar_verl.training.checks.run import check_run
+from sdar_verl.training.head.distributions import StepRequests, distribution_loss, step_requests
+from sdar_verl.training.head.requests import asked
 from sdar_verl.training.late_context import LateContexts, late_contexts
 from sdar_verl.training.live import step_line, validation_line
 from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
 from sdar_verl.training.panel_tasks import panel_files
-from sdar_verl.training.parts import StepRows, load_parts, make_parts, save_parts
+from sdar_verl.training.parts.assemble import make_parts
+from sdar_verl.training.parts.base import StepRows, load_parts, save_parts
 from sdar_verl.training.resume import claim_checkpoints, resumed_folder
-from sdar_verl.training.teacher import PrivilegedTeacher
+from sdar_verl.training.teacher.privileged import PrivilegedTeacher
 from sdar_verl.training.validation import ArmDataset, arm_metrics, expected_episodes
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 from sdar_verl.config import LossConfig
 from sdar_verl.training.fields import NORM_PREFIX, STEP_VALUES, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
-from sdar_verl.training.teacher_rows import nested
+from sdar_verl.training.teacher.rows import nested
 from tests.integration.test_teacher_worker import TEMPERATURE, batch, worker_config
 from tests.support.tiny_model import make_tiny_model
 
@@ -61,7 +61,7 @@ def run(rank: int, folder: str, port: int, ranks: int, measure: bool) -> None:
     from verl.utils.config import omega_conf_to_dataclass
 
     from sdar_verl.training.loss import sdar_loss
-    from sdar_verl.training.worker import TeacherWorker
+    from sdar_verl.training.teacher.worker import TeacherWorker
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "VERL_PLATFORM": "cpu", "RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(ranks)}

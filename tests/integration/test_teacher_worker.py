@@ -19,8 +19,8 @@ from sdar_verl.training.fields import (
     TEACHER_NODE,
     TEACHER_PROMPTS,
 )
-from sdar_verl.training.head_requests import HEAD_REQUEST, SUPPORT_IDS, SUPPORT_LOG_PROBS, HeadRequest
-from sdar_verl.training.teacher_rows import nested, teacher_row
+from sdar_verl.training.head.requests import HEAD_REQUEST, SUPPORT_IDS, SUPPORT_LOG_PROBS, HeadRequest
+from sdar_verl.training.teacher.rows import nested, teacher_row
 from tests.support.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.integration
@@ -121,7 +121,7 @@ def weights(worker: Any) -> dict[str, torch.Tensor]:
 
 
 def make_worker(model: str, adapter: int = 0, role: str = "actor", **teacher: Any) -> Any:
-    from sdar_verl.training.worker import TeacherWorker
+    from sdar_verl.training.teacher.worker import TeacherWorker
 
     worker = TeacherWorker(worker_config(model, adapter, **teacher), role)
     worker.init_model()
@@ -131,7 +131,7 @@ def make_worker(model: str, adapter: int = 0, role: str = "actor", **teacher: An
 
 def follow(model: str, folder: Path, rank: int, **teacher: Any) -> dict[str, Any]:
     """Teacher passes around two steps, a checkpoint, and a worker that goes on from it."""
-    from sdar_verl.training.teacher_weights import trainable_shards
+    from sdar_verl.training.teacher.weights import trainable_shards
 
     worker = make_worker(model, **teacher)
     out: dict[str, Any] = {"passes": [ask(worker, rank)], "weights": [weights(worker)], "untouched": []}

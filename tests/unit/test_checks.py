@@ -16,7 +16,7 @@ from sdar_verl.envs import registry
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import write_panel
-from sdar_verl.training.checks import check_run
+from sdar_verl.training.checks.run import check_run
 from tests.support.tiny_model import make_tiny_model
 
 

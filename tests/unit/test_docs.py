@@ -25,12 +25,12 @@ from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
 from sdar_verl.rollout.rows import RowInfo, TurnNote
 from sdar_verl.skills.ucb import TypeStatistics
-from sdar_verl.training import warnings
 from sdar_verl.training.fields import NORM_PREFIX, SUMS_PREFIX
 from sdar_verl.training.metrics import gap_metrics, reduce_loss_sums, row_metrics
-from sdar_verl.training.skill_statistics import statistics_metrics
-from sdar_verl.training.teacher import teacher_metrics
-from sdar_verl.training.trackers import HISTOGRAMS
+from sdar_verl.training.parts import warnings
+from sdar_verl.training.parts.skill_statistics import statistics_metrics
+from sdar_verl.training.parts.trackers import HISTOGRAMS
+from sdar_verl.training.teacher.privileged import teacher_metrics
 from sdar_verl.training.validation import arm_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ DOCUMENTS = [
     *sorted(path.relative_to(ROOT) for folder in ("docs", "recipes") for path in (ROOT / folder).rglob("*.md")),
     Path("CHANGELOG.md"),
 ]
-SOURCES = [ROOT / "sdar_verl" / "training" / name for name in ("trainer.py", "distillation.py")]
+SOURCES = [ROOT / "sdar_verl" / "training" / name for name in ("trainer.py", "parts/distillation.py")]
 METRIC = re.compile(r"`(sdar(?:-val)?/[^`]+|timing_s/teacher)`")
 SETTING = re.compile(r"(?:sdar|actor_rollout_ref|data|trainer|algorithm)(?:\.\w+)+(?:=\S+)?|(?:model|hardware)=\S+")
 

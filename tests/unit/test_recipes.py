@@ -18,7 +18,7 @@ from sdar_verl.config import load_config
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import write_panel
-from sdar_verl.training.checks import check_run
+from sdar_verl.training.checks.run import check_run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted(RECIPES.glob("*/run_*.sh"))

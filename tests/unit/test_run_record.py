@@ -14,8 +14,8 @@ from sdar_verl.config import LossConfig, load_config
 from sdar_verl.panels import PanelError
 from sdar_verl.report import layout
 from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
-from sdar_verl.training.record import RunRecord, plain, write_outcomes
-from sdar_verl.training.step_tokens import gaps_and_gates
+from sdar_verl.training.parts.record import RunRecord, plain, write_outcomes
+from sdar_verl.training.parts.step_tokens import gaps_and_gates
 from tests.support.toy_panel import write_toy_panels
 
 

@@ -183,7 +183,7 @@ def recipe(corpus, tmp_path):
     from hydra import compose, initialize_config_module
 
     from sdar_verl.config import load_config
-    from sdar_verl.training.checks import check_run
+    from sdar_verl.training.checks.run import check_run
 
     write_panel([replace(TASK, task_id=f"t{i:03d}") for i in range(128)], tmp_path / "panel.parquet", "train")
     panel = f"[{tmp_path / 'panel.parquet'}]"

@@ -19,8 +19,8 @@ from sdar_verl.skills import registry
 from sdar_verl.skills.bank import Skill, SkillBank
 from sdar_verl.skills.retrieval import RetrievalError, check_rules, fit_budget, register_retriever, retrieve
 from sdar_verl.skills.ucb import Evidence, TypeStatistics
-from sdar_verl.training.parts import make_parts
-from sdar_verl.training.skill_statistics import SkillStatistics, learns
+from sdar_verl.training.parts.assemble import make_parts
+from sdar_verl.training.parts.skill_statistics import SkillStatistics, learns
 
 BANK = SkillBank(
     [

@@ -15,8 +15,8 @@ from sdar_verl.config import TeacherConfig
 from sdar_verl.errors import TeacherError
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.fields import TEACHER_ENTROPY, TEACHER_LOG_PROBS
-from sdar_verl.training.teacher import PrivilegedTeacher, check_not_lost
-from sdar_verl.training.teacher_rows import TeacherRows, nested, response_part
+from sdar_verl.training.teacher.privileged import PrivilegedTeacher, check_not_lost
+from sdar_verl.training.teacher.rows import TeacherRows, nested, response_part
 
 VOCABULARY = 1000
 CHANCE = -math.log(VOCABULARY)

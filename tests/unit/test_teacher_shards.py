@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 
-from sdar_verl.training.teacher_weights import ShadowWeights, trainable_shards
+from sdar_verl.training.teacher.weights import ShadowWeights, trainable_shards
 
 RANKS = 2
 DECAY = 0.75

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sdar_verl.config import TeacherConfig
-from sdar_verl.training import teacher_sources
-from sdar_verl.training.teacher_sources import Ema, get_source, list_sources, register_source
+from sdar_verl.training.teacher import sources
+from sdar_verl.training.teacher.sources import Ema, get_source, list_sources, register_source
 
 
 def host(**engines: nn.Module) -> Any:
@@ -142,4 +142,4 @@ def test_a_source_of_ones_own():
         assert "halfway" in list_sources()
         assert run(TeacherConfig(source="halfway"), 3) == [0, 0.5, 1.25]
     finally:
-        teacher_sources._SOURCES._entries.pop("halfway", None)
+        sources._SOURCES._entries.pop("halfway", None)

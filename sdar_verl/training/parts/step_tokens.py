@@ -22,7 +22,7 @@ from sdar_verl.training.fields import (
     TEACHER_MASK,
     StepValues,
 )
-from sdar_verl.training.parts import StepRows
+from sdar_verl.training.parts.base import StepRows
 
 _WANTED = ("responses", "response_mask", "old_log_probs", "entropy", "advantages", "rm_scores", "ref_log_prob")
 _STATISTICS = (GAP_SHIFT, GAP_POOLED, LOSS_SCALE)

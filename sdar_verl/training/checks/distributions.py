@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from sdar_verl.algorithm.schedules import GRAD_SHARE, make_schedule
 from sdar_verl.config import LossConfig, SdarConfig
-from sdar_verl.training.distributions import reads_distributions, top_k
+from sdar_verl.training.head.distributions import reads_distributions, top_k
 
 _OPTIONS = ("support", "top_k", "tail", "chunk_tokens")
 

@@ -1,8 +1,8 @@
 """Where the teacher's weights come from: a registry of sources; ``sdar.teacher.source`` names one.
 
-A source lives in each training worker (:mod:`sdar_verl.training.worker`), next to the actor, and answers for one
-thing: that a forward pass within :meth:`WeightSource.scoring` runs through the teacher's weights. A source of your own
-is a subclass, registered from a module that ``sdar.modules`` names::
+A source lives in each training worker (:mod:`sdar_verl.training.teacher.worker`), next to the actor, and answers for
+one thing: that a forward pass within :meth:`WeightSource.scoring` runs through the teacher's weights. A source of your
+own is a subclass, registered from a module that ``sdar.modules`` names::
 
     @register_source("halfway")
     class Halfway(Ema):
@@ -24,7 +24,7 @@ from sdar_verl.config import TeacherConfig
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from sdar_verl.training.teacher_weights import ShadowWeights
+    from sdar_verl.training.teacher.weights import ShadowWeights
 
 EMA_DECAY = 0.99
 UPDATE_EVERY = {"ema": 1, "snapshot": 10}
@@ -262,7 +262,7 @@ class _OwnWeights(WeightSource):
         return 0.0
 
     def _copy_of_actor(self) -> ShadowWeights:
-        from sdar_verl.training.teacher_weights import ShadowWeights
+        from sdar_verl.training.teacher.weights import ShadowWeights
 
         return ShadowWeights(
             self.host.actor.engine.module, dtype=self._dtype(), on_cpu=self.settings.offload is not False

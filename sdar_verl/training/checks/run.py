@@ -13,10 +13,10 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.modules import import_modules
 from sdar_verl.panels import LOCATIONS, PanelError, read_panel
-from sdar_verl.training.checks_context import context_faults
-from sdar_verl.training.checks_loss import loss_faults
-from sdar_verl.training.checks_skills import skill_faults
-from sdar_verl.training.checks_teacher import teacher_faults
+from sdar_verl.training.checks.context import context_faults
+from sdar_verl.training.checks.loss import loss_faults
+from sdar_verl.training.checks.skills import skill_faults
+from sdar_verl.training.checks.teacher import teacher_faults
 from sdar_verl.training.panel_tasks import panel_files
 
 VERL_TRAINER_MODES = ("sync", "colocate_async", "separate_async")

@@ -1,8 +1,8 @@
 """The teacher pass, seen from the trainer: rows to the workers that hold the teacher's weights, log-probs back.
 
 It answers for the very response ids that were sampled, in verl's micro-batches, without gradient. What the rows are is
-:mod:`sdar_verl.training.teacher_rows`, whose weights is :mod:`sdar_verl.training.teacher_sources`, the workers' side is
-:mod:`sdar_verl.training.worker`.
+:mod:`sdar_verl.training.teacher.rows`, whose weights is :mod:`sdar_verl.training.teacher.sources`, the workers' side is
+:mod:`sdar_verl.training.teacher.worker`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from sdar_verl.training.fields import (
     TEACHER_PARTITION,
     TEACHER_PROMPTS,
 )
-from sdar_verl.training.head_requests import HEAD_REQUEST, HeadRequest
-from sdar_verl.training.teacher_rows import TeacherRows, nested
-from sdar_verl.training.teacher_sources import get_source
+from sdar_verl.training.head.requests import HEAD_REQUEST, HeadRequest
+from sdar_verl.training.teacher.rows import TeacherRows, nested
+from sdar_verl.training.teacher.sources import get_source
 
 _POOL = "sdar_teacher_pool"
 _TOLERANCE_SAME_ENGINE = 1e-3
@@ -72,7 +72,7 @@ class PrivilegedTeacher:
 
     def install(self) -> None:
         """Put our workers in the place of verl's, or ask for devices; before the trainer starts its workers."""
-        from sdar_verl.training.worker import TeacherWorker
+        from sdar_verl.training.teacher.worker import TeacherWorker
 
         trainer, settings = self._trainer, self._settings
         with open_dict(trainer.config.actor_rollout_ref):
@@ -89,7 +89,7 @@ class PrivilegedTeacher:
     def start(self) -> None:
         """Start the teacher's own workers, if it has devices of its own; after verl's have started."""
         if self._settings.placement == "pool":
-            from sdar_verl.training.worker import PoolTeacherWorker
+            from sdar_verl.training.teacher.worker import PoolTeacherWorker
 
             trainer = self._trainer
             self._pool = RayWorkerGroup(
@@ -135,7 +135,7 @@ class PrivilegedTeacher:
             batch: the step's rows.
             infos: the agent loop's record of each row, None for verl's padding rows.
             carry: fields of the training rows that the request reads.
-            request: what to compute at the language-model head (:mod:`sdar_verl.training.head_requests`).
+            request: what to compute at the language-model head (:mod:`sdar_verl.training.head.requests`).
 
         Returns:
             Metrics of the pass.

@@ -23,9 +23,9 @@ from verl.utils.device import get_device_id
 from sdar_verl.algorithm.divergence_rows import FullDivergence, TopKDivergence
 from sdar_verl.algorithm.divergences import COLUMNS, on_support, top_k_ids
 from sdar_verl.algorithm.head_chunks import RowFunction, chunk_logits, map_logits
-from sdar_verl.training.distributions import COLUMN_PREFIX
 from sdar_verl.training.fields import TEACHER_MASK
-from sdar_verl.training.head_requests import (
+from sdar_verl.training.head.distributions import COLUMN_PREFIX
+from sdar_verl.training.head.requests import (
     HEAD_REQUEST,
     SUPPORT_IDS,
     SUPPORT_LOG_PROBS,

@@ -29,10 +29,10 @@ from sdar_verl.training.fields import (
     TEACHER_PROMPTS,
 )
 from sdar_verl.training.gradient_probe import GradientProbe
-from sdar_verl.training.head_requests import HEAD_FIELDS, HEAD_REQUEST, SUPPORT_IDS, HeadRequest
-from sdar_verl.training.head_tap import HeadTap
-from sdar_verl.training.teacher_rows import nested, response_part, teacher_row
-from sdar_verl.training.teacher_sources import WeightSource, get_source
+from sdar_verl.training.head.requests import HEAD_FIELDS, HEAD_REQUEST, SUPPORT_IDS, HeadRequest
+from sdar_verl.training.head.tap import HeadTap
+from sdar_verl.training.teacher.rows import nested, response_part, teacher_row
+from sdar_verl.training.teacher.sources import WeightSource, get_source
 
 MESH = "teacher"
 _EVERYWHERE: Any = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]  # verl adds its members at run time
@@ -44,7 +44,7 @@ def score(worker: TrainingWorker, data: TensorDict) -> TensorDict | None:
     Args:
         worker: verl's, of the actor, the reference or the teacher's own engine.
         data: this rank's teacher rows; a request at the head may ask for more than log-probs and entropy
-            (:mod:`sdar_verl.training.head_requests`).
+            (:mod:`sdar_verl.training.head.requests`).
 
     Returns:
         Nested fields over the responses, on the CPU; None on a rank that does not report (sequence parallelism).

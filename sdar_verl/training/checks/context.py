@@ -14,7 +14,7 @@ from sdar_verl.context.builder import is_late
 from sdar_verl.context.registry import ContextError, get_context
 from sdar_verl.envs.base import Task
 from sdar_verl.panels import PanelError, read_panel
-from sdar_verl.training.teacher_sources import get_source, list_sources
+from sdar_verl.training.teacher.sources import get_source, list_sources
 
 PROBED_TASKS = 8
 """Training tasks whose contexts are made once before the start."""

@@ -1,4 +1,4 @@
-"""What a pass is asked to compute at the language-model head (:mod:`sdar_verl.training.head_tap` computes it)."""
+"""What a pass is asked to compute at the language-model head (:mod:`sdar_verl.training.head.tap` computes it)."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from sdar_verl.config import SdarConfig, TeacherConfig
-from sdar_verl.training.checks_loss import needs_step_statistics
-from sdar_verl.training.teacher_sources import get_source, list_sources, uses_lora
+from sdar_verl.training.checks.loss import needs_step_statistics
+from sdar_verl.training.teacher.sources import get_source, list_sources, uses_lora
 
 _SOURCE_OPTIONS = ("path", "ema_decay", "update_every", "offload")
 _POOL_OPTIONS = ("pool_gpus_per_node", "pool_nodes")

@@ -12,7 +12,7 @@ from sdar_verl.algorithm.objectives import check_objective_options, get_objectiv
 from sdar_verl.algorithm.schedules import GRAD_SHARE_WEIGHTS, make_schedule
 from sdar_verl.algorithm.signals import check_signal, get_signal, signal_reads
 from sdar_verl.config import LossConfig, SdarConfig
-from sdar_verl.training.checks_distributions import distribution_faults
+from sdar_verl.training.checks.distributions import distribution_faults
 
 
 def loss_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:

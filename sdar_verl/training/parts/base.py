@@ -1,7 +1,8 @@
 """Parts of the trainer: what takes part in every step beside the algorithm itself (schedules, statistics, traces).
 
 A part sees the step's rows as they come into being and may keep a state, which is saved with every checkpoint and
-comes back on resume. The trainer calls all parts in the order of :func:`make_parts`.
+comes back on resume. The trainer calls all parts in the order of
+:func:`sdar_verl.training.parts.assemble.make_parts`.
 """
 
 from __future__ import annotations
@@ -93,27 +94,6 @@ class TrainerPart:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave."""
-
-
-def make_parts(settings: SdarConfig, config: Any) -> list[TrainerPart]:
-    """The parts that this run's settings ask for, in the order in which they are called.
-
-    Args:
-        settings: the ``sdar`` node.
-        config: verl's whole config.
-    """
-    from sdar_verl.training.distillation import Distillation
-    from sdar_verl.training.record import RunRecord
-    from sdar_verl.training.skill_statistics import SkillStatistics, learns
-    from sdar_verl.training.warnings import RunWarnings
-
-    parts: list[TrainerPart] = []
-    if learns(settings):
-        parts.append(SkillStatistics(settings))
-    if settings.teacher.source != "none":
-        parts.append(Distillation(settings, config))
-    record = RunRecord(settings, config)
-    return [*parts, record, RunWarnings(settings, record)]
 
 
 def save_parts(parts: Sequence[TrainerPart], folder: str | Path) -> None:

@@ -12,7 +12,7 @@ from sdar_verl.rollout.rows import EVIDENCE_COLUMN, RowInfo
 from sdar_verl.skills.registry import get_rule
 from sdar_verl.skills.retrieval import RetrievalError
 from sdar_verl.skills.ucb import Evidence, TypeStatistics
-from sdar_verl.training.parts import StepRows, TrainerPart
+from sdar_verl.training.parts.base import StepRows, TrainerPart
 
 if TYPE_CHECKING:
     from tensordict import TensorDict

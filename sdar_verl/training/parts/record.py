@@ -21,9 +21,9 @@ from sdar_verl.report import layout
 from sdar_verl.report.distributions import reward_statistics, token_distributions
 from sdar_verl.report.trace import choose_episodes, split_tokens, thin, write_trace
 from sdar_verl.rollout.rows import RowInfo, TurnNote
-from sdar_verl.training.parts import StepRows, TrainerPart
-from sdar_verl.training.step_tokens import StepTokens, read_tokens
-from sdar_verl.training.trackers import log_histograms
+from sdar_verl.training.parts.base import StepRows, TrainerPart
+from sdar_verl.training.parts.step_tokens import StepTokens, read_tokens
+from sdar_verl.training.parts.trackers import log_histograms
 
 _OUTCOMES = ("arm", "task_id", "task_type", "acc", "reward", "turns", "invalid_actions", "failed")
 _PACKAGES = ("sdar-verl", "verl", "torch", "transformers", "ray", "TransferQueue", "vllm", "alfworld")
@@ -193,7 +193,7 @@ def write_outcomes(outcomes: Mapping[str, list[Any]], path: Path) -> None:
 def describe_run(config: DictConfig) -> dict[str, Any]:
     """Content of ``run.json``: what makes this run comparable to another one, or not."""
     from sdar_verl.panels import panel_digest
-    from sdar_verl.training.checks import panel_files
+    from sdar_verl.training.checks.run import panel_files
     from sdar_verl.training.resume import fingerprint
 
     versions = {}

@@ -32,7 +32,7 @@ from sdar_verl.training.fields import (
     StepValues,
 )
 from sdar_verl.training.metrics import gap_metrics
-from sdar_verl.training.parts import StepRows, TrainerPart
+from sdar_verl.training.parts.base import StepRows, TrainerPart
 
 _READ = (
     "response_mask",

@@ -15,8 +15,8 @@ import numpy as np
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.report import layout
-from sdar_verl.training.parts import StepRows, TrainerPart
-from sdar_verl.training.record import RunRecord
+from sdar_verl.training.parts.base import StepRows, TrainerPart
+from sdar_verl.training.parts.record import RunRecord
 
 logger = logging.getLogger(__name__)
 

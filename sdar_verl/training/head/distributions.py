@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdar_verl.algorithm.divergences import COLUMNS, DIVERGENCES, SUPPORT_OF
 from sdar_verl.config import LossConfig
-from sdar_verl.training.head_requests import SUPPORT_IDS, HeadRequest
+from sdar_verl.training.head.requests import SUPPORT_IDS, HeadRequest
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,7 @@ def distribution_loss(
     With ``student_logits`` (1, tokens, V): the columns of the divergence per token, which the engine puts into
     ``model_output``. Without: the loss and its metrics.
     """
-    from sdar_verl.training.head_tap import columns_of_this_step
+    from sdar_verl.training.head.tap import columns_of_this_step
     from sdar_verl.training.loss import sdar_loss
 
     if student_logits is not None:

@@ -1,0 +1,1 @@
+"""Distributions over the vocabulary, computed at the language-model head."""

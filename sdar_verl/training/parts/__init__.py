@@ -1,0 +1,1 @@
+"""What takes part in every step of the trainer: schedules, records, warnings."""

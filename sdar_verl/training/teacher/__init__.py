@@ -1,0 +1,1 @@
+"""The privileged teacher: rows, weights, worker group, pass."""
