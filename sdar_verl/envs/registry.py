@@ -118,15 +118,21 @@ def check_env(name: str, options: dict[str, Any]) -> None:
         env.close()
 
 
+def check_installed(name: str) -> None:
+    """Raise ImportError that names the pip command when an environment of this package lacks what it needs."""
+    builtin = _BUILTINS[name]
+    missing = [module for module in builtin.requires if util.find_spec(module) is None]
+    if missing:
+        raise ImportError(
+            f"environment {name!r} needs {', '.join(missing)}, not installed here: "
+            f'pip install "sdar-verl[{builtin.extra}]"'
+        )
+
+
 def _factory(name: str) -> Callable[..., TextEnv]:
     if name not in _registered and name in _BUILTINS:
         builtin = _BUILTINS[name]
-        missing = [module for module in builtin.requires if util.find_spec(module) is None]
-        if missing:
-            raise ImportError(
-                f"environment {name!r} needs {', '.join(missing)}, not installed here: "
-                f'pip install "sdar-verl[{builtin.extra}]"'
-            )
+        check_installed(name)
         importlib.import_module(builtin.module)
     if name not in _registered:
         raise ValueError(

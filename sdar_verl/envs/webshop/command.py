@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from sdar_verl.envs.prepared import show_panels
+from sdar_verl.envs.registry import check_installed
 from sdar_verl.envs.webshop.catalogue import PRODUCTS_FILES
 from sdar_verl.envs.webshop.generate import CatalogueConfig
 from sdar_verl.envs.webshop.prepare import MAX_TRAIN, PANELS, Source, prepare
@@ -64,8 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Make the panels and show them.
 
     Raises:
+        ImportError: the extra is not installed.
         SdarError: an option has no effect beside the others, or see :func:`prepare`.
     """
+    check_installed("webshop")
     given = vars(arguments)
     generator = None
     if arguments.generate:

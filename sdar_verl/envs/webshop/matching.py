@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import re
 
-from rapidfuzz import fuzz
-
 from sdar_verl.envs.webshop.words import words
 
 FUZZY_THRESHOLD = 85
@@ -24,6 +22,8 @@ def colour_of(option: str) -> str:
 @functools.lru_cache(maxsize=65536)
 def alike(first: str, second: str) -> bool:
     """Token-set similarity above 85 of 100, rounded as thefuzz rounds it."""
+    from rapidfuzz import fuzz  # here, so that the command line works without the extra
+
     return round(fuzz.token_set_ratio(_letters(first), _letters(second))) > FUZZY_THRESHOLD
 
 
