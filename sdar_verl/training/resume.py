@@ -58,7 +58,7 @@ def fingerprint(config: DictConfig) -> dict[str, Any]:
         if OmegaConf.is_config(value):
             nested = OmegaConf.to_container(value, resolve=True)
             assert isinstance(nested, dict)
-            values |= {f"{option}.{key}": item for key, item in nested.items()}
+            values |= {f"{option}.{key!s}": item for key, item in nested.items()}
         else:
             values[option] = value
     return {option: value for option, value in values.items() if option not in _NOT_THE_EXPERIMENT}
