@@ -66,6 +66,7 @@ def test_a_shuffled_sibling_teaches_every_group_that_has_one(tmp_path: Path) -> 
     assert set(run.metrics) == {1, 2}
 
 
+@pytest.mark.slow
 def test_a_conversation_is_one_row_with_its_observations_masked(tmp_path: Path) -> None:
     run = train(
         tmp_path,

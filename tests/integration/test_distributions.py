@@ -15,7 +15,7 @@ from tests.support.plain import plain_logits
 from tests.support.toy_run import SAME, train
 from tests.support.verl_run import Run
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 TEMPERATURE = 0.9
 METRICS = {

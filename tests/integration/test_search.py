@@ -93,6 +93,7 @@ def test_a_server_that_dies_costs_the_episode_and_then_stops_the_run(cluster) ->
         asyncio.run(run(server.url))
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_and_validates_on_the_cpu(tmp_path: Path) -> None:
     data = tmp_path / "data" / "search"
     counts = ("--train", "8", "--validation", "4", "--test", "4")

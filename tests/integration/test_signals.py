@@ -13,7 +13,7 @@ from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK
 from tests.support.toy_run import train
 from tests.support.verl_run import Run
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 # Everything that spans rows, and a lambda that depends on what was measured.
 SPANNING = [

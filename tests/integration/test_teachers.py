@@ -84,6 +84,7 @@ def test_the_average_is_in_the_checkpoint(ema):
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_its_averaged_teacher_back(ema, tmp_path):
     checkpoint = ema.folder / "checkpoints" / "global_step_2"
     resumed = train(
@@ -103,6 +104,7 @@ def test_a_resumed_run_has_its_averaged_teacher_back(ema, tmp_path):
     assert teacher_file(resumed, 3)["record"]["updates"] == 3
 
 
+@pytest.mark.slow
 def test_a_fresh_teacher_scores_inside_the_update(tmp_path):
     """One update per step: teacher and student have the weights that the step began with."""
     run = train(tmp_path, "sdar.teacher.source=actor_fresh", "trainer.save_freq=1", steps=2, record=True)
