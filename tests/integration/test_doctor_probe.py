@@ -19,6 +19,7 @@ def test_a_fresh_process_and_a_ray_worker_know_the_plugin() -> None:
 
 def test_a_plugin_that_verl_was_told_to_leave_out_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
+    monkeypatch.delenv("VERL_PLATFORM", raising=False)  # without the plugin verl knows no platform "cpu"
     found = probe_fresh_process()
     assert found["plugin"] is False and "sdar" not in found["trainer_modes"]
 
