@@ -6,9 +6,12 @@ from dataclasses import dataclass, replace
 
 from omegaconf import DictConfig, OmegaConf
 
+from sdar_verl.algorithm.divergences import DIVERGENCES
+from sdar_verl.algorithm.gates import gate_reads
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.architecture import Architecture
+from sdar_verl.training.head.distributions import CHUNK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Layout:
         teacher_offload: EMA and snapshot weights wait on the CPU between passes.
         teacher_gpus: GPUs of the teacher's own pool.
         objective: of the distillation term.
-        top_k: support of a distribution-level objective; None: the full vocabulary, 0: not distribution-level.
+        support: of a distribution-level objective, ``full`` or ``top_k``; None: the objective is on sampled tokens.
+        chunk_tokens: tokens whose logits such an objective has in memory at a time.
         lora_rank: 0 without LoRA.
         episodes: episodes per step.
         turns: turns per episode, on average.
@@ -65,7 +69,8 @@ class Layout:
     teacher_offload: bool = True
     teacher_gpus: int = 0
     objective: str = "sampled"
-    top_k: int | None = 0
+    support: str | None = None
+    chunk_tokens: int = CHUNK_TOKENS
     lora_rank: int = 0
     episodes: int = 128
     turns: float = 30.0
@@ -118,7 +123,6 @@ class Layout:
         has_reference = bool(actor.use_kl_loss or config.algorithm.use_kl_in_reward) and lora == 0
         reads_reference = bool((actor.use_kl_loss and actor.kl_loss_coef) or config.algorithm.use_kl_in_reward)
         gpus = int(config.trainer.n_gpus_per_node * config.trainer.nnodes)
-        objective = sdar.loss.objective
         if gpus % rollout.tensor_model_parallel_size:
             raise ConfigError(
                 f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does not "
@@ -137,15 +141,15 @@ class Layout:
             reference=has_reference,
             reference_offload=bool(reference.fsdp_config.param_offload),
             reference_pass=reads_reference,
-            entropy=bool(actor.entropy_coeff) or sdar.loss.gate in ("entropy", "soft_or"),
+            entropy=bool(actor.entropy_coeff) or gate_reads(sdar.loss.gate, "entropy"),
             rollout_share=float(rollout.gpu_memory_utilization),
             teacher=teacher,
-            teacher_placement=getattr(sdar.teacher, "placement", "colocated"),
-            teacher_offload=getattr(sdar.teacher, "offload", None) is not False,
-            teacher_gpus=int(getattr(sdar.teacher, "pool_gpus_per_node", None) or 0)
-            * int(getattr(sdar.teacher, "pool_nodes", None) or 1),
-            objective=objective,
-            top_k=_support(sdar),
+            teacher_placement=sdar.teacher.placement,
+            teacher_offload=sdar.teacher.offload is not False,
+            teacher_gpus=(sdar.teacher.pool_gpus_per_node or 0) * (sdar.teacher.pool_nodes or 1),
+            objective=sdar.loss.objective,
+            support=(sdar.loss.support or "full") if sdar.loss.objective in DIVERGENCES else None,
+            chunk_tokens=sdar.loss.chunk_tokens or CHUNK_TOKENS,
             lora_rank=lora,
             episodes=int(config.data.train_batch_size * rollout.n),
             turns=sdar.env.max_steps / 2 if turns is None else turns,
@@ -158,9 +162,3 @@ class Layout:
             ),
             steps=int(config.trainer.total_training_steps or 0),
         )
-
-
-def _support(sdar: SdarConfig) -> int | None:
-    if sdar.loss.objective not in ("forward_kl", "reverse_kl", "jsd"):
-        return 0
-    return None if getattr(sdar.loss, "support", "full") == "full" else int(getattr(sdar.loss, "top_k", 0) or 0)

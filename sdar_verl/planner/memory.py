@@ -78,25 +78,30 @@ def activation_bytes(layout: Layout, tokens: float) -> float:
     return tokens * layer * a.layers
 
 
-def logits_bytes(layout: Layout, tokens: float, *, backward: bool) -> float:
+def logits_bytes(layout: Layout, tokens: float, *, backward: bool, entropy: bool) -> float:
     """Logits and what is made of them, for ``tokens`` of a micro-batch.
 
-    Forward: bf16 logits. Backward: their gradient, in place (flash-attn's cross entropy). The entropy makes a float32
-    softmax. A distribution-level objective runs in chunks: a top-k support keeps ids and log-probs, the full vocabulary
-    one chunk in float32.
+    bf16 logits, their gradient in place (flash-attn's cross entropy), and for the entropy a softmax and its product
+    with them; float32 where a gradient is kept.
     """
-    vocabulary = layout.architecture.vocabulary
-    total = tokens * vocabulary * 2.0
-    if backward and layout.entropy:
-        total += tokens * vocabulary * 4.0
-    if backward and layout.top_k != 0:
-        total += tokens * vocabulary * 2.0  # the objective's gradient joins that of the policy gradient
-        total += tokens * (layout.top_k or 0) * 12.0 + min(tokens, CHUNK_TOKENS) * vocabulary * 12.0
+    per_logit = 2.0 + ((8.0 if backward else 4.0) if entropy else 0.0)
+    return tokens * layout.architecture.vocabulary * per_logit
+
+
+def divergence_bytes(layout: Layout, tokens: float) -> float:
+    """What a distribution-level objective adds to an update (docs/divergences.md).
+
+    The chunk's logits and three tensors made of them, and the gradient of the head's weights while it is summed up, in
+    float32. Over the full vocabulary also a copy of the teacher's head and its hidden states, in bf16.
+    """
+    if layout.support is None:
+        return 0.0
+    a = layout.architecture
+    head = float(a.vocabulary * a.hidden)
+    total = 16.0 * min(tokens, layout.chunk_tokens) * a.vocabulary + 4.0 * head
+    if layout.support == "full":
+        total += 2.0 * head + 2.0 * tokens * a.hidden
     return total
-
-
-CHUNK_TOKENS = 1024
-"""Tokens that a full-vocabulary objective handles at a time."""
 
 
 def phases(layout: Layout, gpu_memory: float) -> list[Phase]:
@@ -115,21 +120,24 @@ def phases(layout: Layout, gpu_memory: float) -> list[Phase]:
     update_tokens = max(layout.micro_tokens, layout.longest)
     passes = {
         "gathered weights": gathered_bytes(layout),
-        "activations": forward_tokens * a.layer_activation_bytes() * 1.0,
-        "logits": logits_bytes(layout, forward_tokens, backward=False),
+        "activations": forward_tokens * a.layer_activation_bytes(),
     }
+
+    def logits(entropy: bool) -> dict[str, float]:
+        return {"logits": logits_bytes(layout, forward_tokens, backward=False, entropy=entropy)}
+
     found = [
         Phase("rollout", {**base, "rollout engine": layout.rollout_share * gpu_memory}),
-        Phase("old log-probs", {**asleep, **actor, **passes}),
+        Phase("old log-probs", {**asleep, **actor, **passes, **logits(True)}),  # verl logs the entropy
     ]
     if layout.reference_pass or layout.teacher == "reference":
         reference = {} if "reference weights" in base else {"reference weights": 2.0 * a.parameters / n}
-        found.append(Phase("reference", {**asleep, **reference, **passes}))
+        found.append(Phase("reference", {**asleep, **reference, **passes, **logits(layout.teacher == "reference")}))
     if layout.teacher not in ("none", "reference") and layout.teacher_placement == "colocated":
         own: dict[str, float] = {}
         if layout.teacher in ("ema", "snapshot") and "teacher weights" not in base:
             own["teacher weights"] = layout.training_bytes * a.parameters / n
-        found.append(Phase("teacher", {**asleep, **actor, **own, **passes}))
+        found.append(Phase("teacher", {**asleep, **actor, **own, **passes, **logits(True)}))
     moments = {} if "optimizer moments" in base else {"optimizer moments": 8.0 * trainable(layout) / n}
     fresh = 2.0 if layout.teacher == "actor_fresh" else 1.0  # the teacher's rows ride in the student's micro-batch
     found.append(
@@ -142,7 +150,8 @@ def phases(layout: Layout, gpu_memory: float) -> list[Phase]:
                 "gradients": layout.training_bytes * trainable(layout) / n,
                 "gathered weights": gathered_bytes(layout),
                 "activations": activation_bytes(layout, update_tokens),
-                "logits": logits_bytes(layout, update_tokens, backward=True) * fresh,
+                "logits": logits_bytes(layout, update_tokens, backward=True, entropy=layout.entropy) * fresh,
+                **({"divergence": divergence_bytes(layout, update_tokens)} if layout.support else {}),
             },
         )
     )

@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from sdar_verl.cli import main
+from sdar_verl.compose import compose_config
+from sdar_verl.config import load_config
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.architecture import KNOWN, Architecture
 from sdar_verl.planner.hardware import GIB, find_gpu
@@ -140,12 +142,26 @@ def test_a_teachers_weights_take_room_where_they_are_a_copy(teacher, extra):
         assert set(found["teacher"].parts) - set(found["old log-probs"].parts) == extra
 
 
-def test_a_full_vocabulary_objective_costs_more_logits_memory_than_a_sampled_token():
-    sampled, full = (
-        next(p for p in phases(replace(RUN, top_k=k), H100.memory) if p.name == "update").parts["logits"]
-        for k in (0, None)
+def test_a_distribution_level_objective_costs_memory_and_more_over_the_full_vocabulary():
+    sampled, top_k, full = (
+        next(p for p in phases(replace(RUN, support=support), H100.memory) if p.name == "update").parts
+        for support in (None, "top_k", "full")
     )
-    assert full > sampled
+    assert "divergence" not in sampled
+    a = RUN.architecture
+    assert full["divergence"] - top_k["divergence"] == 2 * a.hidden * (a.vocabulary + RUN.micro_tokens)
+
+
+def test_the_layout_reads_the_objectives_defaults():
+    config = compose_config("sdar_alfworld", ["sdar.loss.objective=reverse_kl", "sdar.loss.gate=none"])
+    layout = Layout.from_config(config, load_config(config.sdar))
+    assert (layout.support, layout.chunk_tokens) == ("full", 128)
+    config = compose_config("sdar_alfworld", ["sdar.loss.objective=jsd", "sdar.loss.support=top_k"])
+    assert Layout.from_config(config, load_config(config.sdar)).support == "top_k"
+    config = compose_config("sdar_alfworld", ["sdar.loss.gate=entropy"])
+    layout = Layout.from_config(config, load_config(config.sdar))
+    assert layout.support is None
+    assert layout.entropy
 
 
 def test_lora_trains_a_fraction_of_the_weights():
