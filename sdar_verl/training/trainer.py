@@ -107,7 +107,8 @@ class SdarTrainer(PPOTrainerSync):
             # The reference is there for the teacher at most: a KL with coefficient 0 is not worth a pass per step.
             self.use_reference_policy = False
             actor.use_kl_loss = False
-            self.actor_rollout_wg.set_loss_fn(partial(ppo_loss, config=omega_conf_to_dataclass(actor)))
+            if not self._has_teacher:
+                self.actor_rollout_wg.set_loss_fn(partial(ppo_loss, config=omega_conf_to_dataclass(actor)))
         if self._has_teacher:
             self.actor_rollout_wg.set_loss_fn(
                 Importing(
@@ -146,8 +147,8 @@ class SdarTrainer(PPOTrainerSync):
             self._late_contexts.fill(batch.keys, self._infos)
             stop_on_errors([info.error for info in self._infos if info is not None])
         metrics.update(row_metrics(batch.keys, self._infos))
-        asked = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
-        metrics["sdar/crashed_episodes"] = asked - metrics["sdar/episodes"]
+        wanted = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        metrics["sdar/crashed_episodes"] = wanted - metrics["sdar/episodes"]
         rows = self._step_rows(batch, metrics)
         for part in self.parts:
             part.on_rows(rows)
