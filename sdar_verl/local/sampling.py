@@ -24,7 +24,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0, None),
     "stop": (None, [], ()),
     "stop_token_ids": (None, [], ()),
-    "prompt_logprobs": (None, False),
 }
 
 
@@ -40,6 +39,8 @@ class SamplingParams:
         ignore_eos: go on after an end-of-sequence token.
         logprobs: whether the caller wants log-probs.
         seed: seed of this request's own random stream; None lets the server draw one.
+        prompt_logprobs: whether the caller wants the log-probs of the prompt's tokens: at ``temperature`` (vLLM's and
+            SGLang's are at 1), without top-k and top-p.
     """
 
     max_tokens: int
@@ -49,6 +50,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False
     seed: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -88,6 +90,7 @@ class SamplingParams:
             "ignore_eos": bool(given.pop("ignore_eos", False)),
             "logprobs": bool(given.pop("logprobs", False)),
             "seed": given.pop("seed", None),
+            "prompt_logprobs": _prompt_logprobs(given.pop("prompt_logprobs", None)),
         }
         for name, value in given.items():
             if name not in _NEUTRAL or value not in _NEUTRAL[name]:
@@ -96,6 +99,30 @@ class SamplingParams:
                     "default): leave it out, or use rollout.name=vllm on a GPU"
                 )
         return cls(max_tokens=max(1, min(int(max_tokens), room)), **known)
+
+
+def _prompt_logprobs(count: Any) -> bool:
+    """vLLM's ``prompt_logprobs``: how many of the likeliest tokens to give beside the prompt's own one."""
+    if count is None or count is False:
+        return False
+    if count == 0:
+        return True
+    raise ValueError(
+        f"sampling parameter prompt_logprobs={count!r}: rollout.name=transformers (the CPU default) gives the log-prob "
+        "of the prompt's own tokens only; ask for 0, or use rollout.name=vllm on a GPU"
+    )
+
+
+def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probs of given tokens, (tokens,) float32, nats.
+
+    Args:
+        logits: (tokens, vocabulary), any floating type.
+        tokens: (tokens,) int64.
+        temperature: divisor of the logits; 0 (greedy) counts as 1, as in :func:`sample`.
+    """
+    log_probs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    return log_probs.gather(1, tokens[:, None])[:, 0]
 
 
 def sample(

@@ -17,32 +17,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from sdar_verl.local.sampling import SamplingParams, sample
+from sdar_verl.local.requests import Completion, Request
+from sdar_verl.local.sampling import SamplingParams, sample, token_log_probs
 from sdar_verl.local.slot_cache import SlotCache
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a request got.
-
-    Attributes:
-        token_ids: response tokens, the end-of-sequence token included when it was drawn.
-        log_probs: one per token; None when the request did not ask.
-        finish_reason: ``stop`` (end of sequence), ``length`` (max_tokens reached) or ``abort``.
-    """
-
-    token_ids: list[int]
-    log_probs: list[float] | None
-    finish_reason: str
 
 
 @dataclass
@@ -55,27 +41,6 @@ class Counters:
     prefills: int = 0
     decode_steps: int = 0
     busy_seconds: float = 0.0
-
-
-@dataclass
-class _Request:
-    """A request on its way; ``offset`` is the padding in front of its prompt inside its slot."""
-
-    prompt_ids: Sequence[int]
-    params: SamplingParams
-    rng: random.Random
-    future: Future[Completion]
-    token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    offset: int = 0
-
-    @property
-    def length(self) -> int:
-        """Cells of its slot that hold, or get next, a token of this request or the padding in front of it."""
-        return self.offset + len(self.prompt_ids) + len(self.token_ids)
-
-    def completion(self, finish_reason: str) -> Completion:
-        return Completion(self.token_ids, self.log_probs if self.params.logprobs else None, finish_reason)
 
 
 @dataclass
@@ -118,9 +83,9 @@ class BatchScheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._seeds = random.Random(seed)
-        self._inbox: queue.SimpleQueue[_Request | _Call | None] = queue.SimpleQueue()
-        self._waiting: list[_Request] = []
-        self._running: list[_Request] = []  # the request in slot i is self._running[i]
+        self._inbox: queue.SimpleQueue[Request | _Call | None] = queue.SimpleQueue()
+        self._waiting: list[Request] = []
+        self._running: list[Request] = []  # the request in slot i is self._running[i]
         self._counters = Counters()
         self._failure: BaseException | None = None
         self._gate = threading.Lock()  # orders "the thread has stopped" and "put into the inbox"
@@ -142,7 +107,7 @@ class BatchScheduler:
         if not prompt_ids:
             raise ValueError("a rollout request has an empty prompt")
         rng = random.Random(self._seeds.getrandbits(64) if params.seed is None else params.seed)
-        request = _Request(prompt_ids, params, rng, Future())
+        request = Request(prompt_ids, params, rng, Future())
         self._put(request)
         return request.future
 
@@ -165,7 +130,7 @@ class BatchScheduler:
         self._inbox.put(None)
         self._thread.join()
 
-    def _put(self, item: _Request | _Call) -> None:
+    def _put(self, item: Request | _Call) -> None:
         with self._gate:
             if self._failure is not None:
                 raise self._stopped()
@@ -199,7 +164,7 @@ class BatchScheduler:
                 return False
             if not item.future.set_running_or_notify_cancel():  # the caller went away
                 continue
-            if isinstance(item, _Request):
+            if isinstance(item, Request):
                 self._waiting.append(item)
                 self._counters.requests += 1
                 continue
@@ -208,17 +173,23 @@ class BatchScheduler:
             except Exception as error:
                 item.future.set_exception(error)
 
-    def _admit(self) -> list[_Request]:
-        """Choose waiting requests for one prefill: of similar length, within the token budget and the free slots."""
-        self._waiting.sort(key=lambda request: len(request.prompt_ids))
-        room = min(self._max_num_seqs - len(self._running), len(self._waiting))
+    def _admit(self) -> list[Request]:
+        """Choose waiting requests for one prefill: of similar length, within the token budget and the free slots.
+
+        Requests for the prompt's log-probs come last, in prefills of their own: these need the logits of every
+        position, and an episode waits for the others.
+        """
+        self._waiting.sort(key=lambda request: (request.params.prompt_logprobs, len(request.prompt_ids)))
+        first = self._waiting[0].params.prompt_logprobs
+        alike = sum(request.params.prompt_logprobs == first for request in self._waiting)
+        room = min(self._max_num_seqs - len(self._running), alike)
         count = 1
         while count < room and (count + 1) * len(self._waiting[count].prompt_ids) <= self._max_num_batched_tokens:
             count += 1
         chosen, self._waiting = self._waiting[:count], self._waiting[count:]
         return chosen
 
-    def _prefill(self, requests: list[_Request]) -> None:
+    def _prefill(self, requests: list[Request]) -> None:
         """Run the prompts of ``requests``, left-padded to a common width, into fresh slots; draw their first token."""
         width = len(requests[-1].prompt_ids)  # _admit sorts
         input_ids = torch.zeros(len(requests), width, dtype=torch.long)
@@ -230,17 +201,23 @@ class BatchScheduler:
         first_slot = len(self._running)
         self._running += requests
         self._cache.begin_prefill(first_slot)
+        scores = requests[0].params.prompt_logprobs  # _admit does not mix
         logits = self._model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+            logits_to_keep=0 if scores else 1,  # 0: of all positions
+        ).logits
         self._counters.prefills += 1
         self._counters.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
-        self._append_tokens(first_slot, logits)
+        if scores:
+            for row, request in enumerate(requests):
+                about = input_ids[row, request.offset + 1 :]
+                values = token_log_probs(logits[row, request.offset : -1], about, request.params.temperature)
+                request.prompt_log_probs = values.tolist()
+        self._append_tokens(first_slot, logits[:, -1])
 
     def _decode(self) -> None:
         """One more token for every running request."""

@@ -17,6 +17,7 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.replica import TokenOutput
 
+from sdar_verl.local.requests import Completion
 from sdar_verl.local.sampling import SamplingParams
 from sdar_verl.local.scheduler import BatchScheduler
 from sdar_verl.local.slot_cache import verify_slot_cache
@@ -117,22 +118,27 @@ class TransformersServer:
             room=room,
         )
         if not self._admitting.is_set() and self._rejecting:
-            return self._output([], None, "abort")
+            return self._output(Completion([], None, "abort"))
         await self._admitting.wait()
         if not self._awake:
             raise RuntimeError(f"request {request_id} reached rollout replica while it sleeps (weights not in sync)")
         if not self._loaded:
             raise RuntimeError(f"request {request_id} reached rollout replica before its first weights")
         completion = await asyncio.wrap_future(self._scheduler.submit(prompt, params))
-        return self._output(completion.token_ids, completion.log_probs, completion.finish_reason)
+        return self._output(completion, prompt)
 
-    def _output(self, token_ids: list[int], log_probs: list[float] | None, finish_reason: str) -> TokenOutput:
+    def _output(self, completion: Completion, prompt_ids: Sequence[int] = ()) -> TokenOutput:
+        extra_fields: dict[str, Any] = {"global_steps": self._global_steps}
+        if completion.prompt_log_probs is not None:
+            # As verl's vLLM and SGLang servers shape them: entry i is about token i + 1, the last one is a dummy.
+            extra_fields["prompt_ids"] = [[token] for token in [*prompt_ids[1:], 0]]
+            extra_fields["prompt_logprobs"] = [[value] for value in [*completion.prompt_log_probs, 0.0]]
         return TokenOutput(
-            token_ids=token_ids,
-            log_probs=log_probs,
-            stop_reason=_STOP_REASONS[finish_reason],
+            token_ids=completion.token_ids,
+            log_probs=completion.log_probs,
+            stop_reason=_STOP_REASONS[completion.finish_reason],
             num_preempted=0,
-            extra_fields={"global_steps": self._global_steps},
+            extra_fields=extra_fields,
         )
 
     async def update_weights(self, tensors: Mapping[str, torch.Tensor], global_steps: int | None) -> None:

@@ -132,6 +132,8 @@ def test_a_request_is_read_with_its_limits():
     assert read({"max_tokens": 12}, default_max_tokens=30, room=5).max_tokens == 5
     assert read({"max_tokens": 0}, default_max_tokens=30, room=5).max_tokens == 1  # as verl's vLLM server
     assert read({"stop": [], "n": 1}, default_max_tokens=30, room=100).logprobs is False
+    asks = [read({"prompt_logprobs": value}, default_max_tokens=30, room=100) for value in (None, False, 0)]
+    assert [asked.prompt_logprobs for asked in asks] == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +142,7 @@ def test_a_request_is_read_with_its_limits():
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
         ({"stop": ["</action>"]}, "stop="),
         ({"n": 4}, "n=4"),
+        ({"prompt_logprobs": 5}, "prompt_logprobs=5: .* ask for 0"),
         ({"min_p": 0.1}, "min_p=0.1"),
         ({"beam_width": 2}, "beam_width=2"),
         ({"temperature": -1}, "temperature=-1"),
@@ -182,6 +185,43 @@ def test_log_probs_equal_a_plain_forward_pass(model, make_scheduler):
     assert counters["running"] == counters["waiting"] == 0
     # One by one there would be a decode step for every response token after the first.
     assert counters["decode_steps"] < counters["response_tokens"] - len(requests)
+
+
+def test_log_probs_of_the_prompt_equal_a_plain_forward_pass(model, make_scheduler):
+    """Mixed lengths and temperatures, between requests that do not ask and join a running batch, few slots."""
+    scheduler = make_scheduler(max_num_seqs=4, max_num_batched_tokens=200)
+    requests = [
+        (prompt(length, seed=index), params(max_tokens=limit, temperature=temperature, ignore_eos=True, **asked))
+        for index, (length, limit, temperature, asked) in enumerate(
+            [
+                (90, 12, 1.0, {}),
+                (120, 1, 0.4, {"prompt_logprobs": True}),
+                (7, 1, 1.7, {"prompt_logprobs": True, "top_k": 3, "top_p": 0.5}),
+                (300, 1, 1.0, {"prompt_logprobs": True}),
+                (11, 5, 0.7, {"prompt_logprobs": True}),
+                (64, 1, 0.0, {"prompt_logprobs": True}),
+                (1, 3, 1.0, {"prompt_logprobs": True}),
+                (8, 20, 0.6, {}),
+            ]
+            * 3
+        )
+    ]
+    futures = []
+    for request in requests:
+        futures.append(scheduler.submit(*request))
+        time.sleep(0.003)
+    for (prompt_ids, sampling), future in zip(requests, futures, strict=True):
+        completion = future.result(timeout=60)
+        assert len(completion.token_ids) == sampling.max_tokens
+        if not sampling.truncates:
+            expected = plain_log_probs(model, prompt_ids, completion.token_ids, sampling.temperature or 1.0)
+            torch.testing.assert_close(torch.tensor(completion.log_probs), expected, atol=1e-5, rtol=0)
+        if not sampling.prompt_logprobs:
+            assert completion.prompt_log_probs is None
+            continue
+        expected = plain_log_probs(model, prompt_ids[:1], prompt_ids[1:], sampling.temperature or 1.0)
+        torch.testing.assert_close(torch.tensor(completion.prompt_log_probs), expected, atol=1e-5, rtol=0)
+    assert scheduler.counters()["prompt_tokens"] == sum(len(request[0]) for request in requests)
 
 
 def test_greedy_equals_transformers_generate(model, make_scheduler):

@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from sdar_verl.local.server import TransformersServer
+from tests.support.plain import plain_logits
 from tests.support.tiny_model import make_tiny_model
 
 PROMPT = list(range(10, 30))
@@ -67,6 +68,26 @@ def test_the_default_length_is_that_of_verls_vllm_server(model_path, weights):
         return await server.generate(PROMPT * 2 + PROMPT[:5], {}, "a")
 
     assert len(asyncio.run(main()).token_ids) == 52 - 45
+
+
+def test_prompt_log_probs_have_the_shape_of_verls_servers(model_path, weights):
+    """One entry per prompt token, each about the next one, and a dummy at the end; nothing where none were asked."""
+
+    async def main():
+        server = make_server(model_path)
+        await server.update_weights(weights, global_steps=7)
+        asked = server.generate(PROMPT, {"max_tokens": 1, "temperature": 0.5, "prompt_logprobs": 0}, "a")
+        return await asyncio.gather(asked, server.generate(PROMPT, {"max_tokens": 1}, "b"))
+
+    asked, plain = asyncio.run(main())
+    assert asked.extra_fields["prompt_ids"] == [*([token] for token in PROMPT[1:]), [0]]
+    values = asked.extra_fields["prompt_logprobs"]
+    assert len(values) == len(PROMPT) and values[-1] == [0.0]
+    rows = torch.tensor(PROMPT[:1]), torch.tensor(PROMPT[1:])
+    (logits,) = plain_logits([rows[0]], [rows[1]], model_path)
+    expected = (logits / 0.5).log_softmax(-1).gather(1, rows[1][:, None])
+    torch.testing.assert_close(torch.tensor(values[:-1]), expected, atol=1e-5, rtol=0)
+    assert set(plain.extra_fields) == {"global_steps"}
 
 
 def test_no_response_without_weights_or_while_asleep(model_path, weights):
