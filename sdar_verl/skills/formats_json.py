@@ -10,14 +10,15 @@ SkillRL: one file with lists of short principles: ``general_skills``, ``task_spe
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sdar_verl.skills.skill import MAX_FILE_BYTES, Skill, SkillBankError
 from sdar_verl.skills.text_files import read_text
+from sdar_verl.untrusted import parse_json, shorten
 
 MAPPING_FILE = "skill_mapping.json"
 MAPPING, SKILLRL = "skill_mapping.json", "SkillRL"
@@ -36,24 +37,26 @@ def read_json_bank(path: Path) -> tuple[str, dict[Skill, Path]]:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if doubled := sorted({key for key in keys if keys.count(key) > 1}):
-            raise SkillBankError(f"{path}: duplicate names {doubled} in one object; JSON would keep the last only")
+        if doubled := _doubled(key for key, _ in pairs):
+            raise SkillBankError(
+                f"{path}: duplicate names {shorten(doubled)} in one object; JSON would keep the last only"
+            )
         return dict(pairs)
 
     try:
-        content = json.loads(read_text(path, MAX_JSON_BYTES), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
+        content = parse_json(read_text(path, MAX_JSON_BYTES), unique)
+    except SkillBankError:
+        raise
+    except ValueError as error:
         raise SkillBankError(f"{path} is not valid JSON ({error}); repair it") from error
     if isinstance(content, dict) and "skill_files" in content:
         return MAPPING, _read_mapping(path, content)
     if isinstance(content, dict) and any(key in content for key in (_GENERAL, *_BY_TYPE, _MISTAKES)):
         skills = list(_read_principles(path, content))
-        doubled = sorted({skill.name for skill in skills if sum(skill.name == one.name for one in skills) > 1})
-        if doubled:
-            raise SkillBankError(f"{path}: duplicate skill names {doubled}; give each skill_id once")
+        if doubled := _doubled(skill.name for skill in skills):
+            raise SkillBankError(f"{path}: duplicate skill names {shorten(doubled)}; give each skill_id once")
         return SKILLRL, dict.fromkeys(skills, path)
-    keys = sorted(content) if isinstance(content, dict) else type(content).__name__
+    keys = shorten(sorted(content)) if isinstance(content, dict) else type(content).__name__
     raise SkillBankError(
         f"{path} is no skill bank: it has {keys}, but neither 'skill_files' (the released {MAPPING_FILE}) nor "
         f"'{_GENERAL}' or '{_BY_TYPE[0]}' (SkillRL)"
@@ -88,7 +91,7 @@ def _read_mapping(path: Path, content: Mapping[str, Any]) -> dict[Skill, Path]:
         source = path.parent / file
         if not source.is_file():
             raise SkillBankError(f"{source} is missing; {path} names it as the skill {key!r}")
-        text = read_text(source, MAX_FILE_BYTES).strip()
+        text = read_text(source, MAX_FILE_BYTES, path.parent).strip()
         if not text:
             raise SkillBankError(f"{source} has no text; a teacher would learn nothing from it")
         first = text.splitlines()[0].lstrip("# ").strip()
@@ -126,6 +129,10 @@ def _principle(path: Path, where: str, item: Any, task_type: str | None = None) 
 # ---------------------------------------------------------------- values
 
 
+def _doubled(names: Iterable[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
 def _slug(path: Path, name: str) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if not slug:
@@ -136,7 +143,7 @@ def _slug(path: Path, name: str) -> str:
 def _text(path: Path, where: str, item: Any, key: str) -> str:
     value = item.get(key) if isinstance(item, dict) else None
     if not isinstance(value, str) or not value.strip():
-        raise SkillBankError(f"{path}: {where}.{key} must be text, not {value!r}; fill it in")
+        raise SkillBankError(f"{path}: {where}.{key} must be text, not {shorten(value)}; fill it in")
     return value.strip()
 
 
@@ -155,12 +162,12 @@ def _object(path: Path, where: str, value: Any) -> dict[str, Any]:
 def _strings_by_name(path: Path, where: str, value: Any) -> dict[str, str]:
     for key, item in _object(path, where, value).items():
         if not isinstance(item, str) or not item.strip():
-            raise SkillBankError(f"{path}: {where}.{key} must be text, not {item!r}")
+            raise SkillBankError(f"{path}: {where}.{key} must be text, not {shorten(item)}")
     return value
 
 
 def _words(path: Path, task_type: str, value: Any) -> list[str]:
     words = _list(path, f"task_keywords.{task_type}", value)
     if faulty := [word for word in words if not isinstance(word, str) or not re.search(r"[^\W_]", word)]:
-        raise SkillBankError(f"{path}: task_keywords.{task_type} must be words, not {faulty}")
+        raise SkillBankError(f"{path}: task_keywords.{task_type} must be words, not {shorten(faulty)}")
     return words

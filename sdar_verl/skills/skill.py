@@ -34,3 +34,9 @@ class Skill:
     def general(self) -> bool:
         """True for a skill that applies to every task: it has neither task types nor keywords."""
         return not self.task_types and not self.keywords
+
+    def __post_init__(self) -> None:
+        try:
+            "".join((self.name, self.description, self.text, *self.task_types, *self.keywords)).encode()
+        except UnicodeEncodeError as error:
+            raise SkillBankError(f"skill {self.name!a}: half of a surrogate pair is no text ({error})") from error

@@ -1,0 +1,54 @@
+"""Small tools for reading what others wrote: files, answers of servers and texts that may be damaged or hostile.
+
+docs/security.md says what is read where, and what it may do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 4
+
+
+def shorten(value: Any) -> str:
+    """``repr(value)`` for a message, at most some hundred characters, however large or nested the value is."""
+    return _short.repr(value)
+
+
+def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """``json.loads``, whose faults are all ValueErrors: text nested too deeply would be a RecursionError.
+
+    Args:
+        text: JSON; bytes are UTF-8.
+        pairs: makes an object of its names and values, see ``json.loads``.
+
+    Raises:
+        ValueError: it is no JSON, holds a number of thousands of digits, or is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def whole_characters(text: str) -> str:
+    """``text`` with U+FFFD for every half of a surrogate pair.
+
+    JSON can carry such halves (``"\\ud800"``), but they are no text: tokenizers, Parquet and UTF-8 files refuse them.
+    """
+    return _SURROGATE.sub("\ufffd", text) if _SURROGATE.search(text) else text
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether ``path``, its symbolic links followed, lies in ``folder``."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
