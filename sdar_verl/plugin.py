@@ -16,14 +16,15 @@ from types import ModuleType
 
 import wrapt
 
-# Module of verl that holds a registry -> module of ours that registers when imported.
-_REGISTRATIONS = {
-    "verl.trainer.ppo.core_algos": "sdar_verl.training.advantage",
-    "verl.trainer.ppo.v1": "sdar_verl.training.trainer",
-    "verl.experimental.agent_loop": "sdar_verl.rollout.agent_loop",
-    "hydra.core.plugins": "sdar_verl.hydra_search_path",
-    "omegaconf": "sdar_verl.resolvers",
-}
+# Module of verl that holds a registry, and module of ours that registers when imported.
+_REGISTRATIONS = (
+    ("verl.trainer.ppo.core_algos", "sdar_verl.training.advantage"),
+    ("verl.trainer.ppo.v1", "sdar_verl.training.trainer"),
+    ("verl.trainer.ppo.v1", "sdar_verl.training.async_modes"),
+    ("verl.experimental.agent_loop", "sdar_verl.rollout.agent_loop"),
+    ("hydra.core.plugins", "sdar_verl.hydra_search_path"),
+    ("omegaconf", "sdar_verl.resolvers"),
+)
 
 
 def _import_loudly(name: str) -> Callable[[ModuleType], None]:
@@ -53,7 +54,7 @@ def register() -> None:
     from sdar_verl.local.register import register_local
 
     check_verl_version()
-    for registry, module in _REGISTRATIONS.items():
+    for registry, module in _REGISTRATIONS:
         wrapt.register_post_import_hook(_import_loudly(module), registry)
     register_local()
 

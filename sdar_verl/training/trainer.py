@@ -1,8 +1,9 @@
-"""Trainer mode ``sdar``: verl's v1 synchronous trainer with a teacher pass before the advantages.
+"""What SDAR adds to verl's v1 trainers, and trainer mode ``sdar``: verl's synchronous one with it.
 
     rollout -> old log-probs -> reference -> teacher pass -> advantages -> update
 
-Everything not named here is verl's: rollout, replay buffer, checkpoints, validation loop, trackers.
+Everything not named here is verl's: rollout, replay buffer, checkpoints, validation loop, trackers. The asynchronous
+modes are in :mod:`sdar_verl.training.async_modes`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import transfer_queue as tq
 from omegaconf import open_dict
@@ -19,7 +20,7 @@ from tensordict import TensorDict
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import PPOTrainerSync
-from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.rl_dataset import collate_fn
@@ -48,13 +49,18 @@ from sdar_verl.training.validation import ArmDataset, arm_metrics, expected_epis
 logger = logging.getLogger(__name__)
 
 
-@register_trainer("sdar")
-class SdarTrainer(PPOTrainerSync):
-    """verl's synchronous trainer, plus the privileged teacher and the ``sdar`` advantages."""
+class SdarTraining(PPOTrainer):
+    """The privileged teacher and the ``sdar`` advantages, for any of verl's trainers: put it before verl's class.
 
-    # verl compares trainer_mode with the literal "sync" in seven places and takes any other name for an asynchronous
-    # mode (another replay buffer, prompt batches of one, queue snapshots). This mode is a synchronous one.
-    trainer_mode = property(lambda self: "sync", lambda self, value: None)
+    Class attributes:
+        verl_mode: the mode of verl's that the class stands on. verl compares ``trainer_mode`` with the literals of its
+            own modes in seven places and looks its settings up under it (``trainer.v1.<mode>``), and would take our
+            name for an asynchronous mode without settings.
+    """
+
+    verl_mode: ClassVar[str]
+
+    trainer_mode = property(lambda self: self.verl_mode, lambda self, value: None)
 
     def __init__(self, config: Any):
         self.sdar = load_config(config.get("sdar"))
@@ -96,7 +102,13 @@ class SdarTrainer(PPOTrainerSync):
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
         if self._has_teacher:
-            self._teacher.install()
+            self._teacher.install(self._teacher_worker())
+
+    def _teacher_worker(self) -> type:
+        """The worker class with a teacher in it, on the base that verl's trainer of this mode wants."""
+        from sdar_verl.training.teacher.worker import TeacherWorker
+
+        return TeacherWorker
 
     def on_init_end(self) -> None:
         """Give the actor workers their loss and set the size of an update; then verl's first weight sync."""
@@ -147,7 +159,8 @@ class SdarTrainer(PPOTrainerSync):
             self._late_contexts.fill(batch.keys, self._infos)
             stop_on_errors([info.error for info in self._infos if info is not None])
         metrics.update(row_metrics(batch.keys, self._infos))
-        wanted = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        tasks = self.config.data.train_batch_size // self.parameter_sync_step
+        wanted = tasks * self.config.actor_rollout_ref.rollout.n
         metrics["sdar/crashed_episodes"] = wanted - metrics["sdar/episodes"]
         rows = self._step_rows(batch, metrics)
         for part in self.parts:
@@ -265,6 +278,13 @@ class SdarTrainer(PPOTrainerSync):
         for part in self.parts:
             part.on_step_end(self.global_steps, metrics)
         print(step_line(self.global_steps, self.total_training_steps, metrics), flush=True)
+
+
+@register_trainer("sdar")
+class SdarTrainer(SdarTraining, PPOTrainerSync):
+    """verl's synchronous trainer, plus the privileged teacher and the ``sdar`` advantages."""
+
+    verl_mode = "sync"
 
 
 def _reads_reference(config: Any) -> bool:

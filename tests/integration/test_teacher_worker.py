@@ -120,10 +120,10 @@ def weights(worker: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in parameters}
 
 
-def make_worker(model: str, adapter: int = 0, role: str = "actor", **teacher: Any) -> Any:
+def make_worker(model: str, adapter: int = 0, role: str = "actor", base: Any = None, **teacher: Any) -> Any:
     from sdar_verl.training.teacher.worker import TeacherWorker
 
-    worker = TeacherWorker(worker_config(model, adapter, **teacher), role)
+    worker = (base or TeacherWorker)(worker_config(model, adapter, **teacher), role)
     worker.init_model()
     worker.set_loss_fn(likelihood)
     return worker
@@ -177,6 +177,23 @@ def adapter(model: str, rank: int) -> dict[str, Any]:
     return out
 
 
+def kept(model: str, rank: int) -> dict[str, Any]:
+    """The weights of a step's start, put back for a moment after an update; and those of the update, after that."""
+    from sdar_verl.training.teacher.worker import DetachTeacherWorker
+
+    worker = make_worker(model, base=DetachTeacherWorker, source="actor")
+    out: dict[str, Any] = {"start": ask_student(worker, rank)}
+    worker.save_model_to_cpu(0)
+    update(worker, rank)
+    out["updated"] = ask_student(worker, rank)
+    worker.save_model_to_cpu(1)
+    worker.restore_model_from_cpu(0)
+    out["start again"], out["teacher"] = ask_student(worker, rank), ask(worker, rank)[TEACHER_LOG_PROBS]
+    worker.restore_model_from_cpu(1)
+    out["updated again"] = ask_student(worker, rank)
+    return out
+
+
 def run(rank: int, folder: str, port: int) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
@@ -197,6 +214,7 @@ def run(rank: int, folder: str, port: int) -> None:
         "snapshot": follow(model, root / "snapshot", rank, source="snapshot", update_every=2, offload=False),
         "fresh": fresh(model, rank),
         "adapter": adapter(model, rank),
+        "kept": kept(model, rank),
         "own": follow(model, root / "own", rank, source="toy_every_odd_step"),
         "path": ask(make_worker(model, source="reference", path=other), rank),
         "topk": ask(
@@ -319,6 +337,16 @@ def test_a_copied_adapter_leaves_the_base_alone(folder, ranks):
         after = results["adapter"]["after the copy"][TEACHER_LOG_PROBS]
         for found, wanted in zip(after, results["adapter"]["copied student"], strict=True):
             torch.testing.assert_close(found, wanted, **SAME)
+
+
+def test_the_weights_of_a_steps_start_come_back_and_go(ranks):
+    """On a CPU verl's own way of saving shares memory with the parameters: then all five would be the same."""
+    for results in ranks:
+        seen = results["kept"]
+        assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(seen["start"], seen["updated"], strict=True))
+        for name, again in (("start", "start again"), ("start", "teacher"), ("updated", "updated again")):
+            for wanted, found in zip(seen[name], seen[again], strict=True):
+                torch.testing.assert_close(found, wanted, **SAME)
 
 
 def test_other_weights_score_with_their_own_model(folder, ranks):

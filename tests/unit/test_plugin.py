@@ -36,7 +36,10 @@ def test_everything_is_registered_when_verl_looks():
     )
     assert done.returncode == 0, done.stderr
     assert "SdarTrainer compute_sdar_advantage sdar_verl.rollout.agent_loop.SdarAgentLoop" in done.stdout
-    assert "['colocate_async', 'sdar', 'separate_async', 'sync']" in done.stdout
+    assert (
+        "['colocate_async', 'sdar', 'sdar_colocate_async', 'sdar_separate_async', 'separate_async', 'sync']"
+        in done.stdout
+    )
     assert "sdar_verl.local.rollout" in done.stdout
 
 

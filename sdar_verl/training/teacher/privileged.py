@@ -70,10 +70,12 @@ class PrivilegedTeacher:
 
     # ---------------------------------------------------------------- set-up
 
-    def install(self) -> None:
-        """Put our workers in the place of verl's, or ask for devices; before the trainer starts its workers."""
-        from sdar_verl.training.teacher.worker import TeacherWorker
+    def install(self, worker: type) -> None:
+        """Put our workers in the place of verl's, or ask for devices; before the trainer starts its workers.
 
+        Args:
+            worker: class of :mod:`sdar_verl.training.teacher.worker` on the base that the trainer wants.
+        """
         trainer, settings = self._trainer, self._settings
         with open_dict(trainer.config.actor_rollout_ref):
             trainer.config.actor_rollout_ref[TEACHER_NODE] = OmegaConf.create(settings.model_dump())
@@ -83,8 +85,7 @@ class PrivilegedTeacher:
             devices = [settings.pool_gpus_per_node] * (settings.pool_nodes or 1)
             trainer.resource_pool_manager.resource_pool_spec[_POOL] = devices
         else:
-            for role in {Role.Actor, Role.ActorRollout, Role.ActorRolloutRef} & trainer.role_worker_mapping.keys():
-                trainer.role_worker_mapping[role] = ray.remote(TeacherWorker)
+            put_worker(trainer, worker)
 
     def start(self) -> None:
         """Start the teacher's own workers, if it has devices of its own; after verl's have started."""
@@ -274,6 +275,12 @@ class PrivilegedTeacher:
     def _student_log_probs(self, batch: KVBatchMeta) -> torch.Tensor:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["old_log_probs"])
         return data["old_log_probs"]
+
+
+def put_worker(trainer: Any, worker: type) -> None:
+    """Make ``worker`` the class of the actor's role, whatever else the role has."""
+    for role in {Role.Actor, Role.ActorRollout, Role.ActorRolloutRef} & trainer.role_worker_mapping.keys():
+        trainer.role_worker_mapping[role] = ray.remote(worker)
 
 
 def teacher_metrics(log_prob: float | None, staleness: int | None) -> dict[str, float]:

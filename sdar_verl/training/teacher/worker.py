@@ -1,8 +1,9 @@
 """The training workers, with the privileged teacher in them: verl's worker class and what the trainer may ask of it.
 
-``TeacherWorker`` takes the place of verl's ``ActorRolloutRefWorker``; the teacher's weights are colocated with the
-actor's. ``PoolTeacherWorker`` is the teacher alone, frozen, on devices of its own. Both answer
-``compute_teacher_log_prob``, dispatched over the mesh ``teacher``: that of the engine the pass runs through.
+``TeacherWorker`` takes the place of verl's ``ActorRolloutRefWorker``, ``DetachTeacherWorker`` that of its
+``DetachActorWorker``; the teacher's weights are colocated with the actor's. ``PoolTeacherWorker`` is the teacher alone,
+frozen, on devices of its own. All answer ``compute_teacher_log_prob``, dispatched over the mesh ``teacher``: that of
+the engine the pass runs through.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.modules import import_modules
+from sdar_verl.training.detach import DetachWorker
 from sdar_verl.training.fields import (
     MODULES_NODE,
     TEACHER_ENTROPY,
@@ -105,8 +107,8 @@ class FreshTeacherTrainingWorker(TrainingWorker):
         return {name: values.to(device) for name, values in fields.items()}
 
 
-class TeacherWorker(ActorRolloutRefWorker):
-    """Actor, rollout and reference as verl has them, and the teacher's weights beside them.
+class WithTeacher(ActorRolloutRefWorker):
+    """Actor, rollout and reference as verl has them, and the teacher's weights beside them; put it before verl's class.
 
     Args:
         config: verl's ``actor_rollout_ref`` node, with ``sdar.teacher`` in it (:data:`TEACHER_NODE`).
@@ -196,6 +198,14 @@ class TeacherWorker(ActorRolloutRefWorker):
 
     def _teacher_file(self, folder: str) -> Path:
         return Path(folder) / f"sdar_teacher_world_size_{self.world_size}_rank_{self.rank}.pt"
+
+
+class TeacherWorker(WithTeacher):
+    """On verl's worker of the synchronous and the colocated trainer."""
+
+
+class DetachTeacherWorker(WithTeacher, DetachWorker):
+    """On verl's worker of the separate trainer, which keeps the weights that a step began with."""
 
 
 class PoolTeacherWorker(ActorRolloutRefWorker):
