@@ -119,9 +119,17 @@ def _read(spec: str) -> tuple[str, RunData]:
 
 
 def method_of(run: RunData) -> str:
-    """The run's method: ``sdar.method``, else its experiment's name without a seed at the end, else its folder's."""
+    """The run's method: ``sdar.method``, else its experiment's name without a seed at the end, else its folder's.
+
+    A run whose teacher saw a placebo is a method of its own, ``<method>+<control>``.
+    """
     name = str(run.run.get("method") or run.name)
-    return _SEED_SUFFIX.sub("", name) or name
+    name = _SEED_SUFFIX.sub("", name) or name
+    settings = run.run.get("settings", {})
+    control = settings.get("sdar.context.control", "none")
+    if control == "none" or settings.get("sdar.teacher.source") == "none" or name.endswith(f"+{control}"):
+        return name
+    return f"{name}+{control}"
 
 
 def _panels(run: RunData) -> tuple[str, ...] | None:

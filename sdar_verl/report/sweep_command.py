@@ -22,7 +22,13 @@ def add_parser(subparsers: Any) -> None:
         "again, an unfinished one resumes from its latest checkpoint. Words that remain are verl overrides.",
     )
     parser.add_argument("--config-name", required=True, help="the recipe, such as sdar_alfworld")
-    parser.add_argument("--methods", required=True, type=_names, metavar="A,B,...", help="of the config group method")
+    parser.add_argument(
+        "--methods",
+        required=True,
+        type=_names,
+        metavar="A,B,...",
+        help="of the config group method; METHOD+CONTROL is the same with that placebo as the teacher's context",
+    )
     parser.add_argument("--seeds", default=[0], type=_seeds, metavar="0,1,...", help="default: 0")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="runs are DIR/<method>-<seed>")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
@@ -44,10 +50,12 @@ def _seeds(text: str) -> list[int]:
 
 
 def command(config: str, method: str, seed: int, folder: Path, overrides: list[str]) -> list[str]:
-    """What starts one run. Later words win in Hydra: overrides of the user's stand last."""
+    """What starts one run of ``method``, or ``method+control``. Later words win in Hydra: the user's stand last."""
+    preset, plus, control = method.partition("+")
     return [
         *(sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", config),
-        f"method={method}",
+        f"method={preset}",
+        *([f"sdar.context.control={control}"] if plus else []),
         f"data.seed={seed}",
         f"sdar.rollout.seed={seed}",
         f"actor_rollout_ref.actor.data_loader_seed={42 + seed}",

@@ -47,6 +47,10 @@ def test_runs_are_grouped_by_method_over_seeds(runs):
         ({"experiment": "grpo"}, "grpo"),
         ({"experiment": "x", "method": "rlsd"}, "rlsd"),
         ({"experiment": "7"}, "7"),
+        ({"method": "sdar", "settings": {"sdar.context.control": "shuffled"}}, "sdar+shuffled"),
+        ({"method": "sdar+wrong", "settings": {"sdar.context.control": "wrong"}}, "sdar+wrong"),
+        ({"method": "sdar", "settings": {"sdar.context.control": "none"}}, "sdar"),
+        ({"method": "grpo", "settings": {"sdar.context.control": "empty", "sdar.teacher.source": "none"}}, "grpo"),
     ],
 )
 def test_the_method_of_a_run(tmp_path, run, name):
@@ -208,6 +212,15 @@ def test_a_sweep_is_methods_times_seeds_in_folders_of_their_own(tmp_path, capsys
     assert all("trainer.test_freq=5" in line for line in lines)
     assert "method=grpo" in lines[3] and "sdar.rollout.seed=3" in lines[3]
     assert not any(tmp_path.iterdir())
+
+
+def test_a_placebo_is_a_method_of_a_sweep(tmp_path, capsys):
+    words = ["sweep", "--config-name", "sdar_quickstart", "--methods", "sdar,sdar+shuffled", "--out", str(tmp_path)]
+    assert main([*words, "--dry-run"]) == 0
+    real, placebo = capsys.readouterr().out.splitlines()
+    assert "sdar.context.control" not in real
+    assert "method=sdar " in placebo and "sdar.context.control=shuffled" in placebo
+    assert f"{tmp_path}/sdar+shuffled-0/checkpoints" in placebo
 
 
 def test_a_sweep_goes_on_after_a_failure_and_does_not_repeat_what_is_finished(tmp_path, monkeypatch, capsys):

@@ -21,7 +21,7 @@ from sdar_verl.panels import write_panel
 from sdar_verl.training.checks.run import check_run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SCRIPTS = sorted(RECIPES.glob("*/run_*.sh"))
+SCRIPTS = sorted(RECIPES.glob("*/run_qwen*.sh"))
 MODELS = {
     "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
@@ -232,3 +232,24 @@ def test_every_environment_has_scripts_and_its_readme_names_them(env):
     scripts = [script for script in SCRIPTS if script.parent.name == env]
     assert scripts
     assert all(script.name in text for script in scripts)
+
+
+@pytest.mark.parametrize("name", ["run_alfworld.sh", "run_quickstart.sh"])
+def test_control_scripts_sweep_and_compare(name, tmp_path):
+    """With a stand-in for the command that writes down how it was called, and the parser that would have read it."""
+    from sdar_verl.cli import _parser
+
+    bin_, out, calls = tmp_path / "bin", tmp_path / "out", tmp_path / "calls"
+    bin_.mkdir()
+    (tmp_path / "data").mkdir()
+    fake = bin_ / "sdar-verl"
+    fake.write_text(f"#!/usr/bin/env bash\n[ $1 = sweep ] && mkdir -p {out}/grpo-0\nprintf '%s\\n' \"$*\" >> {calls}\n")
+    fake.chmod(0o755)
+    env = {**os.environ, "PATH": f"{bin_}:{os.environ['PATH']}", "SDAR_VENV": str(tmp_path), "SDAR_OUT": str(tmp_path)}
+    words = ["bash", str(RECIPES / "controls" / name), str(out), "trainer.test_freq=7"]
+    subprocess.run(words, check=True, env=env, cwd=tmp_path)
+    (sweep, rest), (compare, _) = (_parser().parse_known_args(line.split()) for line in calls.read_text().splitlines())
+    placebo = [method for method in sweep.methods if "+" in method]
+    assert placebo == [f"{sweep.methods[1]}+shuffled"] and sweep.methods[0] == "grpo" == compare.baseline
+    assert sweep.seeds == [0, 1, 2] and [*sweep.overrides, *rest][-1] == "trainer.test_freq=7"
+    assert compare.runs == [f"{out}/grpo-0"]
