@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import common, loss, pool, teacher_rows
+from benchmarks import (
+    cold_start,
+    common,
+    counted_env,  # noqa: F401  registers it
+    loss,
+    pool,
+    rollout,
+    runs,
+    scale,
+    soak,
+    step_overhead,
+    teacher_rows,
+)
+from sdar_verl.envs.alfworld.env import AlfworldEnv
 from sdar_verl.envs.base import Step, Task
+from sdar_verl.envs.registry import make_env
+from sdar_verl.rollout.prompt_builder import PromptBuilder
+from sdar_verl.rollout.prompts import PromptTemplate, special_tokens_of
+from tests.support.chatml import chatml_tokenizer
+from tests.support.verl_run import Run
 
 
 def command(monkeypatch: pytest.MonkeyPatch, module, *arguments: object) -> None:
@@ -89,3 +110,102 @@ def test_both_updates_and_all_divergences_run(capsys: pytest.CaptureFixture[str]
         loss.arm(name, 8, 128, 8)()
     loss.one_peak("chunks-full", "64x512", 16)
     assert float(capsys.readouterr().out) >= 0
+
+
+def test_free_and_lock_step_rollouts_play_the_same_episodes(tmp_path: Path) -> None:
+    tasks = [common.as_task(game) for game in common.real_games(tmp_path / "small_room", 2)]
+    envs = [AlfworldEnv(hide_actions=rollout.HIDDEN) for _ in tasks]
+    model = rollout.Model(len(envs))
+    setting = rollout.Setting(3, 1.0, True)
+    try:
+        played = rollout.compare(model, envs, tasks, setting, 1)
+    finally:
+        model.scheduler.close()
+    own, locked = (played[name] for name in rollout.ARMS)
+    assert own.turns == locked.turns == own.answers <= locked.answers
+    assert len(rollout.row(setting, played, 2)) == len(rollout.HEAD)
+
+
+def test_rows_per_turn_repeat_what_a_conversation_says_once(tmp_path: Path) -> None:
+    game = common.real_games(tmp_path, 1)[0]
+    seen = scale.conversation(game, 4)
+    tokenizer = chatml_tokenizer(["put some apple in fridge"])
+    prompts = PromptBuilder(tokenizer, PromptTemplate.load("alfworld", special_tokens_of(tokenizer)))
+    answer = [5, 6, tokenizer.eos_token_id]
+    one, four = (scale.tokens(prompts, seen[:turns], "look around", answer) for turns in (1, 4))
+    assert len(set(one.values())) == 1
+    assert four["per turn, whole history"] > four["per turn, last 2"] > four["conversation"]
+
+
+def test_a_counted_episode_has_the_turns_of_its_task() -> None:
+    env = make_env("counted")
+    env.reset(Task("counted", "a", "", "", {"turns": 2}))
+    assert [env.step("go to fridge 1").done for _ in range(2)] == [False, True]
+
+
+def logged(folder: Path, lines: list[str]) -> Run:
+    """A process below this one that writes a log, as a run does."""
+    script = "import sys, time\nfor line in sys.argv[1:]:\n    print(line, flush=True)\n    time.sleep(0.3)\n"
+    with (folder / "log.txt").open("w") as log:
+        subprocess.run([sys.executable, "-c", script, *lines], stdout=log, check=True)
+    records = [{"step": 1, "data": {"timing_s/step": 3.0}}, {"step": 2, "data": {"timing_s/step": 2.0, "sdar/rows": 8}}]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return Run(folder, (folder / "log.txt").read_text(), 0)
+
+
+def test_a_watched_run_tells_when_its_lines_came_and_what_its_processes_used(tmp_path: Path) -> None:
+    lines = ["ray init kwargs: {}", "\x1b[36m(TaskRunnerV1 pid=7)\x1b[0m sdar step 1/2  x", "sdar step 2/2  x", "end"]
+    watched = runs.watch(tmp_path, lambda: logged(tmp_path, lines), every=0.2)
+    assert [text for _, text in watched.lines] == [lines[0], "(TaskRunnerV1 pid=7) sdar step 1/2  x", *lines[2:]]
+    ends = watched.step_ends()
+    assert list(ends) == [1, 2]
+    assert 0.1 < ends[2] - ends[1] < 10
+    assert watched.samples
+    assert all(sample.memory > 0 and sample.files > 0 for sample in watched.samples)
+    assert watched.cpu_between(0, 1e9)["all"] >= watched.cpu_between(ends[1], ends[2])["all"] >= 0
+    names = [row[0] for row in cold_start.timeline(watched)]
+    assert names == ["driver: verl imported, config composed", "trainer's process: verl imported", "first step done"]
+    assert cold_start.cpu_by_process(watched)
+    assert step_overhead.phases(watched)["step"] == 2.0
+    assert "all" in step_overhead.cpu_per_step(watched)
+    with pytest.raises(ZeroDivisionError):
+        runs.watch(tmp_path, lambda: Run(tmp_path, "", 1 // 0), every=0.2)
+
+
+@pytest.mark.parametrize(("leak", "files"), [(0, 0.0), (500_000, 0.0), (0, 0.5)])
+def test_the_soak_finds_the_process_that_grows(leak: int, files: float) -> None:
+    watched = runs.Watched(lines=[(float(step), f"sdar step {step}/60") for step in range(1, 61)])
+    for number in range(600):
+        seconds = number / 10
+        noise = 300_000 * (number % 7)
+        for pid, extra in ((1, leak), (2, 0)):
+            memory = 10**8 + noise + int(extra * seconds)
+            watched.samples.append(runs.Sample(seconds, pid, f"p{pid}", memory, 40 + int(files * seconds), seconds))
+    found = soak.growth(watched, warm_up=20)
+    assert [one.name for one in found] == ["p1", "p2", "number of processes"]
+    grown = [one.name for one in found if one.memory is not None and one.memory.exceeds(100_000)]
+    assert grown == (["p1"] if leak else [])
+    assert [one.files.exceeds(0.02) for one in found] == [files > 0, files > 0, False]
+    if leak:
+        assert found[0].memory.slope == pytest.approx(leak, rel=0.05)
+
+
+def test_the_gpu_script_runs_with_torch_and_transformers_alone(tmp_path: Path) -> None:
+    """And says so, with a status of its own, where there is no GPU."""
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu" / "train_step.py"
+    # Any import of verl or Ray fails.
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules.update(verl=None, ray=None)\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    smoke = [sys.executable, str(script), "--smoke", "--repeats", "1", "--out", str(tmp_path / "figures.json")]
+    subprocess.run(smoke, env=env, check=True, capture_output=True)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["left"] == []
+    assert [one["part"] for one in figures["figures"]][:4] == [
+        "student log-probs",
+        "teacher pass",
+        "GRPO update",
+        "SDAR update",
+    ]
+    alone = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert alone.returncode == 2
+    assert "no GPU" in alone.stderr
