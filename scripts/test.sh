@@ -3,7 +3,8 @@
 #   bash scripts/test.sh            everything but the slow ones
 #   bash scripts/test.sh --all      the slow ones too
 #   bash scripts/test.sh ARGS ...   further arguments go to pytest
-# SDAR_VENV names the virtual environment (default .venv in the checkout).
+# SDAR_VENV names the virtual environment (default .venv in the checkout), SDAR_TEST_WORKERS how many files are tested at
+# the same time (default 2; a run through verl keeps about one core busy and takes 5 GB of memory).
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,4 +17,6 @@ if [ "${1:-}" = "--all" ]; then
   shift
 fi
 source scripts/cpu_env.sh
-"$venv/bin/python" -m pytest "${selection[@]}" "$@"
+# A file stays in one process, which shares its runs among its tests; the long ones come first.
+workers=(-n "${SDAR_TEST_WORKERS:-2}" --dist loadscope --no-loadscope-reorder)
+"$venv/bin/python" -m pytest "${workers[@]}" "${selection[@]}" "$@"
