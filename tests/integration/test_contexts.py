@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from sdar_verl.cli import main
 from sdar_verl.local import start_policy
+from sdar_verl.report.layout import RECORD, TRACES, step_file
+from sdar_verl.report.trace import read_trace
 from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK
 from tests.support.plain import plain_log_probs
 from tests.support.toy_run import train
@@ -76,6 +79,8 @@ def test_a_conversation_is_one_row_with_its_observations_masked(tmp_path: Path) 
         "sdar.prompt.history_length=0",
         "data.max_response_length=170",
         "sdar.update.mini_batch_rows=16",
+        "sdar.trace.every=1",
+        "sdar.trace.episodes=16",
         steps=2,
         record=True,
     )
@@ -112,3 +117,22 @@ def test_a_conversation_is_one_row_with_its_observations_masked(tmp_path: Path) 
         outcome = [advantages[turn.start : turn.stop] + 0.1 * turn.invalid for turn in info.turns]
         assert all((turn - outcome[0][0]).abs().max() < 1e-5 for turn in outcome)
     assert any(turn.invalid for info in infos for turn in info.turns)
+
+    # The trace has a line per turn, with the turn's own tokens and numbers out of the middle of the row.
+    trace = step_file(run.folder / "checkpoints" / RECORD / TRACES, 1)
+    traced = {(line["episode"], line["turn"]): line for line in read_trace(trace)}
+    keys = [key for key, info in zip(record["keys"], record["infos"], strict=True) if info is not None]
+    columns = {
+        "token_ids": responses,
+        "student_log_prob": rows(record, real, "old_log_probs"),
+        "teacher_log_prob": rows(record, real, TEACHER_LOG_PROBS),
+        "advantage": rows(record, real, "advantages"),
+    }
+    assert len(traced) == sum(len(info.turns) for info in infos)
+    for row, (key, info) in enumerate(zip(keys, infos, strict=True)):
+        for number, turn in enumerate(info.turns):
+            line = traced[key.rsplit("_", 1)[0], number]
+            for name, values in columns.items():
+                assert line[name] == pytest.approx(values[row][turn.start : turn.stop].tolist(), abs=1e-6), name
+    assert main(["report", str(run.folder)]) == 0
+    assert infos[0].task_id in (run.folder / "report.html").read_text()
