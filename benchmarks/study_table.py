@@ -3,8 +3,8 @@
     python benchmarks/study_table.py --panel PANEL RUN [RUN ...]
 
 Runs are folders as `sdar-verl sweep` makes them, validated on PANEL after the last step. Success has a 95 % bootstrap
-interval over runs and tasks; the probe and the share of invalid actions have their range over the seeds. The lines after
-the table are the differences to --baseline, paired by task and, where the seeds agree, by seed.
+interval over runs and tasks; probe and share of invalid actions have their range over the seeds. The lines after the
+table are the differences to --baseline, paired by task and, where the seeds agree, by seed.
 """
 
 from __future__ import annotations
@@ -62,9 +62,8 @@ def main() -> None:
             if group is not reference:
                 found = difference(group, reference, FINAL)
                 note = ", within noise" if found.within_noise else ""
-                print(
-                    f"{arm}: {group.name} - {reference.name} {found.value:+.3f} [{found.low:+.2f}, {found.high:+.2f}]{note}"
-                )
+                interval = f"[{found.low:+.2f}, {found.high:+.2f}]"
+                print(f"{arm}: {group.name} - {reference.name} {found.value:+.3f} {interval}{note}")
 
 
 if __name__ == "__main__":
