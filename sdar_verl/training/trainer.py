@@ -34,7 +34,8 @@ from sdar_verl.panels import panel_digest
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.advantage import AdvantageRows, advantage_rows
 from sdar_verl.training.checks.run import check_run
-from sdar_verl.training.head.distributions import StepRequests, distribution_loss, step_requests
+from sdar_verl.training.head.distributions import StepRequests, step_requests
+from sdar_verl.training.head.loss import distribution_loss
 from sdar_verl.training.head.requests import asked
 from sdar_verl.training.late_context import LateContexts, late_contexts
 from sdar_verl.training.live import step_line, validation_line

@@ -14,8 +14,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from sdar_verl.algorithm.divergences import COLUMNS, full_columns, on_support, top_k_columns, top_k_ids
 from sdar_verl.training.fields import TEACHER_MASK
-from sdar_verl.training.head.distributions import COLUMN_PREFIX
 from sdar_verl.training.head.requests import (
+    COLUMN_PREFIX,
     HEAD_REQUEST,
     SUPPORT_IDS,
     SUPPORT_LOG_PROBS,

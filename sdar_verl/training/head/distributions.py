@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdar_verl.algorithm.divergences import COLUMNS, DIVERGENCES, SUPPORT_OF
 from sdar_verl.config import LossConfig
-from sdar_verl.training.head.requests import SUPPORT_IDS, HeadRequest
+from sdar_verl.training.head.requests import COLUMN_PREFIX, SUPPORT_IDS, HeadRequest
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 TOP_K = 100
 CHUNK_TOKENS = 128
-
-COLUMN_PREFIX = "sdar_distribution_"
-"""Model outputs of an update: this and a name of ``COLUMNS``, nested (rows, sequence tokens)."""
 
 _METRICS = {
     "divergence": "divergence",
@@ -84,29 +81,6 @@ def step_requests(loss: LossConfig) -> StepRequests:
 def top_k(loss: LossConfig) -> int:
     """``sdar.loss.top_k``, or its default."""
     return TOP_K if loss.top_k is None else loss.top_k
-
-
-def distribution_loss(
-    config: Any,
-    settings: LossConfig,
-    model_output: dict[str, Any] | None = None,
-    data: TensorDict | None = None,
-    dp_group: Any = None,
-    student_logits: torch.Tensor | None = None,
-) -> Any:
-    """:func:`sdar_verl.training.loss.sdar_loss`, which verl's engine also calls with logits.
-
-    With ``student_logits`` (1, tokens, V): the columns of the divergence per token, which the engine puts into
-    ``model_output``. Without: the loss and its metrics.
-    """
-    from sdar_verl.training.head.tap import columns_of_this_step
-    from sdar_verl.training.loss import sdar_loss
-
-    if student_logits is not None:
-        return columns_of_this_step(student_logits)
-    assert model_output is not None
-    assert data is not None
-    return sdar_loss(config, settings, model_output, data, dp_group)
 
 
 def divergence_signal(model_output: Mapping[str, Any], data: TensorDict) -> dict[str, torch.Tensor]:

@@ -20,6 +20,9 @@ SUPPORT_LOG_PROBS = "sdar_support_log_probs"
 TEACHER_HIDDEN = "sdar_teacher_hidden"
 """Nested (rows, response tokens, hidden size): what the teacher's head reads."""
 
+COLUMN_PREFIX = "sdar_distribution_"
+"""Model outputs of an update, nested (rows, sequence tokens): this and a name of the divergences' ``COLUMNS``."""
+
 HEAD_FIELDS = (SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN)
 
 

@@ -24,8 +24,8 @@ from sdar_verl.algorithm.divergence_rows import FullDivergence, TopKDivergence
 from sdar_verl.algorithm.divergences import COLUMNS, on_support, top_k_ids
 from sdar_verl.algorithm.head_chunks import RowFunction, chunk_logits, map_logits
 from sdar_verl.training.fields import TEACHER_MASK
-from sdar_verl.training.head.distributions import COLUMN_PREFIX
 from sdar_verl.training.head.requests import (
+    COLUMN_PREFIX,
     HEAD_REQUEST,
     SUPPORT_IDS,
     SUPPORT_LOG_PROBS,
