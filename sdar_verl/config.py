@@ -131,8 +131,10 @@ class TeacherConfig(_Node):
         None,
         description="source=ema or snapshot: whether the weights wait in CPU memory between passes; null is true",
     )
-    placement: Literal["colocated", "pool"] = Field(
-        "colocated", description="on the actor's devices, or in a pool of devices of its own"
+    placement: Literal["colocated", "pool", "rollout_server"] = Field(
+        "colocated",
+        description="who computes the teacher: the actor's devices, a pool of devices of its own, or the rollout "
+        "server, while other episodes still run",
     )
     pool_gpus_per_node: int | None = Field(None, ge=1, description="placement=pool: devices per node")
     pool_nodes: int | None = Field(None, ge=1, description="placement=pool: nodes; null is 1")

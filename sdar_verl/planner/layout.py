@@ -33,8 +33,9 @@ class Layout:
         reference_pass: it is asked for log-probs of the student's rows.
         entropy: the update computes the entropy of the student.
         rollout_share: of the card's memory that the rollout engine may take.
+        rollout_tokens: tokens that the rollout engine computes at a time, at most.
         teacher: source of the teacher's weights, ``none`` without one.
-        teacher_placement: ``colocated`` or ``pool``.
+        teacher_placement: ``colocated``, ``pool`` or ``rollout_server``.
         teacher_offload: EMA and snapshot weights wait on the CPU between passes.
         teacher_gpus: GPUs of the teacher's own pool.
         objective: of the distillation term.
@@ -64,6 +65,7 @@ class Layout:
     reference_pass: bool = True
     entropy: bool = False
     rollout_share: float = 0.6
+    rollout_tokens: int = 8192
     teacher: str = "actor"
     teacher_placement: str = "colocated"
     teacher_offload: bool = True
@@ -143,6 +145,7 @@ class Layout:
             reference_pass=reads_reference,
             entropy=bool(actor.entropy_coeff) or gate_reads(sdar.loss.gate, "entropy"),
             rollout_share=float(rollout.gpu_memory_utilization),
+            rollout_tokens=int(rollout.max_num_batched_tokens),
             teacher=teacher,
             teacher_placement=sdar.teacher.placement,
             teacher_offload=sdar.teacher.offload is not False,

@@ -104,6 +104,12 @@ def divergence_bytes(layout: Layout, tokens: float) -> float:
     return total
 
 
+def prompt_scores_bytes(layout: Layout) -> float:
+    """What vLLM makes of a request for a prompt's log-probs, outside its share of the card: the logits of the tokens of
+    it that are computed at a time, in bf16, and their log-probs in float32, which its memory profile does not know."""
+    return 6.0 * min(layout.rollout_tokens, layout.longest) * layout.architecture.vocabulary
+
+
 def phases(layout: Layout, gpu_memory: float) -> list[Phase]:
     """Memory of every phase on one training GPU.
 
@@ -126,8 +132,11 @@ def phases(layout: Layout, gpu_memory: float) -> list[Phase]:
     def logits(entropy: bool) -> dict[str, float]:
         return {"logits": logits_bytes(layout, forward_tokens, backward=False, entropy=entropy)}
 
+    rollout = {**base, "rollout engine": layout.rollout_share * gpu_memory}
+    if layout.teacher_placement == "rollout_server":
+        rollout["log-probs of the teacher's rows"] = prompt_scores_bytes(layout)
     found = [
-        Phase("rollout", {**base, "rollout engine": layout.rollout_share * gpu_memory}),
+        Phase("rollout", rollout),
         Phase("old log-probs", {**asleep, **actor, **passes, **logits(True)}),  # verl logs the entropy
     ]
     if layout.reference_pass or layout.teacher == "reference":

@@ -5,7 +5,8 @@
     rollout   turns * (prefill + answer tokens * time of a decoding step + environment)
 
 An episode's turns follow each other; all episodes run at once, spread over the N / TP engines. A decoding step reads
-the weights once and the cache of every running episode, or is bound by its FLOPs, whichever takes longer.
+the weights once and the cache of every running episode, or is bound by its FLOPs, whichever takes longer. A teacher
+that the rollout server computes is added to the rollout in full, as if no wait and no tail hid any of it.
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ def step_seconds(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None)
     efficiency = efficiency or Efficiency()
     seconds = {"rollout": rollout_seconds(layout, gpu, efficiency)}
     for phase, flops in phase_flops(layout).items():
+        if phase == "teacher" and layout.teacher_placement == "rollout_server":
+            seconds["rollout"] += flops / (layout.gpus * gpu.flops * efficiency.prefill)
+            continue
         on_pool = phase == "teacher" and layout.teacher_placement == "pool"
         gpus = max(layout.teacher_gpus, 1) if on_pool else layout.gpus
         share = efficiency.training if phase == "update" else efficiency.forward

@@ -2,7 +2,8 @@
 or the whole conversation does (``sdar.rollout.rows``).
 
 Beside the student's prompt every row carries the teacher's: the same turn with the skill slot filled. The teacher's
-log-probs are computed later, by the trainer, on the very response ids sampled here.
+log-probs are computed later, by the trainer, on the very response ids sampled here; or meanwhile, by the rollout server
+(``sdar.teacher.placement=rollout_server``).
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import Step, Task
 from sdar_verl.envs.pool import EnvError, EnvProcessError
 from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
-from sdar_verl.rollout.outputs import Episode, OutputMaker, Turn
+from sdar_verl.rollout.outputs import Episode, OutputMaker, Turn, conversation
 from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnContext
 from sdar_verl.rollout.prompts import PromptTemplateError
 from sdar_verl.rollout.rows import EVIDENCE_COLUMN, EpisodeNote, RowInfo, turn_text
 from sdar_verl.rollout.runtime import Runtime, get_runtime
+from sdar_verl.rollout.server_teacher import ServerTeacher
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
 from sdar_verl.skills.retrieval import RetrievalError
 
@@ -101,9 +103,10 @@ class SdarAgentLoop(AgentLoopBase):
         traced = arm is None and runtime.traces(kwargs.get("global_steps"))
         failure = ""
         for attempt in (1, 2):
+            scores = self._scores(runtime, first=kwargs.get("session_id") == 0) if arm is None else None
             try:
                 episode = await self._play(
-                    runtime, task, arm, sampling_params, seed_parts, traced, kwargs.get(EVIDENCE_COLUMN)
+                    runtime, task, arm, sampling_params, seed_parts, traced, kwargs.get(EVIDENCE_COLUMN), scores
                 )
                 break
             except EnvProcessError as error:
@@ -113,6 +116,9 @@ class SdarAgentLoop(AgentLoopBase):
                 # Not this episode's bad luck but a fault of the set-up. An exception here would only cost the group;
                 # the trainer reads this text and stops.
                 return [self.outputs.failed_row(task, arm_name, step, error=f"task {task.task_id}: {error}")]
+            finally:
+                if scores is not None:
+                    scores.cancel()
         else:
             return [self.outputs.failed_row(task, arm_name, step, failure=failure)]
         return self.outputs.rows(episode, task, arm_name, whole=runtime.whole)
@@ -126,6 +132,7 @@ class SdarAgentLoop(AgentLoopBase):
         seed_parts: tuple[Any, ...],
         traced: bool,
         evidence: str | None,
+        scores: ServerTeacher | None,
     ) -> Episode:
         settings = runtime.sdar
         texts = self._texts(runtime, task, arm, evidence)
@@ -179,6 +186,8 @@ class SdarAgentLoop(AgentLoopBase):
                     episode,
                 )
                 episode.turns.append(turn)
+                if scores is not None and not runtime.whole:
+                    scores.ask(info, turn.prompt_ids, turn.response_ids)
                 info.action = self._read_answer(runtime, turn, state)
 
                 history.append((state.observation, info.action))
@@ -197,7 +206,20 @@ class SdarAgentLoop(AgentLoopBase):
             episode.success = state.success
             episode.score = float(state.success) if state.score is None else state.score
         note.reward, note.last_observation = episode.reward, state.observation
+        if scores is not None:
+            if runtime.whole:
+                first = episode.turns[0]
+                scores.ask(first.info, first.prompt_ids, conversation(episode))
+            note.teacher_wait_s = await scores.collect()
         return episode
+
+    def _scores(self, runtime: Runtime, *, first: bool) -> ServerTeacher | None:
+        """The teacher's side of an episode, where the rollout server scores for it; ``first``: of its group."""
+        teacher, rollout = runtime.sdar.teacher, self.rollout_config
+        if teacher.placement != "rollout_server":
+            return None
+        checks = first and teacher.sanity_check
+        return ServerTeacher(self.server_manager, rollout.name, rollout.temperature, checks=checks)
 
     @staticmethod
     def _follow_up(runtime: Runtime, shown: TurnContext, episode: Episode) -> list[int]:

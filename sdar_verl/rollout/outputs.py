@@ -146,6 +146,12 @@ class _Row:
         return cls(turn.prompt_ids, turn.response_ids, [1] * len(turn.response_ids), log_probs, turn.info)
 
 
+def conversation(episode: Episode) -> list[int]:
+    """Token ids behind the first prompt: the answers, and between them what the environment said."""
+    first, last = episode.turns[0], episode.turns[-1]
+    return [*last.prompt_ids, *last.response_ids][len(first.prompt_ids) :]
+
+
 def _conversation(episode: Episode) -> _Row:
     """All turns in one row: the first prompt; behind it the answers, and, masked, what was said between them."""
     first = episode.turns[0]

@@ -17,6 +17,9 @@ EVIDENCE_COLUMN = "sdar_evidence"
 """Column of a prompt: what retrieval may know of earlier steps, as JSON; only with rules that learn."""
 
 
+_ARRAYS = ("teacher_prompt_ids", "teacher_log_probs", "student_log_probs")
+
+
 def turn_text(
     task: Task, context: str, observation: str, action: str | None, result: str, reward: float
 ) -> dict[str, Any]:
@@ -51,6 +54,7 @@ class EpisodeNote:
         passages: early context -> fields of its passage, where the trainer makes the teacher's prompts.
         reward: the episode's return.
         last_observation: what the environment answered to the last action.
+        teacher_wait_s: seconds from the end of its last turn to the rollout server's last answer for the teacher.
     """
 
     task: dict[str, Any]
@@ -58,6 +62,7 @@ class EpisodeNote:
     passages: dict[str, dict[str, Any]] = field(default_factory=dict)
     reward: float = 0.0
     last_observation: str = ""
+    teacher_wait_s: float = 0.0
 
 
 @dataclass
@@ -103,6 +108,11 @@ class RowInfo:
         context_missing: the teacher has no say because its late context does not exist (no sibling succeeded, say).
         prompt_tokens: tokens of the student's prompt.
         teacher_prompt_ids: token ids of the teacher's prompt; None when the teacher has no say on this row.
+        teacher_log_probs: (response tokens,) float32, nats: what the rollout server answered for the teacher; None
+            where it was not asked, or could not answer.
+        teacher_failure: why it could not, or None.
+        student_log_probs: (response tokens,) float32, nats: what it answered for the student's own prompt; on one row
+            per task, to compare it with the trainer.
         context_tokens: tokens by which the teacher's prompt is longer than the student's.
         history_dropped: (observation, action) pairs left out so that the student's prompt fits.
         truncated: the teacher's prompt was too long for ``sdar.teacher.max_prompt_length`` as it was.
@@ -131,6 +141,9 @@ class RowInfo:
     context_missing: bool = False
     prompt_tokens: int = 0
     teacher_prompt_ids: np.ndarray | None = None
+    teacher_log_probs: np.ndarray | None = None
+    teacher_failure: str | None = None
+    student_log_probs: np.ndarray | None = None
     context_tokens: int = 0
     history_dropped: int = 0
     truncated: bool = False
@@ -156,7 +169,7 @@ class RowInfo:
 
     def as_dict(self) -> dict[str, Any]:
         """A plain dict, for verl's ``extra_fields`` (a shallow one: arrays are not copied)."""
-        return {**asdict(self), "teacher_prompt_ids": self.teacher_prompt_ids}
+        return {**asdict(self), **{name: getattr(self, name) for name in _ARRAYS}}
 
     @classmethod
     def from_extra_fields(cls, extra_fields: Any) -> RowInfo:

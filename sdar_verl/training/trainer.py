@@ -214,7 +214,9 @@ class SdarTraining(PPOTrainer):
 
     def _teacher_pass(self, batch: KVBatchMeta, metrics: dict) -> None:
         # Under bypass the old log-probs are the rollout engine's, not these workers': nothing to compare with.
+        # The rollout server is compared with the trainer at every step, on rows that the agent loop had it score.
         checks = self.sdar.teacher.sanity_check and self._teacher.equals_student and not self._bypasses
+        checks = checks and not self._teacher.on_server
         if checks and not self._teacher_checked:
             metrics["sdar/empty_context_gap"] = self._teacher.check_empty_context(batch)
         self._teacher_checked = True

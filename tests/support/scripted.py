@@ -92,17 +92,17 @@ def scripted_config(max_prompt_length=300, max_response_length=20, **settings):
         {
             "sdar": node,
             "data": {"max_prompt_length": max_prompt_length, "max_response_length": max_response_length},
-            "actor_rollout_ref": {"rollout": {"calculate_log_probs": True}},
+            "actor_rollout_ref": {"rollout": {"name": "transformers", "temperature": 0.8, "calculate_log_probs": True}},
         }
     )
 
 
-def play_episode(monkeypatch, tokenizer, script, *, pool=None, columns=None, task=TASK, **config):
+def play_episode(monkeypatch, tokenizer, script, *, pool=None, columns=None, task=TASK, server=None, **config):
     """Rows of verl, their records, the server and the pool after one episode; ``config`` as :func:`scripted_config`."""
     config = scripted_config(**config)
     pool = pool or Pool()
     monkeypatch.setattr(runtime.Runtime, "pool", pool)
-    server = Server(tokenizer, script)
+    server = server or Server(tokenizer, script)
     loop = SdarAgentLoop(trainer_config=DictConfigWrap(config), server_manager=server, tokenizer=tokenizer)
     kwargs = {"task": json.dumps(asdict(task)), "global_steps": 5, "session_id": 0, **(columns or {})}
     rows = asyncio.run(loop.run({"temperature": 1.0, "top_p": 1.0}, **kwargs))

@@ -23,13 +23,14 @@ from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
-from sdar_verl.rollout.rows import RowInfo, TurnNote
+from sdar_verl.rollout.rows import EpisodeNote, RowInfo, TurnNote
 from sdar_verl.skills.ucb import TypeStatistics
 from sdar_verl.training.fields import NORM_PREFIX, SUMS_PREFIX
 from sdar_verl.training.metrics import gap_metrics, reduce_loss_sums, row_metrics
 from sdar_verl.training.parts import warnings
 from sdar_verl.training.parts.skill_statistics import statistics_metrics
 from sdar_verl.training.parts.trackers import HISTOGRAMS
+from sdar_verl.training.teacher.answers import ServerCheck, answer_metrics
 from sdar_verl.training.teacher.privileged import teacher_metrics
 from sdar_verl.training.validation import arm_metrics
 
@@ -67,6 +68,7 @@ def emitted_metrics() -> set[str]:
         skills=("<skill>",),
         teacher_prompt_ids=np.arange(3),
         context_tokens=1,
+        episode=EpisodeNote({}),
     )
     names = set(row_metrics(["u_0_0", "u_1_0"], [seen, RowInfo(0, "<task type>", failed=True)]))
     counted = {"acc": [1.0], "task_score": [1.0], "turns": [1.0], "invalid_actions": [0.0], "failed": [0.0]}
@@ -76,6 +78,7 @@ def emitted_metrics() -> set[str]:
     three, one = torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool)
     names |= set(gap_metrics(three, one, one, ["e"] * 3, [0, 1, 2], three, three))
     names |= set(teacher_metrics(0.0, 0))
+    names |= {*answer_metrics([seen]), *ServerCheck(0.0, 0.0, 0.0).metrics()}
     names |= {*HISTOGRAMS, *(f"sdar/warnings/{name}" for name in warnings.NAMES)}
     names |= set(statistics_metrics({"<task type>": TypeStatistics()}))
     return names | {name for source in SOURCES for name in constants(source)}

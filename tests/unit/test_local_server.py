@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sdar_verl.local.server import TransformersServer
+from tests.support.cpu_server import make_server, rollout_config
 from tests.support.plain import plain_logits
 from tests.support.tiny_model import make_tiny_model
 
@@ -25,24 +25,6 @@ def weights(model_path):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).state_dict()
-
-
-def rollout_config(**given):
-    from verl.workers.config import RolloutConfig
-
-    settings = {"name": "transformers", "tensor_model_parallel_size": 1, "dtype": "float32", "max_num_seqs": 8}
-    return RolloutConfig(**{**settings, "prompt_length": 40, "response_length": 12, **given})
-
-
-def make_server(model_path, **given):
-    model_config = OmegaConf.create(
-        {
-            "_target_": "verl.workers.config.HFModelConfig",
-            "path": str(model_path),
-            "override_config": {"attn_implementation": "sdpa"},
-        }
-    )
-    return TransformersServer(rollout_config(**given), model_config, replica_rank=0)
 
 
 def test_a_response_carries_tokens_log_probs_and_the_step_of_its_weights(model_path, weights):

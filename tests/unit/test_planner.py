@@ -16,7 +16,7 @@ from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.architecture import KNOWN, Architecture
-from sdar_verl.planner.hardware import GIB, find_gpu
+from sdar_verl.planner.hardware import GIB, Efficiency, find_gpu
 from sdar_verl.planner.layout import Layout
 from sdar_verl.planner.memory import activation_bytes, phases, resident, trainable
 from sdar_verl.planner.plan import changed, make_plan, recommend
@@ -215,6 +215,21 @@ def test_a_pool_of_its_own_is_counted_and_speeds_up_nothing_else():
     assert plan.cards == 12
     assert plan.seconds["teacher"] == pytest.approx(2 * make_plan(RUN, H100).seconds["teacher"])
     assert make_plan(replace(pool, teacher_gpus=0), H100).faults
+
+
+def test_a_teacher_on_the_rollout_server_costs_its_memory_and_lengthens_the_rollout():
+    """vLLM at 8192 tokens and Qwen's vocabulary: the 7 GiB that its users meet."""
+    layout = replace(RUN, teacher_placement="rollout_server", longest=8192)
+    server, trainer = make_plan(layout, H100), make_plan(RUN, H100)
+    extra = server.phases[0].total - trainer.phases[0].total
+    assert extra == pytest.approx(6 * 8192 * RUN.architecture.vocabulary)
+    assert 6.5 < extra / GIB < 7.5
+    smaller = make_plan(replace(layout, rollout_tokens=2048), H100)
+    assert smaller.phases[0].total - trainer.phases[0].total == pytest.approx(extra / 4)
+    assert "teacher" not in server.seconds and "teacher" not in {phase.name for phase in server.phases}
+    longer = server.seconds["rollout"] - trainer.seconds["rollout"]
+    shares = Efficiency()
+    assert longer == pytest.approx(trainer.seconds["teacher"] * shares.forward / shares.prefill)
 
 
 def test_text_and_json_say_the_same():

@@ -8,17 +8,28 @@ from omegaconf import DictConfig
 
 from sdar_verl.config import SdarConfig, TeacherConfig
 from sdar_verl.training.checks.loss import needs_step_statistics
+from sdar_verl.training.checks.rollout_server import rollout_server_faults
 from sdar_verl.training.teacher.sources import get_source, list_sources, uses_lora
 
 _SOURCE_OPTIONS = ("path", "ema_decay", "update_every", "offload")
 _POOL_OPTIONS = ("pool_gpus_per_node", "pool_nodes")
+_WHY_NOT = {
+    "pool": "which reads the actor's weights where they are",
+    "rollout_server": "whose weights the rollout server does not hold: it has the actor's of the start of the step",
+}
 
 
 def teacher_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Every fault of the teacher's settings, one message each."""
     settings = sdar.teacher
     if settings.source == "none":
-        return _without_effect(settings, [*_SOURCE_OPTIONS, *_POOL_OPTIONS])
+        faults = _without_effect(settings, [*_SOURCE_OPTIONS, *_POOL_OPTIONS])
+        if settings.placement != "colocated":
+            faults.append(
+                f"sdar.teacher.placement={settings.placement} has no effect with sdar.teacher.source=none; leave it at "
+                "colocated"
+            )
+        return faults
     try:
         source = get_source(settings.source)
     except ValueError as error:
@@ -30,6 +41,8 @@ def teacher_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         faults += _vocabulary(config, settings.path)
     if source.per_update:
         faults += _needed_early(sdar)
+    if settings.placement == "rollout_server":
+        return faults + rollout_server_faults(config, sdar)
     return faults + _budgets(config, settings, own_engine=source.own_engine)
 
 
@@ -53,16 +66,15 @@ def _placement(settings: TeacherConfig, placements: tuple[str, ...]) -> list[str
         able = [source for source in list_sources() if settings.placement in get_source(source).placements]
         return [
             f"sdar.teacher.placement={settings.placement} is not possible with sdar.teacher.source={settings.source}, "
-            f"which reads the actor's weights where they are; possible with source={' or '.join(able)}. "
-            "Use placement=colocated"
+            f"{_WHY_NOT[settings.placement]}; possible with source={' or '.join(able)}. Use placement=colocated"
         ]
     if settings.placement == "pool":
         if settings.pool_gpus_per_node is None:
             return ["sdar.teacher.placement=pool needs devices of its own; set sdar.teacher.pool_gpus_per_node"]
         return []
     return [
-        f"sdar.teacher.{name}={getattr(settings, name)} has no effect with sdar.teacher.placement=colocated; leave it "
-        "null or set sdar.teacher.placement=pool"
+        f"sdar.teacher.{name}={getattr(settings, name)} has no effect with "
+        f"sdar.teacher.placement={settings.placement}; leave it null or set sdar.teacher.placement=pool"
         for name in _POOL_OPTIONS
         if getattr(settings, name) is not None
     ]

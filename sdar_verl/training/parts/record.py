@@ -141,7 +141,7 @@ def _row_turns(
     """The turns of one row: itself, or those of a conversation, whose tokens lie between its environment's."""
     answer = [int(token) for token in tokens.columns["responses"][row]]
     columns = {name: tokens.columns.get(source) for name, source in _TOKEN_SOURCES.items()}
-    if info.teacher_prompt_ids is None:
+    if info.teacher_prompt_ids is None or info.teacher_failure is not None:
         columns["teacher_log_prob"] = None
     for number, turn in enumerate(info.steps):
         start, stop = (turn.start, turn.stop) if isinstance(turn, TurnNote) else (0, len(answer))

@@ -35,6 +35,7 @@ from sdar_verl.training.fields import (
     TEACHER_PROMPTS,
 )
 from sdar_verl.training.head.requests import HEAD_REQUEST, HeadRequest
+from sdar_verl.training.teacher.answers import COMPARED, answered_log_probs, answered_rows, server_metrics
 from sdar_verl.training.teacher.rows import TeacherRows, nested
 from sdar_verl.training.teacher.sources import get_source
 
@@ -67,6 +68,7 @@ class PrivilegedTeacher:
         self._pool: Any = None
         self._begun: _Sent | None = None
         self._early: dict[str, torch.Tensor] | None = None
+        self._server_checked = False
 
     # ---------------------------------------------------------------- set-up
 
@@ -130,7 +132,8 @@ class PrivilegedTeacher:
     ) -> dict[str, float]:
         """Write log-probs, entropy and mask of the teacher, and what else is asked for, on every row.
 
-        A source that scores inside the update (``actor_fresh``) gets the prompts written instead of log-probs.
+        A source that scores inside the update (``actor_fresh``) gets the prompts written instead of log-probs. Where
+        the rollout server was asked during the episodes, its answers are written.
 
         Args:
             batch: the step's rows.
@@ -142,19 +145,27 @@ class PrivilegedTeacher:
             Metrics of the pass.
 
         Raises:
-            TeacherError: no row has a context at all, or the teacher knows nothing (its weights are lost).
+            TeacherError: no row has a context at all, the teacher knows nothing (its weights are lost), or the rollout
+                server did not answer.
         """
         rows = TeacherRows.read(batch, infos)
+        if self.on_server:
+            rows = answered_rows(rows, infos)
         mask = nested(rows.teacher_masks())
         fields: dict[str, torch.Tensor] = {TEACHER_MASK: mask}
         if self._source.per_update:
             scored: dict[str, torch.Tensor] = {}
             fields[TEACHER_PROMPTS] = nested(rows.prompts)
+        elif self.on_server:
+            scored = {TEACHER_LOG_PROBS: answered_log_probs(rows, infos)}
         else:
             self._receive_early()
             scored = self._early if self._early is not None else self._pass(batch, rows, carry, request)
             self._early = None
         metrics = self._metrics(batch, scored, mask)
+        if self.on_server:
+            metrics |= server_metrics(batch, infos, self.tolerance if not self._server_checked else None)
+            self._server_checked |= COMPARED in metrics
         fields |= scored
         tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
@@ -167,6 +178,11 @@ class PrivilegedTeacher:
             self._trainer.actor_rollout_wg.update_teacher(self._trainer.global_steps)
 
     # ---------------------------------------------------------------- guarantees
+
+    @property
+    def on_server(self) -> bool:
+        """Whether the rollout server has scored, during the episodes."""
+        return self._settings.placement == "rollout_server"
 
     @property
     def equals_student(self) -> bool:
@@ -211,7 +227,8 @@ class PrivilegedTeacher:
         """``sdar.teacher.sanity_tolerance``, or its default for this source."""
         if self._settings.sanity_tolerance is not None:
             return self._settings.sanity_tolerance
-        return _TOLERANCE_OTHER_ENGINE if self._source.own_engine else _TOLERANCE_SAME_ENGINE
+        other = self._source.own_engine or self.on_server
+        return _TOLERANCE_OTHER_ENGINE if other else _TOLERANCE_SAME_ENGINE
 
     def _metrics(self, batch: KVBatchMeta, scored: Mapping[str, torch.Tensor], mask: torch.Tensor) -> dict[str, float]:
         steps = self._source.staleness(self._settings, self._trainer.global_steps - 1)

@@ -135,6 +135,7 @@ def list_sources() -> list[str]:
 class Actor(WeightSource):
     """The weights of the start of the step: one pass before the updates, no second copy (the paper's teacher)."""
 
+    placements = ("colocated", "rollout_server")
     equals_student = "always"
 
 
