@@ -7,13 +7,14 @@ sends it the weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
 import ray
 import torch
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutMode, RolloutReplica
+from verl.workers.rollout.utils import ensure_async_iterator
 
 
 def _server_name(replica_rank: int) -> str:
@@ -21,7 +22,10 @@ def _server_name(replica_rank: int) -> str:
 
 
 class TransformersReplica(RolloutReplica):
-    """One rollout server on the CPU, colocated with the training workers of its rank."""
+    """One rollout server on the CPU, beside the training worker of its rank.
+
+    In mode ``sdar_separate_async`` there are more, each beside a worker that does nothing but receive weights.
+    """
 
     async def launch_servers(self) -> None:
         """Start the server.
@@ -58,11 +62,11 @@ class TransformersReplica(RolloutReplica):
                     f"actor_rollout_ref.rollout.{key}={self.config.get(key)!r}: rollout.name=transformers (the CPU "
                     f"default) knows only {value!r}; set it so, or use rollout.name=vllm on a GPU"
                 )
-        if self.rollout_mode != RolloutMode.HYBRID:
+        if self.is_reward_model or self.is_teacher_model or self.rollout_mode == RolloutMode.COLOCATED:
             raise ValueError(
-                f"rollout.name=transformers gets its weights from the trainer's workers (hybrid mode), not in mode "
-                f"{self.rollout_mode.value!r}: use trainer.v1.trainer_mode=sync or a colocated mode, without reward "
-                "or teacher servers"
+                "rollout.name=transformers serves the policy, with weights from the trainer's workers, and no model of "
+                "its own: leave reward.reward_model.enable and distillation.enabled at False, or use rollout.name=vllm "
+                "on a GPU"
             )
 
 
@@ -93,7 +97,7 @@ class ServerAdapter(BaseRollout):
     @torch.no_grad()
     async def update_weights(
         self,
-        weights: Generator[tuple[str, torch.Tensor], None, None],
+        weights: Generator[tuple[str, torch.Tensor], None, None] | AsyncGenerator[tuple[str, torch.Tensor], None],
         wire_format: str = "named_tensors",
         *,
         global_steps: int | None = None,
@@ -112,8 +116,8 @@ class ServerAdapter(BaseRollout):
         if wire_format != "named_tensors" or peft_config is not None:
             raise ValueError(
                 "rollout.name=transformers takes full weights: set model.lora.merge=True, or lora_rank=0, and "
-                "rollout.checkpoint_engine.backend=naive"
+                "rollout.checkpoint_engine.backend=gloo"
             )
         # A copy each: the generator may hand out views of buffers that it reuses.
-        tensors = {name: tensor.detach().clone() for name, tensor in weights}
+        tensors = {name: tensor.detach().clone() async for name, tensor in ensure_async_iterator(weights)}
         await self.server.update_weights.remote(tensors, global_steps)

@@ -11,6 +11,7 @@ from sdar_verl.algorithm.gates import gate_reads
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.architecture import Architecture
+from sdar_verl.training.checks.modes import verl_mode
 from sdar_verl.training.head.distributions import CHUNK_TOKENS
 
 
@@ -21,6 +22,7 @@ class Layout:
     Attributes:
         architecture: of the policy; reference and teacher have the same.
         gpus: training GPUs, which the rollout engine shares.
+        rollout_gpus: GPUs of the rollout alone, which runs beside the training (``sdar_separate_async``); else 0.
         tensor_parallel: GPUs of one rollout engine.
         checkpointing: activations are recomputed in the backward pass.
         training_bytes: bytes of a weight that the optimizer updates (verl keeps float32 unless told otherwise).
@@ -53,6 +55,7 @@ class Layout:
 
     architecture: Architecture
     gpus: int
+    rollout_gpus: int = 0
     tensor_parallel: int = 1
     checkpointing: bool = True
     training_bytes: int = 4
@@ -124,6 +127,7 @@ class Layout:
         lora = int(OmegaConf.select(model, "lora_rank") or OmegaConf.select(model, "lora.rank") or 0)
         has_reference = bool(actor.use_kl_loss or config.algorithm.use_kl_in_reward) and lora == 0
         reads_reference = bool((actor.use_kl_loss and actor.kl_loss_coef) or config.algorithm.use_kl_in_reward)
+        separate = verl_mode(config.trainer.v1.trainer_mode) == "separate_async"
         gpus = int(config.trainer.n_gpus_per_node * config.trainer.nnodes)
         if gpus % rollout.tensor_model_parallel_size:
             raise ConfigError(
@@ -133,6 +137,7 @@ class Layout:
         return cls(
             architecture=Architecture.find(str(model.path)),
             gpus=gpus,
+            rollout_gpus=int(rollout.nnodes * rollout.n_gpus_per_node) if separate else 0,
             tensor_parallel=int(rollout.tensor_model_parallel_size),
             checkpointing=bool(model.enable_gradient_checkpointing),
             training_bytes=2 if fsdp.get("model_dtype") in ("bf16", "bfloat16") else 4,

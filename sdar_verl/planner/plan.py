@@ -64,13 +64,16 @@ class Plan:
 
     @property
     def cards(self) -> int:
-        """GPUs in all, the teacher's own pool included."""
-        return self.layout.gpus + (self.layout.teacher_gpus if self.layout.teacher_placement == "pool" else 0)
+        """GPUs in all, those of a separate rollout and of the teacher's own pool included."""
+        pool = self.layout.teacher_gpus if self.layout.teacher_placement == "pool" else 0
+        return self.layout.gpus + self.layout.rollout_gpus + pool
 
     @property
     def step(self) -> float:
-        """Seconds of a step; phases follow each other."""
-        return sum(self.seconds.values())
+        """Seconds of a step; phases follow each other, but a separate rollout runs beside the others."""
+        if not self.layout.rollout_gpus:
+            return sum(self.seconds.values())
+        return max(self.seconds["rollout"], sum(self.seconds.values()) - self.seconds["rollout"])
 
     @property
     def gpu_hours(self) -> float:

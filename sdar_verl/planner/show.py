@@ -49,7 +49,10 @@ def as_text(plan: Plan, price: float | None = None) -> str:
     lines += ["", "seconds of one step"]
     for name, seconds in plan.seconds.items():
         lines.append(f"  {name:14} {seconds:7.0f}  {100 * seconds / plan.step:3.0f} %")
-    lines.append(f"  {'all':14} {plan.step:7.0f}")
+    beside = (
+        f"  (the rollout, on {layout.rollout_gpus} GPUs of its own, beside the rest)" if layout.rollout_gpus else ""
+    )
+    lines.append(f"  {'all':14} {plan.step:7.0f}{beside}")
     total = f"{layout.steps} steps: {plan.step * layout.steps / 3600:.1f} h, {plan.gpu_hours:,.0f} GPU-hours"
     if price is not None:
         total += f", {plan.gpu_hours * price:,.0f} at {price:g} a GPU-hour"

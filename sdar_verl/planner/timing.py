@@ -4,7 +4,8 @@
     update    3 x forward FLOPs (4 x with checkpointing) / (N * peak * training efficiency)
     rollout   turns * (prefill + answer tokens * time of a decoding step + environment)
 
-An episode's turns follow each other; all episodes run at once, spread over the N / TP engines. A decoding step reads
+An episode's turns follow each other; all episodes run at once, spread over the N / TP engines (N of the rollout's own
+GPUs in mode ``sdar_separate_async``, where the slower of rollout and training sets the pace). A decoding step reads
 the weights once and the cache of every running episode, or is bound by its FLOPs, whichever takes longer. A teacher
 that the rollout server computes is added to the rollout in full, as if no wait and no tail hid any of it.
 """
@@ -38,7 +39,7 @@ def phase_flops(layout: Layout) -> dict[str, float]:
 def rollout_seconds(layout: Layout, gpu: Gpu, efficiency: Efficiency) -> float:
     """Seconds until the last of a step's episodes has ended, if all have the mean number of turns."""
     a, tp = layout.architecture, layout.tensor_parallel
-    engines = max(layout.gpus // tp, 1)
+    engines = max((layout.rollout_gpus or layout.gpus) // tp, 1)
     running = layout.episodes / engines
     peak, bandwidth = gpu.flops * tp * efficiency.prefill, gpu.bandwidth * tp * efficiency.decode
     prefill = running * a.forward_flops([round(layout.prompt)], head_tokens=1) / peak

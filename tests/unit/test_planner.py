@@ -232,6 +232,24 @@ def test_a_teacher_on_the_rollout_server_costs_its_memory_and_lengthens_the_roll
     assert longer == pytest.approx(trainer.seconds["teacher"] * shares.forward / shares.prefill)
 
 
+def test_a_rollout_of_its_own_runs_beside_the_training():
+    separate = replace(RUN, rollout_gpus=4)
+    together, apart = make_plan(RUN, H100), make_plan(separate, H100)
+    training = together.step - together.seconds["rollout"]
+    assert apart.cards == together.cards + 4
+    assert apart.seconds["rollout"] > together.seconds["rollout"], "half as many engines"
+    assert apart.step == pytest.approx(max(apart.seconds["rollout"], training))
+    assert "beside the rest" in as_text(apart)
+    assert "beside the rest" not in as_text(together)
+
+
+def test_the_separate_modes_rollout_is_read_from_the_recipe():
+    mode = ["model=qwen2.5-3b", "trainer.v1.trainer_mode=sdar_separate_async", "actor_rollout_ref.rollout.nnodes=2"]
+    for overrides, gpus in ((mode, 16), (mode[:1] + mode[2:], 0)):
+        config = compose_config("sdar_alfworld", overrides)
+        assert Layout.from_config(config, load_config(config.sdar)).rollout_gpus == gpus
+
+
 def test_text_and_json_say_the_same():
     plan = make_plan(RUN, H100)
     data = json.loads(json.dumps(as_dict(plan, price=2.5)))

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
+from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import ConfigError
@@ -253,3 +254,17 @@ def test_control_scripts_sweep_and_compare(name, tmp_path):
     assert placebo == [f"{sweep.methods[1]}+shuffled"] and sweep.methods[0] == "grpo" == compare.baseline
     assert sweep.seeds == [0, 1, 2] and [*sweep.overrides, *rest][-1] == "trainer.test_freq=7"
     assert compare.runs == [f"{out}/grpo-0"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], 1),
+        (["trainer.n_gpus_per_node=2"], 2),
+        (["actor_rollout_ref.rollout.nnodes=1", "actor_rollout_ref.rollout.n_gpus_per_node=3"], 4),
+        (["sdar.teacher.pool_gpus_per_node=2", "actor_rollout_ref.rollout.nnodes=1"], 4),
+    ],
+)
+def test_on_a_cpu_ray_is_told_of_as_many_devices_as_the_run_asks_for(overrides, expected):
+    config = compose_config("sdar_quickstart", overrides)
+    assert config.ray_kwargs.ray_init.num_gpus == expected

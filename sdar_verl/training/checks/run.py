@@ -15,11 +15,11 @@ from sdar_verl.modules import import_modules
 from sdar_verl.panels import LOCATIONS, PanelError, read_panel
 from sdar_verl.training.checks.context import context_faults
 from sdar_verl.training.checks.loss import loss_faults
+from sdar_verl.training.checks.modes import mode_faults, parts_of_a_step
 from sdar_verl.training.checks.skills import skill_faults
 from sdar_verl.training.checks.teacher import teacher_faults
 from sdar_verl.training.panel_tasks import panel_files
 
-VERL_TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 RELEASED_METHODS = ("grpo", "skill_grpo", "skill_prompt", "opsd", "grpo_opsd", "skill_sd", "rlsd", "sdar")
 SUPPORTED_STRATEGIES = ("fsdp", "fsdp2")
 
@@ -94,11 +94,9 @@ def _tags(names: tuple[str, ...]) -> str:
 
 def _modes(config: DictConfig, sdar: SdarConfig) -> list[str]:
     faults = []
-    mode, estimator = config.trainer.v1.trainer_mode, config.algorithm.adv_estimator
+    estimator = config.algorithm.adv_estimator
     if not config.trainer.get("use_v1", True):
         faults.append("trainer.use_v1=False: SDAR runs on verl's v1 trainer; leave it at True")
-    if mode in VERL_TRAINER_MODES:  # any other name is ours or a subclass's; verl itself refuses unknown ones
-        faults.append(f"trainer.v1.trainer_mode={mode} ignores the sdar node; set trainer.v1.trainer_mode=sdar")
     if estimator != "sdar" and sdar.advantage.invalid_action_penalty > 0:
         faults.append(
             f"sdar.advantage.invalid_action_penalty={sdar.advantage.invalid_action_penalty} has no effect with "
@@ -140,13 +138,13 @@ def _rows(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"sdar.prompt.history_length={sdar.prompt.history_length} has no effect with sdar.rollout.rows=trajectory, "
             "whose row holds the whole conversation; set it to 0"
         )
-    episodes = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
+    episodes = config.data.train_batch_size // parts_of_a_step(config) * config.actor_rollout_ref.rollout.n
     mini_batch = sdar.update.mini_batch_rows
     if mini_batch is not None and mini_batch > episodes:
         faults.append(
             f"sdar.update.mini_batch_rows={mini_batch}, but with sdar.rollout.rows=trajectory a step has {episodes} "
-            "rows (data.train_batch_size * rollout.n), and verl would fill it up with padding; set it to "
-            f"{episodes} or a divisor"
+            f"rows (data.train_batch_size * rollout.n{_per_part(config)}), and verl would fill it up with padding; set "
+            f"it to {episodes} or a divisor"
         )
     room, needed = config.actor_rollout_ref.rollout.max_model_len, config.data.max_prompt_length + limit
     if room is not None and room < needed:
@@ -159,6 +157,10 @@ def _rows(config: DictConfig, sdar: SdarConfig) -> list[str]:
             "sdar.advantage.group_stats=turn counts turn rows, sdar.rollout.rows=trajectory has none; use episode"
         )
     return faults
+
+
+def _per_part(config: DictConfig) -> str:
+    return " / parameter_sync_step" if parts_of_a_step(config) > 1 else ""
 
 
 def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
@@ -269,6 +271,7 @@ _CHECKS: tuple[Any, ...] = (
     _names,
     _actions,
     loss_faults,
+    mode_faults,
     _modes,
     teacher_faults,
     _rows,
