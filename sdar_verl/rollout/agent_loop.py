@@ -27,10 +27,11 @@ from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
 from sdar_verl.rollout.outputs import Episode, OutputMaker, Turn, conversation
 from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnContext
 from sdar_verl.rollout.prompts import PromptTemplateError
-from sdar_verl.rollout.rows import EVIDENCE_COLUMN, EpisodeNote, RowInfo, turn_text
+from sdar_verl.rollout.rows import EVIDENCE_COLUMN, TRACED_COLUMN, EpisodeNote, RowInfo, turn_text
 from sdar_verl.rollout.runtime import Runtime, get_runtime
 from sdar_verl.rollout.server_teacher import ServerTeacher
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
+from sdar_verl.rollout.uids import seed_part
 from sdar_verl.skills.retrieval import RetrievalError
 
 logger = logging.getLogger(__name__)
@@ -97,10 +98,12 @@ class SdarAgentLoop(AgentLoopBase):
         arm = runtime.arm(arm_name) if arm_name is not None else None
         if arm is not None:
             sampling_params = {**sampling_params, "temperature": arm.temperature}
-        seed_parts = (task.task_id, arm_name, kwargs.get("global_steps"), kwargs.get("session_id"))
+        submitted = seed_part(kwargs.get("uid"), kwargs.get("global_steps"))
+        seed_parts = (task.task_id, arm_name, submitted, kwargs.get("session_id"))
 
-        step = int(kwargs.get("global_steps") or 0)
-        traced = arm is None and runtime.traces(kwargs.get("global_steps"))
+        # The weights at hand: a training step's prompts are played with those of the step before.
+        version = max(int(kwargs.get("global_steps") or 0) - (arm is None), 0)
+        traced = arm is None and (runtime.traces(kwargs.get("global_steps")) or bool(kwargs.get(TRACED_COLUMN)))
         failure = ""
         for attempt in (1, 2):
             scores = self._scores(runtime, first=kwargs.get("session_id") == 0) if arm is None else None
@@ -115,12 +118,12 @@ class SdarAgentLoop(AgentLoopBase):
             except SETUP_FAULTS as error:
                 # Not this episode's bad luck but a fault of the set-up. An exception here would only cost the group;
                 # the trainer reads this text and stops.
-                return [self.outputs.failed_row(task, arm_name, step, error=f"task {task.task_id}: {error}")]
+                return [self.outputs.failed_row(task, arm_name, version, error=f"task {task.task_id}: {error}")]
             finally:
                 if scores is not None:
                     scores.cancel()
         else:
-            return [self.outputs.failed_row(task, arm_name, step, failure=failure)]
+            return [self.outputs.failed_row(task, arm_name, version, failure=failure)]
         return self.outputs.rows(episode, task, arm_name, whole=runtime.whole)
 
     async def _play(

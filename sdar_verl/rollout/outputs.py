@@ -106,7 +106,7 @@ class OutputMaker:
         Args:
             task: that was to be played.
             arm: validation arm, None in training.
-            step: training step.
+            step: training step whose weights would have sampled.
             error: why the run must stop, or None.
             failure: why the environment failed, or None.
         """

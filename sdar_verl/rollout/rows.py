@@ -16,6 +16,9 @@ ROW_KEY = "sdar"
 EVIDENCE_COLUMN = "sdar_evidence"
 """Column of a prompt: what retrieval may know of earlier steps, as JSON; only with rules that learn."""
 
+TRACED_COLUMN = "sdar_traced"
+"""Column of a prompt: its rows carry the words of their turns, whatever its step."""
+
 
 _ARRAYS = ("teacher_prompt_ids", "teacher_log_probs", "student_log_probs")
 

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import transfer_queue as tq
 from omegaconf import open_dict
 from tensordict import TensorDict
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -28,10 +27,10 @@ from verl.utils.debug import marked_timer
 from verl.workers.utils.losses import ppo_loss
 
 from sdar_verl.config import load_config
-from sdar_verl.errors import RolloutError
 from sdar_verl.modules import Importing
 from sdar_verl.panels import panel_digest
-from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.rollout.rows import TRACED_COLUMN, RowInfo
+from sdar_verl.rollout.uids import PromptUids
 from sdar_verl.training.advantage import AdvantageRows, advantage_rows
 from sdar_verl.training.checks.run import check_run
 from sdar_verl.training.head.distributions import StepRequests, step_requests
@@ -43,7 +42,9 @@ from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
 from sdar_verl.training.panel_tasks import panel_files
 from sdar_verl.training.parts.assemble import make_parts
 from sdar_verl.training.parts.base import StepRows, load_parts, save_parts
+from sdar_verl.training.read_rows import read_infos, row_order, stop_on_errors
 from sdar_verl.training.resume import claim_checkpoints, resumed_folder
+from sdar_verl.training.step_metrics import step_metrics
 from sdar_verl.training.teacher.privileged import PrivilegedTeacher
 from sdar_verl.training.validation import ArmDataset, arm_metrics, expected_episodes
 
@@ -80,7 +81,8 @@ class SdarTraining(PPOTrainer):
         self._infos: list[RowInfo | None] = []
         self.parts = make_parts(self.sdar, config)
         self._late_contexts: LateContexts | None = None
-        self._prompts_submitted = 0
+        self._uids = PromptUids()
+        self._updates: list[dict] = []
 
     # ---------------------------------------------------------------- set-up
 
@@ -139,23 +141,39 @@ class SdarTraining(PPOTrainer):
                 self.config.actor_rollout_ref.actor.ppo_mini_batch_size = rows // group
         super().on_init_end()
 
+    # ---------------------------------------------------------------- a step
+
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        """verl's: all updates up to the next weight sync, one in most modes; then what is known of all together."""
+        self._updates = []
+        batch = super().step(metrics, timing_raw)
+        metrics.update(step_metrics(self._updates))
+        for part in self.parts:
+            part.on_trained(self.global_steps, metrics)
+        return batch
+
+    def _step_once(self, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
+        batch = super()._step_once(metrics, *args, **kwargs)
+        self._updates.append(dict(metrics))
+        return batch
+
     # ---------------------------------------------------------------- rollout
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
         """verl's, with numbered prompt ids: rows can then be put into one order, whichever episode ended first."""
         batch = super()._next_train_batch(num_prompts)
-        first = self._prompts_submitted
-        self._prompts_submitted += len(batch)
-        uids = [f"s{self.global_steps:08d}p{first + i:08d}" for i in range(len(batch))]
-        tu.assign_non_tensor_stack(batch, "uid", uids)
+        tu.assign_non_tensor_stack(batch, "uid", self._uids.name(self.global_steps, list(batch["task"])))
+        if self.verl_mode != "sync" and self.sdar.trace.every:
+            # Which step will train on them is not known yet.
+            tu.assign_non_tensor_stack(batch, TRACED_COLUMN, [True] * len(batch))
         for part in self.parts:
             part.on_prompts(self.global_steps, batch)
         return batch
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
-        batch.reorder(sorted(range(len(batch.keys)), key=lambda i: _row_order(batch.keys[i])))
+        batch.reorder(sorted(range(len(batch.keys)), key=lambda i: row_order(batch.keys[i])))
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
-        self._infos = self._read_infos(batch)
+        self._infos = read_infos(batch)
         if self._late_contexts is not None:
             self._late_contexts.fill(batch.keys, self._infos)
             stop_on_errors([info.error for info in self._infos if info is not None])
@@ -169,20 +187,8 @@ class SdarTraining(PPOTrainer):
         return batch
 
     def _step_rows(self, batch: KVBatchMeta, metrics: dict) -> StepRows:
-        return StepRows(self.global_steps, batch, self._infos, metrics, self.sdar, self)
-
-    def _read_infos(self, batch: KVBatchMeta) -> list[RowInfo | None]:
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
-        extras = list(data["extra_fields"])
-        infos = [
-            None if tag.get("is_padding", False) else RowInfo.from_extra_fields(extra)
-            for tag, extra in zip(batch.tags, extras, strict=True)
-        ]
-        rows = [info for info in infos if info is not None]
-        stop_on_errors([info.error for info in rows])
-        if all(info.failed for info in rows):
-            raise RolloutError(f"not one episode of this step could be played; the last reason: {rows[-1].failure}")
-        return infos
+        part, parts = self.local_trigger_step, self.parameter_sync_step
+        return StepRows(self.global_steps, batch, self._infos, metrics, self.sdar, self, part, parts)
 
     # ---------------------------------------------------------------- teacher and advantages
 
@@ -227,11 +233,9 @@ class SdarTraining(PPOTrainer):
         with asked(batch.extra_info, self._requests.update):
             batch = super()._update_actor(batch, metrics)
         if self._has_teacher:
-            self._teacher.updated()
+            if self.local_trigger_step == self.parameter_sync_step - 1:
+                self._teacher.updated()
             metrics.update(reduce_loss_sums(metrics))
-        rows = self._step_rows(batch, metrics)
-        for part in self.parts:
-            part.on_updated(rows)
         return batch
 
     # ---------------------------------------------------------------- validation
@@ -293,15 +297,3 @@ class SdarTrainer(SdarTraining, PPOTrainerSync):
 def _reads_reference(config: Any) -> bool:
     """Whether verl itself needs the reference's log-probs of the student's rows."""
     return bool(config.actor_rollout_ref.actor.kl_loss_coef or config.algorithm.use_kl_in_reward)
-
-
-def stop_on_errors(errors: Sequence[str | None]) -> None:
-    """Raise the first fault that an agent loop noted: such a fault is the set-up's, not an episode's bad luck."""
-    faults = [error for error in errors if error]
-    if faults:
-        raise RolloutError(f"{faults[0]}\n({len(faults)} of {len(errors)} rows of this step have such a fault)")
-
-
-def _row_order(key: str) -> tuple[str, int, int]:
-    uid, session, row = key.rsplit("_", 2)
-    return uid, int(session), int(row)

@@ -13,6 +13,7 @@ def _register(_) -> None:
     import transfer_queue as tq
     from verl.trainer.ppo.v1.trainer_base import register_trainer
 
+    from sdar_verl.training.async_modes import SdarColocateAsync, SdarSeparateAsync
     from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK
     from sdar_verl.training.trainer import SdarTrainer
 
@@ -21,6 +22,7 @@ def _register(_) -> None:
         "responses",
         "response_mask",
         "old_log_probs",
+        "rollout_log_probs",
         "ref_log_prob",
         "advantages",
         "entropy",
@@ -29,15 +31,22 @@ def _register(_) -> None:
         TEACHER_MASK,
     ]
 
-    @register_trainer("sdar_recording")
-    class RecordingTrainer(SdarTrainer):
+    class Recording:
         def _update_actor(self, batch, metrics):
             data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
             stored = [name for name in fields if name in data]
             record = {name: [row.clone() for row in data[name].unbind()] for name in stored}
             record |= {"keys": list(batch.keys), "infos": self._infos, "tags": list(batch.tags)}
-            torch.save(record, Path(os.environ["SDAR_RECORD"]) / f"step_{self.global_steps}.pt")
+            part = f"_{self.local_trigger_step}" if self.local_trigger_step else ""
+            torch.save(record, Path(os.environ["SDAR_RECORD"]) / f"step_{self.global_steps}{part}.pt")
             return super()._update_actor(batch, metrics)
 
+    for mode, trainer in (
+        ("sdar", SdarTrainer),
+        ("sdar_colocate_async", SdarColocateAsync),
+        ("sdar_separate_async", SdarSeparateAsync),
+    ):
+        register_trainer(f"{mode}_recording")(type(f"Recording{trainer.__name__}", (Recording, trainer), {}))
 
-wrapt.register_post_import_hook(_register, "sdar_verl.training.trainer")
+
+wrapt.register_post_import_hook(_register, "sdar_verl.training.async_modes")

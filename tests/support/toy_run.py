@@ -31,6 +31,7 @@ def train(
     *overrides: str,
     steps: int = 4,
     record: bool = False,
+    mode: str = "sdar",
     base: Sequence[str] = SHORT,
     **kwargs: Any,
 ) -> Run:
@@ -41,6 +42,7 @@ def train(
         *overrides: verl's and ours.
         steps: of training.
         record: also write what each update reads to ``step_<n>.pt`` (:mod:`tests.support.recording`).
+        mode: the trainer's.
         base: overrides that make the run short; ``SMALL`` leaves the method as its preset has it.
         **kwargs: of :func:`tests.support.verl_run.run_main_ppo`.
     """
@@ -48,6 +50,7 @@ def train(
     env = {}
     if record:
         env = {"VERL_USE_EXTERNAL_MODULES": "sdar_verl.plugin,tests.support.recording", "SDAR_RECORD": str(folder)}
-        overrides = (*overrides, "trainer.v1.trainer_mode=sdar_recording")
+        mode = f"{mode}_recording"
     panels = write_toy_panels(folder)
-    return run_main_ppo(folder, [*panels, *base, f"trainer.total_training_steps={steps}", *overrides], **env, **kwargs)
+    options = [*panels, *base, f"trainer.v1.trainer_mode={mode}", f"trainer.total_training_steps={steps}", *overrides]
+    return run_main_ppo(folder, options, **env, **kwargs)

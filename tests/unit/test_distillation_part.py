@@ -175,8 +175,7 @@ def test_what_a_schedule_learned_survives_a_checkpoint(tmp_path: Any) -> None:
     part, settings, _ = make_part(**loss)
     rows = make_rows(settings)
     part.on_advantages(rows)
-    rows.metrics["sdar/grad_share"] = 2.0
-    part.on_updated(rows)
+    part.on_trained(1, {"sdar/grad_share": 2.0})
     save_parts([part], tmp_path)
     fresh, _, _ = make_part(**loss)
     load_parts([fresh], tmp_path)

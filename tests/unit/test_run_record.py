@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import OmegaConf
+from transfer_queue import KVBatchMeta
 
 from sdar_verl.config import LossConfig, load_config
 from sdar_verl.panels import PanelError
 from sdar_verl.report import layout
+from sdar_verl.report.distributions import reward_statistics
+from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
+from sdar_verl.training.parts.base import StepRows
 from sdar_verl.training.parts.record import RunRecord, plain, write_outcomes
-from sdar_verl.training.parts.step_tokens import gaps_and_gates
+from sdar_verl.training.parts.step_tokens import StepTokens, gaps_and_gates
 from tests.support.toy_panel import write_toy_panels
 
 
@@ -80,6 +85,29 @@ def test_a_resumed_run_goes_on_and_forgets_what_is_played_again(config):
     assert list(layout.step_files(resumed.folder / layout.TRACES)) == [2]
     assert list(layout.step_files(resumed.folder / layout.OUTCOMES)) == [2]
     assert not resumed.folder.with_name("record.1").exists()
+
+
+def test_the_updates_of_a_step_are_one_step_of_the_record(config, monkeypatch):
+    part = record(config, every=1)
+    tokens = [
+        StepTokens({"rm_scores": [np.array([0.0, score])], "responses": [np.array([5, 6])], "gap": [gap]}, [2])
+        for score, gap in ((1.0, np.array([0.5, np.nan])), (0.0, np.array([1.5, 2.5])))
+    ]
+    for one in tokens:
+        one.columns["gate"], one.columns["old_log_probs"] = one.columns["gap"], one.columns["gap"]
+    pending = iter(tokens)
+    monkeypatch.setattr("sdar_verl.training.parts.record.read_tokens", lambda rows: next(pending))
+    trainer = SimpleNamespace(logger=None)
+    for number in range(2):
+        assert not part.latest, "before the last update of a step there is nothing to say of it"
+        batch = KVBatchMeta(partition_id="train", keys=[f"s1p{number}_0_0"], tags=[{}])
+        infos = [RowInfo(turn=0, task_type="t")]
+        part.on_advantages(StepRows(1, batch, infos, {}, load_config({}), trainer, number, 2))
+    lines = layout.read_lines(part.folder / layout.DISTRIBUTIONS_FILE)
+    assert len(lines) == 1
+    assert lines[0] == {"step": 1, **part.latest}
+    assert lines[0]["reward"] == reward_statistics([1.0, 0.0])
+    assert sum(lines[0]["gap_histogram"]) == 3
 
 
 def test_a_file_that_a_kill_left_unfinished_is_read_up_to_there(tmp_path):

@@ -9,7 +9,6 @@ import pytest
 
 from sdar_verl.config import load_config
 from sdar_verl.report.distributions import Tokens, token_distributions
-from sdar_verl.training.parts.base import StepRows
 from sdar_verl.training.parts.warnings import COLLAPSE_STEPS, FLAT_STEPS, RunWarnings
 
 SOUND = {
@@ -45,9 +44,9 @@ class Run:
             kl=None if kl is None else np.repeat(np.asarray(kl, float), 100),
         )
         self.record.latest = token_distributions(tokens, 100)
-        rows = StepRows(self.step, None, [], {**SOUND, **metrics}, self.settings, None)
-        self.part.on_updated(rows)
-        return {k.removeprefix("sdar/warnings/"): v for k, v in rows.metrics.items() if k.startswith("sdar/warnings/")}
+        seen = {**SOUND, **metrics}
+        self.part.on_trained(self.step, seen)
+        return {k.removeprefix("sdar/warnings/"): v for k, v in seen.items() if k.startswith("sdar/warnings/")}
 
 
 ARMS = {
@@ -111,9 +110,9 @@ def test_a_large_gap_that_does_not_grow(run):
 def test_turns_with_few_tokens_say_nothing(run):
     tokens = Tokens(np.linspace(0, -3, 30), np.full(30, 0.3), np.repeat(np.arange(3), 10), np.tile(np.arange(10), 3))
     run.record.latest = token_distributions(tokens, 10)
-    rows = StepRows(1, None, [], dict(SOUND), run.settings, None)
-    run.part.on_updated(rows)
-    assert not any("warnings" in name for name in rows.metrics)
+    metrics = dict(SOUND)
+    run.part.on_trained(1, metrics)
+    assert not any("warnings" in name for name in metrics)
 
 
 def test_a_kl_that_grows_from_turn_to_turn(run):

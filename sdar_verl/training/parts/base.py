@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +28,7 @@ STATE_FILE = "sdar_state.json"
 
 @dataclass
 class StepRows:
-    """One training step, as parts see it.
+    """The rows of one training step, as parts see them; in mode ``sdar_separate_async``, of one of its updates.
 
     Attributes:
         step: verl's global step, from 1.
@@ -37,6 +37,8 @@ class StepRows:
         metrics: the step's metrics; a part adds its own under ``sdar/``.
         settings: the whole ``sdar`` node.
         trainer: verl's trainer, for its worker groups and config.
+        part: which part of the step these rows are, from 0.
+        parts: parts of a step; each has prompts, a teacher pass and updates of its own.
     """
 
     step: int
@@ -45,6 +47,8 @@ class StepRows:
     metrics: dict[str, Any]
     settings: SdarConfig
     trainer: Any = field(repr=False)
+    part: int = 0
+    parts: int = 1
 
     def get(self, names: Sequence[str]) -> TensorDict:
         """Fields of all rows, as they are stored (nested over tokens); those that no row has are left out."""
@@ -61,6 +65,20 @@ class StepRows:
             self.batch.fields = written.fields
 
 
+def joined_rows(parts: Sequence[StepRows]) -> StepRows:
+    """The rows of all ``parts`` of a step, one after the other; with several, their metrics are left out."""
+    if len(parts) == 1:
+        return parts[0]
+    from transfer_queue import KVBatchMeta
+
+    batch = KVBatchMeta(
+        partition_id=parts[0].batch.partition_id,
+        keys=[key for part in parts for key in part.batch.keys],
+        tags=[tag for part in parts for tag in part.batch.tags],
+    )
+    return replace(parts[0], batch=batch, infos=[info for part in parts for info in part.infos], metrics={}, parts=1)
+
+
 class TrainerPart:
     """Base class of a part; override what is needed."""
 
@@ -68,7 +86,10 @@ class TrainerPart:
     """Key of the part's state in a checkpoint; unique among parts."""
 
     def on_prompts(self, step: int, prompts: TensorDict) -> None:
-        """Called with the step's prompts before their episodes begin; may add columns, which the agent loop gets."""
+        """Called with prompts before their episodes begin; may add columns, which the agent loop gets.
+
+        In asynchronous modes not all of them end in the step in which they begin, and a step may call several times.
+        """
 
     def on_validation(self, panel: ArmDataset) -> None:
         """Called before a validation; may set ``panel.columns``, which the agent loop gets."""
@@ -79,8 +100,8 @@ class TrainerPart:
     def on_advantages(self, rows: StepRows) -> None:
         """Called when log-probs, teacher log-probs and advantages are in the batch, before the update."""
 
-    def on_updated(self, rows: StepRows) -> None:
-        """Called after the actor's update, with the workers' metrics reduced."""
+    def on_trained(self, step: int, metrics: dict[str, Any]) -> None:
+        """Called after the last update of the step with its metrics, the workers' reduced; may add its own."""
 
     def on_validated(self, step: int, metrics: dict[str, float], outcomes: dict[str, list[Any]]) -> None:
         """Called after a validation with its metrics and, per episode, the agent loop's outcome columns."""

@@ -88,12 +88,12 @@ class Distillation(TrainerPart):
         values = StepValues(measure=rows.step if due else None, coef=coef if in_loss else 0.0, beta=beta, ranges=ranges)
         rows.batch.extra_info[STEP_VALUES] = values.as_dict()
 
-    def on_updated(self, rows: StepRows) -> None:
+    def on_trained(self, step: int, metrics: dict[str, Any]) -> None:
         """After the update: what the schedules follow."""
         for value in (self._coef, self._beta):
-            measured = rows.metrics.get(value.schedule.measures) if value.schedule.measures else None
+            measured = metrics.get(value.schedule.measures) if value.schedule.measures else None
             if measured is not None:
-                value.schedule.observe(value.value(rows.step), float(measured))
+                value.schedule.observe(value.value(step), float(measured))
 
     def state_dict(self) -> dict[str, Any]:
         """What the schedules have learned."""

@@ -21,8 +21,8 @@ from sdar_verl.report import layout
 from sdar_verl.report.distributions import reward_statistics, token_distributions
 from sdar_verl.report.trace import choose_episodes, split_tokens, thin, write_trace
 from sdar_verl.rollout.rows import RowInfo, TurnNote
-from sdar_verl.training.parts.base import StepRows, TrainerPart
-from sdar_verl.training.parts.step_tokens import StepTokens, read_tokens
+from sdar_verl.training.parts.base import StepRows, TrainerPart, joined_rows
+from sdar_verl.training.parts.step_tokens import StepTokens, joined_tokens, read_tokens
 from sdar_verl.training.parts.trackers import log_histograms
 
 _OUTCOMES = ("arm", "task_id", "task_type", "acc", "reward", "turns", "invalid_actions", "failed")
@@ -47,12 +47,17 @@ class RunRecord(TrainerPart):
         self._every = settings.trace.every
         self._open = False
         self._step = 0
+        self._seen: list[tuple[StepRows, StepTokens]] = []  # parts of the step under way
 
     # ---------------------------------------------------------------- the trainer's calls
 
     def on_advantages(self, rows: StepRows) -> None:
+        self._seen = [*(self._seen if rows.part else []), (rows, read_tokens(rows))]
+        if rows.part < rows.parts - 1:
+            return
         self._begin()
-        tokens = read_tokens(rows)
+        rows, tokens = joined_rows([rows for rows, _ in self._seen]), joined_tokens([one for _, one in self._seen])
+        self._seen = []
         self.latest = self._distributions(rows, tokens)
         layout.append_line(self.folder / layout.DISTRIBUTIONS_FILE, {"step": rows.step, **self.latest})
         log_histograms(rows.trainer, rows.step, self.latest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,15 @@ class StepTokens:
             position=np.concatenate([position for _, position in places])[keep],
             kl=kl,
         )
+
+
+def joined_tokens(parts: Sequence[StepTokens]) -> StepTokens:
+    """The tokens of all ``parts`` of a step, one after the other."""
+    names = set.intersection(*(set(part.columns) for part in parts))
+    return StepTokens(
+        {name: [row for part in parts for row in part.columns[name]] for name in parts[0].columns if name in names},
+        [length for part in parts for length in part.lengths],
+    )
 
 
 def _places(info: RowInfo | None, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.report import layout
-from sdar_verl.training.parts.base import StepRows, TrainerPart
+from sdar_verl.training.parts.base import TrainerPart
 from sdar_verl.training.parts.record import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -75,12 +75,12 @@ class RunWarnings(TrainerPart):
         self._successes: list[tuple[float, float]] = []
         self._best = 0.0
 
-    def on_updated(self, rows: StepRows) -> None:
-        seen = {**_teacher(self._settings, rows.metrics, self._record.latest), **_turns(self._record.latest)}
-        seen |= self._over_steps(rows.metrics)
+    def on_trained(self, step: int, metrics: dict[str, Any]) -> None:
+        seen = {**_teacher(self._settings, metrics, self._record.latest), **_turns(self._record.latest)}
+        seen |= self._over_steps(metrics)
         for name, text in seen.items():
-            self._count(name, text, rows.step)
-        rows.metrics.update({f"sdar/warnings/{name}": count for name, count in self._counts.items()})
+            self._count(name, text, step)
+        metrics.update({f"sdar/warnings/{name}": count for name, count in self._counts.items()})
 
     def on_validated(self, step: int, metrics: dict[str, float], outcomes: dict[str, list[Any]]) -> None:
         text = worse_teacher(self._settings, outcomes)

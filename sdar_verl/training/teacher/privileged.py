@@ -185,6 +185,12 @@ class PrivilegedTeacher:
         return self._settings.placement == "rollout_server"
 
     @property
+    def reads_actor(self) -> bool:
+        """Whether a pass runs through the actor's weights as they are at that moment."""
+        source = self._source
+        return not (source.own_weights or source.own_engine or source.per_update)
+
+    @property
     def equals_student(self) -> bool:
         """Whether the teacher has the student's weights at this step."""
         settings, source = self._settings, self._source

@@ -1,0 +1,129 @@
+"""The asynchronous modes without Ray: worker classes, clients, and whose weights the teacher pass reads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import verl  # noqa: F401  loads the plugin, which puts our configs on the search path
+from hydra import compose, initialize_config_module
+from verl.trainer.ppo.utils import Role
+
+from sdar_verl.config import load_config
+from sdar_verl.rollout.continuing import ContinuingClient
+from sdar_verl.training.async_modes import SdarColocateAsync, SdarSeparateAsync
+from sdar_verl.training.detach import _own_copies, _storages
+from sdar_verl.training.teacher.privileged import PrivilegedTeacher
+
+
+class Workers:
+    """Notes what the trainer asks of its worker group."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda number: self.calls.append(f"{name}({number})")
+
+
+def bare(trainer: type, *overrides: str) -> Any:
+    """A trainer as far as its constructor goes without verl's."""
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("sdar_quickstart", overrides=[*overrides])
+    made = object.__new__(trainer)
+    made.config, made.sdar = config, load_config(config.sdar)
+    made._has_teacher = made.sdar.teacher.source != "none"
+    made._teacher = PrivilegedTeacher(made.sdar.teacher, made) if made._has_teacher else None
+    made._bypasses = False
+    return made
+
+
+@pytest.mark.parametrize(
+    ("overrides", "role", "expected"),
+    [
+        ([], Role.ActorRolloutRef, "DetachTeacherWorker"),
+        (["method=sdar", "actor_rollout_ref.actor.use_kl_loss=False"], Role.ActorRollout, "DetachTeacherWorker"),
+        (["method=grpo", "actor_rollout_ref.actor.use_kl_loss=False"], Role.ActorRollout, "DetachWorker"),
+        (
+            ["sdar.teacher.placement=pool", "sdar.teacher.pool_gpus_per_node=1"],
+            Role.ActorRolloutRef,
+            "DetachWorker",
+        ),
+        (["method=sdar", "actor_rollout_ref.hybrid_engine=False"], Role.Actor, "DetachTeacherWorker"),
+    ],
+)
+def test_the_separate_trainers_workers_keep_the_weights_of_a_steps_start(overrides, role, expected):
+    trainer = bare(SdarSeparateAsync, *overrides)
+    trainer._enable_hybrid_replicas = trainer.config.actor_rollout_ref.hybrid_engine
+    trainer._init_resource_pool_mgr()
+    worker = trainer.role_worker_mapping[role].__ray_metadata__.modified_class
+    assert worker.__name__ == expected
+    assert hasattr(worker, "save_model_to_cpu")
+    assert hasattr(worker, "compute_teacher_log_prob") == (expected == "DetachTeacherWorker")
+
+
+def test_the_colocated_trainers_worker_is_that_of_the_synchronous_one():
+    trainer = bare(SdarColocateAsync)
+    trainer._init_resource_pool_mgr()
+    worker = trainer.role_worker_mapping[Role.ActorRolloutRef].__ray_metadata__.modified_class
+    assert hasattr(worker, "compute_teacher_log_prob")
+    assert not hasattr(worker, "save_model_to_cpu")
+
+
+def test_interrupted_answers_go_on_through_our_client():
+    manager = SimpleNamespace(get_client=lambda client_cls: client_cls)
+    colocated, separate = (SimpleNamespace(**{f"{name}_server_manager": manager}) for name in ("llm", "standalone"))
+    assert SdarColocateAsync.get_llm_client(colocated) is ContinuingClient
+    assert SdarSeparateAsync.get_llm_client(separate) is ContinuingClient
+
+
+@pytest.mark.parametrize(
+    ("source", "part", "bypass", "before", "after"),
+    [
+        # verl has saved the weights itself, for its log-probs ...
+        ("actor", 0, False, [], []),
+        # ... which it takes from the rollout under bypass.
+        ("actor", 0, True, ["save_model_to_cpu(0)"], []),
+        (
+            "actor",
+            2,
+            False,
+            ["save_model_to_cpu(2)", "restore_model_from_cpu(0)"],
+            ["restore_model_from_cpu(2)", "clear_cpu_model(2)"],
+        ),
+        # Weights of their own, or of the update itself.
+        ("reference", 2, False, [], []),
+        ("ema", 2, False, [], []),
+        ("actor_fresh", 2, True, [], []),
+    ],
+)
+def test_a_teacher_that_is_the_actor_reads_the_weights_of_the_steps_start(source, part, bypass, before, after):
+    trainer = bare(SdarSeparateAsync, f"sdar.teacher.source={source}")
+    trainer.actor_rollout_wg = workers = Workers()
+    trainer.local_trigger_step, trainer.parameter_sync_step, trainer._bypasses = part, 4, bypass
+    with pytest.raises(KeyError), trainer._weights_of_the_step():
+        assert workers.calls == before
+        raise KeyError("a pass that fails must not leave the student with old weights")
+    assert workers.calls == [*before, *after]
+
+
+def test_with_one_update_per_sync_nothing_is_saved():
+    trainer = bare(SdarSeparateAsync, "sdar.teacher.source=actor")
+    trainer.actor_rollout_wg = workers = Workers()
+    trainer.local_trigger_step, trainer.parameter_sync_step, trainer._bypasses = 0, 1, True
+    with trainer._weights_of_the_step():
+        assert workers.calls == []
+
+
+def test_saved_weights_share_no_memory_with_the_module():
+    module = torch.nn.Linear(2, 3)
+    elsewhere = torch.ones(2)
+    saved = ({"weight": (module.weight.detach(), "a specification"), "other": elsewhere}, None)
+    copied = _own_copies(saved, _storages(module))
+    with torch.no_grad():
+        module.weight.fill_(7.0)
+    assert not (copied[0]["weight"][0] == 7.0).any()
+    assert copied[0]["weight"][1] == "a specification" and copied[1] is None
+    assert copied[0]["other"] is elsewhere, "what verl copied already is not copied again"

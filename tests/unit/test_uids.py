@@ -1,0 +1,34 @@
+"""Names of prompts: in order, without verl's separator, and what requests are seeded with."""
+
+from __future__ import annotations
+
+from sdar_verl.rollout.uids import PromptUids, seed_part
+from sdar_verl.training.read_rows import row_order
+
+
+def test_names_sort_as_they_were_submitted_and_start_anew_with_each_step():
+    uids = PromptUids()
+    names = [*uids.name(1, ["a", "b"]), *uids.name(1, ["c"]), *uids.name(2, ["a"]), *uids.name(11, ["b"])]
+    assert names == sorted(names)
+    assert len(set(names)) == 5
+    assert not any("_" in name for name in names)
+    assert uids.name(12, ["a"]) == PromptUids().name(12, ["a"]), "a resumed run names as the one that went on"
+    assert row_order(f"{names[2]}_10_3") == (names[2], 10, 3)
+
+
+def test_a_task_that_a_step_draws_again_gets_other_seeds():
+    uids = PromptUids()
+    first = [seed_part(name, 7) for name in uids.name(7, ["a", "b", "a"])]
+    later = [seed_part(name, 7) for name in uids.name(7, ["a"])]
+    assert [*first, *later] == ["7", "7", "7r1", "7r2"]
+    assert seed_part(uids.name(8, ["a"])[0], 8) == "8"
+
+
+def test_a_prompt_that_a_resume_submits_again_keeps_its_seed():
+    name = PromptUids().name(3, ["a"])[0]
+    assert seed_part(name, 9) == "3"
+
+
+def test_validation_prompts_are_seeded_with_the_step():
+    assert seed_part("0b0c5f8e-8d0a-4c2f-9a6e-5f7f4b1c2d3e", 4) == "4"
+    assert seed_part(None, None) == "None"
