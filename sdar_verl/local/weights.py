@@ -38,13 +38,13 @@ class GlooCheckpointEngine(CheckpointEngine):
         self._group: Any = None
         self._place: tuple[int, int, tuple[str, int] | None] | None = None
 
-    def prepare(self) -> tuple[str, int] | None:
-        """Address of the group's store; None of any other process than actor rank 0."""
+    def prepare(self) -> dict[str, Any]:
+        """``address`` of the group's store; empty on any other process than actor rank 0."""
         if not self.is_master:
-            return None
+            return {}
         if self._store is None:
             self._store = dist.TCPStore(_own_address(), 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
-        return self._store.host, self._store.port
+        return {"address": (self._store.host, self._store.port)}
 
     @classmethod
     def build_topology(
@@ -54,13 +54,18 @@ class GlooCheckpointEngine(CheckpointEngine):
         world = 1 + rollout_world_size
         ranks = [0] + [-1] * (actor_wg_world_size - 1), list(range(1, world))
         actor, rollout = (
-            {"rank": own, "world_size": [world] * len(own), "address": [metadata[0]] * len(own)} for own in ranks
+            {"rank": own, "world_size": [world] * len(own), "address": [metadata[0]["address"]] * len(own)}
+            for own in ranks
         )
         return actor, rollout
 
-    def init_process_group(self, rank: int, world_size: int, address: tuple[str, int]) -> None:
-        """Join the group, unless this process is in it."""
-        place = (rank, world_size, address)
+    def init_process_group(self, **kwargs: Any) -> None:
+        """Join the group, unless this process is in it.
+
+        Args:
+            **kwargs: ``rank``, ``world_size`` and ``address``, of :meth:`build_topology`.
+        """
+        rank, world_size, address = place = (kwargs["rank"], kwargs["world_size"], kwargs["address"])
         if self._place == place or rank < 0:
             return
         if self._store is None:

@@ -32,7 +32,7 @@ def processes(monkeypatch: pytest.MonkeyPatch, actors: int, rollouts: int) -> li
 def sync(engines: list[GlooCheckpointEngine], actors: int, weights: list[tuple[str, torch.Tensor]]) -> list[Any]:
     """One transfer, in the steps of verl's CheckpointEngineManager; what each engine got, None for the actors."""
     metadata = [engine.prepare() for engine in engines]
-    assert [data is None for data in metadata] == [False] + [True] * (len(engines) - 1)
+    assert [bool(data) for data in metadata] == [True] + [False] * (len(engines) - 1)
     actor, rollout = GlooCheckpointEngine.build_topology(actors, len(engines) - actors, metadata)
     read: list[int] = []
 
