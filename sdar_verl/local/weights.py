@@ -69,7 +69,8 @@ class GlooCheckpointEngine(CheckpointEngine):
         if self._place == place or rank < 0:
             return
         if self._store is None:
-            self._store = dist.TCPStore(*address, is_master=False, timeout=_TIMEOUT)
+            host, port = address
+            self._store = dist.TCPStore(host, port, is_master=False, timeout=_TIMEOUT)
         group: Any = dist.ProcessGroupGloo
         self._group = group(dist.PrefixStore(f"weights_{world_size}", self._store), rank, world_size, _TIMEOUT)
         self._place = place
