@@ -22,6 +22,7 @@ PAPER = {
     "rlsd": (0.5, "advantage_weight", "gap", "sampled", True, "actor"),
     "sdar": (0.01, "loss", "gap", "sampled", True, "actor"),
     "sdar_frozen": (1.0, "loss", "gap", "sampled", True, "reference"),
+    "revkl_frozen": (1.0, "loss", "none", "reverse_kl", True, "reference"),
     "agent_opsd": (0.5, "advantage_factor", "gap", "sampled", True, "actor"),
     "adrs": (0.02, "advantage_shaping", "gap", "sampled", True, "actor"),
     "sdpo": (1.0, "loss", "none", "jsd", False, "ema"),
