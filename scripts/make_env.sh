@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Makes (or reuses) a virtual environment and installs sdar_verl from this checkout into it.
 #   bash scripts/make_env.sh VENV_DIR EXTRAS        e.g. bash scripts/make_env.sh .venv local,test
-# PYTHON picks the interpreter (3.10 to 3.12). A finished installation is recognised and takes no time.
+# PYTHON picks the interpreter (3.10 to 3.12), SDAR_VERL another version of verl than constraints-cpu.txt names.
+# A finished installation is recognised and takes no time.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$1"
 extras="$2"
 stamp="$venv/.sdar_verl_installed"
-wanted="$(cat "$root/setup.cfg" "$root/scripts/constraints-cpu.txt" | cksum) $root $extras"
+verl="${SDAR_VERL:-}"
+wanted="$(cat "$root/setup.cfg" "$root/scripts/constraints-cpu.txt" | cksum) $root $extras${verl:+ verl==$verl}"
 
 find_python() {
   local candidate
@@ -29,7 +31,10 @@ fi
 
 python="$(find_python)"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/scripts/constraints-cpu.txt")
+constraints="$venv/constraints.txt"
+cp "$root/scripts/constraints-cpu.txt" "$constraints"
+[ -z "$verl" ] || sed -i "s/^verl==.*/verl==$verl/" "$constraints"
+pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints")
 echo "installing into $venv (a few minutes the first time) ..."
 # torch first and by its own: asked for by another package, pip may take a build with gigabytes of CUDA.
 "${pip[@]}" torch

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
+from sdar_verl.local import joins_ray_cluster
+
 NAME = "cpu"
 
 
@@ -57,6 +59,16 @@ class _CpuDeviceModule(ModuleType):
 _DEVICE_MODULE = _CpuDeviceModule()
 
 
+class _CpuId(str):
+    """The CPU as an index: ``tensor.to(id)`` reads ``cpu``, and verl's ``f"{device_name}:{id}"`` becomes ``cpu:0``."""
+
+    def __format__(self, spec: str) -> str:
+        return format("0", spec)
+
+
+_DEVICE_ID = _CpuId("cpu")
+
+
 @PlatformRegistry.register(platform=NAME)
 class CpuPlatform(PlatformBase):
     """verl's device interface over the CPU."""
@@ -83,11 +95,11 @@ class CpuPlatform(PlatformBase):
         its own: the head node of a GPU cluster often has no GPU, and there verl's own fallback is the right answer.
         The Ray workers of a CPU run do not guess: hydra_configs/hardware/cpu.yaml tells them (``VERL_PLATFORM=cpu``).
         """
-        return not _joins_ray_cluster() and not _other_platform_available(use_smi_check)
+        return not joins_ray_cluster() and not _other_platform_available(use_smi_check)
 
     def current_device(self) -> Any:
-        """``"cpu"``, not an index: verl writes ``tensor.to(get_device_id())``, and torch reads 0 as an accelerator."""
-        return "cpu"
+        """Not an index: verl writes ``tensor.to(get_device_id())``, and torch reads 0 as an accelerator."""
+        return _DEVICE_ID
 
     def device_count(self) -> int:
         return 1
@@ -158,15 +170,6 @@ class CpuPlatform(PlatformBase):
 
     def cudart(self) -> None:
         return None
-
-
-def _joins_ray_cluster() -> bool:
-    """Whether this process belongs to, or ``ray.init`` would join, a Ray cluster that someone else started."""
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):  # Ray sets the latter in its workers
-        return True
-    from ray._private.utils import read_ray_address  # the file that `ray start` leaves behind
-
-    return read_ray_address() is not None
 
 
 def _other_platform_available(use_smi_check: bool) -> bool:

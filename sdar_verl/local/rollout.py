@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutMode, RolloutReplica
 from verl.workers.rollout.utils import ensure_async_iterator
@@ -28,7 +29,7 @@ class TransformersReplica(RolloutReplica):
     """
 
     async def launch_servers(self) -> None:
-        """Start the server.
+        """Start the server, on the node of its training worker.
 
         Raises:
             ValueError: for settings of ``actor_rollout_ref.rollout`` that only a GPU engine has.
@@ -37,10 +38,14 @@ class TransformersReplica(RolloutReplica):
 
         self._check_config()
         name = _server_name(self.replica_rank)
+        worker: Any = self.workers[0]
+        node = await worker.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
         actor_class: Any = ray.remote(TransformersServer)
-        server = actor_class.options(name=name, max_concurrency=self.max_concurrency).remote(
-            self.config, self.model_config, self.replica_rank
-        )
+        server = actor_class.options(
+            name=name,
+            max_concurrency=self.max_concurrency,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False),
+        ).remote(self.config, self.model_config, self.replica_rank)
         await server.ready.remote()
         self.servers = [server]
         self._server_handle = server

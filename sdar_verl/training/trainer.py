@@ -256,7 +256,9 @@ class SdarTraining(PPOTrainer):
     ) -> dict[str, float]:
         metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
         stop_on_errors(reward_extra_infos_dict.get("error", []))
-        expected = expected_episodes(kwargs.get("expected_acc_counts") or {})
+        asked = kwargs.get("expected_acc_counts")  # verl 0.9.0 does not tell
+        rollouts = self.config.actor_rollout_ref.rollout.val_kwargs.n
+        expected = expected_episodes(asked) if asked else self.val_dataset.asked(rollouts)
         arms = arm_metrics(reward_extra_infos_dict, expected, self._val_types)
         if arms:
             print(validation_line(self.global_steps, arms), flush=True)

@@ -34,6 +34,10 @@ class ArmDataset(Dataset):
         """Task type -> tasks of the panel."""
         return Counter(extra["task_type"] for extra in self._panel.dataframe["extra_info"])  # type: ignore[attr-defined]
 
+    def asked(self, rollouts: int) -> dict[str, int]:
+        """Arm -> episodes of one validation, with ``rollouts`` of each task."""
+        return dict.fromkeys(self._arms, len(self._panel) * rollouts)  # type: ignore[arg-type]
+
     def __getitem__(self, item: int) -> dict[str, Any]:
         arm_index, row_index = divmod(item, len(self._panel))  # type: ignore[arg-type]
         row = dict(self._panel[row_index])

@@ -1,9 +1,12 @@
-"""The teacher's worker on two ranks of verl's FSDP2 engine, without Ray: every source against plain forward passes."""
+"""The teacher's worker on two ranks of verl's FSDP engines, without Ray: every source against plain forward passes."""
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +49,30 @@ def make_rows(rank: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor
 # ---------------------------------------------------------------- on the ranks
 
 
-def worker_config(model: str, adapter: int = 0, **teacher: Any) -> Any:
+@cache
+def recipe() -> Any:
     import verl  # noqa: F401  loads the plugin
     from hydra import compose, initialize_config_module
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("sdar_quickstart")
+
+
+def worker_config(model: str, adapter: int = 0, overrides: Mapping[str, Any] | None = None, **teacher: Any) -> Any:
     from omegaconf import OmegaConf, open_dict
 
-    overrides = [
-        f"actor_rollout_ref.model.path={model}",
-        f"actor_rollout_ref.model.lora_rank={adapter}",
-        "actor_rollout_ref.model.target_modules=all-linear",
-        "actor_rollout_ref.actor.optim.lr=0.02",
-        "actor_rollout_ref.actor.optim.total_training_steps=10",
-    ]
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("sdar_quickstart", overrides=overrides).actor_rollout_ref
-    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    settings = {
+        "model.path": model,
+        "model.lora_rank": adapter,
+        "model.target_modules": "all-linear",
+        "actor.optim.lr": 0.02,
+        "actor.optim.total_training_steps": 10,
+        **(overrides or {}),
+    }
+    whole = copy.deepcopy(recipe())
+    for option, value in settings.items():
+        OmegaConf.update(whole, f"actor_rollout_ref.{option}", value, force_add=True)
+    config = OmegaConf.create(OmegaConf.to_container(whole.actor_rollout_ref, resolve=True))
     with open_dict(config):
         config[TEACHER_NODE] = TeacherConfig(**teacher).model_dump()
         config[MODULES_NODE] = ["tests.support.toy_source"]
@@ -123,7 +135,8 @@ def weights(worker: Any) -> dict[str, torch.Tensor]:
 def make_worker(model: str, adapter: int = 0, role: str = "actor", base: Any = None, **teacher: Any) -> Any:
     from sdar_verl.training.teacher.worker import TeacherWorker
 
-    worker = (base or TeacherWorker)(worker_config(model, adapter, **teacher), role)
+    strategy = {"actor.strategy": os.environ["SDAR_TEST_STRATEGY"]}
+    worker = (base or TeacherWorker)(worker_config(model, adapter, strategy, **teacher), role)
     worker.init_model()
     worker.set_loss_fn(likelihood)
     return worker
@@ -194,7 +207,7 @@ def kept(model: str, rank: int) -> dict[str, Any]:
     return out
 
 
-def run(rank: int, folder: str, port: int) -> None:
+def run(rank: int, folder: str, port: int, strategy: str) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -203,6 +216,7 @@ def run(rank: int, folder: str, port: int) -> None:
         "WORLD_SIZE": str(RANKS),
         "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": str(RANKS),
+        "SDAR_TEST_STRATEGY": strategy,
     }
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=RANKS)
@@ -228,15 +242,15 @@ def run(rank: int, folder: str, port: int) -> None:
 # ---------------------------------------------------------------- in the test process
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=["fsdp2", pytest.param("fsdp", marks=pytest.mark.slow)])
+def folder(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("workers")
     make_tiny_model(folder / "model", scale=4.0, tie_word_embeddings=False)
     make_tiny_model(folder / "other", scale=4.0, seed=3, hidden=48, layers=1)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(run, args=(str(folder), port), nprocs=RANKS)
+    mp.spawn(run, args=(str(folder), port, request.param), nprocs=RANKS)
     return folder
 
 

@@ -145,7 +145,6 @@ CASES = {
     "trainer mode": ({"trainer.v1.trainer_mode": "sync"}, ["trainer.v1.trainer_mode=sync", "=sdar"]),
     "legacy trainer": ({"trainer.use_v1": False}, ["trainer.use_v1=False"]),
     "estimator": ({"algorithm.adv_estimator": "grpo"}, ["invalid_action_penalty=0.1 has no effect", "grpo"]),
-    "FSDP1 on a CPU": ({"actor_rollout_ref.actor.strategy": "fsdp"}, ["strategy=fsdp ", "trainer.device=cpu", "fsdp2"]),
     "strategy": ({"actor_rollout_ref.actor.strategy": "megatron"}, ["strategy=megatron", "fsdp2"]),
     "agent loop": (
         {"actor_rollout_ref.rollout.agent.default_agent_loop": "tool_agent"},
@@ -282,6 +281,7 @@ def test_an_adapter_makes_a_reference_of_its_base(recipe, source):
         **{
             "sdar.teacher.source": source,
             "actor_rollout_ref.model.lora_rank": 8,
+            "actor_rollout_ref.model.lora.merge": True,
             "actor_rollout_ref.actor.use_kl_loss": False,
         },
     )

@@ -39,7 +39,9 @@ DOCUMENTS = [
     *sorted(path.relative_to(ROOT) for folder in ("docs", "recipes") for path in (ROOT / folder).rglob("*.md")),
     Path("CHANGELOG.md"),
 ]
-SOURCES = [ROOT / "sdar_verl" / "training" / name for name in ("trainer.py", "parts/distillation.py")]
+SOURCES = [
+    ROOT / "sdar_verl" / "training" / name for name in ("trainer.py", "parts/distillation.py", "parts/packing.py")
+]
 METRIC = re.compile(r"`(sdar(?:-val)?/[^`]+|timing_s/teacher)`")
 SETTING = re.compile(r"(?:sdar|actor_rollout_ref|data|trainer|algorithm)(?:\.\w+)+(?:=\S+)?|(?:model|hardware)=\S+")
 

@@ -91,13 +91,14 @@ def test_verls_memory_and_random_state_calls_work_on_the_device_module():
     assert device.mem_get_info() == (0, 0)
     assert device.max_memory_allocated() == device.memory_reserved(0) == 0
     assert device.is_available()  # torch.cpu's own
-    assert torch.zeros(1).to(cpu.CpuPlatform().current_device()).device.type == "cpu"
+    index = cpu.CpuPlatform().current_device()
+    assert torch.zeros(1).to(index).device.type == "cpu"
+    assert torch.device(f"cpu:{index}") == torch.device("cpu", 0)
 
 
 @pytest.mark.parametrize(
     ("engine_config", "message"),
     [
-        ({"strategy": "fsdp", "offload_policy": False}, "actor.strategy=fsdp .FSDP1. cannot run on the CPU"),
         ({"strategy": "fsdp2", "offload_policy": True}, "fsdp_config.offload_policy=True"),
     ],
 )

@@ -110,6 +110,7 @@ def test_arm_dataset_repeats_the_panel_in_order():
     assert [arms[i]["index"] for i in range(6)] == [0, 1, 2, 0, 1, 2]
     assert arms[4]["data_source"] == "alfworld/teacher"
     assert arms[4]["sdar_arm"] == "teacher"
+    assert arms.asked(2) == {"student": 6, "teacher": 6}
     assert panel[1] == {"data_source": "alfworld", "index": 1}
 
 

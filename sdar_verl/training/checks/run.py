@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from sdar_verl.errors import ConfigError
 from sdar_verl.modules import import_modules
 from sdar_verl.panels import LOCATIONS, PanelError, read_panel
 from sdar_verl.training.checks.context import context_faults
+from sdar_verl.training.checks.engine import engine_faults
 from sdar_verl.training.checks.loss import loss_faults
 from sdar_verl.training.checks.modes import mode_faults, parts_of_a_step
 from sdar_verl.training.checks.skills import skill_faults
@@ -21,7 +21,6 @@ from sdar_verl.training.checks.teacher import teacher_faults
 from sdar_verl.training.panel_tasks import panel_files
 
 RELEASED_METHODS = ("grpo", "skill_grpo", "skill_prompt", "opsd", "grpo_opsd", "skill_sd", "rlsd", "sdar")
-SUPPORTED_STRATEGIES = ("fsdp", "fsdp2")
 
 
 def check_run(config: DictConfig, sdar: SdarConfig) -> None:
@@ -102,12 +101,6 @@ def _modes(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"sdar.advantage.invalid_action_penalty={sdar.advantage.invalid_action_penalty} has no effect with "
             f"algorithm.adv_estimator={estimator}; set it to 0 or use adv_estimator=sdar"
         )
-    strategy = config.actor_rollout_ref.actor.strategy
-    if strategy not in SUPPORTED_STRATEGIES:
-        faults.append(
-            f"actor_rollout_ref.actor.strategy={strategy} is not supported by the gated loss; "
-            f"use one of {', '.join(SUPPORTED_STRATEGIES)}"
-        )
     agent = config.actor_rollout_ref.rollout.agent.default_agent_loop
     if agent != "sdar_agent":
         faults.append(
@@ -185,39 +178,6 @@ def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
     return faults
 
 
-def _engine(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    device, name = config.trainer.device, config.actor_rollout_ref.rollout.name
-    faults = []
-    if device != "cpu" and name == "transformers":
-        faults.append(
-            f"trainer.device={device}, but actor_rollout_ref.rollout.name=transformers is the CPU's rollout. On a "
-            "machine with a GPU, export VERL_PLATFORM=cpu to run on the CPU all the same, or use hardware=8gpu"
-        )
-    if device == "cpu" and name != "transformers":
-        faults.append(
-            f"trainer.device=cpu runs with actor_rollout_ref.rollout.name=transformers, not {name}; "
-            "use hardware=cpu, which sets both"
-        )
-    strategy = config.actor_rollout_ref.actor.strategy
-    if device == "cpu" and strategy == "fsdp":
-        faults.append(
-            "actor_rollout_ref.actor.strategy=fsdp (FSDP1) cannot start on a CPU (trainer.device=cpu): torch "
-            "broadcasts its module states on an accelerator only; set actor_rollout_ref.actor.strategy=fsdp2"
-        )
-    if device != "cpu" and name == "vllm" and util.find_spec("vllm") is None:
-        faults.append(
-            'actor_rollout_ref.rollout.name=vllm, but vllm is not installed: pip install "sdar-verl[vllm]" '
-            "(or hardware=cpu to try the recipe without a GPU)"
-        )
-    attention = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
-    if device != "cpu" and attention in (None, "flash_attention_2") and util.find_spec("flash_attn") is None:
-        faults.append(
-            'flash-attn is not installed, and verl uses it unless told otherwise: pip install "sdar-verl[flash-attn]", '
-            "or +actor_rollout_ref.model.override_config.attn_implementation=sdpa"
-        )
-    return faults
-
-
 def _data(config: DictConfig, sdar: SdarConfig) -> list[str]:
     faults: list[str] = []
     train_tasks = 0
@@ -278,7 +238,7 @@ _CHECKS: tuple[Any, ...] = (
     skill_faults,
     context_faults,
     _batches,
-    _engine,
+    engine_faults,
     _variant,
     _data,
 )

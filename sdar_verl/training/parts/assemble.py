@@ -7,6 +7,7 @@ from typing import Any
 from sdar_verl.config import SdarConfig
 from sdar_verl.training.parts.base import TrainerPart
 from sdar_verl.training.parts.distillation import Distillation
+from sdar_verl.training.parts.packing import PackingCheck
 from sdar_verl.training.parts.record import RunRecord
 from sdar_verl.training.parts.skill_statistics import SkillStatistics, learns
 from sdar_verl.training.parts.warnings import RunWarnings
@@ -20,6 +21,8 @@ def make_parts(settings: SdarConfig, config: Any) -> list[TrainerPart]:
         config: verl's whole config.
     """
     parts: list[TrainerPart] = []
+    if config.actor_rollout_ref.model.use_remove_padding:
+        parts.append(PackingCheck(config))
     if learns(settings):
         parts.append(SkillStatistics(settings))
     if settings.teacher.source != "none":

@@ -1,0 +1,114 @@
+"""Checks of the training engine, its device and its attention before Ray starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import util
+
+from omegaconf import DictConfig, OmegaConf
+
+from sdar_verl.config import SdarConfig
+from sdar_verl.training.teacher.sources import uses_lora
+
+SUPPORTED_STRATEGIES = ("fsdp", "fsdp2")
+SUPPORTED_MODEL_ENGINES = ("dp",)
+# Those whose mask transformers makes itself; since its pull request 39194 it finds packed rows by their position ids.
+MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
+
+
+def engine_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Every fault of engine, device and attention, one message each."""
+    return [*_strategy(config), *_device(config), *_attention(config)]
+
+
+def _strategy(config: DictConfig) -> Iterator[str]:
+    """verl's engines: the gated loss, the teacher's weights and the distributions at the head are written for FSDP."""
+    engine = config.get("model_engine", "dp")
+    if engine not in SUPPORTED_MODEL_ENGINES:
+        yield (
+            f"model_engine={engine} selects an engine on which the teacher pass and the gated loss are not supported; "
+            "leave it at dp and choose actor_rollout_ref.actor.strategy=fsdp2 or fsdp (docs/engines.md)"
+        )
+        return  # what it sets for the strategies is its own
+    actor, reference = config.actor_rollout_ref.actor.strategy, config.actor_rollout_ref.ref.strategy
+    if actor not in SUPPORTED_STRATEGIES:
+        yield (
+            f"actor_rollout_ref.actor.strategy={actor}: the teacher pass and the gated loss are not supported on this "
+            f"engine; use one of {', '.join(SUPPORTED_STRATEGIES)} (docs/engines.md)"
+        )
+    elif reference not in SUPPORTED_STRATEGIES:
+        yield (
+            f"actor_rollout_ref.ref.strategy={reference}, while the actor runs on "
+            f"actor_rollout_ref.actor.strategy={actor}; leave it to follow the actor's, or use one of "
+            f"{', '.join(SUPPORTED_STRATEGIES)}"
+        )
+
+
+def _device(config: DictConfig) -> Iterator[str]:
+    device, name = config.trainer.device, config.actor_rollout_ref.rollout.name
+    if device == "cpu":
+        if name != "transformers":
+            yield (
+                f"trainer.device=cpu runs with actor_rollout_ref.rollout.name=transformers, not {name}; "
+                "use hardware=cpu, which sets both"
+            )
+        yield from _accelerator_only(config)
+        return
+    if name == "transformers":
+        yield (
+            f"trainer.device={device}, but actor_rollout_ref.rollout.name=transformers is the CPU's rollout. On a "
+            "machine with a GPU, export VERL_PLATFORM=cpu to run on the CPU all the same, or use hardware=8gpu"
+        )
+    if name == "vllm" and util.find_spec("vllm") is None:
+        yield (
+            'actor_rollout_ref.rollout.name=vllm, but vllm is not installed: pip install "sdar-verl[vllm]" '
+            "(or hardware=cpu to try the recipe without a GPU)"
+        )
+
+
+def _accelerator_only(config: DictConfig) -> Iterator[str]:
+    """What FSDP and a rollout have for accelerators alone."""
+    settings = {
+        "actor_rollout_ref.actor.fsdp_config.offload_policy": "it keeps shards in pinned memory",
+        "actor_rollout_ref.ref.fsdp_config.offload_policy": "it keeps shards in pinned memory",
+        "actor_rollout_ref.model.enable_activation_offload": "it copies activations on streams of an accelerator",
+    }
+    for option, reason in settings.items():
+        if OmegaConf.select(config, option):
+            yield f"{option}=True needs an accelerator ({reason}), but trainer.device=cpu; set it to False"
+    for role in ("actor", "ref"):
+        option = f"actor_rollout_ref.{role}.fsdp_config.mixed_precision.param_dtype"
+        if OmegaConf.select(config, option) in ("fp16", "float16"):
+            yield f"{option}=fp16 needs a loss scaler of an accelerator, but trainer.device=cpu; use fp32 or bf16"
+    model = config.actor_rollout_ref.model
+    if uses_lora(config) and not OmegaConf.select(model, "lora.merge"):
+        yield (
+            f"actor_rollout_ref.model.lora_rank={model.lora_rank}, lora_adapter_path={model.lora_adapter_path}: "
+            "rollout.name=transformers, the CPU's rollout, takes whole weights; set "
+            "actor_rollout_ref.model.lora.merge=True"
+        )
+
+
+def _attention(config: DictConfig) -> Iterator[str]:
+    attention = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
+    if attention in (None, "flash_attention_2"):
+        if config.trainer.device != "cpu" and util.find_spec("flash_attn") is None:
+            yield (
+                "flash-attn is not installed, and verl uses it unless told otherwise: pip install "
+                '"sdar-verl[flash-attn]", or +actor_rollout_ref.model.override_config.attn_implementation=sdpa'
+            )
+        return
+    if config.actor_rollout_ref.model.use_remove_padding and attention in MASKED_ATTENTION and not _finds_packed_rows():
+        yield (
+            "actor_rollout_ref.model.use_remove_padding=True packs rows into one, and this version of transformers "
+            f"lets them see each other with attn_implementation={attention}: upgrade transformers (verl 0.9 asks for "
+            "5.5.3 or newer), install flash-attn, or set use_remove_padding=False"
+        )
+
+
+def _finds_packed_rows() -> bool:
+    try:
+        from transformers import masking_utils
+    except ImportError:
+        return False
+    return hasattr(masking_utils, "find_packed_sequence_indices")

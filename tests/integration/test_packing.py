@@ -1,0 +1,105 @@
+"""The check of packed rows on verl's own engine, without Ray: an attention that mixes them stops the run."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from sdar_verl.training.teacher.rows import nested
+from tests.integration.test_teacher_worker import recipe, worker_config
+from tests.support.one_update import ROWS, make_rows
+from tests.support.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.integration
+
+
+def packing_gap(root: Path, attention: str) -> float | str:
+    """What the check of a run's first step finds on this worker: the difference, or its message."""
+    import transfer_queue as tq
+    from tensordict import TensorDict
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from verl.utils import tensordict_utils as tu
+
+    from sdar_verl.errors import ConfigError
+    from sdar_verl.training.parts.base import StepRows
+    from sdar_verl.training.parts.packing import PackingCheck
+    from sdar_verl.training.teacher.worker import TeacherWorker
+
+    # Without a mask function of its own, an attention is given none, and sees the packed row as one.
+    AttentionInterface.register("leaking", sdpa_attention_forward)
+    settings = {"model.use_remove_padding": True, "model.override_config.attn_implementation": attention}
+    whole = copy.deepcopy(recipe())
+    whole.actor_rollout_ref = worker_config(str(root / "model"), overrides=settings, source="actor")
+    worker = TeacherWorker(copy.deepcopy(whole.actor_rollout_ref), "actor")
+    worker.init_model()
+    queue: dict[str, Any] = {
+        "train": {"prompts": [row[0] for row in make_rows()], "responses": [row[1] for row in make_rows()]}
+    }
+
+    class Group:
+        """verl's worker group, of this one worker."""
+
+        world_size = 1
+
+        def compute_log_prob(self, meta: Any) -> None:
+            data = TensorDict(queue[meta.partition_id], batch_size=len(meta.keys))
+            tu.assign_non_tensor(data, **meta.extra_info)
+            queue[meta.partition_id] = {"log_probs": worker.compute_log_prob(data)["log_probs"]}
+
+    def get(keys: list[str], partition_id: str, select_fields: list[str]) -> Any:
+        return {name: nested(list(queue[partition_id][name])) for name in select_fields}
+
+    def put(keys: list[str], partition_id: str, fields: Any, tags: Any) -> None:
+        queue[partition_id] = {name: nested(list(fields[name].unbind())) for name in fields.keys()}  # noqa: SIM118
+
+    tq.kv_batch_get, tq.kv_batch_put, tq.kv_clear = get, put, lambda keys, partition_id: queue.pop(partition_id)
+    batch = SimpleNamespace(keys=[f"row_{i}" for i in range(ROWS)], partition_id="train")
+    rows = StepRows(1, batch, [object()] * ROWS, {}, None, SimpleNamespace(actor_rollout_wg=Group()))
+    try:
+        PackingCheck(whole).on_rows(rows)
+    except ConfigError as error:
+        return str(error)
+    return rows.metrics["sdar/packing_gap"]
+
+
+def run(rank: int, folder: str, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "VERL_PLATFORM": "cpu", "RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=1)
+    root = Path(folder)
+    torch.save({name: packing_gap(root, name) for name in ("sdpa", "eager", "leaking")}, root / "gaps.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def gaps(tmp_path_factory) -> dict[str, float | str]:
+    """Attention -> difference, or the error's message."""
+    folder = tmp_path_factory.mktemp("packing")
+    make_tiny_model(folder / "model", scale=4.0)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(run, args=(str(folder), port), nprocs=1)
+    return torch.load(folder / "gaps.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_check_passes_where_packed_rows_are_kept_apart(gaps, attention):
+    assert gaps[attention] < 1e-5
+
+
+def test_the_check_stops_a_run_whose_attention_mixes_packed_rows(gaps):
+    told = gaps["leaking"]
+    assert isinstance(told, str), f"a difference of {told} nats was let through"
+    for word in ("use_remove_padding=True", "attn_implementation=leaking", "flash_attention_2"):
+        assert word in told

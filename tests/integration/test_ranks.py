@@ -1,0 +1,234 @@
+"""One update on verl's FSDP2 and FSDP1 engines, without Ray: one rank or two, packed or padded, in any micro-batches.
+
+Log-probs, loss, metrics and gradient must be those of a plain model and a plain backward pass, with every term that
+verl's loss can have: clipped and dual-clipped policy gradient, KL to the reference, entropy bonus, and our own.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from sdar_verl.config import LossConfig
+from sdar_verl.training.fields import STEP_VALUES, TEACHER_LOG_PROBS, StepValues
+from sdar_verl.training.head.requests import HEAD_REQUEST, TEACHER_HIDDEN
+from sdar_verl.training.teacher.rows import nested
+from tests.integration.test_teacher_worker import batch, worker_config
+from tests.support.one_update import (
+    BETA,
+    CLIP_C,
+    CLIP_HIGH,
+    CLIP_LOW,
+    COEF,
+    ENTROPY,
+    KL,
+    ROWS,
+    answers,
+    make_fields,
+    make_rows,
+    plain_model,
+    plain_numbers,
+    teacher_rows,
+)
+from tests.support.tiny_model import make_tiny_model
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+PACKED = {"model.use_remove_padding": True}
+# Ranks have 4 or 8 rows of up to 21 tokens.
+FEW_TOKENS = {"actor.ppo_max_token_len_per_gpu": 45, "rollout.log_prob_max_token_len_per_gpu": 45}
+TWO_ROWS = {
+    "actor.use_dynamic_bsz": False,
+    "actor.ppo_micro_batch_size_per_gpu": 2,
+    "rollout.log_prob_use_dynamic_bsz": False,
+    "rollout.log_prob_micro_batch_size_per_gpu": 2,
+}
+EAGER = {"model.override_config.attn_implementation": "eager"}
+CHECKPOINTING = {"model.enable_gradient_checkpointing": True}
+FSDP1 = {"actor.strategy": "fsdp"}
+CASES: dict[str, dict[str, Any]] = {
+    "padded, two rows": TWO_ROWS,
+    "padded, few tokens": FEW_TOKENS,
+    "packed": PACKED,
+    "packed, two rows, eager": PACKED | TWO_ROWS | EAGER,
+    "packed, few tokens, checkpointing": PACKED | FEW_TOKENS | CHECKPOINTING,
+    "fsdp1, padded, two rows": FSDP1 | TWO_ROWS,
+    "fsdp1, packed, few tokens, checkpointing": FSDP1 | PACKED | FEW_TOKENS | CHECKPOINTING,
+    "fsdp1, padded, few tokens, views": FSDP1 | FEW_TOKENS | {"actor.fsdp_config.use_orig_params": True},
+    # The divergence over the whole vocabulary, in chunks, in place of the sampled token's gap.
+    "jsd, few tokens": FEW_TOKENS | {"objective": "jsd"},
+    "fsdp1, jsd, packed, few tokens": FSDP1 | PACKED | FEW_TOKENS | {"objective": "jsd"},
+}
+# What two runs of the same arithmetic may differ by: the order of float32 sums.
+SAME = {"rtol": 1e-4, "atol": 2e-5}
+
+
+# ---------------------------------------------------------------- on the ranks
+
+
+def run_case(rank: int, ranks: int, root: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Log-probs of student and teacher, then one SGD step at a learning rate of 1: the weights move by the gradient."""
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.config import omega_conf_to_dataclass
+
+    from sdar_verl.training.head.distributions import distribution_loss, step_requests
+    from sdar_verl.training.teacher.worker import TeacherWorker
+
+    objective = overrides.get("objective", "sampled")
+    loss = LossConfig(coef=COEF, beta=BETA, objective=objective, chunk_tokens=None if objective == "sampled" else 8)
+    requests = step_requests(loss)
+    settings = {
+        **{option: value for option, value in overrides.items() if option != "objective"},
+        "actor.optim.optimizer": "SGD",
+        "actor.optim.lr": 1.0,
+        "actor.optim.lr_warmup_steps_ratio": 0.0,
+        "actor.optim.weight_decay": 0.0,
+        "actor.optim.clip_grad": 1e9,
+        "actor.use_kl_loss": True,
+        "actor.kl_loss_coef": KL,
+        "actor.entropy_coeff": ENTROPY,
+        "actor.clip_ratio_low": CLIP_LOW,
+        "actor.clip_ratio_high": CLIP_HIGH,
+        "actor.clip_ratio_c": CLIP_C,
+    }
+    config = worker_config(str(root / "model"), overrides=settings, source="actor")
+    worker = TeacherWorker(config, "actor")
+    worker.init_model()
+    worker.set_loss_fn(partial(distribution_loss, config=omega_conf_to_dataclass(config.actor), settings=loss))
+    mine = range(rank, ROWS, ranks)
+    rows = [make_rows()[row] for row in mine]
+    asked = batch([teacher_rows()[row] for row in mine], calculate_entropy=True, compute_loss=False)
+    if requests.teacher is not None:
+        tu.assign_non_tensor(asked, **{HEAD_REQUEST: requests.teacher.to_json()})
+    teacher = worker.compute_teacher_log_prob(asked)
+    scored = worker.compute_log_prob(batch(rows, calculate_entropy=True, compute_loss=False))
+    student, entropy = (
+        [row[-len(response) - 1 : -1] for row, (_, response, _) in zip(scored[name].unbind(), rows, strict=True)]
+        for name in ("log_probs", "entropy")
+    )
+
+    with torch.no_grad():
+        fields = make_fields(answers(plain_model(root), make_rows())[0])
+    data = batch(
+        rows,
+        calculate_entropy=True,
+        distillation_use_topk=False,
+        distillation_only=False,
+        global_batch_size=ROWS,
+        mini_batch_size=ROWS,
+        epochs=1,
+        seed=1,
+        dataloader_kwargs={"shuffle": False},
+    )
+    for name, values in fields.items():
+        data[name] = nested([values[row] for row in mine])
+    tu.assign_non_tensor(data, **{STEP_VALUES: StepValues(COEF, BETA).as_dict()})
+    if requests.update is not None:
+        data[TEACHER_HIDDEN] = teacher[TEACHER_HIDDEN]
+        tu.assign_non_tensor(data, **{HEAD_REQUEST: requests.update.to_json()})
+    before = weights(worker)
+    metrics = tu.get(worker.update_actor(data), "metrics")
+    after = weights(worker)
+    return {
+        "rows": list(mine),
+        "student": student,
+        "entropy": entropy,
+        "teacher": [row.clone() for row in teacher[TEACHER_LOG_PROBS].unbind()],
+        "metrics": {name: float(torch.tensor(value, dtype=torch.double).sum()) for name, value in metrics.items()},
+        "gradient": {name: before[name] - after[name] for name in before},
+    }
+
+
+def weights(worker: Any) -> dict[str, torch.Tensor]:
+    from torch.distributed.tensor import DTensor
+
+    parameters, _ = worker.actor.engine.get_per_tensor_param()
+    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in parameters}
+    return {name: value.detach().clone() for name, value in whole.items()}
+
+
+def run(rank: int, folder: str, port: int, ranks: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "VERL_PLATFORM": "cpu", "RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(ranks)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)
+    root = Path(folder)
+    results = {name: run_case(rank, ranks, root, overrides) for name, overrides in CASES.items()}
+    torch.save(results, root / f"{ranks}_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------- in the test process
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    # Input and output embedding of their own: then verl gives weights to rank 0 alone, and FSDP must spread them.
+    make_tiny_model(folder / "model", scale=4.0, tie_word_embeddings=False)
+    for ranks in (1, 2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        mp.spawn(run, args=(str(folder), port, ranks), nprocs=ranks)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> dict[int, list[dict[str, Any]]]:
+    """Ranks -> what each rank saw."""
+    return {
+        ranks: [torch.load(folder / f"{ranks}_{rank}.pt", weights_only=False) for rank in range(ranks)]
+        for ranks in (1, 2)
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(folder) -> Callable[[str], dict[str, Any]]:
+    """Case -> the same numbers from a plain model: forward passes of single rows, and one backward pass."""
+    known = functools.cache(lambda objective: plain_numbers(folder, objective))
+    return lambda case: known(CASES[case].get("objective", "sampled"))
+
+
+@pytest.mark.parametrize("case", ["padded, few tokens", "jsd, few tokens"])
+def test_the_numbers_show_every_term(plain, case):
+    """The loss of this test has tokens under either clip, and every term weighs in it."""
+    assert all(plain(case)["clipped"])
+    metrics = plain(case)["metrics"]
+    assert min(abs(metrics[name]) for name in ("actor/pg_loss", "kl_loss", "actor/entropy_loss", "sdar/loss")) > 0.01
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_log_probs_are_those_of_single_rows(results, plain, case, ranks):
+    """Packed or padded, no row sees another; the teacher's pass neither."""
+    for seen in (result[case] for result in results[ranks]):
+        for name in ("student", "entropy", "teacher"):
+            for row, found in zip(seen["rows"], seen[name], strict=True):
+                torch.testing.assert_close(found, plain(case)[name][row].detach(), **SAME)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_is_that_of_a_plain_backward_pass(results, plain, case, ranks):
+    for seen in (result[case] for result in results[ranks]):
+        assert seen["gradient"].keys() == plain(case)["gradient"].keys()
+        for name, found in seen["gradient"].items():
+            torch.testing.assert_close(found, plain(case)["gradient"][name], **SAME)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_the_metrics_are_those_of_the_whole_batch(results, plain, case, ranks):
+    found = results[ranks][0][case]["metrics"]
+    for name, expected in plain(case)["metrics"].items():
+        assert found[name] == pytest.approx(expected, rel=1e-4, abs=1e-5), name

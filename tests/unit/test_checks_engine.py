@@ -1,0 +1,137 @@
+"""Engines, devices and attentions that a run may name: those that work pass, all others are told before Ray starts."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import verl
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from sdar_verl.config import load_config
+from sdar_verl.training.checks import engine
+
+ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
+ATTENTION = f"{MODEL}.override_config.attn_implementation"
+GPU = {"trainer.device": "cuda", "actor_rollout_ref.rollout.name": "sglang"}
+
+
+def composed(*overrides: str) -> Any:
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("sdar_quickstart", overrides=list(overrides))
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return composed()
+
+
+def faults(recipe: Any, **options: Any) -> list[str]:
+    config = copy.deepcopy(recipe)
+    for option, value in options.items():
+        OmegaConf.update(config, option, value, force_add=True)
+    return engine.engine_faults(config, load_config(config.sdar))
+
+
+def backends_of_verl() -> list[str]:
+    """Names under which any file of verl registers an engine for language models, installed or not."""
+    names: set[str] = set()
+    for file in (Path(verl.__file__).parent / "workers" / "engine").rglob("*.py"):
+        for call in re.findall(r"@EngineRegistry\.register\(([^)]*)\)", file.read_text()):
+            if "language_model" in call:
+                names.update(re.findall(r'"(\w+)"', call.split("backend=")[1].split("device=")[0]))
+    return sorted(names)
+
+
+BACKENDS = backends_of_verl()
+
+
+def test_verls_engines_are_found():
+    assert {"fsdp", "fsdp2", "megatron", "veomni", "torchtitan", "automodel"} <= set(BACKENDS)
+
+
+@pytest.mark.parametrize("strategy", [*BACKENDS, "mindspeed_megatron", "their_engine"])
+def test_every_strategy_works_or_is_refused(recipe, strategy):
+    told = faults(recipe, **{f"{ACTOR}.strategy": strategy})
+    if strategy in engine.SUPPORTED_STRATEGIES:
+        assert told == []
+    else:
+        assert len(told) == 1
+        for word in (f"{ACTOR}.strategy={strategy}", "fsdp2", "docs/engines.md"):
+            assert word in told[0]
+
+
+@pytest.mark.parametrize("name", ["megatron", "veomni", "torchtitan"])
+def test_another_model_engine_is_refused_even_where_the_recipe_names_fsdp(name):
+    """hardware=cpu sets the strategy to fsdp2; verl's group would still build the other engine."""
+    config = composed(f"model_engine={name}")
+    assert config.actor_rollout_ref.actor.strategy == "fsdp2"
+    told = engine.engine_faults(config, load_config(config.sdar))
+    assert len(told) == 1
+    assert f"model_engine={name}" in told[0]
+    assert "dp" in told[0]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "a reference on another engine": (
+        {"actor_rollout_ref.ref.strategy": "megatron"},
+        ["ref.strategy=megatron", "actor.strategy=fsdp2"],
+    ),
+    "pinned memory": (
+        {f"{ACTOR}.fsdp_config.offload_policy": True},
+        ["actor.fsdp_config.offload_policy=True", "trainer.device=cpu"],
+    ),
+    "pinned memory of the reference": (
+        {"actor_rollout_ref.ref.fsdp_config.offload_policy": True},
+        ["ref.fsdp_config.offload_policy=True", "trainer.device=cpu"],
+    ),
+    "activations on streams": ({f"{MODEL}.enable_activation_offload": True}, ["enable_activation_offload=True"]),
+    "fp16": ({f"{ACTOR}.fsdp_config.mixed_precision.param_dtype": "fp16"}, ["actor.fsdp_config", "fp16", "bf16"]),
+    "an adapter beside the weights": (
+        {f"{MODEL}.lora_rank": 4},
+        ["lora_rank=4", "lora.merge=True", "rollout.name=transformers"],
+    ),
+    "a rollout of GPUs": (
+        {"actor_rollout_ref.rollout.name": "vllm"},
+        ["trainer.device=cpu", "vllm", "hardware=cpu"],
+    ),
+    "a rollout of CPUs": ({"trainer.device": "cuda", ATTENTION: "sdpa"}, ["trainer.device=cuda", "VERL_PLATFORM=cpu"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_fault_is_named(recipe, case):
+    options, words = REFUSED[case]
+    told = faults(recipe, **options)
+    assert len(told) == 1, told
+    for word in words:
+        assert word in told[0]
+
+
+def test_a_merged_adapter_passes(recipe):
+    assert faults(recipe, **{f"{MODEL}.lora_rank": 4, f"{MODEL}.lora.merge": True}) == []
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+def test_packing_needs_a_transformers_that_tells_packed_rows_apart(recipe, monkeypatch, attention):
+    options = {f"{MODEL}.use_remove_padding": True, ATTENTION: attention}
+    assert faults(recipe, **options) == []
+    from transformers import masking_utils
+
+    monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")
+    (told,) = faults(recipe, **options)
+    for word in ("use_remove_padding=True", f"attn_implementation={attention}", "upgrade transformers"):
+        assert word in told
+    assert faults(recipe, **{**options, f"{MODEL}.use_remove_padding": False}) == []
+
+
+def test_flash_attention_must_be_installed_where_it_is_used(recipe, monkeypatch):
+    monkeypatch.setattr(engine.util, "find_spec", lambda name: None)
+    (told,) = faults(recipe, **GPU, **{ATTENTION: "flash_attention_2"})
+    for word in ("flash-attn is not installed", "sdar-verl[flash-attn]", "attn_implementation=sdpa"):
+        assert word in told
+    assert faults(recipe, **GPU, **{ATTENTION: "sdpa"}) == []
