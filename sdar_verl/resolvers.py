@@ -24,13 +24,11 @@ def devices(*, _root_: Any) -> int:
     return total
 
 
-OmegaConf.register_new_resolver("sdar_devices", devices, replace=True)
-OmegaConf.register_new_resolver("sdar_start_policy", start_policy, replace=True)
-
-
 def own_ray(value: Any) -> Any:
     """``value`` for a Ray cluster that this process will start; None for one that runs, which has its own resources."""
     return None if joins_ray_cluster() else value
 
 
+OmegaConf.register_new_resolver("sdar_devices", devices, replace=True)
 OmegaConf.register_new_resolver("sdar_own_ray", own_ray, replace=True)
+OmegaConf.register_new_resolver("sdar_start_policy", start_policy, replace=True)

@@ -268,3 +268,11 @@ def test_control_scripts_sweep_and_compare(name, tmp_path):
 def test_on_a_cpu_ray_is_told_of_as_many_devices_as_the_run_asks_for(overrides, expected):
     config = compose_config("sdar_quickstart", overrides)
     assert config.ray_kwargs.ray_init.num_gpus == expected
+
+
+def test_a_ray_cluster_that_runs_is_told_of_none(monkeypatch):
+    """``ray.init`` refuses numbers for a cluster that it joins."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    ray = compose_config("sdar_quickstart", ["trainer.nnodes=2"]).ray_kwargs.ray_init
+    assert ray.num_gpus is None
+    assert ray.num_cpus is None
