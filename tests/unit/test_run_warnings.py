@@ -115,6 +115,21 @@ def test_turns_with_few_tokens_say_nothing(run):
     assert not any("warnings" in name for name in metrics)
 
 
+def test_a_server_that_drifts_away_from_the_trainer(run):
+    assert run.play(**{"sdar/server_check/trainer": 0.019}) == {}
+    assert run.play(**{"sdar/server_check/trainer": 0.021}) == {"engines_apart": 1}
+    assert "0.021 nats" in run.said[0] and "placement=colocated" in run.said[0]
+
+
+def test_a_drift_within_the_stated_tolerance(tmp_path):
+    assert Run(tmp_path, teacher={"sanity_tolerance": 0.1}).play(**{"sdar/server_check/trainer": 0.09}) == {}
+
+
+def test_a_server_that_leaves_requests_unanswered(run):
+    assert run.play(**{"sdar/teacher_failed_share": 0.01}) == {}
+    assert run.play(**{"sdar/teacher_failed_share": 0.02}) == {"teacher_unanswered": 1}
+
+
 def test_a_kl_that_grows_from_turn_to_turn(run):
     assert run.play(kl=np.linspace(0.01, 1.5, 8)) == {"kl_grows": 1}
 

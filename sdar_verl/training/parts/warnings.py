@@ -17,6 +17,7 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.report import layout
 from sdar_verl.training.parts.base import TrainerPart
 from sdar_verl.training.parts.record import RunRecord
+from sdar_verl.training.teacher.sources import TOLERANCE_OTHER_ENGINE
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ NAMES = (
     "kl_grows",
     "collapse",
     "teacher_worse",
+    "engines_apart",
+    "teacher_unanswered",
 )
 
 ZERO_GAP = 1e-6
@@ -51,6 +54,8 @@ COLLAPSE_SHARE = 0.5
 """Success over the last steps, as a share of the best so far ..."""
 COLLAPSE_BEST = 0.1
 """... which was at least this."""
+UNANSWERED_SHARE = 0.01
+"""Rows with a context to which the rollout server gave no answer, as a share."""
 STANDARD_ERRORS = 3.0
 """A fall of success, or a teacher below its student, must be larger than this many standard errors."""
 
@@ -78,6 +83,7 @@ class RunWarnings(TrainerPart):
     def on_trained(self, step: int, metrics: dict[str, Any]) -> None:
         seen = {**_teacher(self._settings, metrics, self._record.latest), **_turns(self._record.latest)}
         seen |= self._over_steps(metrics)
+        seen |= _server(self._settings, metrics)
         for name, text in seen.items():
             self._count(name, text, step)
         metrics.update({f"sdar/warnings/{name}": count for name, count in self._counts.items()})
@@ -167,6 +173,27 @@ def _teacher(settings: SdarConfig, metrics: Mapping[str, Any], distributions: Ma
             f"the teacher has a context on {share:.0%} of the rows only; the others add nothing to the distillation "
             "term. sdar/no_match_share counts tasks without a skill of their own (sdar.skills.retrieval), "
             "sdar/truncated_share prompts that are too long (sdar.teacher.max_prompt_length)"
+        )
+    return seen
+
+
+def _server(settings: SdarConfig, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Whether a teacher asked from the rollout server is to be trusted (``sdar.teacher.placement=rollout_server``)."""
+    seen = {}
+    apart, tolerance = metrics.get("sdar/server_check/trainer"), settings.teacher.sanity_tolerance
+    tolerance = TOLERANCE_OTHER_ENGINE if tolerance is None else tolerance
+    if apart is not None and not apart <= tolerance:
+        seen["engines_apart"] = (
+            f"rollout server and trainer differ by {apart:.3g} nats per token on the student's own prompts, more than "
+            f"{tolerance:g} (sdar.teacher.sanity_tolerance); this is in every gap, whatever the context says. Use "
+            "sdar.teacher.placement=colocated, or a rollout of the trainer's precision"
+        )
+    share = metrics.get("sdar/teacher_failed_share", 0.0)
+    if share > UNANSWERED_SHARE:
+        seen["teacher_unanswered"] = (
+            f"the rollout server gave no answer for the teacher of {share:.1%} of the rows, which are left out of the "
+            "distillation term. The agent loop's log has the reasons; if the server runs out of memory, lower "
+            "actor_rollout_ref.rollout.max_num_batched_tokens, or use sdar.teacher.placement=colocated"
         )
     return seen
 

@@ -37,11 +37,10 @@ from sdar_verl.training.fields import (
 from sdar_verl.training.head.requests import HEAD_REQUEST, HeadRequest
 from sdar_verl.training.teacher.answers import COMPARED, answered_log_probs, answered_rows, server_metrics
 from sdar_verl.training.teacher.rows import TeacherRows, nested
-from sdar_verl.training.teacher.sources import get_source
+from sdar_verl.training.teacher.sources import TOLERANCE_OTHER_ENGINE, get_source
 
 _POOL = "sdar_teacher_pool"
 _TOLERANCE_SAME_ENGINE = 1e-3
-_TOLERANCE_OTHER_ENGINE = 0.02  # its micro-batches differ, and bf16 rounds
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ class PrivilegedTeacher:
         if self._settings.sanity_tolerance is not None:
             return self._settings.sanity_tolerance
         other = self._source.own_engine or self.on_server
-        return _TOLERANCE_OTHER_ENGINE if other else _TOLERANCE_SAME_ENGINE
+        return TOLERANCE_OTHER_ENGINE if other else _TOLERANCE_SAME_ENGINE
 
     def _metrics(self, batch: KVBatchMeta, scored: Mapping[str, torch.Tensor], mask: torch.Tensor) -> dict[str, float]:
         steps = self._source.staleness(self._settings, self._trainer.global_steps - 1)
