@@ -19,6 +19,7 @@ from typing import Any
 
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
+from sdar_verl.untrusted import is_inside, parse_json
 
 PANEL_FILE = "panel.json"
 _HASH_KEY = b"sdar_panel_hash"
@@ -115,16 +116,36 @@ def write_panel(tasks: Sequence[Task], path: str | Path, split: str) -> str:
     return digest
 
 
+def task_from_json(text: str) -> Task:
+    """The task in a panel's column ``task``.
+
+    Raises:
+        PanelError: it is no JSON object with the fields of a :class:`Task`, of their types.
+    """
+    try:
+        return Task(**parse_json(text))
+    except (ValueError, TypeError) as error:
+        raise PanelError(f"a task of the panel cannot be read ({error}); make the panel again") from error
+
+
 def read_panel(path: str | Path) -> list[Task]:
     """Tasks of a panel, in its order.
 
     Raises:
         PanelError: not a panel of ours, or its rows are not those it was written with.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     digest = panel_digest(path)
-    tasks = [Task(**json.loads(text)) for text in pq.read_table(path, columns=["task"])["task"].to_pylist()]
+    try:
+        texts = pq.read_table(path, columns=["task"])["task"].to_pylist()
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise PanelError(f"{path} is damaged ({error}); make the panel again with `sdar-verl prepare`") from error
+    try:
+        tasks = [task_from_json(text) for text in texts]
+    except PanelError as error:
+        raise PanelError(f"{path}: {error}") from error
     if panel_hash(tasks) != digest:
         raise PanelError(f"{path} was changed after it was made (its hash does not fit its rows); make it again")
     return tasks
@@ -141,11 +162,11 @@ def panel_digest(path: str | Path) -> str:
 
     try:
         metadata = pq.read_schema(path).metadata or {}
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise PanelError(f"{path} is not a task panel ({error}); make one with `sdar-verl prepare`") from error
     if _HASH_KEY not in metadata:
         raise PanelError(f"{path} has no panel hash, so it was not made by `sdar-verl prepare`; make it again")
-    return metadata[_HASH_KEY].decode()
+    return metadata[_HASH_KEY].decode(errors="replace")
 
 
 def write_panels(
@@ -192,11 +213,13 @@ def read_panels_file(folder: str | Path) -> dict[str, Any] | None:
     if not (folder / PANEL_FILE).is_file():
         return None
     try:
-        described = json.loads((folder / PANEL_FILE).read_text())
+        described = parse_json((folder / PANEL_FILE).read_bytes())
         files = [(folder / panel["file"], panel["hash"]) for panel in described["panels"].values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PanelError(f"{folder / PANEL_FILE} is damaged ({error}); make the panels again with --force") from error
     for file, digest in files:
+        if not is_inside(file, folder):
+            raise PanelError(f"{folder / PANEL_FILE} names {file}, which is not in its folder; make the panels again")
         if panel_digest(file) != digest:
             raise PanelError(f"{file} is not the panel that {PANEL_FILE} describes; make the panels again with --force")
     return described

@@ -51,4 +51,7 @@ def whole_characters(text: str) -> str:
 
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether ``path``, its symbolic links followed, lies in ``folder``."""
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    try:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    except ValueError:  # a name with a null byte is none
+        return False

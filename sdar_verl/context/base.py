@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sdar_verl.envs.base import Task
+from sdar_verl.untrusted import whole_characters
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Text for the teacher's slot.
+    """Text for the teacher's slot. Halves of surrogate pairs in it become U+FFFD.
 
     Attributes:
         text: the text; empty when there is none.
@@ -23,6 +24,9 @@ class Passage:
     skills: tuple[str, ...] = ()
     no_match: bool = False
     dropped: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", whole_characters(self.text))
 
 
 @dataclass(frozen=True)

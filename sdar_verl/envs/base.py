@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+from sdar_verl.untrusted import shorten, whole_characters
 
 DEFAULT_ACTION_TAGS = ("action",)
 """An answer carries its action between ``<action>`` and ``</action>``, unless the environment says otherwise."""
@@ -13,7 +16,7 @@ DEFAULT_ACTION_TAGS = ("action",)
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to do, as a task panel stores it.
+    """One thing to do, as a task panel stores it. Halves of surrogate pairs in its texts become U+FFFD.
 
     Attributes:
         env: registered name of the environment, e.g. ``alfworld``.
@@ -29,10 +32,20 @@ class Task:
     description: str
     data: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("env", "task_id", "task_type", "description"):
+            text = getattr(self, name)
+            if not isinstance(text, str):
+                raise TypeError(f"a task's {name} must be text, not {shorten(text)}")
+            object.__setattr__(self, name, whole_characters(text))
+        if not isinstance(self.data, Mapping):
+            raise TypeError(f"the data of task {shorten(self.task_id)} must be an object, not {shorten(self.data)}")
+
 
 @dataclass(frozen=True)
 class Step:
-    """What the environment answers to a reset or an action.
+    """What the environment answers to a reset or an action. Halves of surrogate pairs in its texts become U+FFFD, since
+    neither a tokenizer nor a trace takes them.
 
     Attributes:
         observation: text shown to the agent.
@@ -43,6 +56,10 @@ class Step:
         action_forms: further actions that it accepts, with a free part in angle brackets: ``search[<query>]``.
         score: how well the task was done, 0 to 1, where the environment grades it; None: success is all there is.
         info: anything else worth logging.
+
+    Raises:
+        TypeError: a text is none, or a number is none.
+        ValueError: reward or score is NaN or infinite: it would spoil the advantages of its whole group.
     """
 
     observation: str
@@ -53,6 +70,19 @@ class Step:
     action_forms: tuple[str, ...] = ()
     score: float | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("admissible_actions", "action_forms"):
+            actions = getattr(self, name)
+            if isinstance(actions, str) or not all(isinstance(action, str) for action in actions):
+                raise TypeError(f"a step's {name} must be a tuple of texts, not {shorten(actions)}")
+            object.__setattr__(self, name, tuple(map(whole_characters, actions)))
+        if not isinstance(self.observation, str):
+            raise TypeError(f"a step's observation must be text, not {shorten(self.observation)}")
+        object.__setattr__(self, "observation", whole_characters(self.observation))
+        for name, value in (("reward", self.reward), ("score", self.score)):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"a step's {name} is {value}; it must be a finite number")
 
 
 class TextEnv(ABC):

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from sdar_verl.envs.base import DEFAULT_ACTION_TAGS
 
-_THINK_OPEN = re.compile(r"<think>", re.IGNORECASE)
-_THINK_CLOSE = re.compile(r"</think>", re.IGNORECASE)
-_FREE_PART = re.compile(r"<(\w+)>")
+# Letter case is that of ASCII: elsewhere "ſearch" would be a tag, too, and name one that no environment knows.
+_FLAGS = re.IGNORECASE | re.ASCII
+_THINK_OPEN = re.compile(r"<think>", _FLAGS)
+_THINK_CLOSE = re.compile(r"</think>", _FLAGS)
+_FREE_PART = re.compile(r"<\w+>")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ def parse_action(
     return ParsedAction(action, thought, error)
 
 
-def match_admissible(action: str, admissible: Iterable[str], forms: Iterable[str] = ()) -> str | None:
+def match_admissible(
+    action: str, admissible: Iterable[str], forms: Iterable[str] = (), shown: Callable[[str], str] | None = None
+) -> str | None:
     """The admissible action that ``action`` means, whatever its case and white space; None when there is none.
 
     Whether a response parses and whether its action is admissible are two figures; an action is valid when both hold.
@@ -71,24 +75,39 @@ def match_admissible(action: str, admissible: Iterable[str], forms: Iterable[str
         admissible: what the environment accepts now. Where it cannot tell, do not ask.
         forms: actions with a free part, see :attr:`sdar_verl.envs.base.Step.action_forms`; the free part is any text
             that is not blank, and comes back as it was written.
+        shown: how the prompt shows an action, where that differs: a title with a control string in it is shown broken,
+            and copied so.
     """
-    wanted = _squeeze(action).casefold()
-    for candidate in admissible:
-        if _squeeze(candidate).casefold() == wanted:
-            return candidate
+    wanted, admissible = _squeeze(action).casefold(), list(admissible)
+    for show in (_as_it_is, *([shown] if shown is not None else [])):
+        for candidate in admissible:
+            if _squeeze(show(candidate)).casefold() == wanted:
+                return candidate
     return next((filled for form in forms if (filled := _fill(form, action)) is not None), None)
 
 
+def _as_it_is(text: str) -> str:
+    return text
+
+
 def _fill(form: str, action: str) -> str | None:
-    """``form`` with the free part of ``action``; None when ``action`` is not of that form."""
-    before, part, after = (re.escape(text) for text in _FREE_PART.split(form, maxsplit=1))
-    match = re.fullmatch(rf"{before}(?P<{part}>.*\S.*){after}", _squeeze(action), re.IGNORECASE)
-    return None if match is None else _FREE_PART.sub(lambda _: match[part].strip(), form, count=1)
+    """``form`` with the free part of ``action``; None when ``action`` is not of that form.
+
+    By length and not by a regular expression, whose time would grow with the square of what the model wrote.
+    """
+    hole = _FREE_PART.search(form)
+    if hole is None:
+        return None
+    before, after, text = form[: hole.start()], form[hole.end() :], _squeeze(action)
+    stop = len(text) - len(after)
+    same = text[: len(before)].casefold() == before.casefold() and text[stop:].casefold() == after.casefold()
+    free = text[len(before) : stop].strip() if same and stop >= len(before) else ""
+    return f"{before}{free}{after}" if free else None
 
 
 @functools.lru_cache(maxsize=8)
 def _tag_pattern(tags: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile(f"<(/?)({'|'.join(map(re.escape, tags))})>", re.IGNORECASE)
+    return re.compile(f"<(/?)({'|'.join(map(re.escape, tags))})>", _FLAGS)
 
 
 def last_line(text: str, tags: Sequence[str] = DEFAULT_ACTION_TAGS) -> str | None:

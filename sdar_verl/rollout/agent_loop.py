@@ -8,7 +8,6 @@ log-probs are computed later, by the trainer, on the very response ids sampled h
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +22,7 @@ from sdar_verl.context.builder import join
 from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import Step, Task
 from sdar_verl.envs.pool import EnvError, EnvProcessError
+from sdar_verl.panels import PanelError, task_from_json
 from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
 from sdar_verl.rollout.outputs import Episode, OutputMaker, Turn, conversation
 from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnContext
@@ -40,6 +40,7 @@ NO_ACTION = "none"
 """Sent to the environment, which does not know it, where an answer held no action."""
 
 NO_TEXT = Passage("")
+NO_TASK = Task("", "", "", "")
 
 SETUP_FAULTS = (EnvError, PromptTooLong, PromptTemplateError, RetrievalError, ContextError)
 
@@ -92,17 +93,20 @@ class SdarAgentLoop(AgentLoopBase):
             One output per turn, the episode's reward on each, or one for the whole conversation. An episode whose
             environment process failed twice comes back as one masked row, so that its group goes on without it.
         """
-        runtime = get_runtime(self.config, self.tokenizer)
-        task = Task(**json.loads(kwargs["task"]))
         arm_name = kwargs.get("sdar_arm")
+        # The weights at hand: a training step's prompts are played with those of the step before.
+        version = max(int(kwargs.get("global_steps") or 0) - (arm_name is None), 0)
+        try:
+            task = task_from_json(kwargs["task"])
+            runtime = get_runtime(self.config, self.tokenizer)
+        except (PanelError, *SETUP_FAULTS) as error:
+            return [self.outputs.failed_row(NO_TASK, arm_name, version, error=str(error))]
         arm = runtime.arm(arm_name) if arm_name is not None else None
         if arm is not None:
             sampling_params = {**sampling_params, "temperature": arm.temperature}
         submitted = seed_part(kwargs.get("uid"), kwargs.get("global_steps"))
         seed_parts = (task.task_id, arm_name, submitted, kwargs.get("session_id"))
 
-        # The weights at hand: a training step's prompts are played with those of the step before.
-        version = max(int(kwargs.get("global_steps") or 0) - (arm is None), 0)
         traced = arm is None and (runtime.traces(kwargs.get("global_steps")) or bool(kwargs.get(TRACED_COLUMN)))
         failure = ""
         for attempt in (1, 2):
@@ -297,6 +301,8 @@ class SdarAgentLoop(AgentLoopBase):
             return last_line(text, tags) if runtime.sdar.env.invalid_action == "last_line" else None
         if not (state.admissible_actions or state.action_forms):
             return answer.action
-        matched = match_admissible(answer.action, state.admissible_actions, state.action_forms)
+        matched = match_admissible(
+            answer.action, state.admissible_actions, state.action_forms, shown=runtime.prompts.clean
+        )
         turn.info.inadmissible = matched is None
         return matched or answer.action

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 
+from sdar_verl.rollout.control import RESPONSE_TAGS, disguised
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError
 
 _ANSWER_MARK = "(the sampled answer)"
@@ -71,6 +73,41 @@ class PromptBuilder:
     def action_tags(self) -> tuple[str, ...]:
         """Tags that the template asks the model to put its action in."""
         return self._template.action_tags
+
+    def clean(self, text: str) -> str:
+        """``text`` as a slot shows it: control strings in it are broken (``sdar_verl/rollout/control.py``)."""
+        return self._template.clean(text)
+
+    def check_forging(self, *, conversation: bool = False) -> None:
+        """Make sure, with this very tokenizer and chat template, that no slot becomes a control token.
+
+        Args:
+            conversation: look at later messages of one conversation, too.
+
+        Raises:
+            PromptTemplateError: names the token. That is so where a tokenizer rewrites its text (Unicode's NFKC form,
+                say) before it looks for control tokens, or a chat template rewrites its messages.
+        """
+        added = {i for i, token in self._tokenizer.added_tokens_decoder.items() if len(str(token).strip()) > 1}
+        control = {*added, *self._tokenizer.all_special_ids} - {self._tokenizer.unk_token_id}
+        harmless = self._control_ids("x", control, conversation)
+        for string in (*RESPONSE_TAGS, *self._template.control_strings):
+            found = self._control_ids(disguised([string]), control, conversation)
+            if found != harmless:
+                different = sorted((found - harmless) | (harmless - found))
+                raise PromptTemplateError(
+                    f"a text that holds a disguised {string!r} changes the control tokens of a prompt "
+                    f"({self._tokenizer.convert_ids_to_tokens(different)}): the tokenizer or the chat template of "
+                    "actor_rollout_ref.model.path rewrites texts, so that an observation could forge a turn; use "
+                    "another tokenizer, or one whose added tokens have normalized=false"
+                )
+
+    def _control_ids(self, value: str, control: Set[int], conversation: bool) -> Counter[int]:
+        turn = TurnContext("x", ((value, value),), observation=value, admissible_actions=("x",), step=2, max_steps=9)
+        ids = self.encode(turn, value, turn.history)
+        if conversation:
+            ids = [*ids, *self.follow_up(turn, self._tokenizer.eos_token_id)]
+        return Counter(i for i in ids if i in control)
 
     def encode(self, context: TurnContext, skills: str, history: Sequence[tuple[str, str | None]]) -> list[int]:
         """Token ids of ``context`` with ``skills`` in the slot and this much ``history``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,9 @@ from jinja2 import StrictUndefined, Template, TemplateError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sdar_verl.envs.base import DEFAULT_ACTION_TAGS
+from sdar_verl.rollout.control import RESPONSE_TAGS, completes, control_pattern, disguised, joints, neutralise
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
-RESPONSE_TAGS = ("<think>", "</think>", "<action>", "</action>")
 # A template that asks for other action tags says so: {% set action_tags = ['search', 'answer'] %}
 TAGS_VARIABLE = "action_tags"
 _TAG_NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -31,48 +32,6 @@ REQUIRED_SLOTS = ("task", "skills", "observation")
 
 class PromptTemplateError(ValueError):
     """A template that cannot be found, does not parse, or does not show what it has to show."""
-
-
-def special_tokens_of(tokenizer: Any) -> tuple[str, ...]:
-    """Strings that ``tokenizer`` turns into control tokens.
-
-    These are its special tokens and its added ones: Qwen3's tool tags are added without being marked special.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-    Returns:
-        Sorted, without the white-space runs and single characters that some tokenizers carry as added tokens.
-    """
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    return tuple(sorted({token for token in [*tokenizer.all_special_tokens, *added] if len(token.strip()) > 1}))
-
-
-@functools.lru_cache(maxsize=32)
-def _control_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
-    tokens = {token for token in (*RESPONSE_TAGS, *special_tokens) if token.strip()}
-    # Case is ignored because a tokenizer may lower-case its text before it looks a word up.
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens)), re.IGNORECASE)
-
-
-def _break_token(match: re.Match[str]) -> str:
-    token = match.group()
-    return f"{token[0]} {token[1:]}" if len(token) > 1 else " "
-
-
-def neutralise(text: str, special_tokens: Iterable[str] = ()) -> str:
-    """Break every control token and response tag in ``text`` with a space after its first character.
-
-    ``<|im_end|>`` becomes ``< |im_end|>``: still legible, but ordinary text to the tokenizer and the action parser.
-
-    Args:
-        text: the value of one slot.
-        special_tokens: control tokens besides the response tags, see :func:`special_tokens_of`.
-    """
-    pattern = _control_pattern(tuple(special_tokens))
-    # Overlapping tokens come apart one by one; each round adds a space inside a token, so this ends.
-    while pattern.search(text):
-        text = pattern.sub(_break_token, text)
-    return text
 
 
 @functools.lru_cache(maxsize=1)
@@ -127,7 +86,7 @@ class PromptTemplate:
 
     Attributes:
         name: shipped name or path, for messages.
-        special_tokens: control tokens of the policy's tokenizer that no slot may contain.
+        special_tokens: control strings of the policy's tokenizer and chat template that no slot may contain.
         action_tags: tags that the template asks the model to put its action in; no slot may contain them either.
         converses: it reads ``standalone``, so it can also write the later messages of one conversation.
     """
@@ -144,10 +103,10 @@ class PromptTemplate:
 
         Args:
             name_or_path: a shipped name (``alfworld``) or the path of a Jinja2 file.
-            special_tokens: control tokens of the tokenizer, see :func:`special_tokens_of`.
+            special_tokens: see :func:`~sdar_verl.rollout.control.control_strings_of`.
         Raises:
             PromptTemplateError: unknown name, missing or unreadable file, bad syntax, unknown slot, a required slot
-                that is not shown, or action tags that are none.
+                that is not shown, action tags that are none, or a slot that could forge a control string.
         """
         path = _find(name_or_path)
         environment = _environment()
@@ -169,6 +128,7 @@ class PromptTemplate:
             _template=compiled,
         )
         template._check_required_slots()
+        template._check_forging()
         return template
 
     def render(
@@ -229,10 +189,49 @@ class PromptTemplate:
                 "{% if standalone %} and {% endif %}"
             )
 
+    @property
+    def control_strings(self) -> tuple[str, ...]:
+        """What no slot may contain, beside the response tags."""
+        return (*self.special_tokens, *(f"<{slash}{tag}>" for tag in self.action_tags for slash in ("", "/")))
+
     def clean(self, text: str) -> str:
         """``text`` with its control tokens and action tags broken (:func:`neutralise`), for text outside the slots."""
-        tags = [f"<{slash}{tag}>" for tag in self.action_tags for slash in ("", "/")]
-        return neutralise(text, (*self.special_tokens, *tags))
+        return neutralise(text, self.control_strings)
+
+    def _check_forging(self) -> None:
+        """Breaking control strings within slots must be enough: no slot may complete one together with the text beside
+        it, and the template may not put one together again."""
+        strings = (*RESPONSE_TAGS, *self.control_strings)
+        for text in self._filled("\ue000x\ue001"):
+            for piece, after_slot, before_slot in joints(text, "\ue000", "\ue001"):
+                if (after_slot or before_slot) and (string := completes(piece, after_slot, before_slot, strings)):
+                    raise PromptTemplateError(
+                        f"prompt template {self.name!r}: a slot beside the text {piece[-20:]!r} could write {string!r} "
+                        "together with it; put a space or a line break between slots, and between slots and brackets"
+                    )
+        pattern = control_pattern(self.control_strings)
+        for harmless, hostile in zip(self._filled("x"), self._filled(disguised(strings)), strict=True):
+            forged = Counter(pattern.findall(hostile)) - Counter(pattern.findall(harmless))
+            if forged:
+                raise PromptTemplateError(
+                    f"prompt template {self.name!r} makes {min(forged)!r} of a slot whose control strings were broken "
+                    "up; leave out the filter that does so (replace, striptags, ...)"
+                )
+
+    def _filled(self, value: str) -> list[str]:
+        """Messages of a first, a later and a follow-up turn, with ``value`` in every slot."""
+        slots: dict[str, Any] = dict.fromkeys(REQUIRED_SLOTS, value)
+        turns = [{"observation": value, "action": value}, {"observation": value, "action": None}]
+        texts = [
+            self.render(**slots, history=history, admissible_actions=actions, step=len(history) + 1, max_steps=9)
+            for history in ([], turns)
+            for actions in ([], [value, value])
+        ]
+        if self.converses:
+            texts.append(
+                self.render(**slots, history=[], admissible_actions=[value], step=2, max_steps=9, standalone=False)
+            )
+        return texts
 
     def _check_required_slots(self) -> None:
         """Render a first and a later turn with marked slots: a slot that is named but not shown is found, too."""

@@ -15,8 +15,9 @@ from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.envs.base import Task
 from sdar_verl.envs.pool import EnvPool
 from sdar_verl.modules import import_modules
+from sdar_verl.rollout.control import control_strings_of
 from sdar_verl.rollout.prompt_builder import PromptBuilder
-from sdar_verl.rollout.prompts import PromptTemplate, special_tokens_of
+from sdar_verl.rollout.prompts import PromptTemplate
 from sdar_verl.skills.loading import load_run_bank
 from sdar_verl.skills.retrieval import fit_budget, render_skills, retrieve
 from sdar_verl.skills.ucb import Evidence
@@ -84,13 +85,16 @@ class Runtime:
 
 
 def make_prompts(config: DictConfig, sdar: SdarConfig, tokenizer: Any) -> PromptBuilder:
-    """The run's prompts; agent loop and trainer make the same."""
-    return PromptBuilder(
-        tokenizer,
-        PromptTemplate.load(sdar.prompt.template, special_tokens_of(tokenizer)),
-        config.data.get("apply_chat_template_kwargs", {}),
-        sdar.prompt.skill_position,
-    )
+    """The run's prompts; agent loop and trainer make the same.
+
+    Raises:
+        PromptTemplateError: see :meth:`PromptTemplate.load` and :meth:`PromptBuilder.check_forging`.
+    """
+    arguments = config.data.get("apply_chat_template_kwargs", {})
+    template = PromptTemplate.load(sdar.prompt.template, control_strings_of(tokenizer, arguments))
+    prompts = PromptBuilder(tokenizer, template, arguments, sdar.prompt.skill_position)
+    prompts.check_forging(conversation=sdar.rollout.rows == "trajectory")
+    return prompts
 
 
 _runtime: tuple[DictConfig, Runtime] | None = None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
+from sdar_verl.rollout.control import neutralise
+from tests.support.fuzzing import TEXTS, quick
 
 TAGS = ["<think>", "</think>", "<action>", "</action>", "<ACTION>", "go to fridge 1", " ", "\n", "<", ">"]
 RESPONSES = st.lists(st.sampled_from(TAGS) | st.text(max_size=4), max_size=12).map("".join)
@@ -146,6 +149,43 @@ def test_match_admissible() -> None:
 )
 def test_a_form_takes_any_text_for_its_free_part(action: str, matched: str | None) -> None:
     assert match_admissible(action, ["click[buy now]"], ["search[<query>]"]) == matched
+
+
+def test_a_form_is_matched_in_time_however_long_the_answer_is() -> None:
+    started = time.process_time()
+    for action in ("search[" + "a" * 300_000, "search[" + " a" * 150_000, "search" * 50_000):
+        assert match_admissible(action, ["click[buy now]"], ["search[<query>]"]) is None
+    assert len(match_admissible("search[" + "a" * 300_000 + "]", [], ["search[<query>]"]) or "") == 300_008
+    assert time.process_time() - started < 2  # with a regular expression: half an hour
+
+
+@pytest.mark.parametrize("form", ["search", "<1>x", "a <b> c <d>", "<q>", "", "search[<>]"])
+@given(action=TEXTS)
+@quick(15)
+def test_a_form_of_any_kind_is_no_exception(form: str, action: str) -> None:
+    matched = match_admissible(action, (), [form])
+    assert matched is None or matched.strip()
+
+
+def test_an_action_is_known_by_the_form_in_which_it_was_shown() -> None:
+    offered = ["click[a </action>]", "click[a]"]
+    assert match_admissible("click[a < /action>]", offered) is None
+    assert match_admissible("Click[a  < /action>]", offered, shown=neutralise) == "click[a </action>]"
+    assert match_admissible("click[a]", offered, shown=neutralise) == "click[a]"
+
+
+def test_letters_outside_ascii_make_no_tag() -> None:
+    assert parse_action("<ſearch>a</ſearch>", tags=SEARCH).error == "no search or answer block"
+    assert parse_action("<thınK>a</thınK><action>look</action>").thought is None
+
+
+@quick(100)
+@given(text=st.lists(st.sampled_from([*TAGS, "<search>", "</answer>"]) | TEXTS, max_size=10).map("".join))
+def test_any_text_is_parsed_or_has_an_error(text: str) -> None:
+    for tags in (("action",), SEARCH):
+        parsed = parse_action(text, tags=tags)
+        assert (parsed.action is None) != (parsed.error is None)
+        assert last_line(text, tags) != ""
 
 
 def test_the_last_line_is_found_behind_tags_and_blank_lines():

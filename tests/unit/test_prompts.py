@@ -10,14 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdar_verl.rollout.prompts import (
-    RESPONSE_TAGS,
-    PromptTemplate,
-    PromptTemplateError,
-    neutralise,
-    special_tokens_of,
-    template_names,
-)
+from sdar_verl.rollout.control import RESPONSE_TAGS, neutralise, special_tokens_of
+from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError, template_names
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "<s>", "[INST]", "<user>")
 SLOTS = {

@@ -25,7 +25,8 @@ from sdar_verl.envs.alfworld.sampling import sample_spec  # noqa: E402
 from sdar_verl.envs.alfworld.spec import ROOMS, TASK_TYPES, GeneratorConfig, usual_places  # noqa: E402
 from sdar_verl.envs.base import Task  # noqa: E402
 from sdar_verl.rollout.actions import parse_action  # noqa: E402
-from sdar_verl.rollout.prompts import PromptTemplate, special_tokens_of  # noqa: E402
+from sdar_verl.rollout.control import special_tokens_of  # noqa: E402
+from sdar_verl.rollout.prompts import PromptTemplate  # noqa: E402
 from sdar_verl.skills.bank import SkillBank  # noqa: E402
 from sdar_verl.skills.retrieval import render_skills, retrieve  # noqa: E402
 

@@ -1,0 +1,144 @@
+"""Control strings: what a tokenizer or a chat template takes for the end of a turn, a role or a tag.
+
+Slots of a prompt hold texts from games, web pages, files and models. Such a text must never become a control token: an
+observation that says ``<|im_end|>`` and opens an assistant's turn would speak with the model's own voice. So control
+strings in slots are broken by a space (:func:`neutralise`) before the chat template is applied.
+
+Why not ``split_special_tokens=True``, by which a tokenizer reads control strings as plain text? The chat template's
+own ones, in the same text, would be split, too. Encoding slots apart from the template would keep those, but text
+encoded in pieces gets other token ids than the whole (words merge over the seam, some tokenizers begin each piece with
+a space), and it does nothing for markers that are plain text (``[INST]``), nor for tags that the action parser reads.
+A space changes no token of any text that holds no control string, on any tokenizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sdar_verl.untrusted import whole_characters
+
+RESPONSE_TAGS = ("<think>", "</think>", "<action>", "</action>")
+
+_USER, _ASSISTANT, _SYSTEM = "first words", "second words", "third words"
+# What marks a role where the chat template writes plain text: <|user|>, <<SYS>>, [INST].
+_MARK = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,60}\]")
+
+
+def special_tokens_of(tokenizer: Any) -> tuple[str, ...]:
+    """Strings that ``tokenizer`` turns into control tokens.
+
+    These are its special tokens and its added ones: Qwen3's tool tags are added without being marked special.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+    Returns:
+        Sorted, without the white-space runs and single characters that some tokenizers carry as added tokens.
+    """
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    return tuple(sorted({token for token in [*tokenizer.all_special_tokens, *added] if len(token.strip()) > 1}))
+
+
+def role_marks_of(tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """Bracketed words that the chat template puts around messages, whether they are special tokens or plain text.
+
+    Read off a short conversation; roles that the template refuses are left out. Markers that are plain words
+    (``USER:``) are not among them: nothing tells them from a text that holds them.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        chat_template_kwargs: verl's ``data.apply_chat_template_kwargs``.
+    """
+    said = [("user", _USER), ("assistant", _ASSISTANT), ("user", _USER)]
+    marks: set[str] = set()
+    for conversation in (said, [("system", _SYSTEM), *said]):
+        messages = [{"role": role, "content": content} for role, content in conversation]
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {})
+            )
+        except Exception:  # a template raises what it likes, e.g. for a role that it does not know
+            continue
+        marks.update(_MARK.findall(str(text)))
+    return tuple(sorted(marks))
+
+
+def control_strings_of(tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """All that no slot may contain beside the response tags: special tokens and the chat template's marks, sorted."""
+    return tuple(sorted({*special_tokens_of(tokenizer), *role_marks_of(tokenizer, chat_template_kwargs)}))
+
+
+@functools.lru_cache(maxsize=32)
+def control_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds the response tags and ``special_tokens``, whatever their letter case."""
+    tokens = {token for token in (*RESPONSE_TAGS, *special_tokens) if token.strip()}
+    # Case is ignored because a tokenizer may lower-case its text before it looks a word up.
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens)), re.IGNORECASE)
+
+
+def _break_token(match: re.Match[str]) -> str:
+    token = match.group()
+    return f"{token[0]} {token[1:]}" if len(token) > 1 else " "
+
+
+def neutralise(text: str, special_tokens: Iterable[str] = ()) -> str:
+    """Break every control token and response tag in ``text`` with a space after its first character.
+
+    ``<|im_end|>`` becomes ``< |im_end|>``: still legible, but ordinary text to the tokenizer and the action parser.
+    Halves of surrogate pairs, which no tokenizer reads, become U+FFFD.
+
+    Args:
+        text: the value of one slot.
+        special_tokens: control tokens besides the response tags, see :func:`control_strings_of`.
+    """
+    pattern = control_pattern(tuple(special_tokens))
+    text = whole_characters(text)
+    # Overlapping tokens come apart one by one; each round adds a space inside a token, so this ends.
+    while pattern.search(text):
+        text = pattern.sub(_break_token, text)
+    return text
+
+
+def disguised(strings: Iterable[str]) -> str:
+    """All ``strings`` in one text, as they are and in forms that a filter or a tokenizer may turn back into them.
+
+    The forms: upper case, full-width letters (Unicode's NFKC form undoes them), HTML entities, a tag inside the tag.
+    """
+    forms = []
+    for string in strings:
+        wide = "".join(chr(ord(letter) + 0xFEE0) if "!" <= letter <= "~" else letter for letter in string)
+        entities = string.replace("<", "&lt;").replace(">", "&gt;")
+        forms += [string, string.upper(), wide, entities, f"{string[:2]}<b>{string[2:]}", f"{string[0]} {string[1:]}"]
+    return " ".join(forms)
+
+
+def joints(text: str, start: str, stop: str) -> list[tuple[str, bool, bool]]:
+    """The pieces of ``text`` outside slots, each with whether a slot stands before it and behind it.
+
+    Args:
+        text: rendered with slots whose values begin with ``start`` and end with ``stop``.
+        start: a character that is nowhere else.
+        stop: another.
+    """
+    pieces = re.split(f"{start}[^{start}{stop}]*{stop}", text)
+    return [(piece, index > 0, index < len(pieces) - 1) for index, piece in enumerate(pieces)]
+
+
+def completes(piece: str, after_slot: bool, before_slot: bool, strings: Sequence[str]) -> str | None:
+    """A string that a slot beside ``piece`` can complete to, so that breaking strings within slots does not help.
+
+    ``<{{ task }}>`` is such a place: the task ``think`` would make a tag of it.
+    """
+    piece = piece.casefold()
+    for string in strings:
+        low = string.casefold()
+        if after_slot and before_slot and piece in low[1:-1]:
+            return string
+        splits = range(1, len(low))
+        if before_slot and any(piece.endswith(low[:at]) for at in splits):
+            return string
+        if after_slot and any(piece.startswith(low[at:]) for at in splits):
+            return string
+    return None
