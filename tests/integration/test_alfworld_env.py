@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from sdar_verl.envs.alfworld import speedups
+from sdar_verl.envs.alfworld import expressions, speedups
 from sdar_verl.envs.alfworld.env import AlfworldEnv
 from sdar_verl.envs.alfworld.games import read_game_file
 from sdar_verl.envs.alfworld.generate import generate_games
 from sdar_verl.envs.alfworld.spec import GeneratorConfig
 from sdar_verl.envs.base import Step, Task
 from sdar_verl.envs.registry import make_env
+from sdar_verl.errors import SdarError
 
 pytestmark = pytest.mark.integration
 
@@ -47,9 +48,17 @@ def wander(env: AlfworldEnv, game: Path) -> list[Step]:
     return seen + [env.step(command) for command in json.loads(game.read_text())["walkthrough"]]
 
 
-def test_every_word_is_the_same_with_and_without_speedups(games: list[Path]) -> None:
+def test_every_word_is_the_same_as_the_stock_engines(games: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from textworld.envs.pddl import textgen
+
+    def stock_derive(self, context=None):
+        return [textgen.TerminalSymbol(eval(self.expression, {}, dict((context or self.context)["variables"])))]
+
     speedups.uninstall()
-    stock = [wander(AlfworldEnv(hide_actions=[], speedups=False), game) for game in games]
+    with monkeypatch.context() as patch:
+        patch.setattr(expressions, "install", lambda: None)
+        patch.setattr(textgen.EvalSymbol, "derive", stock_derive)
+        stock = [wander(AlfworldEnv(hide_actions=[], speedups=False), game) for game in games]
     assert not speedups.installed()
     env = AlfworldEnv(hide_actions=[])
     # Two rounds: the second is answered from memory.
@@ -60,6 +69,24 @@ def test_every_word_is_the_same_with_and_without_speedups(games: list[Path]) -> 
             assert [astuple(step) for step in quick_play] == [astuple(step) for step in slow_play], game
     assert all(play[-1].success for play in stock)
     assert any(step.observation == "Nothing happens." for play in stock for step in play)
+
+
+def test_a_game_file_cannot_run_python(games: list[Path], tmp_path: Path) -> None:
+    proof = tmp_path / "proof"
+    code = f"__import__('pathlib').Path('{proof}').touch()"
+    game = json.loads(games[0].read_text())
+    hostile = tmp_path / "trial" / "game.tw-pddl"
+    hostile.parent.mkdir()
+    for speedup in (True, False):
+        for expression in ("{o.indefinite}", "{r.name or r.id}"):
+            assert expression in game["grammar"]
+            hostile.write_text(json.dumps({**game, "grammar": game["grammar"].replace(expression, f"{{{code}}}")}))
+            env = AlfworldEnv(speedups=speedup)
+            with pytest.raises((ValueError, SdarError), match=r"more than ALFWorld's games do"):
+                env.reset(Task("alfworld", "t", "", "", {"game_file": str(hostile)}))
+                for command in game["walkthrough"]:
+                    env.step(command)
+    assert not proof.exists()
 
 
 def test_speedups_can_be_taken_back() -> None:

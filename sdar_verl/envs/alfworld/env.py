@@ -11,6 +11,7 @@ from sdar_verl.envs.alfworld.games import read_walkthrough
 from sdar_verl.envs.alfworld.spec import TASK_TYPE_ALIASES, TASK_TYPES
 from sdar_verl.envs.base import Step, Task, TextEnv
 from sdar_verl.envs.registry import register_env
+from sdar_verl.errors import SdarError
 
 _BANNER = "-= Welcome to TextWorld, ALFRED! =-"
 
@@ -20,7 +21,8 @@ class AlfworldEnv(TextEnv):
     """One ALFWorld game at a time, from a ``game.tw-pddl`` file (``task.data["game_file"]``).
 
     Observations are the engine's words without TextWorld's banner. The engine is loaded at the first reset; it is not
-    thread-safe, so all environments of a process must be used from one thread.
+    thread-safe, so all environments of a process must be used from one thread. Expressions in a game's grammar are
+    evaluated by ``expressions.py``, so that a game file cannot run code.
 
     Args:
         hide_actions: actions left out of ``admissible_actions`` by their first words, so ``examine`` hides ``examine
@@ -77,6 +79,8 @@ class AlfworldEnv(TextEnv):
         try:
             self._engine.load(str(game_file))
             state = self._engine.reset()
+        except SdarError as error:
+            raise ValueError(f"{game_file}: {error}") from error
         # The translator exits the process on bad PDDL, and calls a goal that cannot hold KeyError: 'val1'.
         except (Exception, SystemExit) as error:
             raise ValueError(
@@ -121,6 +125,9 @@ class AlfworldEnv(TextEnv):
         from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
         from textworld.envs import PddlEnv
 
+        from sdar_verl.envs.alfworld import expressions
+
+        expressions.install()  # a game file must not run Python
         if self._speedups:
             from sdar_verl.envs.alfworld import speedups
 

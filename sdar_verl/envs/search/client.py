@@ -7,17 +7,23 @@ sends ``{"queries": [...], "topk", "return_scores"}``, SkyRL (and the released S
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from sdar_verl.envs.search.bm25 import Hit
 from sdar_verl.envs.search.passages import passage_from
 from sdar_verl.errors import SdarError
+from sdar_verl.untrusted import parse_json
+
+if TYPE_CHECKING:
+    from urllib3 import BaseHTTPResponse
+
+MAX_ANSWER_BYTES = 32 << 20
+"""A longer answer is no list of passages: three of them have some kilobytes."""
 
 _BODIES: Mapping[str, Callable[[str], dict[str, Any]]] = {
     "search_r1": lambda query: {"queries": [query]},
@@ -142,31 +148,57 @@ class HttpRetriever:
         """Passages, or what happened that another attempt may mend."""
         import urllib3
 
+        started = time.monotonic()
         try:
-            response = self._pool.request("POST", url, json=body)
+            # Neither redirected to another server, nor unpacked: a small compressed answer could fill the memory.
+            response = self._pool.request("POST", url, json=body, preload_content=False, decode_content=False)
+            data = self._read(response, started)
         except (urllib3.exceptions.ReadTimeoutError, urllib3.exceptions.ConnectTimeoutError) as error:
             if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused; called a time-out by descent only
                 return f"cannot be reached ({error})"
             return f"did not answer within timeout_s={self._timeout_s:g}"
         except urllib3.exceptions.HTTPError as error:
             return f"cannot be reached ({type(error).__name__}: {error})"
+        except TimeoutError:
+            return f"did not answer within timeout_s={self._timeout_s:g}"
+        if data is None:
+            raise RetrieverError(
+                f"the retrieval server {url} answered more than {MAX_ANSWER_BYTES >> 20} MiB, which is no list of "
+                "passages; check sdar.env.options.retriever"
+            )
         if response.status in _TRANSIENT:
-            return f"answered with status {response.status} ({_start_of(response.data)})"
+            return f"answered with status {response.status} ({_start_of(data)})"
         if response.status != 200:
             other = next(api for api in APIS if api != self.api)
             raise RetrieverError(
                 f"the retrieval server {url} refused the request with status {response.status} "
-                f"({_start_of(response.data)}); check the path, and whether it speaks api={other} rather than "
+                f"({_start_of(data)}); check the path, and whether it speaks api={other} rather than "
                 f"api={self.api} (sdar.env.options.api)"
             )
         try:
-            return _hits(json.loads(response.data))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return _hits(parse_json(data))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise RetrieverError(
                 f"the retrieval server {url} answered something else than "
                 '{"result": [[{"document": {"id", "contents"}, "score"}, ...]]}: '
-                f"{_start_of(response.data)} ({type(error).__name__}: {error}); check sdar.env.options.retriever"
+                f"{_start_of(data)} ({type(error).__name__}: {error}); check sdar.env.options.retriever"
             ) from error
+
+    def _read(self, response: BaseHTTPResponse, started: float) -> bytes | None:
+        """The whole answer; None when it is too long. One that comes drop by drop is a TimeoutError."""
+        pieces: list[bytes] = []
+        size = 0
+        while piece := response.read1(1 << 16):
+            pieces.append(piece)
+            size += len(piece)
+            late = time.monotonic() - started > self._timeout_s
+            if size > MAX_ANSWER_BYTES or late:
+                response.close()  # and the connection with it: the rest is not wanted
+                if late:
+                    raise TimeoutError
+                return None
+        response.release_conn()
+        return b"".join(pieces)
 
     def _body(self, query: str, topk: int) -> dict[str, Any]:
         return {**_BODIES[self.api](query), "topk": topk, "return_scores": True}
@@ -183,6 +215,16 @@ _START = (
 
 def _address(url: str) -> str:
     parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        raise ValueError(
+            f"user and password before the host of {shown!r} would not be sent, but stand in logs; leave them out, and "
+            "put a server that asks for them behind a proxy or an SSH tunnel"
+        )
+    try:
+        parts.port  # noqa: B018  a number above 65535 raises
+    except ValueError as error:
+        raise ValueError(f"{url!r}: {error}") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(
             f"{url!r} is no address of a retrieval server; give one such as http://127.0.0.1:8000/retrieve"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.errors import SdarError
+from sdar_verl.untrusted import parse_json, whole_characters
 
 _TAIL_BYTES = 1 << 20
 _HEAD_LINES = 100
@@ -44,13 +45,17 @@ class Passage:
 
 
 def passage_from(document: Mapping[str, Any], default_id: str = "") -> Passage:
-    """Read ``{"id", "contents"}`` (first line: the title in quotes) or ``{"id", "title", "text"}``.
+    """Read ``{"id", "contents"}`` (first line: the title in quotes) or ``{"id", "title", "text"}``. Halves of surrogate
+    pairs become U+FFFD.
 
     Raises:
         ValueError: there is neither ``contents`` nor ``text``, or one of them is no text.
     """
-    passage_id = str(document.get("id", default_id))
-    title, text, contents = (document.get(key) for key in ("title", "text", "contents"))
+    passage_id = whole_characters(str(document.get("id", default_id)))
+    title, text, contents = (
+        whole_characters(value) if isinstance(value, str) else value
+        for value in (document.get(key) for key in ("title", "text", "contents"))
+    )
     if isinstance(text, str):
         return Passage(passage_id, title if isinstance(title, str) else "", text.strip())
     if not isinstance(contents, str):
@@ -137,7 +142,7 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
 def _parse(path: str | Path, number: int | str, line: str) -> Passage:
     where = f"{path}, {number} line" if isinstance(number, str) else f"{path}, line {number}"
     try:
-        document = json.loads(line)
+        document = parse_json(line)
     except ValueError as error:
         raise CorpusError(
             f"{where} is not JSON ({error}): the file is cut off, or not one JSON object a line; make or download it "

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from sdar_verl._version import __version__
 from sdar_verl.envs.search.bm25 import Bm25Retriever, Hit
 
 MAX_TOPK = 100
+MAX_QUERIES = 1024
+"""In one request."""
+MAX_QUERY_CHARACTERS = 10_000
+MAX_BODY_BYTES = 16 << 20
+
+Message = MutableMapping[str, Any]
+Query = Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS)]
 
 
 class RetrieveRequest(BaseModel):
     """Body of ``POST /retrieve``: ``queries`` as Search-R1 sends them, or SkyRL's one ``query``."""
 
-    queries: list[str] | None = None
-    query: str | None = None
+    queries: Annotated[list[Query], Field(max_length=MAX_QUERIES)] | None = None
+    query: Query | None = None
     topk: int | None = Field(None, ge=1, le=MAX_TOPK)
     return_scores: bool = False
 
@@ -29,7 +39,18 @@ def make_app(retriever: Bm25Retriever, topk: int = 3) -> FastAPI:
         retriever: what answers; it is asked from several threads.
         topk: passages per query when a request does not say.
     """
-    app = FastAPI(title="sdar-verl serve-retriever", version=__version__)
+    # No /docs: its page would load scripts from another host.
+    app = FastAPI(
+        title="sdar-verl serve-retriever", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+    )
+    app.add_middleware(BodyLimit)
+
+    # FastAPI's own answer repeats the request, whatever its size, and fails on what JSON cannot carry.
+    async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
+        faults = [{"where": [str(at)[:80] for at in one["loc"]], "fault": one["msg"]} for one in error.errors()[:5]]
+        return JSONResponse({"detail": faults}, 422)
+
+    app.add_exception_handler(RequestValidationError, refuse)  # type: ignore[arg-type]  # Starlette's are less exact
 
     def health() -> dict[str, Any]:
         return {"status": "ok", "passages": len(retriever.passages), "corpus": retriever.digest, "method": "bm25"}
@@ -45,6 +66,41 @@ def make_app(retriever: Bm25Retriever, topk: int = 3) -> FastAPI:
     app.get("/health")(health)
     app.post("/retrieve")(retrieve)
     return app
+
+
+class BodyLimit:
+    """ASGI middleware: a request whose body exceeds :data:`MAX_BODY_BYTES` is answered with 413 and read no further."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(
+        self,
+        scope: Message,
+        receive: Callable[[], Awaitable[Message]],
+        send: Callable[[Message], Awaitable[None]],
+    ) -> None:
+        """As ASGI says."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > MAX_BODY_BYTES:
+                refusal = JSONResponse({"detail": f"a request may have {MAX_BODY_BYTES} bytes"}, 413)
+                await refusal(scope, receive, send)
+                return
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def read() -> Message:
+            return whole.pop() if whole else await receive()
+
+        await self._app(scope, read, send)
 
 
 def _item(hit: Hit, with_score: bool) -> dict[str, Any]:
