@@ -221,10 +221,14 @@ class PromptTemplate:
     def _filled(self, value: str) -> list[str]:
         """Messages of a first, a later and a follow-up turn, with ``value`` in every slot."""
         slots: dict[str, Any] = dict.fromkeys(REQUIRED_SLOTS, value)
-        turns = [{"observation": value, "action": value}, {"observation": value, "action": None}]
+        turns: list[dict[str, str | None]] = [
+            {"observation": value, "action": value},
+            {"observation": value, "action": None},
+        ]
+        histories: tuple[list[dict[str, str | None]], ...] = ([], turns)
         texts = [
             self.render(**slots, history=history, admissible_actions=actions, step=len(history) + 1, max_steps=9)
-            for history in ([], turns)
+            for history in histories
             for actions in ([], [value, value])
         ]
         if self.converses:
