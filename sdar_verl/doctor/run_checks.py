@@ -16,6 +16,7 @@ from sdar_verl.doctor.findings import Finding
 from sdar_verl.doctor.machine import Machine
 from sdar_verl.doctor.prompts import check_prompts
 from sdar_verl.errors import ConfigError
+from sdar_verl.training.checks.modes import verl_mode
 from sdar_verl.training.checks.run import check_run
 from sdar_verl.training.panel_tasks import panel_files, panel_tasks
 
@@ -100,23 +101,25 @@ def _devices(config: DictConfig, sdar: SdarConfig, machine: Machine) -> Iterator
     own, nodes = trainer.n_gpus_per_node, trainer.nnodes
     extra = sdar.teacher.pool_gpus_per_node if sdar.teacher.placement == "pool" else None
     pool = (extra or 0) * (sdar.teacher.pool_nodes or 1)
-    world = own * nodes
-    text = f"{world} for training and rollout" + (f", {pool} for the teacher" if pool else "")
+    world, separate = own * nodes, verl_mode(trainer.v1.trainer_mode) == "separate_async"
+    apart = rollout.nnodes * rollout.n_gpus_per_node if separate else 0
+    others = (f", {apart} for a rollout of its own" if apart else "") + (f", {pool} for the teacher" if pool else "")
+    text = f"{world} for training and rollout{others}"
     tensor_parallel = rollout.tensor_model_parallel_size
-    if world % tensor_parallel:
-        yield Finding(
-            "fail",
-            "resource pools",
-            f"actor_rollout_ref.rollout.tensor_model_parallel_size={tensor_parallel} does not divide the {world} "
-            "devices of trainer.n_gpus_per_node x trainer.nnodes",
-            "choose a divisor",
-        )
-        return
+    for count, place in ((world, "trainer"), (apart, "actor_rollout_ref.rollout")):
+        if count % tensor_parallel:
+            yield Finding(
+                "fail",
+                "resource pools",
+                f"actor_rollout_ref.rollout.tensor_model_parallel_size={tensor_parallel} does not divide the {count} "
+                f"devices of {place}.n_gpus_per_node x {place}.nnodes",
+                "choose a divisor",
+            )
+            return
     if trainer.device == "cpu":
-        yield Finding(
-            "ok", "resource pools", f"{world} workers on the CPU" + (f", {pool} for the teacher" if pool else "")
-        )
+        yield Finding("ok", "resource pools", f"{world} workers on the CPU{others}")
         return
+    pool += apart
     elsewhere = "RAY_ADDRESS" in os.environ or nodes > 1
     if machine.gpus == 0 and not elsewhere:
         yield Finding(

@@ -38,10 +38,6 @@ CASES = {
         [COLOCATE, "trainer.v1.sampler.sync_refill_failed_groups=True"],
         ["sync_refill_failed_groups=True has no effect", COLOCATE],
     ),
-    "scores of old weights": (
-        [COLOCATE, "method=sdar", "sdar.teacher.placement=rollout_server"],
-        ["sdar.teacher.placement=rollout_server", COLOCATE, "colocated"],
-    ),
     "a correction without log-probs": (
         ["algorithm.rollout_correction.rollout_is=token", "actor_rollout_ref.rollout.calculate_log_probs=False"],
         ["algorithm.rollout_correction.rollout_is=token has no effect", "calculate_log_probs=False"],

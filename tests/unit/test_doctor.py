@@ -134,6 +134,12 @@ def test_a_sound_run_has_no_red_line(toy) -> None:
         assert check in checks, as_text(findings)
 
 
+SEPARATE = [
+    "trainer.v1.trainer_mode=sdar_separate_async",
+    "trainer.v1.separate_async.parameter_sync_step=1",
+    "actor_rollout_ref.rollout.nnodes=2",
+    "actor_rollout_ref.rollout.n_gpus_per_node=2",
+]
 RUN_FAULTS = {
     "unknown key": (["sdar.loss.lambda=1"], "fail", ["sdar.loss", "lambda"]),
     "out of range": (["sdar.loss.coef=-1"], "fail", ["sdar.loss.coef=-1"]),
@@ -156,6 +162,7 @@ RUN_FAULTS = {
     "unmatched": (["sdar.skills.retrieval=[keyword]", "sdar.skills.bank=BANK"], "warn", ["4 of 16 tasks (25%)"]),
     "another environment's bank": (["sdar.skills.bank=search"], "fail", ["is it a bank for another environment"]),
     "GPUs": (["trainer.device=cuda"], "fail", ["asks for 1 GPUs", "this machine has none"]),
+    "GPUs of the rollout": (["trainer.device=cuda", *SEPARATE], "fail", ["asks for 5 GPUs", "4 for a rollout"]),
     "environment": (["sdar.env.options={colour: red}"], "fail", ["colour"]),
 }  # fmt: skip
 

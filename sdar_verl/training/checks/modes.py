@@ -22,7 +22,7 @@ def mode_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     faults = _correction(config)
     base = verl_mode(mode)
     if base in ("colocate_async", "separate_async"):
-        faults += _asynchronous(config, sdar, mode)
+        faults += _asynchronous(config, mode)
     if base == "separate_async":
         faults += _separate(config, sdar, mode)
     return faults
@@ -52,14 +52,8 @@ def _correction(config: DictConfig) -> list[str]:
     ]
 
 
-def _asynchronous(config: DictConfig, sdar: SdarConfig, mode: str) -> list[str]:
+def _asynchronous(config: DictConfig, mode: str) -> list[str]:
     faults = []
-    if sdar.teacher.placement == "rollout_server":
-        faults.append(
-            f"sdar.teacher.placement=rollout_server is not possible with trainer.v1.trainer_mode={mode}: an episode's "
-            "turns are scored when it ends, by weights that the trainer has left behind when it trains on them, and "
-            "the gap would be that of two policies; use sdar.teacher.placement=colocated"
-        )
     fetched = config.data.get("gen_batch_size", None)
     if fetched not in (None, 1):
         faults.append(
