@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.errors import SdarError
+from sdar_verl.untrusted import parse_json, shorten
 
 SCHEMA = 1
 """Version of the record's files; a reader refuses another one."""
@@ -52,16 +53,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """All complete JSON lines of ``path``; an unfinished last one is left out.
 
     Raises:
-        RecordError: another line than the last is damaged.
+        RecordError: another line than the last is damaged, or one is no JSON object.
     """
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     values = []
     for number, line in enumerate(lines, start=1):
         try:
-            values.append(json.loads(line))
+            value = parse_json(line)
         except ValueError as error:
             if number < len(lines):
                 raise RecordError(f"{path}, line {number}, is not JSON ({error}); the file was damaged") from error
+            continue
+        if not isinstance(value, dict):
+            raise RecordError(f"{path}, line {number}, is {shorten(value)} and no JSON object; the file was damaged")
+        values.append(value)
     return values
 
 
@@ -79,5 +84,5 @@ def keep_steps(path: Path, last: int) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write beside ``path`` and rename: a reader sees the old content or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from typing import Any
 
 from sdar_verl._version import __version__
 from sdar_verl.report.layout import write_atomically
+from sdar_verl.untrusted import whole_characters
 
 _ASSETS = resources.files("sdar_verl.report") / "assets"
 _LIBRARIES = ("vendor/d3.min.js", "vendor/plot.umd.min.js")
@@ -26,15 +29,31 @@ def page(title: str, body: str, data: dict[str, Any], scripts: Sequence[str], st
         scripts: names of files in ``assets``, in their order.
         styles: the same for styles.
     """
-    css = "\n".join((_ASSETS / name).read_text() for name in styles)
-    code = "\n".join(f"<script>\n{(_ASSETS / name).read_text()}\n</script>" for name in (*_LIBRARIES, *scripts))
-    return (
+    css = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in styles)
+    code = [
+        f"window.REPORT = {embed(data)};",
+        *((_ASSETS / name).read_text(encoding="utf-8") for name in (*_LIBRARIES, *scripts)),
+    ]
+    elements = "\n".join(f"<script>{text}</script>" for text in code)
+    return whole_characters(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(code)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="generator" content="sdar-verl {__version__}">\n'
         f"<title>{html.escape(title)}</title>\n<style>\n{css}\n</style>\n</head>\n<body>\n{body}\n"
-        f"<script>window.REPORT = {embed(data)};</script>\n{code}\n</body>\n</html>\n"
+        f"{elements}\n</body>\n</html>\n"
     )
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """What a browser lets the page do: run these very scripts, and load nothing from anywhere.
+
+    Texts of a run are escaped wherever they stand; should one slip through, it still can neither run nor send.
+    """
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    sources = " ".join(f"'sha256-{one}'" for one in hashes)
+    # Charts set styles on their elements.
+    return f"default-src 'none'; script-src {sources}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def embed(data: Any) -> str:

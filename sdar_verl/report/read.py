@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sdar_verl.report import layout
+from sdar_verl.report.checked import check_run, is_number, numbers_of, sound_distributions, step_of
 from sdar_verl.report.layout import RecordError
 from sdar_verl.report.trace import read_trace
+from sdar_verl.untrusted import parse_json, shorten
 
 
 @dataclass
@@ -132,7 +133,7 @@ def _from_tracker(folder: Path) -> RunData:
 
 def _run_file(path: Path) -> dict[str, Any]:
     try:
-        run = json.loads(path.read_text())
+        run = parse_json(path.read_bytes())
     except ValueError as error:
         raise RecordError(
             f"{path} is damaged ({error}); without it the record cannot be told from another's"
@@ -140,9 +141,10 @@ def _run_file(path: Path) -> dict[str, Any]:
     found = run.get("schema") if isinstance(run, dict) else None
     if found != layout.SCHEMA:
         raise RecordError(
-            f"{path} has schema {found}, this version reads {layout.SCHEMA}; use the version of sdar-verl that wrote it"
-            + (f" ({run['versions'].get('sdar-verl')})" if isinstance(run, dict) and "versions" in run else "")
+            f"{path} has schema {shorten(found)}, this version reads {layout.SCHEMA}; use the version of sdar-verl "
+            "that wrote it" + (f" ({shorten(run['versions'])})" if isinstance(run, dict) and "versions" in run else "")
         )
+    check_run(run, str(path))
     return run
 
 
@@ -159,15 +161,28 @@ def _lines(path: Path, notes: list[str], needed: bool = True) -> list[dict[str, 
 
 
 def _by_step(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    latest = {line["step"]: line for line in _lines(path, notes) if "step" in line}
+    latest: dict[int, dict[str, Any]] = {}
+    faulty: set[str] = set()
+    for line in _lines(path, notes):
+        if (step := step_of(line)) is not None:
+            sound, others = sound_distributions(line)
+            latest[step] = {**sound, "step": step}
+            faulty.update(others)
+    if faulty:
+        notes.append(f"{path.name}: {', '.join(sorted(faulty))} of some steps are damaged and left out.")
     return [latest[step] for step in sorted(latest)]
 
 
 def _metrics(path: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
     steps: dict[int, dict[str, Any]] = {}
+    strange = 0
     for line in _lines(path, notes):
-        if isinstance(line, dict) and isinstance(line.get("data"), dict) and "step" in line:
-            steps.setdefault(int(line["step"]), {}).update(line["data"])
+        if isinstance(line.get("data"), dict) and (step := step_of(line)) is not None:
+            numbers, others = numbers_of(line["data"])
+            steps.setdefault(step, {}).update(numbers)
+            strange += others
+    if strange:
+        notes.append(f"{path.name}: {strange} values are no numbers and left out.")
     return dict(sorted(steps.items()))
 
 
@@ -178,7 +193,10 @@ def _outcomes(folder: Path, notes: list[str]) -> dict[int, dict[str, list[Any]]]
     found = {}
     for step, path in layout.step_files(folder).items():
         try:
-            found[step] = pq.read_table(path).to_pydict()
-        except (OSError, pa.ArrowInvalid) as error:
+            columns = pq.read_table(path).to_pydict()
+            if missing := {"arm", "task_id", "acc"} - columns.keys():
+                raise RecordError(f"no column {', '.join(sorted(missing))}")
+            found[step] = {**columns, "acc": [value if is_number(value) else 0.0 for value in columns["acc"]]}
+        except (OSError, ValueError, pa.ArrowException, RecordError) as error:
             notes.append(f"{path.name} of the validation outcomes cannot be read ({error}).")
     return found

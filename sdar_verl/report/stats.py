@@ -17,7 +17,7 @@ def wilson(successes: float, trials: float) -> tuple[float, float]:
         return 0.0, 1.0
     share, z2 = successes / trials, Z * Z / trials
     centre = share + z2 / 2
-    spread = Z * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials))
+    spread = Z * math.sqrt(max(0.0, share * (1 - share)) / trials + z2 / (4 * trials))
     return max(0.0, (centre - spread) / (1 + z2)), min(1.0, (centre + spread) / (1 + z2))
 
 

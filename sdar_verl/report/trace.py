@@ -7,6 +7,7 @@ turns = pd.read_parquet("outputs/quickstart/checkpoints/record/traces")
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from sdar_verl.report.layout import SCHEMA, RecordError, step_files
 
 PER_GROUP = 4
 _SCHEMA_KEY = b"sdar_trace_schema"
+_EPISODE = re.compile(r".*_\d{1,9}", re.DOTALL)
 
 TOKEN_COLUMNS = ("student_log_prob", "teacher_log_prob", "gap", "gate", "entropy", "advantage")
 """Lists of one number per token (float32); null where the run does not have them. Log-probs and gap in nats."""
@@ -68,19 +70,30 @@ def read_trace(path: Path) -> list[dict[str, Any]]:
     """Turns of one step, as written.
 
     Raises:
-        RecordError: not a trace, or one of another schema version.
+        RecordError: not a trace, one of another schema version, or one whose columns are not a trace's.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise RecordError(f"{path} is not a readable trace ({error})") from error
     found = (table.schema.metadata or {}).get(_SCHEMA_KEY, b"none").decode()
     if found != str(SCHEMA):
         raise RecordError(f"{path} has trace schema {found}, not {SCHEMA}; read it with the version that wrote it")
-    return table.to_pylist()
+    wanted = trace_schema()
+    if table.schema.names != wanted.names:
+        different = sorted({*table.schema.names} ^ {*wanted.names})
+        raise RecordError(f"{path} has other columns than a trace: {', '.join(different) or 'in another order'}")
+    try:
+        turns = table.cast(wanted).to_pylist()
+    except (ValueError, pa.ArrowException) as error:
+        raise RecordError(f"{path} has columns of another kind than a trace ({error})") from error
+    for turn in turns:
+        if None in (turn["step"], turn["turn"], turn["group"]) or not _EPISODE.fullmatch(turn["episode"] or ""):
+            raise RecordError(f"{path} has a turn without its step, its number, its group or its episode")
+    return turns
 
 
 def choose_episodes(episodes: Sequence[str], limit: int) -> list[str]:

@@ -12,6 +12,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sdar_verl.report.checked import finite
+
 Turn = dict[str, Any]
 
 
@@ -27,17 +29,17 @@ def viewer_data(episodes: Iterable[Sequence[Turn]]) -> dict[str, Any]:
 def summary(turns: Sequence[Turn]) -> dict[str, Any]:
     """One line of the list."""
     first = turns[0]
-    gaps = [gap for turn in turns for gap in turn["gap"] or [] if gap is not None]
+    gaps = [gap for turn in turns for gap in turn["gap"] or [] if finite(gap) is not None]
     return {
         "id": first["episode"],
         "step": first["step"],
         "group": first["group"],
         "session": int(first["episode"].rsplit("_", 1)[1]),
-        "type": first["task_type"],
+        "type": first["task_type"] or "",
         "task": first["task"] or "",
         "task_id": first["task_id"],
         "success": bool(first["success"]),
-        "reward": first["episode_reward"],
+        "reward": finite(first["episode_reward"]),
         "turns": len(turns),
         "invalid": sum(bool(turn["unparsed"] or turn["inadmissible"]) for turn in turns),
         "gap": _rounded(sum(gaps) / len(gaps)) if gaps else None,
@@ -65,8 +67,8 @@ def body(turns: Sequence[Turn]) -> dict[str, Any]:
             "inadmissible": turn["inadmissible"],
             "truncated": turn["truncated"],
             "endorsement": endorsement(turn),
-            "tokens": turn["tokens"],
-            "ids": turn["token_ids"],
+            "tokens": [token or "" for token in turn["tokens"] or []],
+            "ids": turn["token_ids"] or [],
             "student": _column(turn["student_log_prob"]),
             "teacher": _column(turn["teacher_log_prob"]),
             "gap": _column(turn["gap"]),
@@ -81,7 +83,7 @@ def body(turns: Sequence[Turn]) -> dict[str, Any]:
 
 def endorsement(turn: Turn) -> float | None:
     """Sum of the turn's gaps, nats: log of how much likelier the teacher finds the whole answer; None without one."""
-    gaps = [gap for gap in turn["gap"] or [] if gap is not None]
+    gaps = [gap for gap in turn["gap"] or [] if finite(gap) is not None]
     return _rounded(sum(gaps)) if gaps else None
 
 
@@ -95,4 +97,4 @@ def _column(values: Sequence[float | None] | None) -> list[float | None] | None:
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+    return None if finite(value) is None else float(f"{value:.4g}")

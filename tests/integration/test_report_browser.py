@@ -140,3 +140,17 @@ def test_the_theme_button_wins_over_the_system(page):
     assert page.evaluate(background) != light
     page.locator("#theme").click()
     assert page.evaluate(background) == light
+
+
+def test_a_script_from_a_text_is_shown_and_never_run(browser, report, tmp_path):
+    forged = tmp_path / "forged.html"
+    text = report.read_text(encoding="utf-8")
+    # Should an escape ever be forgotten: the page's policy still runs no script but its own.
+    forged.write_text(text.replace("<main", "<script>window.ran = 1</script><img src=x onerror='window.ran = 2'><main"))
+    page = opened(browser, forged)
+    assert page.evaluate("window.ran") is None
+    assert any("Content Security Policy" in fault for fault in page.faults)
+    page.context.close()
+    page = opened(browser, report)
+    assert "<script>alert(1)</script>" in page.locator(".list").inner_text()
+    assert page.faults == []
