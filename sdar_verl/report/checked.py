@@ -29,7 +29,7 @@ def is_number(value: Any) -> bool:
 
 def step_of(line: Mapping[str, Any]) -> int | None:
     """The line's step; None when it has none."""
-    step = line.get("step")
+    step: Any = line.get("step")
     return int(step) if is_number(step) and 0 <= step == int(step) else None
 
 
