@@ -40,6 +40,7 @@ def opened(browser, path, width=1280, scheme="light"):
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     page.goto(f"file://{path}")
     page.wait_for_selector(".turn")
+    page.wait_for_function("[...document.querySelectorAll('.chart')].every((chart) => chart.querySelector('svg'))")
     return page
 
 
