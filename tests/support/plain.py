@@ -20,11 +20,12 @@ def plain_log_probs(
     responses: Sequence[torch.Tensor],
     model: Path | str,
     state: Mapping[str, torch.Tensor] | None = None,
+    temperature: float = 1.0,
 ) -> list[torch.Tensor]:
-    """Log-probs of the responses' tokens, nats; arguments as in :func:`plain_logits`."""
+    """Log-probs of the responses' tokens, nats, of logits over ``temperature``; the rest as in :func:`plain_logits`."""
     rows = plain_logits(prompts, responses, model, state)
     return [
-        logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
+        (logits / temperature).log_softmax(-1).gather(1, response[:, None])[:, 0]
         for logits, response in zip(rows, responses, strict=True)
     ]
 

@@ -142,6 +142,17 @@ CASES = {
     ),
     "too few tasks": ({"data.train_batch_size": 17}, ["data.train_batch_size=17", "holds 16 tasks"]),
     "a GPU beside the CPU's rollout": ({"trainer.device": "cuda"}, ["trainer.device=cuda", "VERL_PLATFORM=cpu"]),
+    "vLLM on a CPU": (
+        {"actor_rollout_ref.rollout.name": "vllm"},
+        ["trainer.device=cpu", "rollout.name=transformers, not vllm"],
+    ),
+    "another engine on a CPU, with vLLM's worker": (
+        {
+            "actor_rollout_ref.rollout.name": "sglang",
+            "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls": "a.Worker",
+        },
+        ["trainer.device=cpu", "rollout.name=transformers, not sglang"],
+    ),
     "trainer mode": ({"trainer.v1.trainer_mode": "sync"}, ["trainer.v1.trainer_mode=sync", "=sdar"]),
     "legacy trainer": ({"trainer.use_v1": False}, ["trainer.use_v1=False"]),
     "estimator": ({"algorithm.adv_estimator": "grpo"}, ["invalid_action_penalty=0.1 has no effect", "grpo"]),
@@ -285,6 +296,22 @@ def test_an_adapter_makes_a_reference_of_its_base(recipe, source):
             "actor_rollout_ref.actor.use_kl_loss": False,
         },
     )
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_vllms_cpu_build_runs_with_a_worker_that_takes_weights(recipe, monkeypatch, installed):
+    from sdar_verl.training.checks import engine
+
+    monkeypatch.setattr(engine.util, "find_spec", lambda name: installed or None)
+    overrides = {
+        "actor_rollout_ref.rollout.name": "vllm",
+        "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls": "a.Worker",
+    }
+    if installed:
+        run_checks(recipe, **overrides)
+    else:
+        with pytest.raises(ConfigError, match="vllm is not installed"):
+            run_checks(recipe, **overrides)
 
 
 def test_all_faults_are_told_at_once(recipe):

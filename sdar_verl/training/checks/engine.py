@@ -46,8 +46,16 @@ def _strategy(config: DictConfig) -> Iterator[str]:
 
 def _device(config: DictConfig) -> Iterator[str]:
     device, name = config.trainer.device, config.actor_rollout_ref.rollout.name
+    # vLLM's CPU build packs weights away after loading and cannot be sent new ones, unless its worker is told not to.
+    worker = OmegaConf.select(config, "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls")
+    vllm_on_cpu = device == "cpu" and name == "vllm" and worker is not None
+    if name == "vllm" and (device != "cpu" or vllm_on_cpu) and util.find_spec("vllm") is None:
+        yield (
+            'actor_rollout_ref.rollout.name=vllm, but vllm is not installed: pip install "sdar-verl[vllm]" '
+            "(or hardware=cpu to try the recipe without a GPU)"
+        )
     if device == "cpu":
-        if name != "transformers":
+        if name != "transformers" and not vllm_on_cpu:
             yield (
                 f"trainer.device=cpu runs with actor_rollout_ref.rollout.name=transformers, not {name}; "
                 "use hardware=cpu, which sets both"
@@ -58,11 +66,6 @@ def _device(config: DictConfig) -> Iterator[str]:
         yield (
             f"trainer.device={device}, but actor_rollout_ref.rollout.name=transformers is the CPU's rollout. On a "
             "machine with a GPU, export VERL_PLATFORM=cpu to run on the CPU all the same, or use hardware=8gpu"
-        )
-    if name == "vllm" and util.find_spec("vllm") is None:
-        yield (
-            'actor_rollout_ref.rollout.name=vllm, but vllm is not installed: pip install "sdar-verl[vllm]" '
-            "(or hardware=cpu to try the recipe without a GPU)"
         )
 
 
