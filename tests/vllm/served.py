@@ -26,7 +26,14 @@ class TrainingWorker:
 def start_ray(replicas: int) -> None:
     """A cluster of this machine alone; Ray counts devices as GPUs, as in hydra_configs/hardware/cpu.yaml."""
     settings = {**ENVIRONMENT, "VERL_PLATFORM": "cpu", "PYTHONPATH": str(ROOT)}
-    ray.init(num_cpus=8, num_gpus=replicas, include_dashboard=False, runtime_env={"env_vars": settings})
+    for attempt in range(3):
+        try:
+            ray.init(num_cpus=8, num_gpus=replicas, include_dashboard=False, runtime_env={"env_vars": settings})
+            return
+        except Exception as error:  # Ray waits 30 s for its own start, however busy the machine is
+            ray.shutdown()
+            if attempt == 2 or "timed out during startup" not in str(error):
+                raise
 
 
 class Served:
