@@ -117,17 +117,19 @@ def prompt_log_probs(server, prompts: list[list[int]], responses: list[list[int]
     return found
 
 
+@pytest.mark.parametrize("sampler", ["vllm", "ours"])
 @pytest.mark.parametrize("step", [0, 1])
-def test_vllm_scores_what_the_transformers_server_sampled(servers, step):
+def test_one_server_scores_what_the_other_sampled(servers, step, sampler):
     servers.load(step)
     prompts = servers.prompts()
-    sampled = servers.ours.ask(prompts, max_tokens=20, logprobs=True, ignore_eos=True, temperature=1.0, seed=7)
+    one, other = (servers.vllm, servers.ours) if sampler == "vllm" else (servers.ours, servers.vllm)
+    sampled = one.ask(prompts, max_tokens=20, logprobs=True, ignore_eos=True, temperature=1.0, seed=7)
     assert {output.extra_fields["global_steps"] for output in sampled} == {step}
-    responses = [output.token_ids for output in sampled]
-    scored = prompt_log_probs(servers.vllm, prompts, responses)
+    responses = [list(output.token_ids) for output in sampled]
+    scored = prompt_log_probs(other, prompts, responses)
     assert worst([output.log_probs for output in sampled], scored) < TOLERANCE
-    other = plain_log_probs(*tensors(prompts, responses), servers.model, servers.states[1 - step])
-    assert worst(scored, other) > VISIBLE, "a server that kept its weights would go unnoticed"
+    before = plain_log_probs(*tensors(prompts, responses), servers.model, servers.states[1 - step])
+    assert worst(scored, before) > VISIBLE, "a server that kept its weights would go unnoticed"
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -188,7 +190,7 @@ def test_a_seed_per_request_reaches_vllm(servers):
 
 
 def test_prompt_log_probs_ignore_temperature_and_the_prefix_cache(servers):
-    """Facts that a teacher's pass through the server rests on."""
+    """Facts that a teacher's pass through vLLM rests on (``sdar.teacher.placement=rollout_server``)."""
     weights = servers.load(1)
     prompts = servers.prompts()
     responses = [list(output.token_ids) for output in servers.vllm.ask(prompts, max_tokens=20, ignore_eos=True)]
