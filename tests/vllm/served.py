@@ -51,6 +51,7 @@ class Served:
 
         config = compose_config("sdar_quickstart", [f"actor_rollout_ref.model.path={model}", *overrides])
         rollout, model_config = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
+        self.engine = rollout.name
         self._replica = get_rollout_replica_class(rollout.name)(rank, rollout, model_config, gpus_per_node=1)
         asyncio.run(self._replica.init_hybrid(_Workers(rank)))
         self._sender = get_rollout_class(rollout.name)(self._replica.config, model_config, None, replica_rank=rank)

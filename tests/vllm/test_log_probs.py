@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdar_verl.local import start_policy
+from sdar_verl.rollout.server_teacher import response_log_probs, scoring_params
 from tests.support.plain import plain_log_probs
 from tests.support.tiny_model import make_tiny_model
 from tests.vllm.settings import VLLM_ON_CPU, needs_vllm_on_cpu
@@ -104,17 +105,14 @@ def worst(ours, theirs) -> float:
     return max((torch.as_tensor(a) - torch.as_tensor(b)).abs().max().item() for a, b in pairs)
 
 
-def prompt_log_probs(server, prompts: list[list[int]], responses: list[list[int]], **sampling) -> list[list[float]]:
-    """Log-probs of given responses, which the server reads as a part of the prompt."""
+def prompt_log_probs(server, prompts: list[list[int]], responses: list[list[int]], **sampling) -> list:
+    """Log-probs of given responses, asked and read as for a teacher on the rollout server."""
     whole = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    found = []
-    outputs = server.ask(whole, **{"max_tokens": 1, "prompt_logprobs": 0, **sampling})
-    for output, tokens, response in zip(outputs, whole, responses, strict=True):
-        # verl's form: entry i belongs to token i + 1, and the last stands for nothing.
-        scored = output.extra_fields["prompt_logprobs"]
-        assert [ids[0] for ids in output.extra_fields["prompt_ids"][:-1]] == tokens[1:]
-        found.append([values[0] for values in scored[-len(response) - 1 : -1]])
-    return found
+    outputs = server.ask(whole, **{**scoring_params(server.engine, 1.0), **sampling})
+    return [
+        response_log_probs(output.extra_fields, len(prompt), response)
+        for output, prompt, response in zip(outputs, prompts, responses, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("sampler", ["vllm", "ours"])

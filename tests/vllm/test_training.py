@@ -27,23 +27,28 @@ STEPS = 3
 TOLERANCE = 2e-4
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
+def train_on_vllm(folder: Path, *overrides: str, steps: int) -> Run:
     """SDAR with the current weights as teacher; a learning rate that moves the policy far at every step."""
     return train(
-        tmp_path_factory.mktemp("vllm"),
+        folder,
         *VLLM_ON_CPU,
         "method=sdar",
         "sdar.teacher.source=actor",
         "actor_rollout_ref.actor.optim.lr=2e-3",
-        "trainer.val_before_train=True",
-        f"trainer.test_freq={STEPS}",
         "trainer.save_freq=1",
-        steps=STEPS,
+        *overrides,
+        steps=steps,
         record=True,
-        timeout=480,
+        timeout=480,  # a weight sync that fails is waited for without an end
         **ENVIRONMENT,
     )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """The teacher's pass in the training workers, validation before and after."""
+    validation = ["trainer.val_before_train=True", f"trainer.test_freq={STEPS}"]
+    return train_on_vllm(tmp_path_factory.mktemp("vllm"), *validation, steps=STEPS)
 
 
 def record(run: Run, step: int) -> dict[str, list]:
@@ -58,6 +63,14 @@ def weights(run: Run, step: int) -> dict[str, torch.Tensor]:
     folder = run.folder / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface"
     file = folder / "model.safetensors" if step else Path(start_policy()) / "model.safetensors"
     return {name: value.float() for name, value in load_file(file).items()}
+
+
+def assert_the_teacher_is(run: Run, step: int, weights: dict[str, torch.Tensor]) -> None:
+    """Every teacher log-prob of a step is that of these weights, for the tokens that vLLM sampled."""
+    rows = record(run, step)
+    prompts = [torch.as_tensor(info.teacher_prompt_ids, dtype=torch.int64) for info in rows["infos"]]
+    expected = plain_log_probs(prompts, rows["responses"], start_policy(), weights)
+    assert worst(rows[TEACHER_LOG_PROBS], expected) < TOLERANCE
 
 
 def worst(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
@@ -84,10 +97,7 @@ def test_vllm_samples_from_the_weights_of_the_last_update(run, step):
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_the_teacher_scores_what_vllm_sampled(run, step):
-    rows = record(run, step)
-    prompts = [torch.as_tensor(info.teacher_prompt_ids, dtype=torch.int64) for info in rows["infos"]]
-    expected = plain_log_probs(prompts, rows["responses"], start_policy(), weights(run, step - 1))
-    assert worst(rows[TEACHER_LOG_PROBS], expected) < TOLERANCE
+    assert_the_teacher_is(run, step, weights(run, step - 1))
     metrics = run.metrics[step]
     assert 0 < metrics["sdar/gate_mean"] < 1
     assert metrics["sdar/gap_std"] > 0.01, "the teacher saw nothing"
@@ -115,3 +125,16 @@ def test_it_validates_before_and_after(run):
     for step in (0, STEPS):
         assert run.metrics[step]["sdar-val/student/episodes"] == 4
         assert 0 <= run.metrics[step]["sdar-val/student/success"] <= 1
+
+
+def test_vllm_itself_scores_for_the_teacher(tmp_path):
+    """``sdar.teacher.placement=rollout_server``: the numbers of the trainer's pass, from vLLM's prompt_logprobs."""
+    run = train_on_vllm(tmp_path, "sdar.teacher.placement=rollout_server", steps=2)
+    assert "vLLMHttpServer" in run.output
+    for step in (1, 2):
+        assert_the_teacher_is(run, step, weights(run, step - 1))
+        metrics = run.metrics[step]
+        assert metrics["sdar/teacher_failed_share"] == 0
+        assert metrics["sdar/server_check/trainer"] < TOLERANCE
+        assert metrics["sdar/server_check/rollout"] < TOLERANCE
+        assert metrics["sdar/gap_std"] > 0.01
