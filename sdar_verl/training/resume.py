@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.errors import ConfigError
+from sdar_verl.untrusted import parse_json, shorten
 
 RUN_FILE = "sdar_run.json"
 
@@ -68,13 +69,22 @@ def claim_checkpoints(config: DictConfig) -> None:
     """Note this experiment in its checkpoint folder, or refuse the folder of another one.
 
     Raises:
-        ConfigError: ``trainer.resume_mode=auto`` would resume an experiment with other settings; names them.
+        ConfigError: ``trainer.resume_mode=auto`` would resume an experiment with other settings, which it names; or the
+            note is damaged.
     """
     folder = Path(str(config.trainer.default_local_dir)).expanduser()
     note, wanted = folder / RUN_FILE, fingerprint(config)
     resumable = (folder / "latest_checkpointed_iteration.txt").is_file()
     if config.trainer.resume_mode == "auto" and resumable and note.is_file():
-        found = json.loads(note.read_text())
+        try:
+            found = parse_json(note.read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError(f"it holds {shorten(found)}, not an object")
+        except ValueError as error:
+            raise ConfigError(
+                f"{note} is damaged ({error}), so nobody can tell whether its checkpoints are of this experiment; "
+                "remove it when they are, or start over with trainer.resume_mode=disable"
+            ) from error
         read = {*found, *wanted} - _NOT_THE_EXPERIMENT
         different = sorted(key for key in read if found.get(key) != wanted.get(key))
         if different:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.errors import SdarError
+from sdar_verl.untrusted import parse_json, shorten, whole_characters
 
 PRODUCTS_FILES = {"full": "items_shuffle.json", "1000": "items_shuffle_1000.json"}
 ATTRIBUTES_FILES = {"full": "items_ins_v2.json", "1000": "items_ins_v2_1000.json"}
@@ -17,6 +19,9 @@ HUMAN_FILE = "items_human_ins.json"
 
 NO_PRICE = 100.0
 """What a product without a price costs, in WebShop and here."""
+
+MAX_PRODUCT_CHARACTERS = 16 << 20
+"""Of one product in its file; WebShop's have some thousands. A file that never ends one is not read into memory."""
 
 _CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
@@ -138,11 +143,12 @@ def read_products(files: DataFiles) -> Iterator[Product]:
     seen: set[str] = set()
     for number, raw in enumerate(stream_array(files.products)):
         try:
+            raw = _whole(raw)
             asin = raw["asin"]
             if asin == "nan" or len(asin) > 10 or asin in seen:
                 continue
             seen.add(asin)
-            product = _clean(raw, attributes.get(asin, {}), human.get(asin, ()))
+            product = _clean(raw, _whole(attributes.get(asin, {})), _whole(human.get(asin, ())))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CatalogueError(
                 f"{files.products}: product number {number} is damaged ({type(error).__name__}: {error}); "
@@ -157,6 +163,13 @@ def stream_array(path: Path) -> Iterator[Any]:
     Raises:
         CatalogueError: not a JSON array, or cut off.
     """
+    try:
+        yield from _elements(path)
+    except UnicodeDecodeError as error:
+        raise CatalogueError(f"{path} is not UTF-8 ({error}); download it again") from error
+
+
+def _elements(path: Path) -> Iterator[Any]:
     decode = json.JSONDecoder().raw_decode
     with path.open(encoding="utf-8") as stream:
         text = stream.read(_CHUNK).lstrip()
@@ -169,9 +182,11 @@ def stream_array(path: Path) -> Iterator[Any]:
                 return
             try:
                 element, at = decode(text, at)
+            except RecursionError:
+                raise CatalogueError(f"{path} is nested too deeply to be WebShop's; download it again") from None
             except ValueError as error:
                 piece = stream.read(_CHUNK)
-                if not piece:
+                if not piece or len(text) - at > MAX_PRODUCT_CHARACTERS:
                     raise CatalogueError(f"{path} is cut off or damaged ({error}); download it again") from error
                 text, at = text[at:] + piece, 0
             else:
@@ -180,7 +195,7 @@ def stream_array(path: Path) -> Iterator[Any]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except ValueError as error:
         raise CatalogueError(f"{path} is cut off or damaged ({error}); download it again") from error
     if not isinstance(content, dict):
@@ -188,23 +203,46 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
+def _whole(value: Any) -> Any:
+    """A JSON value whose texts hold no halves of surrogate pairs: neither SQLite nor a tokenizer takes those."""
+    if isinstance(value, str):
+        return whole_characters(value)
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    if isinstance(value, dict):
+        return {whole_characters(name): _whole(item) for name, item in value.items()}
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{shorten(value)} should be text")
+    return value
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list | tuple | dict):
+        raise TypeError(f"{shorten(values)} should be a list of texts")
+    return tuple(map(str, values))  # a number is shown as one
+
+
 def _clean(raw: Mapping[str, Any], annotation: Mapping[str, Any], human: Any) -> Product:
     bullets = raw["small_description"]
     return Product(
-        asin=raw["asin"],
-        title=raw["name"],
-        category=raw["category"],
+        asin=_text(raw["asin"]),
+        title=_text(raw["name"]),
+        category=_text(raw["category"]),
         query=raw["query"].lower().strip(),
-        product_category=raw["product_category"],
-        description=raw["full_description"] or "",
-        bullets=tuple(bullets) if isinstance(bullets, list) else (bullets,),
+        product_category=_text(raw["product_category"]),
+        description=_text(raw["full_description"] or ""),
+        bullets=_texts(bullets if isinstance(bullets, list) else [bullets]),
         prices=_prices(raw.get("pricing")),
         options=_options(raw["customization_options"]),
-        attributes=tuple(annotation.get("attributes", ("DUMMY_ATTR",))),
-        instruction=annotation.get("instruction"),
-        instruction_attributes=tuple(annotation.get("instruction_attributes") or ()),
+        attributes=_texts(annotation.get("attributes", ("DUMMY_ATTR",))),
+        instruction=None if annotation.get("instruction") is None else _text(annotation["instruction"]),
+        instruction_attributes=_texts(annotation.get("instruction_attributes") or ()),
         human_instructions=tuple(
-            (one["instruction"], tuple(one["instruction_attributes"]), tuple(one["instruction_options"]))
+            (_text(one["instruction"]), _texts(one["instruction_attributes"]), _texts(one["instruction_options"]))
             for one in human
         ),
     )
@@ -214,6 +252,8 @@ def _prices(pricing: str | None) -> tuple[float, ...]:
     if not pricing:
         return (NO_PRICE,)
     prices = tuple(float(re.sub(r"[^\d.]", "", price)) for price in pricing.split("$")[1:])
+    if not all(map(math.isfinite, prices)):
+        raise ValueError(f"the price {shorten(pricing)} is no number")
     return prices[:2] or (NO_PRICE,)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.untrusted import parse_json, shorten
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -130,10 +131,15 @@ def load_parts(parts: Sequence[TrainerPart], folder: str | Path) -> None:
     """Give every part the state that a checkpoint ``folder`` holds for it.
 
     Raises:
-        ConfigError: a part that keeps a state finds none: the checkpoint was made without it.
+        ConfigError: a part that keeps a state finds none: the checkpoint was made without it. Or the file is damaged.
     """
     path = Path(folder) / STATE_FILE
-    states = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        states = parse_json(path.read_bytes()) if path.is_file() else {}
+        if not isinstance(states, dict):
+            raise ValueError(f"it holds {shorten(states)}, not an object")
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); {_EARLIER}") from error
     missing = [part.name for part in parts if part.state_dict() and part.name not in states]
     if missing:
         raise ConfigError(
@@ -142,4 +148,15 @@ def load_parts(parts: Sequence[TrainerPart], folder: str | Path) -> None:
         )
     for part in parts:
         if part.name in states:
-            part.load_state_dict(states[part.name])
+            try:
+                part.load_state_dict(states[part.name])
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"{path}: the state of {part.name} is damaged ({type(error).__name__}: {error}); {_EARLIER}"
+                ) from error
+
+
+_EARLIER = (
+    "resume from an earlier checkpoint (trainer.resume_mode=resume_path with trainer.resume_from_path=...), or start "
+    "over with trainer.resume_mode=disable"
+)

@@ -118,7 +118,7 @@ class ShadowWeights:
         """Read back what :meth:`save` wrote and return its record.
 
         Raises:
-            TeacherError: no such file, or weights of another model or sharding.
+            TeacherError: no such file, a damaged one, one that holds code, or weights of another model or sharding.
         """
         if not file.is_file():
             raise TeacherError(
@@ -126,8 +126,18 @@ class ShadowWeights:
                 "sdar.teacher.source or another number of ranks. Resume with the settings it was written with, or "
                 "start a new run from its model (actor_rollout_ref.model.path)"
             )
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        weights = content["weights"]
+        try:
+            # weights_only: a file from elsewhere may hold numbers, and no code.
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            weights, record = content["weights"], content["record"]
+            if not all(isinstance(value, torch.Tensor) for value in weights.values()):
+                raise TypeError("its weights are not tensors")
+        except Exception as error:  # torch raises what its readers raise
+            first = (str(error).splitlines() or [""])[0]
+            raise TeacherError(
+                f"{file} is damaged, or no file of the teacher's weights ({type(error).__name__}: {first}); resume "
+                "from an earlier checkpoint"
+            ) from error
         mine = {name: (tuple(value.shape), value.dtype) for name, value in self._weights.items()}
         theirs = {name: (tuple(value.shape), value.dtype) for name, value in weights.items()}
         if mine != theirs:
@@ -138,7 +148,7 @@ class ShadowWeights:
             )
         for name, value in weights.items():
             self._weights[name].copy_(value)
-        return content["record"]
+        return record
 
     def _shards(self) -> dict[str, torch.Tensor]:
         # verl offloads with asynchronous copies: the CPU side may be read only when they are done.
