@@ -173,6 +173,11 @@ class ContextConfig(_Node):
         description="placebo in place of the context: empty (no text, the teacher reads the student's prompt), "
         "shuffled (its words permuted), wrong (that of a task of another type), random_text (everyday words)",
     )
+    on_empty: Literal["mask", "error"] = Field(
+        "mask",
+        description="a task for which the sources find nothing: mask leaves its rows out of the distillation term, "
+        "counted in sdar/context_empty_share; error stops the run, before its start where the panel shows such a task",
+    )
     student: Literal["none", "skills"] = Field(
         "none", description="skills puts the retrieved skills into the student's own prompt in training (Skill-GRPO)"
     )
@@ -326,6 +331,12 @@ class SdarConfig(_Node):
     modules: list[str] = Field(
         default_factory=list,
         description="modules imported in every process of the run: they register contexts, gates, environments, ...",
+    )
+    on_nonfinite: Literal["error", "drop"] = Field(
+        "error",
+        description="NaN or infinity in log-probs, the teacher's numbers or advantages: error stops the run and "
+        "names the rows; drop leaves them out of the update, or of the distillation term where the teacher is at "
+        "fault, counted in sdar/nonfinite_rows and sdar/nonfinite_teacher_rows",
     )
     loss: LossConfig = LossConfig()
     teacher: TeacherConfig = TeacherConfig()

@@ -17,3 +17,11 @@ class TeacherError(SdarError):
 
 class RolloutError(SdarError):
     """Episodes cannot be played as configured: a prompt does not fit, a task does not exist, an environment refuses."""
+
+
+class ProcessDiedError(SdarError):
+    """A process without which the run cannot go on is dead."""
+
+
+class NonFiniteError(SdarError):
+    """Rows of a step hold NaN or infinity where a number is needed."""

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-_ROWS_NAMED = 8
+ROWS_NAMED = 8
+"""Rows named in a message."""
+
+
+class NonFiniteValues(ValueError):
+    """NaN or infinity where a number counts.
+
+    Attributes:
+        rows: indices of the rows that hold it.
+    """
+
+    def __init__(self, text: str, rows: Sequence[int] = ()):
+        super().__init__(text)
+        self.rows = tuple(rows)
 
 
 def active_mask(response_mask: torch.Tensor, distill_mask: torch.Tensor | None) -> torch.Tensor:
@@ -40,18 +55,19 @@ def clean(name: str, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     Multiplying by the mask would not do: NaN * 0 is NaN, forward and backward.
 
     Raises:
-        ValueError: another shape than the mask, or NaN / infinity where the mask is on; names the tensor and the
-            rows.
+        ValueError: another shape than the mask.
+        NonFiniteValues: NaN or infinity where the mask is on; names the tensor and the rows.
     """
     if values.shape != mask.shape:
         raise ValueError(f"{name} has shape {tuple(values.shape)}, but response_mask has {tuple(mask.shape)}")
     bad = mask & ~torch.isfinite(values)
     if bad.any():
         rows = bad.any(dim=-1).nonzero().flatten().tolist()
-        named = ", ".join(map(str, rows[:_ROWS_NAMED])) + (", ..." if len(rows) > _ROWS_NAMED else "")
-        raise ValueError(
+        named = ", ".join(map(str, rows[:ROWS_NAMED])) + (", ..." if len(rows) > ROWS_NAMED else "")
+        raise NonFiniteValues(
             f"{name} holds NaN or infinity at {int(bad.sum())} unmasked positions, in {len(rows)} of {mask.shape[0]} "
-            f"rows: {named}. Find out why these values are broken; leave rows without a teacher out with distill_mask."
+            f"rows: {named}. Find out why these values are broken; leave rows without a teacher out with distill_mask.",
+            rows,
         )
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()

@@ -45,6 +45,10 @@ NO_TASK = Task("", "", "", "")
 SETUP_FAULTS = (EnvError, PromptTooLong, PromptTemplateError, RetrievalError, ContextError)
 
 
+class ServerFailed(Exception):
+    """The rollout server raised instead of answering."""
+
+
 @dataclass(frozen=True)
 class _Texts:
     """Contexts of one episode.
@@ -52,6 +56,7 @@ class _Texts:
     Attributes:
         student: text in the student's prompt; empty without.
         teacher: what the teacher sees; None when it has no say, or when the trainer makes its prompts (``late``).
+        empty: it has no say because its sources found nothing.
         found: whose skills and matches are counted.
         passages: early contexts by name, kept for the trainer.
         late: the trainer makes the teacher's prompts.
@@ -62,6 +67,7 @@ class _Texts:
     found: Passage = NO_TEXT
     passages: dict[str, Passage] = field(default_factory=dict)
     late: bool = False
+    empty: bool = False
 
 
 @register("sdar_agent")
@@ -90,8 +96,9 @@ class SdarAgentLoop(AgentLoopBase):
             **kwargs: the row's columns, ``task`` among them (a JSON object, see ``sdar_verl.panels``).
 
         Returns:
-            One output per turn, the episode's reward on each, or one for the whole conversation. An episode whose
-            environment process failed twice comes back as one masked row, so that its group goes on without it.
+            One output per turn, the episode's reward on each, or one for the whole conversation. An episode comes back
+            as one masked row, so that its group goes on without it, when its environment process failed twice or the
+            rollout server raised.
         """
         arm_name = kwargs.get("sdar_arm")
         # The weights at hand: a training step's prompts are played with those of the step before.
@@ -119,6 +126,8 @@ class SdarAgentLoop(AgentLoopBase):
             except EnvProcessError as error:
                 logger.warning("task %s, attempt %d: %s", task.task_id, attempt, error)
                 failure = str(error)
+            except ServerFailed as error:
+                return [self.outputs.failed_row(task, arm_name, version, failure=str(error))]
             except SETUP_FAULTS as error:
                 # Not this episode's bad luck but a fault of the set-up. An exception here would only cost the group;
                 # the trainer reads this text and stops.
@@ -255,7 +264,13 @@ class SdarAgentLoop(AgentLoopBase):
         if contexts.late:
             return replace(texts, passages=passages, found=join([*passages.values()]), late=True)
         found = contexts.passage(request, passages)
-        return replace(texts, teacher=contexts.controlled(found, task.task_id), found=found)
+        teacher = contexts.controlled(found, task.task_id)
+        if teacher is None and settings.context.on_empty == "error":
+            raise ContextError(
+                f"sdar.context.sources={settings.context.sources} find nothing to show the teacher; give the task a "
+                "context, or leave its rows out of the distillation term with sdar.context.on_empty=mask"
+            )
+        return replace(texts, teacher=teacher, found=found, empty=teacher is None)
 
     def _info(self, task: Task, shown: TurnContext, dropped: int, texts: _Texts, prompt_tokens: int) -> RowInfo:
         return RowInfo(
@@ -267,6 +282,7 @@ class SdarAgentLoop(AgentLoopBase):
             skills=texts.found.skills,
             no_match=texts.found.no_match,
             skills_dropped=texts.found.dropped,
+            context_empty=texts.empty,
             prompt_tokens=prompt_tokens,
             history_dropped=dropped,
         )
@@ -277,11 +293,15 @@ class SdarAgentLoop(AgentLoopBase):
         """Sample one answer; its costs are noted on ``episode``."""
         runtime = get_runtime(self.config, self.tokenizer)
         started = time.perf_counter()
-        output = await self.server_manager.generate(
-            request_id=request_id,
-            prompt_ids=prompt_ids,
-            sampling_params={**params, "max_tokens": runtime.max_answer_length},
-        )
+        try:
+            output = await self.server_manager.generate(
+                request_id=request_id,
+                prompt_ids=prompt_ids,
+                sampling_params={**params, "max_tokens": runtime.max_answer_length},
+            )
+        except Exception as error:
+            logger.exception("rollout server, request of %d tokens", len(prompt_ids))
+            raise ServerFailed(f"the rollout server raised {type(error).__name__}: {error}") from error
         episode.generate_s += time.perf_counter() - started
         episode.preempted += max(0, output.num_preempted or 0)
         episode.weight_steps += [

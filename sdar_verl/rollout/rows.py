@@ -109,6 +109,7 @@ class RowInfo:
         no_match: retrieval found no skill of this task's own.
         skills_dropped: skills that were found, but left out to keep within ``sdar.skills.max_tokens``.
         context_missing: the teacher has no say because its late context does not exist (no sibling succeeded, say).
+        context_empty: the teacher has no say because its sources found nothing for the task.
         prompt_tokens: tokens of the student's prompt.
         teacher_prompt_ids: token ids of the teacher's prompt; None when the teacher has no say on this row.
         teacher_log_probs: (response tokens,) float32, nats: what the rollout server answered for the teacher; None
@@ -142,6 +143,7 @@ class RowInfo:
     no_match: bool = False
     skills_dropped: int = 0
     context_missing: bool = False
+    context_empty: bool = False
     prompt_tokens: int = 0
     teacher_prompt_ids: np.ndarray | None = None
     teacher_log_probs: np.ndarray | None = None

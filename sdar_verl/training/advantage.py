@@ -102,7 +102,7 @@ def compute_sdar_advantage(
         )
     row_scores = token_level_rewards.sum(dim=-1)
     if config is not None and config.get("use_kl_in_reward", False):
-        row_scores = _episode_means(row_scores, rows.episode_ids)
+        row_scores = _episode_means(row_scores, rows.episode_ids, rows.valid)
     advantages, rows.counts = trajectory_group_advantages(
         row_scores,
         list(index),
@@ -119,9 +119,11 @@ def compute_sdar_advantage(
     return tokens, tokens
 
 
-def _episode_means(scores: torch.Tensor, episode_ids: Sequence[str]) -> torch.Tensor:
-    """Every row gets its episode's mean: verl puts the episode's reward on each row, its KL penalty differs by row."""
+def _episode_means(scores: torch.Tensor, episode_ids: Sequence[str], valid: torch.Tensor) -> torch.Tensor:
+    """Every row gets its episode's mean over valid rows: verl puts the episode's reward on each row, and its KL penalty
+    differs by row."""
     _, inverse = np.unique(np.asarray(episode_ids), return_inverse=True)
-    groups = torch.as_tensor(inverse)
-    totals = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add(0, groups, scores.double())
-    return (totals / torch.bincount(groups))[groups].to(scores.dtype)
+    groups, weights = torch.as_tensor(inverse), valid.double()
+    totals, counts = torch.zeros(2, int(groups.max()) + 1, dtype=torch.float64)
+    totals, counts = totals.index_add(0, groups, scores.double() * weights), counts.index_add(0, groups, weights)
+    return (totals / counts.clamp(min=1.0))[groups].to(scores.dtype)

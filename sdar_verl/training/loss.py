@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from sdar_verl.algorithm.divergences import DIVERGENCES
 from sdar_verl.algorithm.gap import StepStatistics
 from sdar_verl.algorithm.gates import Ranges, gate_reads
 from sdar_verl.algorithm.loss import DistillationTerms, distillation_terms
+from sdar_verl.algorithm.masking import ROWS_NAMED, NonFiniteValues
 from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.config import LossConfig
-from sdar_verl.errors import ConfigError
+from sdar_verl.errors import ConfigError, NonFiniteError
+from sdar_verl.rollout.rows import ROW_KEY
 from sdar_verl.training.fields import (
     GAP_POOLED,
     GAP_SHIFT,
@@ -58,6 +61,10 @@ def sdar_loss(
 
     Returns:
         The loss to differentiate, and metrics; those of this package are sums, so that they reduce exactly.
+
+    Raises:
+        NonFiniteError: a log-prob of this micro-batch is NaN or infinite; names the rows. The trainer has looked at the
+            step's numbers before (:mod:`sdar_verl.training.finite`): what is broken here broke within the update.
     """
     if "entropy" in model_output and not config.entropy_coeff:
         # Asked for by the gate or for a metric: nothing must be kept for a gradient that is zero.
@@ -66,7 +73,10 @@ def sdar_loss(
 
     step = StepValues.from_dict(tu.get_non_tensor_data(data, STEP_VALUES, None))
     log_probs = no_padding_2_padding(model_output["log_probs"], data)
-    terms = _terms(settings, step, log_probs, model_output, data)
+    try:
+        terms = _terms(settings, step, log_probs, model_output, data)
+    except NonFiniteValues as error:
+        raise NonFiniteError(f"{error}{_named(data, error.rows)}") from error
     distillation = agg_loss(
         loss_mat=terms.loss,
         loss_mask=terms.response_mask,
@@ -144,6 +154,19 @@ def _terms(
         statistics=StepStatistics(shift, pooled, scale, Ranges(*step.ranges) if step.ranges else None),
         signals=divergence_signal(model_output, data),
     )
+
+
+def _named(data: TensorDict, rows: Sequence[int]) -> str:
+    """What these rows are called, where the micro-batch says it."""
+    columns = [tu.get(data, name, None) for name in ("uid", "session_id", "extra_fields")]
+    if any(not isinstance(column, (list, torch.Tensor)) or len(column) <= max(rows) for column in columns):
+        return ""
+    uids, sessions, extras = (list(column) for column in columns)
+    names = []
+    for row in rows[:ROWS_NAMED]:
+        record = extras[row][ROW_KEY]
+        names.append(f"{uids[row]}_{int(sessions[row])} (task {record['task_id']}, turn {record['turn'] + 1})")
+    return f" Rows of this micro-batch, by episode: {', '.join(names)}."
 
 
 def _differentiable(distillation: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,7 @@ def row_metrics(keys: Sequence[str], infos: Sequence[RowInfo | None]) -> dict[st
         "sdar/no_match_share": _share(info.no_match for info in played),
         "sdar/skills_dropped_share": _share(info.skills_dropped > 0 for info in played),
         "sdar/context_missing_share": _share(info.context_missing for info in played),
+        "sdar/context_empty_share": _share(info.context_empty for info in played),
     }
     if any(info.turns for info in played):
         metrics["sdar/cut_episodes"] = sum(info.cut for info in played)

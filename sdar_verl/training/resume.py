@@ -8,7 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from sdar_verl.atomic import write_text_atomically
 from sdar_verl.errors import ConfigError
+from sdar_verl.training.checks.resume import TRACKER
 from sdar_verl.untrusted import parse_json, shorten
 
 RUN_FILE = "sdar_run.json"
@@ -74,7 +76,7 @@ def claim_checkpoints(config: DictConfig) -> None:
     """
     folder = Path(str(config.trainer.default_local_dir)).expanduser()
     note, wanted = folder / RUN_FILE, fingerprint(config)
-    resumable = (folder / "latest_checkpointed_iteration.txt").is_file()
+    resumable = (folder / TRACKER).is_file()
     if config.trainer.resume_mode == "auto" and resumable and note.is_file():
         try:
             found = parse_json(note.read_bytes())
@@ -94,10 +96,7 @@ def claim_checkpoints(config: DictConfig) -> None:
                 "run its own folder (trainer.experiment_name=... or trainer.default_local_dir=...), or start over with "
                 "trainer.resume_mode=disable"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps(wanted, indent=1) + "\n")
-    partial.replace(note)
+    write_text_atomically(note, json.dumps(wanted, indent=1) + "\n")
 
 
 def resumed_folder(config: DictConfig, step: int) -> Path:
@@ -105,3 +104,14 @@ def resumed_folder(config: DictConfig, step: int) -> Path:
     if config.trainer.resume_mode == "resume_path":
         return Path(str(config.trainer.resume_from_path))
     return Path(str(config.trainer.default_local_dir)) / f"global_step_{step}"
+
+
+def from_scratch(config: DictConfig) -> str:
+    """A line for a run that should have resumed and found nothing but checkpoints that were never finished."""
+    folder = Path(str(config.trainer.default_local_dir)).expanduser()
+    left = sorted(path.name for path in folder.glob("global_step_*"))
+    if config.trainer.resume_mode != "auto" or not left:
+        return ""
+    return (
+        f"sdar: {folder} holds {', '.join(left)}, but no {TRACKER}: none was finished, training starts from scratch\n"
+    )

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 from tensordict import TensorDict
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transfer_queue import KVBatchMeta
@@ -33,17 +33,19 @@ from sdar_verl.rollout.rows import TRACED_COLUMN, RowInfo
 from sdar_verl.rollout.uids import PromptUids
 from sdar_verl.training.advantage import AdvantageRows, advantage_rows
 from sdar_verl.training.checks.run import check_run
+from sdar_verl.training.finite import ADVANTAGES, check_student
 from sdar_verl.training.head.distributions import StepRequests, step_requests
 from sdar_verl.training.head.loss import distribution_loss
 from sdar_verl.training.head.requests import asked
 from sdar_verl.training.late_context import LateContexts, late_contexts
 from sdar_verl.training.live import step_line, validation_line
+from sdar_verl.training.liveness import Liveness, queue_processes, run_processes, watched
 from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
 from sdar_verl.training.panel_tasks import panel_files
 from sdar_verl.training.parts.assemble import make_parts
 from sdar_verl.training.parts.base import StepRows, load_parts, save_parts
 from sdar_verl.training.read_rows import read_infos, row_order, stop_on_errors
-from sdar_verl.training.resume import claim_checkpoints, resumed_folder
+from sdar_verl.training.resume import claim_checkpoints, from_scratch, resumed_folder
 from sdar_verl.training.step_metrics import step_metrics
 from sdar_verl.training.teacher.privileged import PrivilegedTeacher
 from sdar_verl.training.validation import ArmDataset, arm_metrics, expected_episodes
@@ -68,6 +70,8 @@ class SdarTraining(PPOTrainer):
         self.sdar = load_config(config.get("sdar"))
         check_run(config, self.sdar)
         claim_checkpoints(config)
+        self._queue: dict[str, Any] = {}
+        self._liveness = Liveness(lambda: {**run_processes(self), **self._queue})
         super().__init__(config)
         if self.sdar.rollout.poll_interval_s is not None:
             self.replay_buffer.poll_interval = self.sdar.rollout.poll_interval_s
@@ -85,6 +89,9 @@ class SdarTraining(PPOTrainer):
         self._updates: list[dict] = []
 
     # ---------------------------------------------------------------- set-up
+
+    def _build_replay_buffer(self) -> Any:
+        return watched(super()._build_replay_buffer(), self._liveness)
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
@@ -140,6 +147,13 @@ class SdarTraining(PPOTrainer):
                 group = self.config.actor_rollout_ref.rollout.n
                 self.config.actor_rollout_ref.actor.ppo_mini_batch_size = rows // group
         super().on_init_end()
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        """verl's, under watch: a dead process ends the run and is named."""
+        units = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
+        self._queue = queue_processes(OmegaConf.select(self.config, units) or 0)
+        with self._liveness.watching():
+            super().fit(agent_loop_manager)
 
     # ---------------------------------------------------------------- a step
 
@@ -204,6 +218,7 @@ class SdarTraining(PPOTrainer):
             return super()._compute_old_log_prob(batch, metrics)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        check_student(self._step_rows(batch, metrics), self.tokenizer.eos_token_id)
         if self._has_teacher:
             with marked_timer("teacher", self.timing_raw, color="blue"):
                 self._teacher_pass(batch, metrics)
@@ -213,6 +228,7 @@ class SdarTraining(PPOTrainer):
             metrics["sdar/groups_without_variance"] = rows.counts.groups_without_variance
             metrics["sdar/groups"] = rows.counts.groups
         step_rows = self._step_rows(batch, metrics)
+        check_student(step_rows, self.tokenizer.eos_token_id, ADVANTAGES)
         with marked_timer("parts", self.timing_raw, color="green"):
             for part in self.parts:
                 part.on_advantages(step_rows)
@@ -275,7 +291,9 @@ class SdarTraining(PPOTrainer):
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
-        if self.global_steps > 0:
+        if self.global_steps == 0:
+            print(from_scratch(self.config), end="", flush=True)
+        else:
             load_parts(self.parts, resumed_folder(self.config, self.global_steps))
 
     # ---------------------------------------------------------------- what a person sees

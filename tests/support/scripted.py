@@ -79,15 +79,15 @@ class Server:
 
 
 def scripted_config(max_prompt_length=300, max_response_length=20, **settings):
-    """A run's config; ``group__option=value`` sets ``sdar.group.option``."""
+    """A run's config; ``group__option=value`` sets ``sdar.group.option``, ``option=value`` sdar's own."""
     node = SdarConfig().model_dump()
     node["prompt"]["template"] = "alfworld_compact"
     node["skills"]["bank"] = "alfworld_household"
     node["env"]["max_steps"] = 3
     node["rollout"]["seed"] = 7
     for option, value in settings.items():
-        group, name = option.split("__")
-        node[group][name] = value
+        *group, name = option.split("__")
+        (node[group[0]] if group else node)[name] = value
     return OmegaConf.create(
         {
             "sdar": node,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 from sdar_verl.envs.base import Step, Task, TextEnv
@@ -17,10 +18,12 @@ class ToySearch(TextEnv):
 
     Args:
         die_once: a file; the first process to find it missing writes it and kills itself in a step.
+        hold: a file; a step waits while it is there.
     """
 
-    def __init__(self, die_once: str | None = None):
+    def __init__(self, die_once: str | None = None, hold: str | None = None):
         self._die_once = Path(die_once) if die_once else None
+        self._hold = Path(hold) if hold else None
         self._target = ""
 
     def reset(self, task: Task) -> Step:
@@ -31,6 +34,8 @@ class ToySearch(TextEnv):
         if self._die_once is not None and not self._die_once.exists():
             self._die_once.write_text("died once")
             os.kill(os.getpid(), signal.SIGKILL)
+        while self._hold is not None and self._hold.exists():
+            time.sleep(0.05)
         if action == f"go to {self._target}":
             return self._answer("you see it .", success=True)
         return self._answer("nothing happens .")

@@ -26,25 +26,36 @@ SHORT = [*SMALL, "sdar.loss.coef=0.5", "actor_rollout_ref.actor.kl_loss_coef=0.0
 SAME = {"rel": 2e-4, "abs": 2e-5}
 
 
-def train(
+def train(folder: Path, *overrides: str, **kwargs: Any) -> Run:
+    """Run some steps of the quick start's recipe in the toy environment.
+
+    Args:
+        folder: for its files.
+        *overrides: verl's and ours.
+        **kwargs: of :func:`toy_arguments`, and of :func:`tests.support.verl_run.run_main_ppo`.
+    """
+    names = ("steps", "record", "mode", "base")
+    arguments, env = toy_arguments(folder, *overrides, **{name: kwargs.pop(name) for name in names if name in kwargs})
+    return run_main_ppo(folder, arguments, **env, **kwargs)
+
+
+def toy_arguments(
     folder: Path,
     *overrides: str,
     steps: int = 4,
     record: bool = False,
     mode: str = "sdar",
     base: Sequence[str] = SHORT,
-    **kwargs: Any,
-) -> Run:
-    """Run ``steps`` steps of the quick start's recipe in the toy environment.
+) -> tuple[list[str], dict[str, str]]:
+    """Overrides and environment variables of such a run; its panels are written.
 
     Args:
         folder: for its files.
-        *overrides: verl's and ours.
+        *overrides: verl's and ours, after all others.
         steps: of training.
         record: also write what each update reads to ``step_<n>.pt`` (:mod:`tests.support.recording`).
         mode: the trainer's.
         base: overrides that make the run short; ``SMALL`` leaves the method as its preset has it.
-        **kwargs: of :func:`tests.support.verl_run.run_main_ppo`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     env = {}
@@ -52,5 +63,4 @@ def train(
         env = {"VERL_USE_EXTERNAL_MODULES": "sdar_verl.plugin,tests.support.recording", "SDAR_RECORD": str(folder)}
         mode = f"{mode}_recording"
     panels = write_toy_panels(folder)
-    options = [*panels, *base, f"trainer.v1.trainer_mode={mode}", f"trainer.total_training_steps={steps}", *overrides]
-    return run_main_ppo(folder, options, **env, **kwargs)
+    return [*panels, *base, f"trainer.v1.trainer_mode={mode}", f"trainer.total_training_steps={steps}", *overrides], env

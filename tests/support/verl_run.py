@@ -39,19 +39,12 @@ class Run:
         return {step: data[name] for step, data in self.metrics.items() if name in data}
 
 
-def run_main_ppo(
-    folder: Path,
-    overrides: list[str],
-    *,
-    config: str = "sdar_quickstart",
-    timeout: float = 400,
-    check: bool = True,
-    **env: str,
-) -> Run:
+def start_main_ppo(
+    folder: Path, overrides: list[str], *, config: str = "sdar_quickstart", **env: str
+) -> subprocess.Popen[bytes]:
     """``python -m verl.trainer.main_ppo --config-name CONFIG OVERRIDES`` with its files under ``folder``.
 
-    Raises:
-        AssertionError: with the end of the output, when it does not end in time, or (``check``) not well.
+    Its output goes to ``log.txt`` there; it leads a process group of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -71,17 +64,30 @@ def run_main_ppo(
         f"hydra.run.dir={folder / 'hydra'}",
         *overrides,
     ]
-    log = folder / "log.txt"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, cwd=folder, env={**os.environ, **settings, **env}, stdout=stream, stderr=subprocess.STDOUT
+    with (folder / "log.txt").open("w") as stream:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **settings, **env},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            raise AssertionError(f"no end after {timeout} s:\n{log.read_text()[-6000:]}") from None
+
+
+def run_main_ppo(folder: Path, overrides: list[str], *, timeout: float = 400, check: bool = True, **kwargs: Any) -> Run:
+    """Run :func:`start_main_ppo`, whose further arguments these are, to its end.
+
+    Raises:
+        AssertionError: with the end of the output, when it does not end in time, or (``check``) not well.
+    """
+    process, log = start_main_ppo(folder, overrides, **kwargs), folder / "log.txt"
+    try:
+        process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise AssertionError(f"no end after {timeout} s:\n{log.read_text()[-6000:]}") from None
     run = Run(folder, log.read_text(), process.returncode)
     assert not check or run.returncode == 0, run.output[-8000:]
     return run

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from sdar_verl.envs.base import Step
 from sdar_verl.local import start_policy
-from tests.support.scripted import GOOD, LOST, MUTE, WRONG, Pool, Session, play_episode
+from tests.support.scripted import GOOD, LOST, MUTE, WRONG, Pool, Server, Session, play_episode
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,19 @@ def test_no_skill_leaves_the_teacher_without_a_say(play):
     assert infos[0].error is None
 
 
+@pytest.mark.parametrize("rows", [{}, {"rollout__rows": "trajectory", "rollout__turn_length": 20}])
+def test_a_task_without_a_context_is_counted_or_stops_the_run(play, rows):
+    settings = {"skills__retrieval": ["none"], "max_response_length": 60 if rows else 20, **rows}
+    _, infos, _, _ = play([LOST, GOOD], **settings)
+    assert all(info.context_empty and info.error is None for info in infos)
+    _, infos, _, _ = play([LOST, GOOD], context__on_empty="error", **settings)
+    assert "task task-1: sdar.context.sources=['skills'] find nothing" in infos[0].error
+    assert "sdar.context.on_empty=mask" in infos[0].error
+    del settings["skills__retrieval"]
+    _, infos, _, _ = play([LOST, GOOD], context__on_empty="error", **settings)
+    assert not any(info.context_empty or info.error for info in infos)
+
+
 def test_a_validation_arm_shows_skills_and_sets_the_temperature(play, tokenizer):
     arms = {"teacher": {"context": "skills", "temperature": 0.4}, "student": {"context": "none", "temperature": 0.0}}
     rows, infos, server, _ = play([GOOD], validation__arms=arms, columns={"sdar_arm": "teacher"})
@@ -156,6 +169,19 @@ def test_two_deaths_give_one_masked_row(play):
     assert infos[0].failed and infos[0].error is None
     assert rows[0].response_mask == [0]
     assert rows[0].extra_fields["reward_extra_info"]["failed"] == 1.0
+
+
+def test_a_rollout_server_that_raises_costs_the_episode(play, monkeypatch):
+    """Raised further, it would cost the whole group, and a step of nothing else would end with verl's guess at why."""
+
+    async def fails(self, *_, **__):
+        raise ConnectionError("no such actor")
+
+    monkeypatch.setattr(Server, "generate", fails)
+    rows, infos, _, _ = play([GOOD])
+    assert len(rows) == 1 and rows[0].response_mask == [0]
+    assert infos[0].failed and infos[0].error is None
+    assert infos[0].failure == "the rollout server raised ConnectionError: no such actor"
 
 
 def test_an_environment_that_refuses_stops_the_run(play):

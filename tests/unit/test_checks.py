@@ -232,6 +232,30 @@ CASES = {
         {"sdar.teacher.source": "reference", "sdar.teacher.path": "/no/such/model"},
         ["sdar.teacher.path=/no/such/model", "cannot be read"],
     ),
+    "rows left out of an update that scores itself": (
+        {"sdar.teacher.source": "actor_fresh", "sdar.on_nonfinite": "drop"},
+        ["sdar.on_nonfinite=drop", "source=actor_fresh", "source=actor,"],
+    ),
+    "no history to drop": (
+        {"sdar.teacher.on_long_prompt": "drop_history", "sdar.prompt.history_length": 0},
+        ["on_long_prompt=drop_history has nothing to drop", "history_length=0"],
+    ),
+    "more teacher tokens than positions": (
+        {"sdar.teacher.max_prompt_length": 600},
+        ["sdar.teacher.max_prompt_length=600", "620 tokens", "512 positions", "at most 492"],
+    ),
+    "an empty context that may yet come": (
+        {"sdar.context.sources": ["skills", "sibling"], "sdar.context.on_empty": "error"},
+        ["sdar.context.on_empty=error has no effect", "context_missing_share"],
+    ),
+    "an empty context of no teacher": (
+        {"sdar.context.on_empty": "error", "sdar.teacher.source": "none", "sdar.loss.coef": 0},
+        ["sdar.context.on_empty=error has no effect", "source=none"],
+    ),
+    "no checkpoint to resume from": (
+        {"trainer.resume_mode": "resume_path", "trainer.resume_from_path": "/no/global_step_3"},
+        ["trainer.resume_from_path=/no/global_step_3 does not exist"],
+    ),
     "mini-batch": ({"sdar.update.mini_batch_rows": 100}, ["sdar.update.mini_batch_rows=100", "rollout.n=8"]),
     "ranks": ({"trainer.n_gpus_per_node": 3}, ["sdar.update.mini_batch_rows=128", "3 ranks"]),
     "group of one": ({"actor_rollout_ref.rollout.n": 1}, ["rollout.n=1", "at least 2"]),
@@ -348,6 +372,21 @@ SOUND = {
 @pytest.mark.parametrize("case", SOUND)
 def test_a_sound_choice_passes(recipe, case):
     run_checks(recipe, **SOUND[case])
+
+
+def test_a_task_without_a_context_is_found_before_the_start(recipe, tmp_path):
+    skill = tmp_path / "bank" / "put" / "SKILL.md"
+    skill.parent.mkdir(parents=True)
+    skill.write_text("---\nname: put\ndescription: d\ntask-types: [pick_and_place_simple]\n---\nPut it there.\n")
+    panel = tmp_path / "train.parquet"
+    types = ["pick_and_place_simple", "look_at_obj_in_light"]
+    write_panel([Task("alfworld", f"game-{i:02d}", types[i == 3], "a mug") for i in range(16)], panel, "train")
+    settings = {"data.train_files": str(panel), "sdar.skills.bank": str(skill.parents[1])}
+    run_checks(recipe, **settings)
+    with pytest.raises(ConfigError) as told:
+        run_checks(recipe, **settings, **{"sdar.context.on_empty": "error"})
+    assert "find nothing for 1 of 16 tasks of data.train_files: game-03. " in str(told.value)
+    assert "sdar.context.on_empty=mask" in str(told.value)
 
 
 def test_files_that_tasks_need_must_be_there(recipe, tmp_path):

@@ -40,7 +40,8 @@ DOCUMENTS = [
     Path("CHANGELOG.md"),
 ]
 SOURCES = [
-    ROOT / "sdar_verl" / "training" / name for name in ("trainer.py", "parts/distillation.py", "parts/packing.py")
+    ROOT / "sdar_verl" / "training" / name
+    for name in ("trainer.py", "finite.py", "parts/distillation.py", "parts/packing.py", "teacher/privileged.py")
 ]
 METRIC = re.compile(r"`(sdar(?:-val)?/[^`]+|timing_s/teacher)`")
 SETTING = re.compile(r"(?:sdar|actor_rollout_ref|data|trainer|algorithm)(?:\.\w+)+(?:=\S+)?|(?:model|hardware)=\S+")

@@ -25,7 +25,7 @@ def test_row_metrics_count_episodes_once_and_leave_padding_out():
     infos = [
         info(success=True, skills=("a",), teacher_prompt_ids=ids, context_tokens=10, history_dropped=1),
         info(success=True, skills=("a",), teacher_prompt_ids=ids, context_tokens=20, unparsed=True),
-        info(skills=("a", "b"), inadmissible=True, truncated=True, no_match=True),
+        info(skills=("a", "b"), inadmissible=True, truncated=True, no_match=True, context_empty=True),
         info(failed=True),
         None,
     ]
@@ -41,6 +41,7 @@ def test_row_metrics_count_episodes_once_and_leave_padding_out():
     assert metrics["sdar/context_share"] == pytest.approx(2 / 3)
     assert metrics["sdar/truncated_share"] == pytest.approx(1 / 3)
     assert metrics["sdar/no_match_share"] == pytest.approx(1 / 3)
+    assert metrics["sdar/context_empty_share"] == pytest.approx(1 / 3)
     assert metrics["sdar/context_tokens/mean"] == 15
     assert metrics["sdar/context_tokens/max"] == 20
     assert metrics["sdar/skill_episodes/a"] == 2
@@ -137,6 +138,21 @@ def test_equal_fractional_rewards_are_a_flat_group_whatever_the_turns():
             )
         assert advantages.abs().max() == 0
         assert rows.counts.groups_without_variance == 1
+
+
+def test_a_row_that_was_left_out_does_not_lower_its_episodes_score():
+    """With KL in the reward an episode's score is the mean over its rows; a row left out has a reward of 0."""
+    from sdar_verl.training.advantage import AdvantageRows, advantage_rows, compute_sdar_advantage
+
+    keys = ["u_0_0", "u_0_1", "u_1_0", "u_1_1"]
+    rewards = torch.tensor([[1.0], [0.0], [1.0], [1.0]])
+    settings = SimpleNamespace(group_stats="episode", invalid_action_penalty=0.0)
+    with advantage_rows(AdvantageRows.from_batch(settings, keys, [info(), None, info(), info()])) as rows:
+        advantages, _ = compute_sdar_advantage(
+            rewards, torch.ones(4, 1), config={"use_kl_in_reward": True}, index=np.array(["u"] * 4)
+        )
+    assert advantages.abs().max() == 0
+    assert rows.counts.groups_without_variance == 1
 
 
 def test_a_crashed_episode_counts_in_its_task_type():

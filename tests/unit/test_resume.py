@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
-from sdar_verl.training.resume import RUN_FILE, claim_checkpoints
+from sdar_verl.training.resume import RUN_FILE, claim_checkpoints, from_scratch
 
 
 def config(folder, mode="auto", **overrides):
@@ -66,3 +66,10 @@ def test_a_folder_without_a_checkpoint_is_free(tmp_path):
     claim_checkpoints(config(tmp_path))
     claim_checkpoints(config(tmp_path, **{"data.seed": 1}))
     assert '"data.seed": 1' in (tmp_path / RUN_FILE).read_text()
+
+
+def test_a_run_that_died_in_its_first_checkpoint_starts_over_and_says_so(tmp_path):
+    assert from_scratch(config(tmp_path)) == ""
+    (tmp_path / "global_step_2").mkdir()
+    assert "global_step_2, but no latest_checkpointed_iteration.txt" in from_scratch(config(tmp_path))
+    assert from_scratch(config(tmp_path, mode="disable")) == ""

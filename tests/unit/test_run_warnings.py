@@ -75,6 +75,21 @@ def test_a_warning_is_told_once_and_counted_from_then_on(run):
     assert (run.record.folder / "warnings.jsonl").read_text().count("\n") == 1
 
 
+def test_a_step_on_which_the_teacher_sees_nothing_at_all(run):
+    run.record.latest = {"reward": {}}  # no distilled token, no distribution
+    metrics = {**SOUND, "sdar/context_share": 0.0}
+    run.part.on_trained(1, metrics)
+    assert metrics["sdar/warnings/no_context"] == 1
+    assert "sdar/context_empty_share" in run.said[0]
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_an_update_that_verl_left_out(run, norm):
+    assert run.play(**{"actor/grad_norm": norm}) == {"update_skipped": 1}
+    assert "actor_rollout_ref.actor.optim.lr" in run.said[0]
+    assert run.play(**{"actor/grad_norm": 3.0}) == {"update_skipped": 1}
+
+
 def test_gaps_that_are_all_zero(run):
     assert run.play(gaps=np.zeros(8)) == {"zero_gap": 1}
 

@@ -16,7 +16,7 @@ from sdar_verl.errors import TeacherError
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.fields import TEACHER_ENTROPY, TEACHER_LOG_PROBS
 from sdar_verl.training.teacher.privileged import PrivilegedTeacher, check_not_lost
-from sdar_verl.training.teacher.rows import TeacherRows, nested, response_part
+from sdar_verl.training.teacher.rows import TeacherRows, nested, response_part, stop_without_contexts
 
 VOCABULARY = 1000
 CHANCE = -math.log(VOCABULARY)
@@ -141,6 +141,7 @@ def test_a_pool_scores_while_the_student_is_scored(monkeypatch):
     one = teacher(source="reference", placement="pool", pool_gpus_per_node=1)
     one._trainer.config.actor_rollout_ref.rollout = {"temperature": 1.0}
     one._trainer.tokenizer = range(VOCABULARY)
+    one._trainer.sdar = SimpleNamespace(on_nonfinite="error")
     one._pool = PoolOfOne(queue)
     step = Rows(keys=["a_0_0", "b_0_0"], partition_id="train", tags=[{}, {}])
     seen = RowInfo(turn=0, task_type="t", teacher_prompt_ids=torch.tensor([5, 5, 5, 5]).numpy())
@@ -164,10 +165,22 @@ def test_the_response_part_is_what_predicts_the_response():
     assert [row.tolist() for row in part.unbind()] == [[3, 4], [2], [3, 4, 5, 6]]
 
 
-def test_a_step_without_any_context_is_an_error(monkeypatch):
-    fields = {
-        name: nested([torch.tensor([1]), torch.tensor([1])]) for name in ("prompts", "responses", "response_mask")
-    }
-    Queue(monkeypatch, **fields)
-    with pytest.raises(TeacherError, match="no context on any row"):
-        TeacherRows.read(batch(), [RowInfo(turn=0, task_type="t"), None])
+@pytest.mark.parametrize(
+    ("info", "at_first", "later"),
+    [
+        ({}, "no context on any row", "no context on any row"),
+        ({"context_empty": True}, "no context on any row", None),
+        ({"truncated": True}, "not one teacher prompt of this step fits sdar.teacher.max_prompt_length", None),
+        ({"context_missing": True}, None, None),
+        ({"teacher_prompt_ids": torch.ones(2).numpy()}, None, None),
+    ],
+)
+def test_a_step_without_any_context_is_an_error_when_it_is_the_set_ups_fault(info, at_first, later):
+    """A later step may have nothing but tasks that an option leaves without a teacher: that must not kill the run."""
+    infos = [RowInfo(turn=0, task_type="t", **info), RowInfo(turn=0, task_type="t", failed=True), None]
+    for step, said in ((1, at_first), (2, later)):
+        if said is None:
+            stop_without_contexts(infos, step)
+        else:
+            with pytest.raises(TeacherError, match=said):
+                stop_without_contexts(infos, step)

@@ -12,7 +12,7 @@ import transfer_queue as tq
 from omegaconf import OmegaConf
 
 from sdar_verl.config import TeacherConfig
-from sdar_verl.errors import TeacherError
+from sdar_verl.errors import NonFiniteError, TeacherError
 from sdar_verl.rollout.rows import EpisodeNote, RowInfo
 from sdar_verl.training.fields import TEACHER_ENTROPY, TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.training.teacher.answers import answer_metrics
@@ -48,12 +48,12 @@ def queue(monkeypatch):
     return stored
 
 
-def teacher(**settings: Any) -> PrivilegedTeacher:
+def teacher(on_nonfinite: str = "error", **settings: Any) -> PrivilegedTeacher:
     config = OmegaConf.create({"actor_rollout_ref": {"model": {}}})
     settings = {"source": "actor", "placement": "rollout_server", **settings}
-    return PrivilegedTeacher(
-        TeacherConfig(**settings), SimpleNamespace(global_steps=1, config=config, tokenizer=range(1000))
-    )
+    sdar = SimpleNamespace(on_nonfinite=on_nonfinite)
+    trainer = SimpleNamespace(global_steps=1, config=config, tokenizer=range(1000), sdar=sdar)
+    return PrivilegedTeacher(TeacherConfig(**settings), trainer)
 
 
 def record(values=None, **given: Any) -> RowInfo:
@@ -73,6 +73,17 @@ def test_answers_become_the_fields_of_a_pass(queue):
     assert metrics["sdar/teacher_log_prob"] == pytest.approx((-0.25 - 0.75 - 1.5) / 3)
     assert metrics["sdar/teacher_staleness"] == 0
     assert metrics["sdar/teacher_failed_share"] == 0.0
+
+
+def test_an_answer_of_nan_stops_the_step_or_leaves_the_distillation_term(queue):
+    infos = [record([float("nan"), -9.0, -0.75]), record([-1.5]), None]
+    with pytest.raises(NonFiniteError, match="teacher's log-probs hold NaN or infinity in 1 of 3 rows"):
+        teacher().score(BATCH, infos)
+    metrics = teacher("drop").score(BATCH, infos)
+    assert metrics["sdar/nonfinite_teacher_rows"] == 1
+    assert metrics["sdar/teacher_log_prob"] == -1.5
+    assert [row.tolist() for row in queue[TEACHER_MASK].unbind()] == [[0, 0, 0], [1], [0]]
+    assert [row.tolist() for row in queue[TEACHER_LOG_PROBS].unbind()] == [[0.0] * 3, [-1.5], [0.0]]
 
 
 def test_a_row_whose_request_failed_leaves_the_distillation_term_and_is_counted(queue):

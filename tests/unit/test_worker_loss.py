@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,10 @@ from verl.workers.utils.losses import ppo_loss
 
 from sdar_verl.algorithm.gap import step_statistics
 from sdar_verl.algorithm.loss import distillation_terms
+from sdar_verl.algorithm.masking import NonFiniteValues
 from sdar_verl.config import LossConfig
-from sdar_verl.errors import ConfigError
+from sdar_verl.errors import ConfigError, NonFiniteError
+from sdar_verl.rollout.rows import ROW_KEY, RowInfo
 from sdar_verl.training.fields import (
     GAP_POOLED,
     GAP_SHIFT,
@@ -241,6 +244,29 @@ def test_no_gradient_goes_through_the_entropy_of_the_gate() -> None:
     loss.backward()
     assert step.entropy.grad is None
     assert step.student.grad is not None
+
+
+def test_a_log_prob_that_broke_within_the_update_is_named() -> None:
+    step = Step()
+    with torch.no_grad():
+        step.student[1, 0] = step.student[4, 1] = float("nan")
+        step.student[3, 0] = float("inf")  # has no teacher: verl's gradient norm will show it
+    output, data = step.micro_batch([0, 1, 3, 4], LossConfig(), coef=0.5)
+    columns = {
+        "uid": ["a", "a", "b", "c"],
+        "session_id": [0, 0, 1, 0],
+        "extra_fields": [{ROW_KEY: RowInfo(turn, "t", task_id=f"task-{turn}").as_dict()} for turn in range(4)],
+    }
+    for name, values in columns.items():
+        tu.assign_non_tensor_stack(data, name, values)
+    text = r"student_log_probs holds NaN .* rows: 1, 3\..* a_0 \(task task-1, turn 2\), c_0 \(task task-3, turn 4\)\."
+    with pytest.raises(NonFiniteError, match=text):
+        sdar_loss(actor(), LossConfig(coef=0.5), output, data)
+    _, bare = step.micro_batch([0, 1], LossConfig(), coef=0.5)
+    output, _ = step.micro_batch([0, 1], LossConfig(), coef=0.5)
+    with pytest.raises(NonFiniteError, match="rows: 1"):
+        sdar_loss(actor(), LossConfig(coef=0.5), output, bare)
+    assert pickle.loads(pickle.dumps(NonFiniteValues("x", [1]))).rows == (1,), "Ray sends it to the trainer"
 
 
 def test_an_engine_without_entropy_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.context.builder import is_late
 from sdar_verl.context.registry import ContextError, get_context
 from sdar_verl.envs.base import Task
+from sdar_verl.errors import SdarError
 from sdar_verl.panels import PanelError, read_panel
+from sdar_verl.skills.bank import SkillBank
+from sdar_verl.skills.loading import load_run_bank
+from sdar_verl.skills.registry import get_rule
+from sdar_verl.skills.retrieval import render_skills
+from sdar_verl.training.checks.skills import PROBED_TASKS as SKILL_TASKS
+from sdar_verl.training.checks.skills import retrieve_for_run, spread
+from sdar_verl.training.panel_tasks import panel_tasks
 from sdar_verl.training.teacher.sources import get_source, list_sources
 
 PROBED_TASKS = 8
@@ -57,6 +66,7 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         idle = {
             f"sdar.context.sources={context.sources}": context.sources != ["skills"],
             f"sdar.context.control={context.control}": context.control != "none",
+            f"sdar.context.on_empty={context.on_empty}": context.on_empty != "mask",
         }
         shown = any(arm.context == "teacher" for arm in sdar.validation.arms.values())
         return faults + [
@@ -73,10 +83,18 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             "sdar.teacher.source=none with sdar.loss.coef=0 (Skill-GRPO), or give the teacher more, e.g. "
             "sdar.context.sources=[skills,demonstration]"
         )
+    if context.on_empty == "error" and late:
+        faults.append(
+            f"sdar.context.on_empty=error has no effect with sdar.context.sources={context.sources} and "
+            f"control={context.control}, whose context may come to exist when the group has ended: rows without one "
+            "are left out and counted in sdar/context_missing_share; set it to mask"
+        )
     if context.control == "wrong":
         faults += _other_types(config)
     if not faults:
         faults += _probe(config, sdar)
+    if not faults and context.on_empty == "error":
+        faults += _without_context(config, sdar)
     return faults
 
 
@@ -110,6 +128,36 @@ def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
                 f"data.train_files (environment {tasks[0].env!r}); use another context"
             ]
     return []
+
+
+def _without_context(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Tasks for which the sources find nothing, among those that can be looked at in a moment."""
+    sources, options = sdar.context.sources, sdar.context.options
+    # Contexts of the environment may take long to make; skills are a look into the bank.
+    tasks = spread(panel_tasks(config, "train_files"), SKILL_TASKS if sources == ["skills"] else PROBED_TASKS)
+    try:
+        bank = load_run_bank(sdar.skills, sdar.env.name) if "skills" in sources else None
+        if any(get_rule(name).learns for name in sdar.skills.retrieval):
+            return []  # what it finds depends on what it has learned
+        without = []
+        for task in tasks:
+            request = ContextRequest(task, seed=sdar.context.seed, skills=partial(_skills, bank, task, sdar))
+            if not any(get_context(name).make(request, options.get(name, {})).text for name in sources):
+                without.append(task.task_id)
+    except (SdarError, ValueError, ImportError, OSError):
+        return []  # told by the checks of the skills
+    if not without:
+        return []
+    named = ", ".join(without[:4]) + (", ..." if len(without) > 4 else "")
+    return [
+        f"sdar.context.on_empty=error: sdar.context.sources={sources} find nothing for {len(without)} of {len(tasks)} "
+        f"tasks of data.train_files: {named}. Give them a context (a general skill in the bank, say), or leave their "
+        "rows out of the distillation term with sdar.context.on_empty=mask"
+    ]
+
+
+def _skills(bank: SkillBank | None, task: Task, sdar: SdarConfig) -> Passage:
+    return Passage(render_skills(retrieve_for_run(bank, task, sdar).skills) if bank is not None else "")
 
 
 def _tasks(config: DictConfig) -> Iterator[Task]:

@@ -16,6 +16,7 @@ from sdar_verl.training.checks.context import context_faults
 from sdar_verl.training.checks.engine import engine_faults
 from sdar_verl.training.checks.loss import loss_faults
 from sdar_verl.training.checks.modes import mode_faults, parts_of_a_step
+from sdar_verl.training.checks.resume import resume_faults
 from sdar_verl.training.checks.skills import skill_faults
 from sdar_verl.training.checks.teacher import teacher_faults
 from sdar_verl.training.panel_tasks import panel_files
@@ -241,4 +242,5 @@ _CHECKS: tuple[Any, ...] = (
     engine_faults,
     _variant,
     _data,
+    resume_faults,
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.config import SdarConfig, TeacherConfig
 from sdar_verl.training.checks.loss import needs_step_statistics
@@ -41,6 +43,18 @@ def teacher_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         faults += _vocabulary(config, settings.path)
     if source.per_update:
         faults += _needed_early(sdar)
+        if sdar.on_nonfinite == "drop":
+            faults.append(
+                f"sdar.on_nonfinite=drop cannot leave rows out with sdar.teacher.source={settings.source}, which "
+                "scores inside the update; use sdar.teacher.source=actor, or sdar.on_nonfinite=error"
+            )
+    if settings.on_long_prompt == "drop_history" and sdar.prompt.history_length == 0:
+        faults.append(
+            "sdar.teacher.on_long_prompt=drop_history has nothing to drop with sdar.prompt.history_length=0"
+            + (" (sdar.rollout.rows=trajectory)" if sdar.rollout.rows == "trajectory" else "")
+            + "; use error or mask"
+        )
+    faults += _positions(config, settings)
     if settings.placement == "rollout_server":
         return faults + rollout_server_faults(config, sdar)
     return faults + _budgets(config, settings, own_engine=source.own_engine)
@@ -115,6 +129,25 @@ def _tokenizer(config: DictConfig, path: str) -> dict[str, int]:
     trust = config.actor_rollout_ref.model.get("trust_remote_code", False)
     vocabulary: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust).get_vocab()
     return dict(vocabulary)
+
+
+def _positions(config: DictConfig, settings: TeacherConfig) -> list[str]:
+    """A row longer than the model's positions is computed without an error, and wrong."""
+    described = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
+    try:
+        limit = json.loads(described.read_text()).get("max_position_embeddings")
+    except (OSError, ValueError):
+        return []  # not on this machine, or not a model: verl tells
+    override = OmegaConf.select(config, "actor_rollout_ref.model.override_config.max_position_embeddings")
+    limit, longest = override or limit, settings.max_prompt_length + config.data.max_response_length
+    if limit is None or longest <= limit:
+        return []
+    return [
+        f"sdar.teacher.max_prompt_length={settings.max_prompt_length} and data.max_response_length="
+        f"{config.data.max_response_length} make teacher rows of up to {longest} tokens, and the model "
+        f"{described.parent} has {limit} positions; set sdar.teacher.max_prompt_length to at most "
+        f"{max(limit - config.data.max_response_length, 1)}"
+    ]
 
 
 def _budgets(config: DictConfig, settings: TeacherConfig, *, own_engine: bool) -> list[str]:

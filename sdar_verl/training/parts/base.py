@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sdar_verl.atomic import write_text_atomically
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.rollout.rows import RowInfo
@@ -64,6 +65,15 @@ class StepRows:
         written = tq.kv_batch_put(keys=self.batch.keys, partition_id=self.batch.partition_id, fields=fields)
         if self.batch.fields is not None:  # what the workers are sent; None is everything
             self.batch.fields = written.fields
+
+    def tag(self, numbers: Sequence[int], **tags: Any) -> None:
+        """Add tags to some rows; verl's ``is_padding`` keeps a row out of its metrics."""
+        import transfer_queue as tq
+
+        for i in numbers:
+            self.batch.tags[i] = {**self.batch.tags[i], **tags}
+        keys, changed = [self.batch.keys[i] for i in numbers], [self.batch.tags[i] for i in numbers]
+        tq.kv_batch_put(keys=keys, partition_id=self.batch.partition_id, tags=changed)
 
 
 def joined_rows(parts: Sequence[StepRows]) -> StepRows:
@@ -120,11 +130,8 @@ class TrainerPart:
 
 def save_parts(parts: Sequence[TrainerPart], folder: str | Path) -> None:
     """Write all states into a checkpoint ``folder``, atomically."""
-    path = Path(folder) / STATE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({part.name: part.state_dict() for part in parts}, indent=1) + "\n")
-    partial.replace(path)
+    states = {part.name: part.state_dict() for part in parts}
+    write_text_atomically(Path(folder) / STATE_FILE, json.dumps(states, indent=1) + "\n")
 
 
 def load_parts(parts: Sequence[TrainerPart], folder: str | Path) -> None:

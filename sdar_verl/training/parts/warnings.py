@@ -32,6 +32,7 @@ NAMES = (
     "teacher_worse",
     "engines_apart",
     "teacher_unanswered",
+    "update_skipped",
 )
 
 ZERO_GAP = 1e-6
@@ -113,8 +114,15 @@ class RunWarnings(TrainerPart):
                 )
 
     def _over_steps(self, metrics: Mapping[str, Any]) -> dict[str, str]:
-        """What only several steps together can show."""
+        """What only several steps together can show, and what an update did to the weights."""
         seen = {}
+        if not np.isfinite(metrics.get("actor/grad_norm", 0.0)):
+            seen["update_skipped"] = (
+                "the gradient of an update is NaN or infinite while all log-probs of the step are finite; verl leaves "
+                "such an update out and goes on. Once is the luck of one batch; if it comes again, lower "
+                "actor_rollout_ref.actor.optim.lr, or compute in another precision "
+                "(actor_rollout_ref.actor.fsdp_config.mixed_precision)"
+            )
         if metrics.get("sdar/groups"):
             self._flat = [
                 *self._flat[1 - FLAT_STEPS :],
@@ -151,9 +159,11 @@ class RunWarnings(TrainerPart):
 
 def _teacher(settings: SdarConfig, metrics: Mapping[str, Any], distributions: Mapping[str, Any]) -> dict[str, str]:
     """Whether the teacher has anything to say on this step."""
-    if settings.teacher.source == "none" or "gap_quantiles" not in distributions:
+    if settings.teacher.source == "none":
         return {}
-    seen = {}
+    seen = _context(metrics)
+    if "gap_quantiles" not in distributions:
+        return seen
     quantiles, turns = distributions["gap_quantiles"], distributions["by_turn"]["abs_gap"]
     if max(abs(quantiles[0]), abs(quantiles[-1])) <= ZERO_GAP and max(turns) <= ZERO_GAP:
         seen["zero_gap"] = (
@@ -167,12 +177,19 @@ def _teacher(settings: SdarConfig, metrics: Mapping[str, Any], distributions: Ma
             f"gaps are too small for sdar.loss.beta={settings.loss.beta:g}. Raise it, or give the teacher a context "
             "that says more (sdar.skills)"
         )
+    return seen
+
+
+def _context(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Whether the teacher sees anything at all; also on a step on which it sees nothing."""
+    seen = {}
     share = metrics.get("sdar/context_share")
     if share is not None and share < CONTEXT_SHARE:
         seen["no_context"] = (
             f"the teacher has a context on {share:.0%} of the rows only; the others add nothing to the distillation "
             "term. sdar/no_match_share counts tasks without a skill of their own (sdar.skills.retrieval), "
-            "sdar/truncated_share prompts that are too long (sdar.teacher.max_prompt_length)"
+            "sdar/context_empty_share tasks for which nothing was found, sdar/truncated_share prompts that are too "
+            "long (sdar.teacher.max_prompt_length)"
         )
     return seen
 

@@ -34,9 +34,10 @@ from sdar_verl.training.fields import (
     TEACHER_PARTITION,
     TEACHER_PROMPTS,
 )
+from sdar_verl.training.finite import check_teacher
 from sdar_verl.training.head.requests import HEAD_REQUEST, HeadRequest
 from sdar_verl.training.teacher.answers import COMPARED, answered_log_probs, answered_rows, server_metrics
-from sdar_verl.training.teacher.rows import TeacherRows, nested
+from sdar_verl.training.teacher.rows import TeacherRows, nested, stop_without_contexts
 from sdar_verl.training.teacher.sources import TOLERANCE_OTHER_ENGINE, get_source
 
 _POOL = "sdar_teacher_pool"
@@ -103,6 +104,11 @@ class PrivilegedTeacher:
             )
             self._pool.init_model()
 
+    @property
+    def pool(self) -> Any:
+        """The teacher's own worker group, or None."""
+        return self._pool
+
     # ---------------------------------------------------------------- a step
 
     def begin(
@@ -144,14 +150,17 @@ class PrivilegedTeacher:
             Metrics of the pass.
 
         Raises:
-            TeacherError: no row has a context at all, the teacher knows nothing (its weights are lost), or the rollout
+            TeacherError: no row has a context, by a fault of the set-up; the teacher's weights are lost; or the rollout
                 server did not answer.
+            NonFiniteError: a number of the teacher's is not finite, and ``sdar.on_nonfinite`` is ``error``.
         """
+        stop_without_contexts(infos, self._trainer.global_steps)
         rows = TeacherRows.read(batch, infos)
         if self.on_server:
             rows = answered_rows(rows, infos)
-        mask = nested(rows.teacher_masks())
-        fields: dict[str, torch.Tensor] = {TEACHER_MASK: mask}
+        masks = rows.teacher_masks()
+        fields: dict[str, torch.Tensor] = {}
+        metrics: dict[str, float] = {}
         if self._source.per_update:
             scored: dict[str, torch.Tensor] = {}
             fields[TEACHER_PROMPTS] = nested(rows.prompts)
@@ -161,11 +170,16 @@ class PrivilegedTeacher:
             self._receive_early()
             scored = self._early if self._early is not None else self._pass(batch, rows, carry, request)
             self._early = None
-        metrics = self._metrics(batch, scored, mask)
+        if scored:
+            on_nonfinite = self._trainer.sdar.on_nonfinite
+            scored, masks, broken = check_teacher(scored, masks, batch.keys, infos, on_nonfinite)
+            if on_nonfinite == "drop":
+                metrics["sdar/nonfinite_teacher_rows"] = broken
+        fields |= {**scored, TEACHER_MASK: nested(masks)}
+        metrics |= self._metrics(batch, scored, fields[TEACHER_MASK])
         if self.on_server:
             metrics |= server_metrics(batch, infos, self.tolerance if not self._server_checked else None)
             self._server_checked |= COMPARED in metrics
-        fields |= scored
         tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
         )

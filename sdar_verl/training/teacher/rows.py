@@ -37,9 +37,6 @@ class TeacherRows:
             batch: the step's rows.
             infos: the agent loop's record of each row, None for verl's padding rows. None instead of a list: all rows
                 with the student's own prompt.
-
-        Raises:
-            TeacherError: there are records, but no row has a context.
         """
         names = ["prompts", "responses", "response_mask"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
@@ -47,12 +44,6 @@ class TeacherRows:
         if infos is None:
             return cls(prompts, responses, masks, [True] * len(prompts))
         has_context = [info is not None and info.teacher_prompt_ids is not None for info in infos]
-        # A late context may not exist yet: early in training no sibling succeeds.
-        if not any(has_context) and not any(info is not None and info.context_missing for info in infos):
-            raise TeacherError(
-                "the teacher sees no context on any row of this step, so it can only repeat the student; "
-                "check sdar.skills.bank and sdar.skills.retrieval against the tasks, or set sdar.teacher.source=none"
-            )
         prompts = [
             torch.as_tensor(info.teacher_prompt_ids, dtype=torch.int64) if seen and info is not None else prompt
             for info, seen, prompt in zip(infos, has_context, prompts, strict=True)
@@ -69,6 +60,36 @@ class TeacherRows:
             mask if seen else torch.zeros_like(mask)
             for mask, seen in zip(self.response_masks, self.has_context, strict=True)
         ]
+
+
+def stop_without_contexts(infos: Sequence[RowInfo | None], step: int) -> None:
+    """Raise when the teacher sees nothing on any row, and that is not the luck of the step.
+
+    At the first step it is the set-up's fault, but for a late context, which may not exist yet (early in training no
+    sibling succeeds). Later, a step may have nothing but tasks without a context, or prompts that are too long: each
+    such row has no teacher by an option, and is counted.
+
+    Args:
+        infos: one record per row, None for padding rows.
+        step: verl's global step, from 1.
+
+    Raises:
+        TeacherError: with the reason, as far as the records know it.
+    """
+    rows = [info for info in infos if info is not None and not info.failed]
+    if any(info.teacher_prompt_ids is not None or info.context_missing for info in rows):
+        return
+    if step > 1 and all(info.truncated or info.context_empty for info in rows):
+        return
+    if any(info.truncated for info in rows):
+        raise TeacherError(
+            "not one teacher prompt of this step fits sdar.teacher.max_prompt_length, so the teacher has no say on any "
+            "row; raise it, or shorten the context (sdar.skills.max_tokens)"
+        )
+    raise TeacherError(
+        "the teacher sees no context on any row of this step, so it can only repeat the student; "
+        "check sdar.skills.bank and sdar.skills.retrieval against the tasks, or set sdar.teacher.source=none"
+    )
 
 
 def teacher_row(prompt: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -6,7 +6,6 @@ elementwise arithmetic and copies need no communication, and no rank ever holds 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 
+from sdar_verl.atomic import write_atomically
 from sdar_verl.errors import TeacherError
 
 FORMAT = 1
@@ -108,10 +108,8 @@ class ShadowWeights:
 
     def save(self, file: Path, **record: Any) -> None:
         """Write this rank's weights; the file is complete or absent, never half written."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        torch.save({"format": FORMAT, "record": record, "weights": self._weights}, partial)
-        os.replace(partial, file)
+        content = {"format": FORMAT, "record": record, "weights": self._weights}
+        write_atomically(file, lambda stream: torch.save(content, stream))
 
     @torch.no_grad()
     def load(self, file: Path) -> dict[str, Any]:

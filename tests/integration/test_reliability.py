@@ -1,0 +1,133 @@
+"""What happens when a process of a run is killed, and when its numbers are broken; through verl's own main_ppo."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sdar_verl.training.checks.resume import TRACKER
+from tests.support.faults import FAULTS
+from tests.support.killing import LiveRun
+from tests.support.toy_run import SAME, train
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+# Everything that a run keeps from step to step: an average of weights, statistics of retrieval, schedules of lambda and
+# of the learning rate, Adam's moments, a place in the shuffled panel.
+KEEPS = (
+    "sdar.teacher.source=ema",
+    "sdar.teacher.ema_decay=0.5",
+    "sdar.skills.retrieval=[ucb]",
+    "sdar.loss.coef_schedule.name=linear_decay",
+    "+sdar.loss.coef_schedule.options.steps=10",
+    "actor_rollout_ref.actor.optim.lr_warmup_steps=4",
+    "data.train_batch_size=2",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+    "sdar.update.mini_batch_rows=24",
+    "trainer.save_freq=2",
+)
+STEPS = 6  # the panel has 8 tasks: an epoch ends at step 4
+
+
+def test_a_killed_run_goes_on_as_if_never_stopped(tmp_path):
+    """Killed while the checkpoint of step 4 is half written: step 3 again, from the checkpoint of step 2."""
+    whole = train(tmp_path / "whole", *KEEPS, steps=STEPS)
+    folder, marker = tmp_path / "killed", tmp_path / "half written"
+    faults = {"VERL_USE_EXTERNAL_MODULES": FAULTS, "SDAR_STOP_SAVE": f"4:{marker}"}
+    killed = LiveRun(folder, *KEEPS, steps=STEPS, mode="sdar_faults", env=faults)
+    try:
+        killed.wait_for(marker.exists)
+    finally:
+        killed.kill_all()
+    half = folder / "checkpoints" / "global_step_4"
+    assert (half / "actor" / "optim_world_size_1_rank_0.pt").is_file() and not (half / "data.pt").exists()
+    assert (folder / "checkpoints" / TRACKER).read_text() == "2"
+
+    resumed = train(
+        folder, *KEEPS, "trainer.resume_mode=auto", steps=STEPS, mode="sdar_faults", VERL_USE_EXTERNAL_MODULES=FAULTS
+    )
+    assert sorted(resumed.metrics) == [3, 4, 5, 6]
+    assert "global_step_2" in resumed.output
+    for step in (3, 4, 5, 6):
+        expected, found = ({k: v for k, v in run.metrics[step].items() if compared(k)} for run in (whole, resumed))
+        assert found.keys() == expected.keys()
+        assert any(name.startswith("sdar/skill_episodes/") for name in found), "retrieval chose nothing"
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, **SAME), (step, name)
+    rates, lambdas = (whole.column(name) for name in ("actor/lr", "sdar/lambda"))
+    assert len(set(rates.values())) > 1 and len(set(lambdas.values())) == STEPS, "nothing was scheduled"
+    queries = [sum(v for k, v in whole.metrics[s].items() if k.startswith("sdar/skill_queries/")) for s in (1, 3, 6)]
+    assert queries == [2, 6, 12]
+    teachers = [
+        torch.load(
+            run.folder / "checkpoints/global_step_6/actor/sdar_teacher_world_size_1_rank_0.pt", weights_only=True
+        )
+        for run in (whole, resumed)
+    ]
+    assert teachers[0]["record"] == teachers[1]["record"] == {"source": "ema", "step": 6, "updates": 6}
+    for name, value in teachers[0]["weights"].items():
+        torch.testing.assert_close(teachers[1]["weights"][name], value, rtol=1e-4, atol=1e-6)
+
+
+def compared(name: str) -> bool:
+    """Metrics of the training itself: no times, no memory, no count of a process's life."""
+    return name.startswith(("actor/", "critic/", "sdar/", "response_length/", "prompt_length/")) and not (
+        name.startswith("actor/perf") or "mfu" in name
+    )
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("ray::AgentLoopWorkerTQ", "agent-loop worker 0"),
+        ("ray::TransformersServer", "rollout server 0"),
+        ("ray::TransferQueueController", "TransferQueue's controller"),
+        ("ray::TaskRunnerV1", None),
+    ],
+)
+def test_a_killed_process_ends_the_run_and_is_named(tmp_path, title, name):
+    """While episodes are under way: their environment waits, so that the step cannot end before the process is dead."""
+    hold = tmp_path / "hold"
+    run = LiveRun(tmp_path / "run", "~sdar.env.options", f"+sdar.env.options={{hold: {hold}}}", steps=1000)
+    try:
+        run.wait_for(lambda: "sdar step 1/" in run.output)
+        hold.touch()
+        run.wait_for(lambda: "EnvHost.step" in " ".join(run.processes().values()))
+        run.kill(title)
+        ended = run.end(timeout_s=150)
+    finally:
+        run.kill_all()
+    assert ended.returncode not in (0, None)
+    if name is None:
+        assert "ActorDiedError" in ended.output  # Ray's own words: nobody is left to say more
+    else:
+        assert f"{name} of this run is dead" in ended.output
+        assert "trainer.resume_mode=auto" in ended.output
+
+
+def test_rows_of_nan_are_left_out_and_counted(tmp_path):
+    overrides = ("sdar.teacher.source=actor", "sdar.teacher.sanity_check=False")
+    env = {"VERL_USE_EXTERNAL_MODULES": FAULTS, "SDAR_POISON": "1"}
+    run = train(tmp_path, *overrides, "sdar.on_nonfinite=drop", steps=2, mode="sdar_faults", **env)
+    assert run.column("sdar/nonfinite_rows") == {1: 1, 2: 0}
+    assert run.column("sdar/nonfinite_teacher_rows") == {1: 1, 2: 0}
+    for step in (1, 2):
+        for name in ("actor/loss", "actor/grad_norm", "sdar/loss", "sdar/gap_mean", "actor/pg_loss"):
+            assert math.isfinite(run.metrics[step][name]), (step, name)
+    assert run.metrics[1]["actor/grad_norm"] > 0
+
+
+def test_weights_that_overflow_stop_the_run_and_name_the_rows(tmp_path):
+    """Nothing is injected: a learning rate of 1e30 does it, and the next step's numbers are NaN."""
+    run = train(
+        tmp_path,
+        "sdar.teacher.source=actor",
+        "actor_rollout_ref.actor.optim.lr=1e30",
+        "actor_rollout_ref.actor.optim.clip_grad=1e30",
+        steps=3,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert "NonFiniteError" in run.output or "the rollout server raised" in run.output
