@@ -12,6 +12,8 @@ import subprocess
 import sys
 from typing import Any
 
+from sdar_verl.quiet import be_quiet
+
 TIMEOUT_S = 300
 
 
@@ -50,6 +52,7 @@ def probe_ray_worker() -> dict[str, Any]:
     try:
         import ray
 
+        be_quiet()
         started = not ray.is_initialized()
         if started:
             ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from sdar_verl.config import load_config
 from sdar_verl.errors import ConfigError
+from sdar_verl.quiet import be_quiet
 from sdar_verl.training.checks.run import check_run
 
 
@@ -19,6 +20,7 @@ class CheckBeforeStart(Callback):
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra's hook, in the driver, with the composed config."""
+        be_quiet()
         try:
             check_run(config, load_config(config.get("sdar")))
         except Exception as error:
