@@ -80,7 +80,8 @@ def run_case(rank: int, ranks: int, root: Path, overrides: dict[str, Any]) -> di
     from verl.utils import tensordict_utils as tu
     from verl.utils.config import omega_conf_to_dataclass
 
-    from sdar_verl.training.head.distributions import distribution_loss, step_requests
+    from sdar_verl.training.head.distributions import step_requests
+    from sdar_verl.training.head.loss import distribution_loss
     from sdar_verl.training.teacher.worker import TeacherWorker
 
     objective = overrides.get("objective", "sampled")
