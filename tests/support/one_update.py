@@ -116,8 +116,7 @@ def plain_numbers(folder: Path, objective: str) -> dict[str, Any]:
             "actor/entropy_loss": entropy.item(),
             "sdar/loss": distillation.item(),
             "grad_norm": torch.stack([value.norm() for value in gradient.values()]).norm().item(),
-            f"{SUMS_PREFIX}gap": gap[seen].sum().item(),
-            f"{SUMS_PREFIX}gate": torch.sigmoid(BETA * gap[seen]).sum().item(),
-            f"{SUMS_PREFIX}tokens": float(seen.sum()),
+            f"{SUMS_PREFIX}gap": gap[seen].mean().item(),
+            f"{SUMS_PREFIX}gate": torch.sigmoid(BETA * gap[seen]).mean().item(),
         },
     }
