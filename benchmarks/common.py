@@ -93,7 +93,8 @@ def real_games(folder: Path, count: int, **difficulty: int) -> list[Path]:
         count: of games.
         difficulty: fields of :class:`sdar_verl.envs.alfworld.spec.GeneratorConfig`.
     """
-    return generate_games(folder, "train", count, GeneratorConfig(**difficulty))
+    # Absolute: runs have working folders of their own.
+    return generate_games(folder.resolve(), "train", count, GeneratorConfig(**difficulty))
 
 
 def as_task(game: Path) -> Task:

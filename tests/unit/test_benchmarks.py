@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_step_times_and_teacher_rows_on_a_real_game(
 ) -> None:
     games = common.real_games(tmp_path / "small_room", 1)
     rows = pool.step_times({"small room": games}, steps=3)
-    assert [row[:3] for row in rows] == [["small room", "step", 3], ["small room", "reset", 1]]
+    assert [row[1:3] for row in rows] == [["step", 3], ["reset", 1], ["reset again", 1]]
     command(monkeypatch, teacher_rows, "--rows", 6, "--games", 1, "--rounds", 1, "--data", tmp_path)
     assert "| trainer |" in capsys.readouterr().out
 
@@ -166,10 +167,25 @@ def test_a_watched_run_tells_when_its_lines_came_and_what_its_processes_used(tmp
     names = [row[0] for row in cold_start.timeline(watched)]
     assert names == ["driver: verl imported, config composed", "trainer's process: verl imported", "first step done"]
     assert cold_start.cpu_by_process(watched)
-    assert step_overhead.phases(watched)["step"] == 2.0
+    assert watched.run is not None
+    assert step_overhead.phases(watched.run)["step"] == 2.0
     assert "all" in step_overhead.cpu_per_step(watched)
     with pytest.raises(ZeroDivisionError):
         runs.watch(tmp_path, lambda: Run(tmp_path, "", 1 // 0), every=0.2)
+
+
+def test_finished_runs_are_compared_phase_by_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seconds in (("grpo", 10.0), ("sdar", 12.0)):
+        (tmp_path / name).mkdir()
+        data = {"timing_s/step": seconds, "sdar/rows": 8, **({"timing_s/teacher": 2.0} if name == "sdar" else {})}
+        lines = [json.dumps({"step": step, "data": data}) for step in (1, 2, 3)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+    command(monkeypatch, step_overhead, "--finished", tmp_path / "grpo", tmp_path / "sdar")
+    printed = capsys.readouterr().out
+    assert "| step | 10.00 | 12.00 | 1.200 |" in printed
+    assert "| teacher | 0.00 | 2.00 |  |" in printed
 
 
 @pytest.mark.parametrize(("leak", "files"), [(0, 0.0), (500_000, 0.0), (0, 0.5)])
@@ -190,22 +206,28 @@ def test_the_soak_finds_the_process_that_grows(leak: int, files: float) -> None:
         assert found[0].memory.slope == pytest.approx(leak, rel=0.05)
 
 
+GPU_SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "train_step.py"
+
+
 def test_the_gpu_script_runs_with_torch_and_transformers_alone(tmp_path: Path) -> None:
-    """And says so, with a status of its own, where there is no GPU."""
-    script = Path(__file__).parents[2] / "benchmarks" / "gpu" / "train_step.py"
     # Any import of verl or Ray fails.
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules.update(verl=None, ray=None)\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    smoke = [sys.executable, str(script), "--smoke", "--repeats", "1", "--out", str(tmp_path / "figures.json")]
+    smoke = [sys.executable, str(GPU_SCRIPT), "--smoke", "--repeats", "1", "--out", str(tmp_path / "figures.json")]
     subprocess.run(smoke, env=env, check=True, capture_output=True)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["left"] == []
-    assert [one["part"] for one in figures["figures"]][:4] == [
-        "student log-probs",
-        "teacher pass",
-        "GRPO update",
-        "SDAR update",
-    ]
-    alone = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
-    assert alone.returncode == 2
-    assert "no GPU" in alone.stderr
+    parts = [one["part"] for one in figures["figures"]]
+    assert parts[:4] == ["student log-probs", "teacher pass", "GRPO update", "SDAR update"]
+
+
+def test_the_gpu_script_says_so_where_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [str(GPU_SCRIPT)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(GPU_SCRIPT), run_name="__main__")
+    assert stopped.value.code == 2
+    assert "no GPU" in capsys.readouterr().err
