@@ -27,8 +27,9 @@ from sdar_verl.config import SkillsConfig
 from sdar_verl.envs.alfworld.env import AlfworldEnv
 from sdar_verl.envs.base import Task
 from sdar_verl.panels import write_panel
+from sdar_verl.rollout.control import control_strings_of
 from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
-from sdar_verl.rollout.prompts import PromptTemplate, special_tokens_of
+from sdar_verl.rollout.prompts import PromptTemplate
 from sdar_verl.skills.loading import load_run_bank
 from sdar_verl.skills.retrieval import render_skills, retrieve
 from tests.support.chatml import chatml_tokenizer
@@ -75,7 +76,7 @@ def count(args: argparse.Namespace) -> None:
     package = Path(__file__).parents[1] / "sdar_verl"
     texts += [file.read_text() for file in sorted(package.rglob("*.md")) + sorted(package.rglob("*.jinja"))]
     tokenizer = chatml_tokenizer(texts, 8192)
-    prompts = PromptBuilder(tokenizer, PromptTemplate.load("alfworld", special_tokens_of(tokenizer)))
+    prompts = PromptBuilder(tokenizer, PromptTemplate.load("alfworld", control_strings_of(tokenizer)))
     bank = load_run_bank(SkillsConfig(bank="alfworld"), "alfworld")
     skills = render_skills(retrieve(bank, as_task(game), ["keyword", "task_type"], 0, {}, None).skills)
     answer = [*tokenizer("word " * args.answer, add_special_tokens=False)["input_ids"][: args.answer - 1]]

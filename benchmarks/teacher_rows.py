@@ -29,8 +29,9 @@ from benchmarks.common import as_task, interleaved, machine, median, ratio, real
 from sdar_verl.config import SkillsConfig, TeacherConfig
 from sdar_verl.context.base import Passage
 from sdar_verl.envs.alfworld.env import AlfworldEnv
+from sdar_verl.rollout.control import control_strings_of
 from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
-from sdar_verl.rollout.prompts import PromptTemplate, special_tokens_of
+from sdar_verl.rollout.prompts import PromptTemplate
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
 from sdar_verl.skills.loading import load_run_bank
@@ -72,7 +73,7 @@ class Rows:
 
     def __init__(self, tokenizer: Any, contexts: list[tuple[TurnContext, str]], response_tokens: int) -> None:
         self.tokenizer = tokenizer
-        self.prompts = PromptBuilder(tokenizer, PromptTemplate.load(TEMPLATE, special_tokens_of(tokenizer)))
+        self.prompts = PromptBuilder(tokenizer, PromptTemplate.load(TEMPLATE, control_strings_of(tokenizer)))
         self.contexts = contexts
         generator = torch.Generator().manual_seed(0)
         sizes = torch.randint(response_tokens // 4, response_tokens + 1, (len(contexts),), generator=generator)

@@ -29,8 +29,9 @@ from benchmarks import (
 from sdar_verl.envs.alfworld.env import AlfworldEnv
 from sdar_verl.envs.base import Step, Task
 from sdar_verl.envs.registry import make_env
+from sdar_verl.rollout.control import control_strings_of
 from sdar_verl.rollout.prompt_builder import PromptBuilder
-from sdar_verl.rollout.prompts import PromptTemplate, special_tokens_of
+from sdar_verl.rollout.prompts import PromptTemplate
 from tests.support.chatml import chatml_tokenizer
 from tests.support.verl_run import Run
 
@@ -131,7 +132,7 @@ def test_rows_per_turn_repeat_what_a_conversation_says_once(tmp_path: Path) -> N
     game = common.real_games(tmp_path, 1)[0]
     seen = scale.conversation(game, 4)
     tokenizer = chatml_tokenizer(["put some apple in fridge"])
-    prompts = PromptBuilder(tokenizer, PromptTemplate.load("alfworld", special_tokens_of(tokenizer)))
+    prompts = PromptBuilder(tokenizer, PromptTemplate.load("alfworld", control_strings_of(tokenizer)))
     answer = [5, 6, tokenizer.eos_token_id]
     one, four = (scale.tokens(prompts, seen[:turns], "look around", answer) for turns in (1, 4))
     assert len(set(one.values())) == 1
