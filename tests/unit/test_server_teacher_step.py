@@ -1,0 +1,113 @@
+"""From a sampled turn to the fields of a training step, with the real CPU server and policy; only Ray is left out."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transfer_queue as tq
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from sdar_verl.config import SdarConfig, TeacherConfig
+from sdar_verl.local import start_policy
+from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.training.teacher.privileged import PrivilegedTeacher
+from sdar_verl.training.teacher.rows import nested
+from tests.support.cpu_server import make_server
+from tests.support.plain import plain_logits
+from tests.support.scripted import play_episode
+
+TEMPERATURE = 0.8  # that of tests.support.scripted
+NATS = 1e-5
+ROWS = {
+    "per_turn": {"max_response_length": 20},
+    "trajectory": {
+        "max_response_length": 170,
+        "rollout__rows": "trajectory",
+        "rollout__turn_length": 20,
+        "prompt__history_length": 0,
+    },
+}
+
+
+class InProcess:
+    """verl's client, without the way to another process."""
+
+    def __init__(self, server):
+        self.server = server
+
+    async def generate(self, request_id, *, prompt_ids, sampling_params):
+        # As verl's worker samples: at the run's temperature, with log-probs (rollout.calculate_log_probs).
+        sampling_params = {"logprobs": True, **sampling_params, "temperature": TEMPERATURE}
+        return await self.server.generate(prompt_ids, sampling_params, request_id)
+
+
+class Batch(SimpleNamespace):
+    """What the trainer reads of TransferQueue's KVBatchMeta."""
+
+    def __len__(self):
+        return len(self.keys)
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = make_server(start_policy(), prompt_length=340, response_length=170)
+    weights = AutoModelForCausalLM.from_pretrained(start_policy(), dtype=torch.float32).state_dict()
+    asyncio.run(server.update_weights(weights, global_steps=1))
+    return InProcess(server)
+
+
+def plain(prompts, responses):
+    """Log-probs at the temperature, by one plain forward pass per row."""
+    prompts, responses = ([torch.as_tensor(row, dtype=torch.int64) for row in rows] for rows in (prompts, responses))
+    return [
+        (logits / TEMPERATURE).log_softmax(-1).gather(1, response[:, None])[:, 0]
+        for logits, response in zip(plain_logits(prompts, responses, start_policy()), responses, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_step_has_the_log_probs_of_plain_forward_passes(monkeypatch, server, kind):
+    tokenizer = AutoTokenizer.from_pretrained(start_policy())
+    outputs, _, _, _ = play_episode(
+        monkeypatch,
+        tokenizer,
+        [],
+        server=server,
+        teacher__placement="rollout_server",
+        **ROWS[kind],
+    )
+    # As verl's agent loop puts them into its queue, and as the trainer takes them out.
+    queued = list_of_dict_to_tensordict([{"extra_fields": output.extra_fields} for output in outputs])
+    infos = [RowInfo.from_extra_fields(extra) for extra in list(queued["extra_fields"])]
+    assert len(outputs) == 1 if kind == "trajectory" else len(outputs) > 1
+    prompts, responses = [row.prompt_ids for row in outputs], [row.response_ids for row in outputs]
+    stored = {
+        "prompts": nested([torch.tensor(ids) for ids in prompts]),
+        "responses": nested([torch.tensor(ids) for ids in responses]),
+        "response_mask": nested([torch.tensor(row.response_mask) for row in outputs]),
+        "rollout_log_probs": nested([torch.tensor(row.response_logprobs) for row in outputs]),
+        "old_log_probs": nested(plain(prompts, responses)),
+    }
+    monkeypatch.setattr(tq, "kv_batch_get", lambda keys, partition_id, select_fields: stored)
+    monkeypatch.setattr(tq, "kv_batch_put", lambda keys, partition_id, fields: stored.update(fields.items()))
+    settings = TeacherConfig(source="actor", placement="rollout_server")
+    config = OmegaConf.create({"actor_rollout_ref": {"model": {}}})
+    trainer = SimpleNamespace(global_steps=1, config=config, tokenizer=tokenizer, sdar=SdarConfig())
+    batch = Batch(keys=[f"u_0_{i}" for i in range(len(outputs))], partition_id="train", tags=[{}] * len(outputs))
+    metrics = PrivilegedTeacher(settings, trainer).score(batch, infos)
+
+    expected = plain([info.teacher_prompt_ids for info in infos], responses)
+    for i, row in enumerate(outputs):
+        mask = stored[TEACHER_MASK].unbind()[i].bool()
+        assert mask.tolist() == [bool(sampled) for sampled in row.response_mask]
+        difference = (stored[TEACHER_LOG_PROBS].unbind()[i] - expected[i])[mask].abs().max().item()
+        assert difference < NATS
+        assert (expected[i] - stored["old_log_probs"].unbind()[i])[mask].abs().max().item() > 0.01, "no context"
+    assert metrics["sdar/server_check/trainer"] < NATS and metrics["sdar/server_check/rollout"] < NATS
+    assert metrics["sdar/teacher_failed_share"] == 0.0
