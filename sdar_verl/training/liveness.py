@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,8 @@ ANSWER_S = 10.0
 """Seconds that processes have to answer when an error has already happened."""
 GRACE_S = 60.0
 """Seconds that the trainer has to end by itself when a process is dead."""
+PRINTED_S = 3.0
+"""Seconds until Ray has carried a last line to the driver."""
 
 
 class Liveness:
@@ -83,6 +86,7 @@ class Liveness:
             return
         if not self._over.wait(self._grace_s):
             print(f"{self._death}\n(the trainer did not end in {self._grace_s:g} s)", file=sys.stderr, flush=True)
+            time.sleep(PRINTED_S)
             os._exit(1)
 
     def _look(self, timeout_s: float) -> ProcessDiedError | None:

@@ -55,7 +55,7 @@ def test_a_killed_run_goes_on_as_if_never_stopped(tmp_path):
         assert found.keys() == expected.keys()
         assert any(name.startswith("sdar/skill_episodes/") for name in found), "retrieval chose nothing"
         for name, value in expected.items():
-            assert found[name] == pytest.approx(value, **SAME), (step, name)
+            assert found[name] == pytest.approx(value, nan_ok=True, **SAME), (step, name)
     rates, lambdas = (whole.column(name) for name in ("actor/lr", "sdar/lambda"))
     assert len(set(rates.values())) > 1 and len(set(lambdas.values())) == STEPS, "nothing was scheduled"
     queries = [sum(v for k, v in whole.metrics[s].items() if k.startswith("sdar/skill_queries/")) for s in (1, 3, 6)]
@@ -96,7 +96,7 @@ def test_a_killed_process_ends_the_run_and_is_named(tmp_path, title, name):
         hold.touch()
         run.wait_for(lambda: "EnvHost.step" in " ".join(run.processes().values()))
         run.kill(title)
-        ended = run.end(timeout_s=150)
+        ended = run.end(timeout_s=240)
     finally:
         run.kill_all()
     assert ended.returncode not in (0, None)

@@ -75,20 +75,28 @@ class LiveRun:
             raise AssertionError(f"no end after {timeout_s} s:\n{self.output[-6000:]}") from None
         return Run(self.folder, self.output, self.process.returncode)
 
-    def kill_all(self, timeout_s: float = 30) -> None:
+    def kill_all(self, timeout_s: float = 90) -> None:
         """SIGKILL to the driver and its process group. AssertionError when its Ray processes outlive it."""
-        processes = self.processes()
+        born = {pid: _born(pid) for pid in self.processes()}
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         deadline = time.monotonic() + timeout_s
-        while left := {pid for pid, command in processes.items() if command and _command(pid) == command}:
-            assert time.monotonic() < deadline, f"still there: { {pid: processes[pid] for pid in left} }"
+        while left := [pid for pid, when in born.items() if _command(pid) and _born(pid) == when]:
+            assert time.monotonic() < deadline, f"still there: {[_command(pid) for pid in left]}"
             time.sleep(0.2)
 
 
 def _command(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+    except OSError:
+        return ""
+
+
+def _born(pid: int) -> str:
+    """When the process started, which tells it from a later one with its number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()[19]
     except OSError:
         return ""

@@ -158,6 +158,7 @@ def exits(monkeypatch):
     """Exit codes that this process would have ended with."""
     codes: list[int] = []
     monkeypatch.setattr(liveness.os, "_exit", codes.append)
+    monkeypatch.setattr(liveness, "PRINTED_S", 0.0)
     return codes
 
 
