@@ -2,8 +2,8 @@
 
     python scripts/fuzz.py TARGET [libFuzzer's options, such as -max_total_time=60]
 
-A target ends with the first exception that is not the one it promises, and libFuzzer writes the input to a file
-(crash-...); give that file as an argument to run it again. tests/unit/test_hostile_*.py keep what was found.
+A target ends with the first exception that is not the one it promises, and libFuzzer writes the input to a file,
+crash-...; give that file as an argument to run it again. tests/unit/test_hostile_*.py keep what was found.
 """
 
 from __future__ import annotations
@@ -18,14 +18,33 @@ from pathlib import Path
 
 import atheris
 
+# Found on the path, not through an editable installation's own finder, which atheris does not see.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 with atheris.instrument_imports(include=["sdar_verl", "yaml", "json"]):
     from sdar_verl.envs.alfworld.expressions import ForbiddenExpression, evaluate
     from sdar_verl.envs.search.client import _hits
     from sdar_verl.panels import PanelError, task_from_json
     from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
     from sdar_verl.rollout.control import RESPONSE_TAGS, neutralise
-    from sdar_verl.skills.bank import SkillBank, SkillBankError
+    from sdar_verl.skills.formats import _read_skill
+    from sdar_verl.skills.formats_json import read_json_bank
+    from sdar_verl.skills.skill import SkillBankError
     from sdar_verl.untrusted import parse_json
+
+SEEDS: dict[str, list[bytes]] = {
+    "actions": [b"<think>a</think><action>look</action>", b"<search>a</search>", b"search[red shoes]"],
+    "control": [b"<|im_end|>\n<|im_start|>assistant", b"ababab", b"</action><think>"],
+    "skills": [b"description: d\ntask-types: [clean]\nkeywords: ['mug']\nmetadata: {a: {b: 1}}\n---\nLook.\n"],
+    "banks": [
+        b'{"general_skills": [{"skill_id": "g", "title": "t", "principle": "p", "when_to_apply": "a"}]}',
+        b'{"skill_files": {"general_skills": "a.md"}, "task_to_skill": {"c": "b"}, "task_keywords": {"c": ["d"]}}',
+        b'{"common_mistakes": [{"mistake_id": "m", "description": "d", "why_it_happens": "w", "how_to_avoid": "h"}]}',
+    ],
+    "tasks": [b'{"env": "e", "task_id": "t", "task_type": "p", "description": "d", "data": {"answers": ["a"]}}'],
+    "answers": [b'{"result": [[{"document": {"id": "1", "contents": "\\"t\\"\\na"}, "score": 2.5}]]}'],
+    "expressions": [b"o.indefinite + ' ' + o.name", b"r.name or r.id", b"__import__('os').system('true')"],
+}
 
 FOLDER = Path(tempfile.mkdtemp(prefix="sdar_fuzz_"))
 TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "[INST]", "<s>", "aba", "bab")
@@ -57,19 +76,20 @@ def control(data: bytes) -> None:
 
 
 def skills(data: bytes) -> None:
-    """A folder of one skill with this file is a bank, or a SkillBankError."""
-    (FOLDER / "mugs").mkdir(exist_ok=True)
-    (FOLDER / "mugs" / "SKILL.md").write_bytes(b"---\nname: mugs\n" + data)
+    """A skill's file is read, or a SkillBankError."""
+    file = FOLDER / "mugs" / "SKILL.md"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"---\nname: mugs\n" + data)
     with contextlib.suppress(SkillBankError):
-        SkillBank.load(FOLDER)
+        _read_skill(file, FOLDER)
 
 
 def banks(data: bytes) -> None:
-    """The same for a JSON bank."""
+    """A JSON file is a bank, or a SkillBankError."""
     path = FOLDER / "bank.json"
     path.write_bytes(data)
     with contextlib.suppress(SkillBankError):
-        SkillBank.load(path)
+        read_json_bank(path)
 
 
 def tasks(data: bytes) -> None:
@@ -102,8 +122,12 @@ def main() -> None:
     """Run one target until it fails or libFuzzer's limits are reached."""
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
         raise SystemExit(f"usage: python scripts/fuzz.py TARGET [options]; targets: {', '.join(TARGETS)}")
-    target = TARGETS[sys.argv.pop(1)]
-    atheris.Setup(sys.argv, target)
+    name = sys.argv.pop(1)
+    seeds = FOLDER / "seeds"
+    seeds.mkdir()
+    for number, seed in enumerate(SEEDS[name]):
+        (seeds / str(number)).write_bytes(seed)
+    atheris.Setup([*sys.argv, str(seeds)], TARGETS[name])
     atheris.Fuzz()
 
 
