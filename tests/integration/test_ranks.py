@@ -19,25 +19,20 @@ import torch
 import torch.multiprocessing as mp
 
 from sdar_verl.config import LossConfig
-from sdar_verl.training.fields import STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, StepValues
+from sdar_verl.training.fields import SUMS_PREFIX, TEACHER_LOG_PROBS
 from sdar_verl.training.head.requests import HEAD_REQUEST, TEACHER_HIDDEN
-from sdar_verl.training.teacher.rows import nested
 from tests.integration.test_teacher_worker import batch, worker_config
 from tests.support.one_update import (
     BETA,
-    CLIP_C,
-    CLIP_HIGH,
-    CLIP_LOW,
     COEF,
-    ENTROPY,
-    KL,
     ROWS,
-    answers,
-    make_fields,
+    UPDATE,
     make_rows,
     plain_model,
     plain_numbers,
+    start_fields,
     teacher_rows,
+    update_batch,
 )
 from tests.support.tiny_model import make_tiny_model
 
@@ -88,18 +83,8 @@ def run_case(rank: int, ranks: int, root: Path, overrides: dict[str, Any]) -> di
     loss = LossConfig(coef=COEF, beta=BETA, objective=objective, chunk_tokens=None if objective == "sampled" else 8)
     requests = step_requests(loss)
     settings = {
+        **UPDATE,
         **{option: value for option, value in overrides.items() if option != "objective"},
-        "actor.optim.optimizer": "SGD",
-        "actor.optim.lr": 1.0,
-        "actor.optim.lr_warmup_steps_ratio": 0.0,
-        "actor.optim.weight_decay": 0.0,
-        "actor.optim.clip_grad": 1e9,
-        "actor.use_kl_loss": True,
-        "actor.kl_loss_coef": KL,
-        "actor.entropy_coeff": ENTROPY,
-        "actor.clip_ratio_low": CLIP_LOW,
-        "actor.clip_ratio_high": CLIP_HIGH,
-        "actor.clip_ratio_c": CLIP_C,
     }
     config = worker_config(str(root / "model"), overrides=settings, source="actor")
     worker = TeacherWorker(config, "actor")
@@ -117,22 +102,7 @@ def run_case(rank: int, ranks: int, root: Path, overrides: dict[str, Any]) -> di
         for name in ("log_probs", "entropy")
     )
 
-    with torch.no_grad():
-        fields = make_fields(answers(plain_model(root), make_rows())[0])
-    data = batch(
-        rows,
-        calculate_entropy=True,
-        distillation_use_topk=False,
-        distillation_only=False,
-        global_batch_size=ROWS,
-        mini_batch_size=ROWS,
-        epochs=1,
-        seed=1,
-        dataloader_kwargs={"shuffle": False},
-    )
-    for name, values in fields.items():
-        data[name] = nested([values[row] for row in mine])
-    tu.assign_non_tensor(data, **{STEP_VALUES: StepValues(COEF, BETA).as_dict()})
+    data = update_batch(mine, start_fields(root))
     if requests.update is not None:
         data[TEACHER_HIDDEN] = teacher[TEACHER_HIDDEN]
         tu.assign_non_tensor(data, **{HEAD_REQUEST: requests.update.to_json()})
@@ -196,7 +166,7 @@ def results(folder) -> dict[int, list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def plain(folder) -> Callable[[str], dict[str, Any]]:
     """Case -> the same numbers from a plain model: forward passes of single rows, and one backward pass."""
-    known = functools.cache(lambda objective: plain_numbers(folder, objective))
+    known = functools.cache(lambda objective: plain_numbers(plain_model(folder), objective, start_fields(folder)))
     return lambda case: known(CASES[case].get("objective", "sampled"))
 
 

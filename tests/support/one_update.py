@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,28 @@ import torch
 
 from sdar_verl.algorithm.divergences import DIVERGENCES
 from sdar_verl.algorithm.loss import gated_distillation_loss
-from sdar_verl.training.fields import SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.training.fields import STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
+from sdar_verl.training.teacher.rows import nested
+from tests.integration.test_teacher_worker import TEMPERATURE, batch
 from tests.support.plain import padded
 
 ROWS = 8
 COEF, BETA, KL, ENTROPY, CLIP_LOW, CLIP_HIGH, CLIP_C = 0.5, 5.0, 0.05, 0.02, 0.1, 0.2, 1.5
-TEMPERATURE = 0.7
+UPDATE: dict[str, Any] = {
+    # At a learning rate of 1 the weights move by the gradient.
+    "actor.optim.optimizer": "SGD",
+    "actor.optim.lr": 1.0,
+    "actor.optim.lr_warmup_steps_ratio": 0.0,
+    "actor.optim.weight_decay": 0.0,
+    "actor.optim.clip_grad": 1e9,
+    "actor.use_kl_loss": True,
+    "actor.kl_loss_coef": KL,
+    "actor.entropy_coeff": ENTROPY,
+    "actor.clip_ratio_low": CLIP_LOW,
+    "actor.clip_ratio_high": CLIP_HIGH,
+    "actor.clip_ratio_c": CLIP_C,
+}
+"""Options of ``actor_rollout_ref`` that switch every term on."""
 
 
 def make_rows() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -61,6 +78,33 @@ def plain_model(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
 
 
+def start_fields(folder: Path) -> dict[str, list[torch.Tensor]]:
+    """:func:`make_fields` for the model in ``folder``."""
+    with torch.no_grad():
+        return make_fields(answers(plain_model(folder), make_rows())[0])
+
+
+def update_batch(chosen: Sequence[int], fields: dict[str, list[torch.Tensor]]) -> Any:
+    """The chosen rows as verl's ``update_actor`` takes them, all in one update."""
+    from verl.utils import tensordict_utils as tu
+
+    data = batch(
+        [make_rows()[row] for row in chosen],
+        calculate_entropy=True,
+        distillation_use_topk=False,
+        distillation_only=False,
+        global_batch_size=ROWS,
+        mini_batch_size=ROWS,
+        epochs=1,
+        seed=1,
+        dataloader_kwargs={"shuffle": False},
+    )
+    for name, values in fields.items():
+        data[name] = nested([values[row] for row in chosen])
+    tu.assign_non_tensor(data, **{STEP_VALUES: StepValues(COEF, BETA).as_dict()})
+    return data
+
+
 def answers(model: torch.nn.Module, rows: list[tuple[torch.Tensor, ...]]) -> tuple[list[torch.Tensor], ...]:
     """Log-probs of the responses' tokens, entropies, and log-probs of all tokens, by one forward pass per row."""
     log_probs, entropies, distributions = [], [], []
@@ -73,15 +117,13 @@ def answers(model: torch.nn.Module, rows: list[tuple[torch.Tensor, ...]]) -> tup
     return log_probs, entropies, distributions
 
 
-def plain_numbers(folder: Path, objective: str) -> dict[str, Any]:
+def plain_numbers(model: torch.nn.Module, objective: str, fields: dict[str, list[torch.Tensor]]) -> dict[str, Any]:
     """Log-probs, loss, terms, sums and gradient, from forward passes of single rows and one backward pass."""
-    model = plain_model(folder)
     rows = make_rows()
     with torch.no_grad():
         teacher, _, theirs = answers(model, teacher_rows())
     log_probs, entropies, ours = answers(model, rows)
     student = padded(log_probs)
-    fields = make_fields([row.detach() for row in log_probs])
     old, reference, advantages, seen_by = (padded(fields[name]) for name in list(fields)[:4])
     mask, seen = padded([mask for _, _, mask in rows]), padded(fields[TEACHER_MASK]).bool()
 
@@ -115,7 +157,7 @@ def plain_numbers(folder: Path, objective: str) -> dict[str, Any]:
             "kl_loss": kl.item(),
             "actor/entropy_loss": entropy.item(),
             "sdar/loss": distillation.item(),
-            "grad_norm": torch.stack([value.norm() for value in gradient.values()]).norm().item(),
+            "grad_norm": torch.stack([value.norm() for value in gradient.values() if value is not None]).norm().item(),
             f"{SUMS_PREFIX}gap": gap[seen].mean().item(),
             f"{SUMS_PREFIX}gate": torch.sigmoid(BETA * gap[seen]).mean().item(),
         },
