@@ -20,6 +20,8 @@ from typing import Any
 
 from sdar_verl.untrusted import whole_characters
 
+_BRACKETS = "<>[]{}|｜"
+
 RESPONSE_TAGS = ("<think>", "</think>", "<action>", "</action>")
 
 _USER, _ASSISTANT, _SYSTEM = "first words", "second words", "third words"
@@ -30,15 +32,28 @@ _MARK = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,60}\]")
 def special_tokens_of(tokenizer: Any) -> tuple[str, ...]:
     """Strings that ``tokenizer`` turns into control tokens.
 
-    These are its special tokens and its added ones: Qwen3's tool tags are added without being marked special.
+    These are its special tokens and those of its added ones that look like a mark: Qwen3's tool tags are added without
+    being special. Words, runs of white space and single characters that were added are text like any other.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
     Returns:
-        Sorted, without the white-space runs and single characters that some tokenizers carry as added tokens.
+        Sorted, without white space around them.
     """
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    return tuple(sorted({token for token in [*tokenizer.all_special_tokens, *added] if len(token.strip()) > 1}))
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if _is_control(token)]
+    found = {token.strip() for token in [*tokenizer.all_special_tokens, *added]}
+    return tuple(sorted(token for token in found if len(token) > 1))
+
+
+def control_ids_of(tokenizer: Any) -> frozenset[int]:
+    """Token ids of :func:`special_tokens_of`, without the one of unknown words."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if _is_control(token)}
+    return frozenset({*added, *tokenizer.all_special_ids} - {tokenizer.unk_token_id})
+
+
+def _is_control(token: Any) -> bool:
+    text = str(token).strip()
+    return len(text) > 1 and (getattr(token, "special", False) or any(letter in text for letter in _BRACKETS))
 
 
 def role_marks_of(tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> tuple[str, ...]:

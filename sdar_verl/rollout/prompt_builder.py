@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from sdar_verl.rollout.control import RESPONSE_TAGS, disguised
+from sdar_verl.rollout.control import RESPONSE_TAGS, control_ids_of, disguised
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError
 
 _ANSWER_MARK = "(the sampled answer)"
@@ -88,8 +88,7 @@ class PromptBuilder:
             PromptTemplateError: names the token. That is so where a tokenizer rewrites its text (Unicode's NFKC form,
                 say) before it looks for control tokens, or a chat template rewrites its messages.
         """
-        added = {i for i, token in self._tokenizer.added_tokens_decoder.items() if len(str(token).strip()) > 1}
-        control = {*added, *self._tokenizer.all_special_ids} - {self._tokenizer.unk_token_id}
+        control = control_ids_of(self._tokenizer)
         harmless = self._control_ids("x", control, conversation)
         for string in (*RESPONSE_TAGS, *self._template.control_strings):
             found = self._control_ids(disguised([string]), control, conversation)

@@ -128,6 +128,18 @@ def test_marks_are_read_off_the_chat_template() -> None:
     assert set(role_marks_of(TOKENIZERS["qwen3"], {"enable_thinking": False})) > {"<think>", "</think>"}
 
 
+def test_added_words_are_text_and_added_marks_are_not() -> None:
+    tokenizer = qwen_like_tokenizer()
+    tokenizer.add_tokens(["COVID-19", " mug", "<answer>Oslo</answer>", " [TOOL] "])
+    strings = control_strings_of(tokenizer)
+    assert {"<answer>Oslo</answer>", "[TOOL]"} < set(strings)
+    assert not {"COVID-19", "mug", " mug"} & set(strings)
+    for name in template_names():
+        made = PromptBuilder(tokenizer, PromptTemplate.load(name, strings))
+        made.check_forging(conversation=True)
+        assert made.clean("a mug, COVID-19 [TOOL]") == "a mug, COVID-19 [ TOOL]"
+
+
 # ---------------------------------------------------------------- templates and tokenizers that cannot be protected
 
 
