@@ -84,7 +84,7 @@ def test_colocated_rollout_runs_ahead_of_the_training(tmp_path):
 
     # verl's staleness: a batch is in flight from before the first step, so later steps train on older rows.
     assert run.metrics[1][f"{STALENESS}/max"] == 0
-    assert max(data[f"{STALENESS}/max"] for data in run.metrics.values()) >= 1
+    assert max(data[f"{STALENESS}_worst/max"] for data in run.metrics.values()) >= 1
     assert all(f"training/off_policy/trajectory_spans/{end}" in metrics for end in ("min", "mean", "max"))
     for data in run.metrics.values():
         assert data["sdar/episodes"] == 16
@@ -99,7 +99,8 @@ def test_colocated_rollout_runs_ahead_of_the_training(tmp_path):
 
 
 def test_separate_rollout_with_two_updates_per_weight_sync(tmp_path):
-    run = run_mode(tmp_path, SEPARATE, steps=2, record=True)
+    # The training devices are lent to the rollout for a validation and taken back in the middle of answers.
+    run = run_mode(tmp_path, SEPARATE, "trainer.test_freq=1", steps=2, record=True)
     parts = [load(run, name) for name in ("step_1.pt", "step_1_1.pt")]
     for record in parts:
         # The second update starts from weights that have moved; verl and the teacher go back to those of the step.
@@ -113,7 +114,8 @@ def test_separate_rollout_with_two_updates_per_weight_sync(tmp_path):
         assert data["sdar/crashed_episodes"] == 0
         assert 0 < data["sdar/gate_mean"] < 1
         assert f"{STALENESS}/mean" in data
-    assert max(data[f"{STALENESS}/max"] for data in run.metrics.values()) >= 1
+        assert 0 <= data["sdar-val/student/success"] <= 1
+    assert max(data[f"{STALENESS}_worst/max"] for data in run.metrics.values()) >= 1
     groups = {key.rsplit("_", 2)[0] for record in parts for key in record["keys"] if key.startswith("s0")}
     assert len(groups) == 4
     record_folder = run.folder / "checkpoints" / layout.RECORD
