@@ -24,6 +24,7 @@ from benchmarks import (
     scale,
     soak,
     step_overhead,
+    teacher_placement,
     teacher_rows,
 )
 from sdar_verl.envs.alfworld.env import AlfworldEnv
@@ -143,6 +144,18 @@ def test_a_counted_episode_has_the_turns_of_its_task() -> None:
     env = make_env("counted")
     env.reset(Task("counted", "a", "", "", {"turns": 2}))
     assert [env.step("go to fridge 1").done for _ in range(2)] == [False, True]
+
+
+def test_both_placements_of_the_teacher_score_the_same_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script compares every log-prob itself."""
+    monkeypatch.setattr(teacher_placement, "GROUP", 1)
+    monkeypatch.setattr(teacher_placement, "TURNS", (1, 2))
+    monkeypatch.setattr(teacher_placement, "BUDGET", 700)  # two batches
+    command(monkeypatch, teacher_placement, "--rounds", 1, "--waits", 0.01)
+    printed = capsys.readouterr().out
+    assert "2 episodes, 3 rows" in printed and "| 0.01 | total |" in printed
 
 
 def logged(folder: Path, lines: list[str]) -> Run:
