@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from sdar_verl._version import __version__
 from sdar_verl.errors import SdarError
+from sdar_verl.untrusted import printable
 
 # Modules with add_parser(subparsers), which sets run=function(arguments) -> exit status. They import what takes time
 # (torch, verl, an environment's engine) when they run, so that --help is quick.
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except (SdarError, ImportError, ValueError, OSError) as error:
-        print(f"sdar-verl: error: {error}", file=sys.stderr)
+        print(f"sdar-verl: error: {printable(str(error))}", file=sys.stderr)
         return 2
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
 _short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 4
@@ -47,6 +49,12 @@ def whole_characters(text: str) -> str:
     JSON can carry such halves (``"\\ud800"``), but they are no text: tokenizers, Parquet and UTF-8 files refuse them.
     """
     return _SURROGATE.sub("\ufffd", text) if _SURROGATE.search(text) else text
+
+
+def printable(text: str) -> str:
+    """``text`` for a terminal: control characters (but line breaks and tabs) and marks that reverse the direction of
+    writing are shown as escapes, so that a name can neither recolour, overwrite nor reorder what stands around it."""
+    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 def is_inside(path: Path, folder: Path) -> bool:

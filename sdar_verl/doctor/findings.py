@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from sdar_verl.untrusted import printable
+
 Level = Literal["ok", "warn", "fail"]
 
 _COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m"}
@@ -42,10 +44,10 @@ def as_text(findings: Sequence[Finding], colour: bool = False) -> str:
         word = _WORDS[finding.level]
         if colour:
             word = f"{_COLOURS[finding.level]}{word}\033[0m"
-        first, *more = finding.text.splitlines() or [""]
+        first, *more = printable(finding.text).splitlines() or [""]
         lines += [f"{word}  {finding.check:<20} {first}", *(f"{'':26} {line}" for line in more)]
         if finding.remedy:
-            lines.append(f"{'':26} -> {finding.remedy}")
+            lines.append(f"{'':26} -> {printable(finding.remedy)}")
     counts = Counter(finding.level for finding in findings)
     lines.append(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} to mend")
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.doctor.findings import Finding
 from sdar_verl.envs.base import Task
 from sdar_verl.envs.registry import make_env
+from sdar_verl.rollout.control import role_marks_of
 from sdar_verl.rollout.prompt_builder import TurnContext
 from sdar_verl.rollout.runtime import Runtime
 from sdar_verl.training.checks.skills import spread
@@ -64,6 +65,7 @@ def check_prompts(config: DictConfig, sdar: SdarConfig, resets: int) -> Iterator
     except Exception as error:  # a template, a bank, a context: named by the run's own checks
         yield Finding("fail", "prompts", f"not checked: {type(error).__name__}: {error}")
         return
+    yield _roles(config, tokenizer)
     longest_context = 0
     if sdar.teacher.source != "none" and not runtime.contexts.late:
         try:
@@ -78,6 +80,19 @@ def check_prompts(config: DictConfig, sdar: SdarConfig, resets: int) -> Iterator
         yield Finding("ok", "context", f"{', '.join(sdar.context.sources)}: known only when a group has ended")
     if resets:
         yield from _first_prompts(runtime, sdar, spread(tasks, resets), with_teacher=longest_context > 0)
+
+
+def _roles(config: DictConfig, tokenizer: Any) -> Finding:
+    """Whether texts can be kept from imitating a turn (docs/security.md)."""
+    marks = role_marks_of(tokenizer, config.data.get("apply_chat_template_kwargs", {}))
+    if marks:
+        return Finding("ok", "roles", f"no text from outside can write {', '.join(marks)}")
+    return Finding(
+        "warn",
+        "roles",
+        "the chat template marks roles by plain words only, so that an observation can imitate a turn",
+        "use a model whose chat template has marks such as <|im_start|>, or environments that you trust",
+    )
 
 
 def _contexts(runtime: Runtime, tasks: Sequence[Task]) -> _Contexts:

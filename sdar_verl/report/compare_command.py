@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.untrusted import printable
+
 
 def add_parser(subparsers: Any) -> None:
     """The sub-command and its options."""
@@ -76,8 +78,8 @@ def _print(head: list[str], cells: list[list[str]], notes: list[str]) -> None:
     for number, line in enumerate(cells):
         if number and line[0]:
             shown.add_section()
-        shown.add_row(*line)
+        shown.add_row(*map(printable, line))
     console = Console(highlight=False, markup=False)
     console.print(shown)
     for note in notes:
-        console.print(f"- {note}")
+        console.print(f"- {printable(note)}")

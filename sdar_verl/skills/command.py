@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from sdar_verl.untrusted import printable
+
 if TYPE_CHECKING:
     from sdar_verl.skills.bank import SkillBank
     from sdar_verl.skills.skill import Skill
@@ -151,4 +153,4 @@ def _as_dict(skill: Skill) -> dict[str, Any]:
 
 
 def _print(arguments: argparse.Namespace, content: Any, lines: list[str]) -> None:
-    print(json.dumps(content, indent=1, ensure_ascii=False) if arguments.json else "\n".join(lines))
+    print(json.dumps(content, indent=1, ensure_ascii=False) if arguments.json else printable("\n".join(lines)))

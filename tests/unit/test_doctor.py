@@ -18,6 +18,7 @@ from sdar_verl.doctor.run_checks import check_config
 from sdar_verl.envs import registry
 from sdar_verl.envs.base import Task
 from sdar_verl.panels import write_panel
+from tests.support.chatml import qwen_like_tokenizer
 from tests.support.toy_panel import write_toy_panels
 
 KNOWN = {
@@ -210,6 +211,21 @@ def test_games_that_were_moved_and_panels_that_overlap_are_named(toy, tmp_path: 
     text = as_text(diagnose([*toy, f"data.train_files={files}", f"data.val_files={files}"], resets=0))
     assert "16 of 16 games are not where the panel says, e.g. /gone" in text
     assert "16 of 16 validation tasks are training tasks too" in text
+
+
+def test_roles_that_a_text_can_imitate_are_told(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdar_verl.doctor import prompts
+
+    assert "no text from outside can write <assistant>, <eos>, <user>" in as_text(diagnose(toy, resets=0))
+    tokenizer = qwen_like_tokenizer(
+        template="{% for m in messages %}{{ m.role | upper }}: {{ m.content }}\n{% endfor %}"
+    )
+    monkeypatch.setattr(prompts, "_tokenizer", lambda config: tokenizer)
+    text = as_text([finding for finding in diagnose(toy, resets=0) if finding.check == "roles"])
+    assert "warn" in text and "an observation can imitate a turn" in text
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | replace('< ', '<') }}{% endfor %}"
+    text = as_text([finding for finding in diagnose(toy, resets=0) if finding.check == "prompts"])
+    assert "FAIL" in text and "changes the control tokens of a prompt" in text
 
 
 def test_an_environment_that_cannot_start_a_task_is_red(toy, tmp_path: Path) -> None:
