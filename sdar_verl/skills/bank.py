@@ -84,7 +84,7 @@ class SkillBank:
         from sdar_verl.skills.formats import read_bank
 
         path = _find(name_or_path)
-        format, found = read_bank(path)
+        format, found = read_bank(path, shipped=path.parent == BANKS_DIR)
         bank = cls(list(found), name=str(name_or_path), origin=path, format=format)
         if renamed:
             bank = bank._rename(renamed)

@@ -48,21 +48,23 @@ class _PlainLoader(yaml.SafeLoader):
             self._depth -= 1
 
 
-def read_bank(path: Path) -> tuple[str, dict[Skill, Path]]:
+def read_bank(path: Path, *, shipped: bool = False) -> tuple[str, dict[Skill, Path]]:
     """Name of the format, and each skill with the file that it stands in.
 
     Args:
         path: a folder of Agent Skills, a folder with ``skill_mapping.json``, or a JSON file in either JSON format.
+        shipped: it comes with this package, whose files an installer may have made of links to its cache; the files of
+            other banks must lie in their folder.
     Raises:
         SkillBankError: a file that is missing, unreadable, empty, or in no known format.
     """
     try:
-        return _read_bank(path)
+        return _read_bank(path, shipped)
     except OSError as error:
         raise SkillBankError(f"skill bank {path} cannot be read ({error})") from error
 
 
-def _read_bank(path: Path) -> tuple[str, dict[Skill, Path]]:
+def _read_bank(path: Path, shipped: bool) -> tuple[str, dict[Skill, Path]]:
     if path.is_file():
         return read_json_bank(path)
     # Files beside the skills (README, LICENSE) and hidden folders belong to whoever keeps the bank.
@@ -81,10 +83,10 @@ def _read_bank(path: Path) -> tuple[str, dict[Skill, Path]]:
             f"that file: sdar.skills.bank={loose[0]}"
         )
     files = [entry / SKILL_FILE for entry in entries]
-    return AGENT_SKILLS, {_read_skill(file, path): file for file in files}
+    return AGENT_SKILLS, {_read_skill(file, None if shipped else path): file for file in files}
 
 
-def _read_skill(path: Path, folder: Path) -> Skill:
+def _read_skill(path: Path, folder: Path | None) -> Skill:
     if not path.is_file():
         raise SkillBankError(f"{path} is missing; every folder of a skill bank holds a {SKILL_FILE}")
     content = read_text(path, MAX_FILE_BYTES, folder)

@@ -114,6 +114,14 @@ def test_a_link_out_of_the_bank_is_refused(tmp_path: Path) -> None:
         SkillBank.load(bank)
 
 
+def test_shipped_banks_may_be_links_to_an_installers_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").write_bytes(SOUND)
+    (tmp_path / "banks" / "kitchen" / "mugs").mkdir(parents=True)
+    (tmp_path / "banks" / "kitchen" / "mugs" / "SKILL.md").symlink_to(tmp_path / "cache")
+    monkeypatch.setattr("sdar_verl.skills.bank.BANKS_DIR", tmp_path / "banks")
+    assert len(SkillBank.load("kitchen")) == 1
+
+
 def test_links_within_the_bank_and_to_the_bank_work(tmp_path: Path) -> None:
     bank = skill_file(tmp_path, SOUND.replace(b"mugs", b"cups"))
     (bank / "mugs").rename(bank / "cups")
