@@ -12,8 +12,11 @@ from verl.workers.rollout.replica import TokenOutput
 
 from sdar_verl.local.sampling import SamplingParams
 from sdar_verl.rollout.continuing import ContinuingClient, seed_of_rest
+from tests.support.plain import plain_logits
+from tests.support.tiny_model import make_tiny_model
 
 PROMPT = [5, 6, 7]
+LONG = 100
 
 
 class Server:
@@ -95,12 +98,65 @@ def test_answers_at_the_same_time_do_not_mix_up_their_lengths(ask):
     assert [params["seed"] for _, params in second.asked] == [2, seed_of_rest(2, 4)]
 
 
+def test_an_answer_that_an_update_interrupts_has_the_log_probs_of_both_weights(tmp_path):
+    """As verl's colocated trainer does it: requests aborted, weights replaced, generation resumed."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.support.cpu_server import make_server
+
+    folders = [make_tiny_model(tmp_path / str(seed), scale=3.0, seed=seed) for seed in (0, 1)]
+    states = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict() for path in folders]
+    parts: list[int] = []
+
+    async def main() -> TokenOutput:
+        server = make_server(folders[0], ignore_eos=True)
+        await server.update_weights(states[0], 3)
+
+        async def generate(**request: Any) -> TokenOutput:
+            output = await server.generate(**request)
+            parts.append(len(output.token_ids))
+            return output
+
+        client = ContinuingClient(SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=SimpleNamespace(name="x"))))
+        handle = SimpleNamespace(generate=SimpleNamespace(remote=generate))
+
+        async def acquire(request_id: Any, **_: Any) -> tuple[str, Any]:
+            return "server", handle
+
+        client._acquire_server = acquire
+        client._release_server = lambda *args, **kwargs: None
+        params = {"max_tokens": LONG, "temperature": 0.7, "seed": 4, "logprobs": True}
+        asked = asyncio.create_task(client.generate("request", prompt_ids=PROMPT, sampling_params=params))
+        while (await server.get_stats())["response_tokens"] < 2:
+            await asyncio.sleep(0.001)
+        await server.abort_all_requests()
+        await server.sleep()
+        await server.update_weights(states[1], 4)
+        await server.wake_up()
+        await server.resume_generation()
+        return await asyncio.wait_for(asked, 60)
+
+    output = asyncio.run(main())
+    start = parts[0]
+    assert len(parts) == 2 and 2 <= start < LONG, "the answer was not interrupted"
+    assert len(output.token_ids) == len(output.log_probs) == LONG
+    assert [output.extra_fields[f"{end}_global_steps"] for end in ("min", "max")] == [3, 4]
+    tokens = torch.tensor(output.token_ids)
+    prompts = [torch.tensor(PROMPT), torch.tensor([*PROMPT, *output.token_ids[:start]])]
+    for prompt, answer, folder, found in (
+        (prompts[0], tokens[:start], folders[0], output.log_probs[:start]),
+        (prompts[1], tokens[start:], folders[1], output.log_probs[start:]),
+    ):
+        (logits,) = plain_logits([prompt], [answer], folder)
+        expected = (logits / 0.7).log_softmax(-1).gather(1, answer[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=0)
+
+
 def test_the_cpu_server_goes_on_with_the_log_probs_of_one_undisturbed_answer(tmp_path):
     """What the scheduler gives for prompt + first tokens is what it would have given in one go, greedily."""
     from transformers import AutoModelForCausalLM
 
     from sdar_verl.local.scheduler import BatchScheduler
-    from tests.support.tiny_model import make_tiny_model
 
     make_tiny_model(tmp_path, scale=4.0)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="sdpa").eval()

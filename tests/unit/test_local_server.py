@@ -149,8 +149,10 @@ def test_settings_of_a_gpu_engine_are_refused():
 
     replica_class = get_rollout_replica_class("transformers")
 
-    def launch(mode=RolloutMode.HYBRID, **given):
-        replica = replica_class(0, rollout_config(**given), OmegaConf.create({}), gpus_per_node=1)
+    def launch(mode=RolloutMode.HYBRID, is_reward_model=False, **given):
+        replica = replica_class(
+            0, rollout_config(**given), OmegaConf.create({}), gpus_per_node=1, is_reward_model=is_reward_model
+        )
         replica.rollout_mode = mode
         asyncio.run(replica.launch_servers())
 
@@ -160,5 +162,6 @@ def test_settings_of_a_gpu_engine_are_refused():
         launch(full_determinism=True)
     with pytest.raises(ValueError, match=r"rollout.data_parallel_size=2"):
         launch(data_parallel_size=2)
-    with pytest.raises(ValueError, match="not in mode 'standalone'"):
-        launch(mode=RolloutMode.STANDALONE)
+    for mode, is_reward_model in ((RolloutMode.COLOCATED, False), (RolloutMode.STANDALONE, True)):
+        with pytest.raises(ValueError, match="serves the policy"):
+            launch(mode, is_reward_model)
