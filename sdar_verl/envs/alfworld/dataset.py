@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from sdar_verl.envs.alfworld.games import GAME_FILE, TRAJECTORY_FILE, GameFileEr
 from sdar_verl.envs.alfworld.spec import SPLITS, TASK_TYPES
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
+from sdar_verl.untrusted import parse_json
 
 DOWNLOADED_FOLDER = "json_2.1.1"
 DEFAULT_DATA = "~/.cache/alfworld"  # alfworld-download's own default
@@ -95,7 +95,7 @@ def read_games(root: str | Path, split: str, task_types: Sequence[str] = TASK_TY
             skipped[f"no {GAME_FILE}"] += 1
             continue
         try:
-            task_type = json.loads(trajectory.read_text())["task_type"]
+            task_type = parse_json(trajectory.read_bytes())["task_type"]
             game = read_game_file(trajectory.with_name(GAME_FILE))
         except GameFileError as error:
             raise DatasetError(str(error)) from error

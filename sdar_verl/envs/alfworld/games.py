@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from sdar_verl.untrusted import parse_json, shorten
+
 GAME_FILE, TRAJECTORY_FILE = "game.tw-pddl", "traj_data.json"
 
 # The line of the grammar that the engine shows at the end of the first observation.
@@ -42,14 +44,19 @@ def read_game_file(path: str | Path) -> GameFile:
     """
     content = Path(path).read_bytes()
     try:
-        game = json.loads(content)
+        game = parse_json(content)
         grammar, solvable = game["grammar"], game.get("solvable", False) is True
+        if not isinstance(grammar, str):
+            raise TypeError(f"its grammar is {shorten(grammar)}, not text")
     except (ValueError, KeyError, TypeError) as error:
         raise GameFileError(f"{path} is not a whole ALFWorld game ({error}): download or generate it again") from error
     line = _TASK_LINE.search(grammar)
     if line is None:
         raise GameFileError(f"{path}: its grammar has no line 'Your task is to: ...'; is this an ALFWorld game?")
-    description = json.loads(f'"{line.group(1)}"')
+    try:
+        description = json.loads(f'"{line.group(1)}"')
+    except ValueError as error:
+        raise GameFileError(f"{path}: its task {line.group(1)!r} is no JSON text ({error})") from error
     return GameFile(" ".join(description.split()).rstrip(" ."), solvable, sha256(content).hexdigest())
 
 
@@ -61,7 +68,9 @@ def read_walkthrough(path: str | Path) -> list[str]:
         OSError: the file cannot be read.
     """
     try:
-        walkthrough = json.loads(Path(path).read_bytes()).get("walkthrough") or []
-    except (ValueError, AttributeError) as error:
+        walkthrough = parse_json(Path(path).read_bytes()).get("walkthrough") or []
+        if not isinstance(walkthrough, list):
+            raise TypeError(f"its walkthrough is {shorten(walkthrough)}, not a list")
+    except (ValueError, AttributeError, TypeError) as error:
         raise GameFileError(f"{path} is not a whole ALFWorld game ({error}): download or generate it again") from error
     return [" ".join(str(command).split()) for command in walkthrough]
