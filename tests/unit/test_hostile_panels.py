@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 
 from sdar_verl.envs.base import Task
+from sdar_verl.envs.search.dataset import QuestionFile, QuestionFileError, read_questions
 from sdar_verl.panels import PanelError, panel_hash, read_panel, read_panels_file, task_from_json, write_panels
 from tests.support.fuzzing import damaged, mutations, quick
 
@@ -87,3 +88,39 @@ def test_halves_of_characters_in_a_task_are_written_as_replacements(tmp_path: Pa
     write_panels({"train": [task]}, tmp_path, {})
     assert read_panel(tmp_path / "train.parquet") == [task]
     assert task.description == "who \ufffd?"
+
+
+# ---------------------------------------------------------------- files of questions, from which panels are made
+
+QUESTION = {"question": "who?", "golden_answers": ["a", "b"], "data_source": "nq", "extra_info": {"question": "who?"}}
+
+
+def questions_or_refused(folder: Path, content: bytes) -> None:
+    path = folder / "train.jsonl"
+    path.write_bytes(content)
+    try:
+        found = read_questions([QuestionFile("train", path)])
+    except QuestionFileError as error:
+        assert "train.jsonl" in str(error)
+        return
+    for task in found.tasks.values():
+        "".join((task.task_id, task.description, *task.data["answers"])).encode()
+
+
+@quick(80)
+@given(row=mutations(QUESTION))
+def test_a_question_with_wrong_parts_is_read_or_left_out(tmp_path: Path, row: object) -> None:
+    questions_or_refused(tmp_path, json.dumps(row).encode())
+
+
+@quick(60)
+@given(content=damaged(json.dumps(QUESTION).encode()))
+def test_a_damaged_file_of_questions_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
+    questions_or_refused(tmp_path, content)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe\xff", b'{"question": ' + b"9" * 5000 + b"}"])
+def test_lines_that_are_no_json_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "train.jsonl").write_bytes(content)
+    with pytest.raises(QuestionFileError, match=r"train\.jsonl, line 1 is not JSON"):
+        read_questions([QuestionFile("train", tmp_path / "train.jsonl")])

@@ -12,6 +12,7 @@ from typing import Any
 
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
+from sdar_verl.untrusted import parse_json, whole_characters
 
 PANELS = ("train", "validation", "test")
 #: First word of a file's name -> panel.
@@ -128,9 +129,9 @@ def _answers(row: Mapping[str, Any]) -> list[str]:
             found = row[name].get("ground_truth")
     if isinstance(found, Mapping):
         found = found.get("target")
-    if isinstance(found, str):
-        found = [found]
-    return [str(answer).strip() for answer in found or [] if answer is not None and str(answer).strip()]
+    listed = found if isinstance(found, list | tuple) else [found] if isinstance(found, str) else []
+    answers = (whole_characters(str(answer)).strip() for answer in listed if answer is not None)
+    return [answer for answer in answers if answer]
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -154,12 +155,12 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8") as stream:
+    with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise QuestionFileError(
                     f"{path}, line {number} is not JSON ({error}): the file is cut off, or not one JSON object a line"
