@@ -9,19 +9,38 @@ import torch
 from torch.distributed.tensor import DTensor
 from verl.experimental.separation.engine_workers import DetachActorWorker
 
+from sdar_verl.training.teacher.weights import trainable_shards
+
 
 class DetachWorker(DetachActorWorker):
-    """verl's, whose saved weights are copies wherever they lie.
+    """verl's, whose saved weights are copies wherever they lie, and of the shards.
 
     verl saves weights by moving them to CPU memory. What is there already (the CPU default, parameters that are
-    offloaded) is not moved but shared, and would follow every update.
+    offloaded) is not moved but shared, and would follow every update. And it takes parameters as they are: FSDP1 leaves
+    some gathered after a forward pass, and what is written into those is lost with the next.
     """
 
     @property
     def copy_handler(self) -> Callable[[Any], Any]:
         """verl's, and no tensor of what it gives is shared with the module."""
         save = super().copy_handler
-        return lambda module: _own_copies(save(module), _storages(module))
+
+        def copy(module: torch.nn.Module) -> Any:
+            trainable_shards(module)
+            return _own_copies(save(module), _storages(module))
+
+        return copy
+
+    @property
+    def restore_handler(self) -> Callable[..., None]:
+        """verl's, into the shards."""
+        load = super().restore_handler
+
+        def restore(module: torch.nn.Module, *saved: Any) -> None:
+            trainable_shards(module)
+            load(module, *saved)
+
+        return restore
 
 
 def _storages(module: torch.nn.Module) -> set[int]:

@@ -121,6 +121,7 @@ def test_fsdp1_on_two_ranks_without_packing_and_checkpointing_takes_the_same_ste
         tmp_path,
         *TERMS,
         "actor_rollout_ref.actor.strategy=fsdp",
+        "actor_rollout_ref.actor.checkpoint.save_contents=[model]",
         "trainer.n_gpus_per_node=2",
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=2048",
         steps=2,

@@ -135,7 +135,11 @@ def weights(worker: Any) -> dict[str, torch.Tensor]:
 def make_worker(model: str, adapter: int = 0, role: str = "actor", base: Any = None, **teacher: Any) -> Any:
     from sdar_verl.training.teacher.worker import TeacherWorker
 
-    strategy = {"actor.strategy": os.environ["SDAR_TEST_STRATEGY"]}
+    strategy = {
+        "actor.strategy": os.environ["SDAR_TEST_STRATEGY"],
+        # Not hf_model, which FSDP1 cannot write on a CPU.
+        "actor.checkpoint.save_contents": ["model", "optimizer", "extra"],
+    }
     worker = (base or TeacherWorker)(worker_config(model, adapter, strategy, **teacher), role)
     worker.init_model()
     worker.set_loss_fn(likelihood)

@@ -17,6 +17,7 @@ from sdar_verl.training.checks import engine
 
 ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
 ATTENTION = f"{MODEL}.override_config.attn_implementation"
+CONTENTS = f"{ACTOR}.checkpoint.save_contents"
 GPU = {"trainer.device": "cuda", "actor_rollout_ref.rollout.name": "sglang"}
 
 
@@ -56,7 +57,7 @@ def test_verls_engines_are_found():
 
 @pytest.mark.parametrize("strategy", [*BACKENDS, "mindspeed_megatron", "their_engine"])
 def test_every_strategy_works_or_is_refused(recipe, strategy):
-    told = faults(recipe, **{f"{ACTOR}.strategy": strategy})
+    told = faults(recipe, **{f"{ACTOR}.strategy": strategy, CONTENTS: ["model"]})
     if strategy in engine.SUPPORTED_STRATEGIES:
         assert told == []
     else:
@@ -91,6 +92,10 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "activations on streams": ({f"{MODEL}.enable_activation_offload": True}, ["enable_activation_offload=True"]),
     "fp16": ({f"{ACTOR}.fsdp_config.mixed_precision.param_dtype": "fp16"}, ["actor.fsdp_config", "fp16", "bf16"]),
+    "a whole model from FSDP1's shards": (
+        {f"{ACTOR}.strategy": "fsdp", CONTENTS: ["model", "hf_model"]},
+        ["save_contents=['model', 'hf_model']", "strategy=fsdp ", "fsdp2"],
+    ),
     "an adapter beside the weights": (
         {f"{MODEL}.lora_rank": 4},
         ["lora_rank=4", "lora.merge=True", "rollout.name=transformers"],

@@ -71,6 +71,14 @@ def _device(config: DictConfig) -> Iterator[str]:
 
 def _accelerator_only(config: DictConfig) -> Iterator[str]:
     """What FSDP and a rollout have for accelerators alone."""
+    actor = config.actor_rollout_ref.actor
+    contents = list(OmegaConf.select(actor, "checkpoint.save_contents") or [])
+    if actor.strategy == "fsdp" and "hf_model" in contents:
+        yield (
+            f"actor_rollout_ref.actor.checkpoint.save_contents={contents}: with actor.strategy=fsdp (FSDP1) on a CPU "
+            "(trainer.device=cpu) torch cannot gather the whole model for hf_model; leave hf_model out, or set "
+            "actor_rollout_ref.actor.strategy=fsdp2"
+        )
     settings = {
         "actor_rollout_ref.actor.fsdp_config.offload_policy": "it keeps shards in pinned memory",
         "actor_rollout_ref.ref.fsdp_config.offload_policy": "it keeps shards in pinned memory",
