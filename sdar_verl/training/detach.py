@@ -26,7 +26,7 @@ class DetachWorker(DetachActorWorker):
         save = super().copy_handler
 
         def copy(module: torch.nn.Module) -> Any:
-            trainable_shards(module)
+            trainable_shards(module)  # shards again what is gathered
             return _own_copies(save(module), _storages(module))
 
         return copy
@@ -37,7 +37,7 @@ class DetachWorker(DetachActorWorker):
         load = super().restore_handler
 
         def restore(module: torch.nn.Module, *saved: Any) -> None:
-            trainable_shards(module)
+            trainable_shards(module)  # shards again what is gathered
             load(module, *saved)
 
         return restore
