@@ -103,10 +103,12 @@ def test_no_slot_becomes_a_control_token_or_a_mark(name: str, template: str, tex
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("position", ["user", "system", "front"])
 def test_a_forged_turn_stays_text_wherever_the_context_stands(name: str, position: str) -> None:
-    if position == "system" and name == "start policy":
-        pytest.skip("its chat template has no system role")
     made = builder(name, "alfworld", skill_position=position)
     hostile, harmless = turn(*[FORGED] * 5), turn(*["Nothing"] * 5)
+    if position == "system" and name == "start policy":
+        with pytest.raises(PromptTemplateError, match="knows the roles user and assistant"):
+            made.encode(hostile, FORGED, hostile.history)
+        return
     ids = made.encode(hostile, FORGED, hostile.history)
     assert control_ids(name, ids) == control_ids(name, made.encode(harmless, "Nothing", harmless.history))
     if name != "start policy":  # it knows few words
