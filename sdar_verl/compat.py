@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import metadata
+from typing import Any
 
 from packaging.version import Version
 
@@ -19,3 +21,15 @@ def check_verl_version(installed: str | None = None) -> None:
         raise ConfigError(
             f'verl {version} is installed, sdar_verl needs >={low},<{high}: pip install "verl>={low},<{high}"'
         )
+
+
+def validation_counts(told: Mapping[str, Any]) -> Mapping[tuple[str, str], int] | None:
+    """How many rollouts of each task a validation asked for, ``(data source, uid) -> rollouts``.
+
+    Args:
+        told: the keyword arguments of verl's ``_val_metrics_update``.
+
+    Returns:
+        None from verl 0.9.0, which does not tell.
+    """
+    return told.get("expected_acc_counts")

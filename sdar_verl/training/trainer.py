@@ -26,6 +26,7 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.debug import marked_timer
 from verl.workers.utils.losses import ppo_loss
 
+from sdar_verl.compat import validation_counts
 from sdar_verl.config import load_config
 from sdar_verl.modules import Importing
 from sdar_verl.panels import panel_digest
@@ -272,7 +273,7 @@ class SdarTraining(PPOTrainer):
     ) -> dict[str, float]:
         metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
         stop_on_errors(reward_extra_infos_dict.get("error", []))
-        asked = kwargs.get("expected_acc_counts")  # verl 0.9.0 does not tell
+        asked = validation_counts(kwargs)
         rollouts = self.config.actor_rollout_ref.rollout.val_kwargs.n
         expected = expected_episodes(asked) if asked else self.val_dataset.asked(rollouts)
         arms = arm_metrics(reward_extra_infos_dict, expected, self._val_types)
