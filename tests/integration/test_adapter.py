@@ -32,7 +32,7 @@ from tests.support.one_update import (
 )
 from tests.support.tiny_model import make_tiny_model
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 RANK, ALPHA, RATE = 4, 8, 3.0
 SAME = {"rtol": 1e-4, "atol": 2e-5}

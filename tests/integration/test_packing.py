@@ -18,7 +18,7 @@ from tests.integration.test_teacher_worker import recipe, worker_config
 from tests.support.one_update import ROWS, make_rows
 from tests.support.tiny_model import make_tiny_model
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 def packing_gap(root: Path, attention: str) -> float | str:
