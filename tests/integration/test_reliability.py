@@ -119,15 +119,15 @@ def test_rows_of_nan_are_left_out_and_counted(tmp_path):
     assert run.metrics[1]["actor/grad_norm"] > 0
 
 
-def test_weights_that_overflow_stop_the_run_and_name_the_rows(tmp_path):
-    """Nothing is injected: a learning rate of 1e30 does it, and the next step's numbers are NaN."""
+def test_weights_that_overflow_are_told_by_the_gradient(tmp_path):
+    """Nothing is injected: a learning rate of 1e30 does it. The norms make a uniform policy of it, whose log-probs are
+    finite; the gradient is not, and verl leaves every update out."""
     run = train(
         tmp_path,
         "sdar.teacher.source=actor",
         "actor_rollout_ref.actor.optim.lr=1e30",
         "actor_rollout_ref.actor.optim.clip_grad=1e30",
         steps=3,
-        check=False,
     )
-    assert run.returncode != 0
-    assert "NonFiniteError" in run.output or "the rollout server raised" in run.output
+    assert run.column("sdar/warnings/update_skipped") == {2: 1, 3: 2}
+    assert "sdar warning at step 2, update_skipped" in run.output
