@@ -8,6 +8,9 @@ warm-up of a third of the steps it fits a line to what each process holds: bytes
 file descriptors. Exits with 1 when a slope, less twice its standard error, is above its bound, or when the number of
 processes grows.
 
+Ray's control process (gcs_server) keeps the records of the last 100,000 tasks, so it grows for a long time without a
+leak. Here it keeps 1,000, to be full when the warm-up is over.
+
 Samples within a step are averaged first. A process that was not there from the end of the warm-up to the last step is
 counted, but has no slope of its own.
 """
@@ -141,6 +144,7 @@ def main() -> None:
         base=FEW_ROWS,
         timeout=args.timeout,
         PYTHONUNBUFFERED="1",
+        RAY_task_events_max_num_task_in_gcs="1000",
     )
     watched = watch(folder, start, args.every)
     found = growth(watched, args.steps // 3)
