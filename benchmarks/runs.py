@@ -125,7 +125,8 @@ def watch(folder: Path, start: Callable[[], Run], every: float = 1.0) -> Watched
             break
         time.sleep(every / 10)
     thread.join()
-    watched.samples = [sample for sample in watched.samples if sample.memory]  # gone while it was looked at
+    # The others were gone while they were looked at.
+    watched.samples = [sample for sample in watched.samples if sample.memory and sample.files]
     if watched.error is not None:
         raise watched.error
     return watched

