@@ -78,6 +78,7 @@ def test_a_conversation_is_one_row_with_its_observations_masked(tmp_path: Path) 
         "sdar.rollout.turn_length=20",
         "sdar.prompt.history_length=0",
         "data.max_response_length=170",
+        "sdar.teacher.max_prompt_length=342",
         "sdar.update.mini_batch_rows=16",
         "sdar.trace.every=1",
         "sdar.trace.episodes=16",
