@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,30 +26,7 @@ from sdar_verl.algorithm.gates import get_gate
 from sdar_verl.algorithm.masking import active_mask, clean
 from sdar_verl.algorithm.objectives import get_objective
 from sdar_verl.algorithm.stats import stats_sums
-
-
-@dataclass(frozen=True)
-class DistillationTerms:
-    """What the loss is made of, per token; all tensors (batch, response_length), 0 (False) where ``mask`` is off.
-
-    Attributes:
-        loss: l_t = s_t * g_t * objective (s_t: scale of the chosen divisor, 1 by default); the only tensor that
-            carries a gradient, and that to the student alone.
-        gate: g_t, detached.
-        gap: Delta_t in nats, detached, before centring and the like.
-        mask: bool, valid response tokens that have a teacher.
-        response_mask: bool, valid response tokens.
-        gate_gap: the gap as it entered the gate, detached; the same as ``gap`` by default.
-        entropy: the student's, nats, detached; None when it was not given.
-    """
-
-    loss: torch.Tensor
-    gate: torch.Tensor
-    gap: torch.Tensor
-    mask: torch.Tensor
-    response_mask: torch.Tensor
-    gate_gap: torch.Tensor
-    entropy: torch.Tensor | None = None
+from sdar_verl.algorithm.terms import DistillationTerms
 
 
 def distillation_terms(
@@ -97,7 +73,8 @@ def distillation_terms(
             between the two distributions; they may carry gradient and are passed on with 0 at masked positions.
 
     Returns:
-        :class:`DistillationTerms`. Masked positions of the inputs may hold anything, NaN included.
+        :class:`~sdar_verl.algorithm.terms.DistillationTerms`. Masked positions of the inputs may hold anything, NaN
+        included.
 
     Raises:
         ValueError: unknown gate or objective (the message lists the known), beta negative or not finite, shapes that

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from sdar_verl.algorithm.loss import DistillationTerms
+from sdar_verl.algorithm.terms import DistillationTerms
 
 
 def stats_sums(terms: DistillationTerms) -> dict[str, float]:
@@ -46,9 +44,9 @@ def finalize_stats(sums: Mapping[str, float]) -> dict[str, float]:
 
     Returns:
         ``tokens``: distilled tokens. ``gate_mean``: mean g_t. ``active_share``: share with g_t > 1/2. ``gap_mean``,
-            ``gap_std``
-        (population, nats). ``gap_positive_share``: share with Delta_t > 0. ``distill_loss``: mean l_t per token,
-        before lambda, whatever the aggregation mode of the loss. NaN, apart from ``tokens``, when there was no token.
+        ``gap_std``: of Delta_t, nats, the latter of the population. ``gap_positive_share``: share with Delta_t > 0.
+        ``distill_loss``: mean l_t per token, before lambda, whatever the aggregation mode of the loss. NaN, apart from
+        ``tokens``, when there was no token.
     """
     tokens = sums["tokens"]
     names = ("gate", "gate_active", "gap", "gap_squared", "gap_positive", "loss")

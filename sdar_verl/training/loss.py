@@ -17,9 +17,10 @@ from verl.workers.utils.padding import no_padding_2_padding
 from sdar_verl.algorithm.divergences import DIVERGENCES
 from sdar_verl.algorithm.gap import StepStatistics
 from sdar_verl.algorithm.gates import Ranges, gate_reads
-from sdar_verl.algorithm.loss import DistillationTerms, distillation_terms
+from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.masking import ROWS_NAMED, NonFiniteValues
 from sdar_verl.algorithm.stats import stats_sums
+from sdar_verl.algorithm.terms import DistillationTerms
 from sdar_verl.config import LossConfig
 from sdar_verl.errors import ConfigError, NonFiniteError
 from sdar_verl.rollout.rows import ROW_KEY

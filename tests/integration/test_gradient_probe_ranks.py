@@ -13,9 +13,9 @@ import torch
 import torch.multiprocessing as mp
 
 from sdar_verl.config import LossConfig
-from sdar_verl.training.fields import NORM_PREFIX, STEP_VALUES, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
-from sdar_verl.training.teacher.rows import nested
-from tests.integration.test_teacher_worker import TEMPERATURE, batch, worker_config
+from sdar_verl.training.fields import NORM_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
+from tests.integration.test_teacher_worker import TEMPERATURE, worker_config
+from tests.support.one_update import one_mini_batch, plain_model
 from tests.support.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.integration
@@ -49,12 +49,6 @@ def log_probs(model: torch.nn.Module) -> list[torch.Tensor]:
     return out
 
 
-def plain_model(folder: Path) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
-
-
 def run(rank: int, folder: str, port: int, ranks: int, measure: bool) -> None:
     """One update of the rank's share of the rows; its metrics and the weights afterwards."""
     from verl.utils import tensordict_utils as tu
@@ -75,26 +69,12 @@ def run(rank: int, folder: str, port: int, ranks: int, measure: bool) -> None:
     actor = omega_conf_to_dataclass(config.actor)
     worker.set_loss_fn(partial(sdar_loss, config=actor, settings=LossConfig(coef=COEF)))
 
-    mine = range(rank, ROWS, ranks)
-    rows, fields = [make_rows()[row] for row in mine], make_fields()
+    fields = make_fields()
     with torch.no_grad():
         fields["old_log_probs"] = log_probs(plain_model(root))
     fields[TEACHER_MASK] = [mask for _, _, mask in make_rows()]
-    data = batch(
-        rows,
-        calculate_entropy=False,
-        distillation_use_topk=False,
-        distillation_only=False,
-        global_batch_size=ROWS,
-        mini_batch_size=ROWS,
-        epochs=1,
-        seed=1,
-        dataloader_kwargs={"shuffle": False},
-    )
-    for name, values in fields.items():
-        data[name] = nested([values[row] for row in mine])
-    values = StepValues(COEF, 5.0, measure=1 if measure else None).as_dict()
-    tu.assign_non_tensor(data, **{STEP_VALUES: values})
+    values = StepValues(COEF, 5.0, measure=1 if measure else None)
+    data = one_mini_batch(make_rows(), range(rank, ROWS, ranks), fields, values, calculate_entropy=False)
     output = worker.update_actor(data)
     metrics = tu.get(output, "metrics")
     parameters, _ = worker.actor.engine.get_per_tensor_param()

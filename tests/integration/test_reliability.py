@@ -83,6 +83,7 @@ def compared(name: str) -> bool:
     [
         ("ray::AgentLoopWorkerTQ", "agent-loop worker 0"),
         ("ray::TransformersServer", "rollout server 0"),
+        ("ray::WorkerDict", "training worker 0"),
         ("ray::TransferQueueController", "TransferQueue's controller"),
         ("ray::TaskRunnerV1", None),
     ],

@@ -86,22 +86,41 @@ def start_fields(folder: Path) -> dict[str, list[torch.Tensor]]:
 
 def update_batch(chosen: Sequence[int], fields: dict[str, list[torch.Tensor]]) -> Any:
     """The chosen rows as verl's ``update_actor`` takes them, all in one update."""
+    return one_mini_batch(make_rows(), chosen, fields, StepValues(COEF, BETA), calculate_entropy=True)
+
+
+def one_mini_batch(
+    rows: Sequence[tuple[torch.Tensor, ...]],
+    chosen: Sequence[int],
+    fields: dict[str, list[torch.Tensor]],
+    values: StepValues,
+    **options: Any,
+) -> Any:
+    """The rows of one rank as verl's ``update_actor`` takes them; together the ranks' rows are one update.
+
+    Args:
+        rows: (prompt, response, mask), of all ranks.
+        chosen: indices of this rank's rows.
+        fields: name -> one tensor per row, of all ranks.
+        values: of the step.
+        **options: verl's for the batch.
+    """
     from verl.utils import tensordict_utils as tu
 
     data = batch(
-        [make_rows()[row] for row in chosen],
-        calculate_entropy=True,
+        [rows[row] for row in chosen],
         distillation_use_topk=False,
         distillation_only=False,
-        global_batch_size=ROWS,
-        mini_batch_size=ROWS,
+        global_batch_size=len(rows),
+        mini_batch_size=len(rows),
         epochs=1,
         seed=1,
         dataloader_kwargs={"shuffle": False},
+        **options,
     )
-    for name, values in fields.items():
-        data[name] = nested([values[row] for row in chosen])
-    tu.assign_non_tensor(data, **{STEP_VALUES: StepValues(COEF, BETA).as_dict()})
+    for name, per_row in fields.items():
+        data[name] = nested([per_row[row] for row in chosen])
+    tu.assign_non_tensor(data, **{STEP_VALUES: values.as_dict()})
     return data
 
 

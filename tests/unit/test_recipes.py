@@ -57,6 +57,7 @@ COMMON = {
     "sdar.loss.objective": "sampled",
     "sdar.teacher.source": "actor",
     "sdar.advantage.group_stats": "episode",
+    "reward.num_workers": 0,
     "trainer.total_training_steps": 150,
     "trainer.nnodes": 1,
     "trainer.device": "cuda",

@@ -1,0 +1,31 @@
+"""What a distillation loss is made of, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DistillationTerms:
+    """What the loss is made of, per token; all tensors (batch, response_length), 0 (False) where ``mask`` is off.
+
+    Attributes:
+        loss: l_t = s_t * g_t * objective (s_t: scale of the chosen divisor, 1 by default); the only tensor that
+            carries a gradient, and that to the student alone.
+        gate: g_t, detached.
+        gap: Delta_t in nats, detached, before centring and the like.
+        mask: bool, valid response tokens that have a teacher.
+        response_mask: bool, valid response tokens.
+        gate_gap: the gap as it entered the gate, detached; the same as ``gap`` by default.
+        entropy: the student's, nats, detached; None when it was not given.
+    """
+
+    loss: torch.Tensor
+    gate: torch.Tensor
+    gap: torch.Tensor
+    mask: torch.Tensor
+    response_mask: torch.Tensor
+    gate_gap: torch.Tensor
+    entropy: torch.Tensor | None = None
