@@ -17,7 +17,8 @@ class DetachWorker(DetachActorWorker):
 
     verl saves weights by moving them to CPU memory. What is there already (the CPU default, parameters that are
     offloaded) is not moved but shared, and would follow every update. And it takes parameters as they are: FSDP1 leaves
-    some gathered after a forward pass, and what is written into those is lost with the next.
+    some gathered after a forward pass, and what is written into those is lost with the next; what is being offloaded
+    has not arrived in CPU memory yet.
     """
 
     @property
@@ -26,7 +27,7 @@ class DetachWorker(DetachActorWorker):
         save = super().copy_handler
 
         def copy(module: torch.nn.Module) -> Any:
-            trainable_shards(module)  # shards again what is gathered
+            trainable_shards(module)  # shards again what is gathered, and waits for what is on its way
             return _own_copies(save(module), _storages(module))
 
         return copy
@@ -37,7 +38,7 @@ class DetachWorker(DetachActorWorker):
         load = super().restore_handler
 
         def restore(module: torch.nn.Module, *saved: Any) -> None:
-            trainable_shards(module)  # shards again what is gathered
+            trainable_shards(module)  # shards again what is gathered, and waits for what is on its way
             load(module, *saved)
 
         return restore

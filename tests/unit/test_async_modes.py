@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from verl.trainer.ppo.utils import Role
 from sdar_verl.config import load_config
 from sdar_verl.rollout.continuing import ContinuingClient
 from sdar_verl.training.async_modes import SdarColocateAsync, SdarSeparateAsync
-from sdar_verl.training.detach import _own_copies, _storages
+from sdar_verl.training.detach import DetachWorker, _own_copies, _storages
 from sdar_verl.training.teacher.privileged import PrivilegedTeacher
 
 
@@ -127,3 +128,45 @@ def test_saved_weights_share_no_memory_with_the_module():
     assert not (copied[0]["weight"][0] == 7.0).any()
     assert copied[0]["weight"][1] == "a specification" and copied[1] is None
     assert copied[0]["other"] is elsewhere, "what verl copied already is not copied again"
+
+
+@pytest.fixture
+def on_its_way(monkeypatch) -> list[Callable[[], Any]]:
+    """Copies between device and CPU that are done when somebody waits for the device, as after verl's offload."""
+    pending: list[Callable[[], Any]] = []
+
+    def synchronize() -> None:
+        while pending:
+            pending.pop(0)()
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    return pending
+
+
+def detached(module: torch.nn.Module) -> DetachWorker:
+    """A worker as far as saving and restoring go; verl's two functions, for a plain module."""
+    worker = object.__new__(DetachWorker)
+    worker._strategy_handlers = (
+        lambda module: module.state_dict(),
+        lambda module, saved: module.load_state_dict(saved),
+    )
+    return worker
+
+
+def test_weights_are_saved_when_verls_offload_has_arrived(on_its_way):
+    module = torch.nn.Linear(2, 3)
+    on_its_way.append(lambda: torch.nn.init.constant_(module.weight, 5.0))
+    saved = detached(module).copy_handler(module)
+    assert (saved["weight"] == 5.0).all()
+
+
+def test_an_offload_that_arrives_late_does_not_undo_a_restore(on_its_way):
+    module = torch.nn.Linear(2, 3)
+    worker = detached(module)
+    saved = worker.copy_handler(module)
+    on_its_way.append(lambda: torch.nn.init.constant_(module.weight, 5.0))
+    worker.restore_handler(module, saved)
+    torch.accelerator.synchronize()
+    assert torch.equal(module.weight, saved["weight"])

@@ -28,11 +28,14 @@ def trainable_shards(module: nn.Module) -> dict[str, torch.Tensor]:
     """This rank's part of every trainable parameter: name -> tensor that shares the parameter's storage.
 
     Parameters that a forward pass left gathered are sharded again first, so that the next pass gathers what is in the
-    shards then. Frozen parameters (the base under a LoRA adapter) are left out: they never differ.
+    shards then. Copies that the device has not finished are waited for: verl offloads with asynchronous ones, which
+    fill the CPU's side, or overwrite what was written there, long after the call. Frozen parameters (the base under a
+    LoRA adapter) are left out: they never differ.
 
     Args:
         module: plain, FSDP1 or FSDP2; its parameters may be on the CPU or on the device.
     """
+    _synchronize()
     if isinstance(module, FSDP):
         return _flat_shards(module)
     for part in module.modules():
@@ -74,7 +77,7 @@ class ShadowWeights:
     def __init__(self, module: nn.Module, *, dtype: torch.dtype | None = None, on_cpu: bool = True):
         self._module = module
         self._on_cpu = on_cpu
-        self._weights = {name: self._copy(shard, dtype) for name, shard in self._shards().items()}
+        self._weights = {name: self._copy(shard, dtype) for name, shard in trainable_shards(module).items()}
 
     @torch.no_grad()
     def blend(self, decay: float) -> None:
@@ -82,7 +85,7 @@ class ShadowWeights:
 
         Computed as theta_T + (1 - decay) * (theta - theta_T), so that equal weights stay equal to the bit.
         """
-        for name, shard in self._shards().items():
+        for name, shard in trainable_shards(self._module).items():
             mine = self._weights[name]
             theirs = shard.to(mine.device, mine.dtype)
             if decay == 0.0:
@@ -93,7 +96,7 @@ class ShadowWeights:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Within the context the module has these weights; after it, its own, to the bit, also after an exception."""
-        shards = self._shards()
+        shards = trainable_shards(self._module)
         if shards.keys() != self._weights.keys():
             raise TeacherError(
                 f"the module's trainable parameters have changed: {shards.keys() ^ self._weights.keys()}"
@@ -104,7 +107,7 @@ class ShadowWeights:
             yield
         finally:
             # Looked up again: verl may have moved the module to its device and back in between.
-            self._write(self._shards(), own)
+            self._write(trainable_shards(self._module), own)
 
     def save(self, file: Path, **record: Any) -> None:
         """Write this rank's weights; the file is complete or absent, never half written."""
@@ -147,11 +150,6 @@ class ShadowWeights:
         for name, value in weights.items():
             self._weights[name].copy_(value)
         return record
-
-    def _shards(self) -> dict[str, torch.Tensor]:
-        # verl offloads with asynchronous copies: the CPU side may be read only when they are done.
-        _synchronize()
-        return trainable_shards(self._module)
 
     def _copy(self, shard: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         return shard.to("cpu" if self._on_cpu else shard.device, dtype or shard.dtype, copy=True)
