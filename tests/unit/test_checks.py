@@ -258,6 +258,22 @@ CASES = {
     ),
     "mini-batch": ({"sdar.update.mini_batch_rows": 100}, ["sdar.update.mini_batch_rows=100", "rollout.n=8"]),
     "ranks": ({"trainer.n_gpus_per_node": 3}, ["sdar.update.mini_batch_rows=128", "3 ranks"]),
+    "ranks under sequence parallelism": (
+        {
+            "trainer.n_gpus_per_node": 6,
+            "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2,
+        },
+        ["sdar.update.mini_batch_rows=128", "3 ranks"],
+    ),
+    "a pool that cannot split its rows": (
+        {
+            "sdar.teacher.source": "reference",
+            "sdar.teacher.placement": "pool",
+            "sdar.teacher.pool_gpus_per_node": 1,
+            "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size": 2,
+        },
+        ["sdar.teacher.placement=pool", "pool_gpus_per_node=1", "ref.fsdp_config.ulysses_sequence_parallel_size=2"],
+    ),
     "group of one": ({"actor_rollout_ref.rollout.n": 1}, ["rollout.n=1", "at least 2"]),
     "micro-batch": (
         {

@@ -152,6 +152,14 @@ REFUSED = {
         {**SUPPORT, "actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2},
         ["ulysses_sequence_parallel_size=2", "objective=sampled"],
     ),
+    "sequence parallelism, by the engine's option": (
+        {**SUPPORT, "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2},
+        ["actor.fsdp_config.ulysses_sequence_parallel_size=2", "objective=sampled"],
+    ),
+    "sequence parallelism of the reference": (
+        {**SUPPORT, "actor_rollout_ref.ref.ulysses_sequence_parallel_size": 2},
+        ["actor_rollout_ref.ref.ulysses_sequence_parallel_size=2", "objective=sampled"],
+    ),
     "static padding": (
         {**SUPPORT, "actor_rollout_ref.actor.fsdp_config.pad_to_length": True},
         ["static padding", "actor.fsdp_config.pad_to_length=False"],

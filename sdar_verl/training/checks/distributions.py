@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from sdar_verl.algorithm.schedules import GRAD_SHARE, make_schedule
 from sdar_verl.config import LossConfig, SdarConfig
+from sdar_verl.training.checks.engine import sequence_parallel
 from sdar_verl.training.head.distributions import reads_distributions, top_k
 
 _OPTIONS = ("support", "top_k", "tail", "chunk_tokens")
@@ -63,19 +64,18 @@ def _support(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
 
 def _engine(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
     node, objective = config.actor_rollout_ref, f"sdar.loss.objective={sdar.loss.objective}"
-    actor = node.actor
     if node.model.get("use_fused_kernels", False):
         yield (
             f"{objective} reads the input of the language-model head, which fused kernels do not call; "
             "set actor_rollout_ref.model.use_fused_kernels=False"
         )
-    if actor.ulysses_sequence_parallel_size > 1:
-        yield (
-            f"{objective} is not available with sequence parallelism "
-            f"(actor_rollout_ref.actor.ulysses_sequence_parallel_size={actor.ulysses_sequence_parallel_size}); "
-            "set it to 1, or use sdar.loss.objective=sampled"
-        )
     for name in ("actor", "ref"):
+        option, size = sequence_parallel(node[name])
+        if size > 1:
+            yield (
+                f"{objective} is not available with sequence parallelism (actor_rollout_ref.{name}.{option}={size}); "
+                "set it to 1, or use sdar.loss.objective=sampled"
+            )
         engine = node[name].get("fsdp_config", None) or {}
         if engine.get("pad_to_length", False):
             yield (

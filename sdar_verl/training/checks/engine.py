@@ -15,6 +15,19 @@ SUPPORTED_MODEL_ENGINES = ("dp",)
 # Those whose mask transformers makes itself; since its pull request 39194 it finds packed rows by their position ids.
 MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
 
+_ULYSSES = "ulysses_sequence_parallel_size"
+
+
+def sequence_parallel(node: DictConfig) -> tuple[str, int]:
+    """Ulysses' sequence-parallel size of a role, and the option under its node that sets it.
+
+    Args:
+        node: ``actor_rollout_ref.actor`` or ``actor_rollout_ref.ref``. verl lets its older option win, when it is above
+            1, over the engine's own.
+    """
+    size, inner = node.get(_ULYSSES, 1), (node.get("fsdp_config", None) or {}).get(_ULYSSES, 1)
+    return (_ULYSSES, size) if size > 1 else (f"fsdp_config.{_ULYSSES}", inner)
+
 
 def engine_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Every fault of engine, device and attention, one message each."""

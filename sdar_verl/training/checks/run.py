@@ -13,7 +13,7 @@ from sdar_verl.errors import ConfigError
 from sdar_verl.modules import import_modules
 from sdar_verl.panels import LOCATIONS, PanelError, read_panel
 from sdar_verl.training.checks.context import context_faults
-from sdar_verl.training.checks.engine import engine_faults
+from sdar_verl.training.checks.engine import engine_faults, sequence_parallel
 from sdar_verl.training.checks.loss import loss_faults
 from sdar_verl.training.checks.modes import mode_faults, parts_of_a_step
 from sdar_verl.training.checks.resume import resume_faults
@@ -160,7 +160,7 @@ def _per_part(config: DictConfig) -> str:
 def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
     n, rows = config.actor_rollout_ref.rollout.n, sdar.update.mini_batch_rows
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    ranks //= config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
+    ranks //= sequence_parallel(config.actor_rollout_ref.actor)[1]
     faults = []
     if rows is not None and rows % n:
         faults.append(f"sdar.update.mini_batch_rows={rows} must be a multiple of actor_rollout_ref.rollout.n={n}")

@@ -20,6 +20,7 @@ from transfer_queue import KVBatchMeta
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from sdar_verl.errors import ConfigError
+from sdar_verl.training.checks.engine import sequence_parallel
 from sdar_verl.training.parts.base import StepRows, TrainerPart
 from sdar_verl.training.teacher.rows import teacher_row
 
@@ -71,7 +72,7 @@ class PackingCheck(TrainerPart):
     def _measure(self, rows: StepRows) -> float:
         """Mean absolute difference between the log-probs of two copies of a row, nats; over all ranks."""
         settings = self._config.actor_rollout_ref
-        ranks = rows.trainer.actor_rollout_wg.world_size // settings.actor.ulysses_sequence_parallel_size
+        ranks = rows.trainer.actor_rollout_wg.world_size // sequence_parallel(settings.actor)[1]
         keys, row = [f"copy_{index}" for index in range(2 * ranks)], self._row(rows)
         tags = [{"prompt_len": len(row["prompts"]), "seq_len": len(row["input_ids"])} for _ in keys]
         tq.kv_batch_put(
