@@ -388,6 +388,8 @@ def _explain(item: Any) -> str:
         return f"{option}: no such option ({_known_keys(item['loc'])})"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"]) if not item["loc"] else f"{option}: {item['ctx']['error']}"
+    if item["type"] == "missing":
+        return f"{option} is not set and has no default; docs/options.md says what it takes"
     return f"{option}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 

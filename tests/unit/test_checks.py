@@ -116,7 +116,7 @@ CASES = {
     ),
     "no turn length": (
         {"sdar.rollout.rows": "trajectory"},
-        ["sdar.rollout.turn_length=None", "max_response_length=20"],
+        ["sdar.rollout.turn_length=null", "max_response_length=20"],
     ),
     "history in a conversation": ({"sdar.rollout.rows": "trajectory"}, ["sdar.prompt.history_length=2 has no effect"]),
     "more rows per update than conversations": (
@@ -154,6 +154,10 @@ CASES = {
         ["trainer.device=cpu", "rollout.name=transformers, not sglang"],
     ),
     "trainer mode": ({"trainer.v1.trainer_mode": "sync"}, ["trainer.v1.trainer_mode=sync", "=sdar"]),
+    "a misspelt trainer mode": (
+        {"trainer.v1.trainer_mode": "sdar_async"},
+        ["trainer.v1.trainer_mode=sdar_async", "sdar_colocate_async", "sdar.modules"],
+    ),
     "legacy trainer": ({"trainer.use_v1": False}, ["trainer.use_v1=False"]),
     "estimator": ({"algorithm.adv_estimator": "grpo"}, ["invalid_action_penalty=0.1 has no effect", "grpo"]),
     "strategy": ({"actor_rollout_ref.actor.strategy": "megatron"}, ["strategy=megatron", "fsdp2"]),
@@ -230,7 +234,21 @@ CASES = {
     ),
     "no weights at the path": (
         {"sdar.teacher.source": "reference", "sdar.teacher.path": "/no/such/model"},
-        ["sdar.teacher.path=/no/such/model", "cannot be read"],
+        ["sdar.teacher.path=/no/such/model", "no model here", "Hugging Face"],
+    ),
+    "a model that is not there": (
+        {"actor_rollout_ref.model.path": "/no/such/model"},
+        ["actor_rollout_ref.model.path=/no/such/model", "config.json", "Qwen/Qwen2.5-3B-Instruct"],
+    ),
+    "an arm without a temperature": (
+        {"sdar.validation.arms": {"mine": {"context": "skills"}}},
+        ["sdar.validation.arms.mine.temperature is not set", "docs/options.md"],
+    ),
+    "no training panel at all": ({"data.train_files": None}, ["data.train_files is not set", "sdar-verl prepare"]),
+    "a prompt of no tokens": ({"data.max_prompt_length": 0}, ["data.max_prompt_length=0", "at least 1"]),
+    "a response as long as the model's positions": (
+        {"data.max_response_length": 512},
+        ["512 positions", "lower data.max_response_length"],
     ),
     "rows left out of an update that scores itself": (
         {"sdar.teacher.source": "actor_fresh", "sdar.on_nonfinite": "drop"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import util
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -30,8 +31,20 @@ def sequence_parallel(node: DictConfig) -> tuple[str, int]:
 
 
 def engine_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    """Every fault of engine, device and attention, one message each."""
-    return [*_strategy(config), *_device(config), *_attention(config)]
+    """Every fault of model, engine, device and attention, one message each."""
+    model = missing_model("actor_rollout_ref.model.path", str(config.actor_rollout_ref.model.path))
+    return [*model, *_strategy(config), *_device(config), *_attention(config)]
+
+
+def missing_model(option: str, path: str) -> list[str]:
+    """A fault where ``path`` can only be a folder of this machine and holds no model; names of a hub are not asked."""
+    local = path.startswith(("/", ".", "~")) or path.count("/") > 1
+    if not local or "://" in path or (Path(path).expanduser() / "config.json").is_file():
+        return []
+    return [
+        f"{option}={path}: there is no model here (a folder with config.json); give the folder of one, or a name of "
+        "Hugging Face's hub such as Qwen/Qwen2.5-3B-Instruct"
+    ]
 
 
 def _strategy(config: DictConfig) -> Iterator[str]:

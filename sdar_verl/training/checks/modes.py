@@ -19,6 +19,11 @@ def mode_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     for ours, verls in MODES.items():
         if mode == verls:
             return [f"trainer.v1.trainer_mode={mode} ignores the sdar node; set trainer.v1.trainer_mode={ours}"]
+    if mode not in MODES and not _registered(mode):
+        return [
+            f"trainer.v1.trainer_mode={mode}: no trainer of that name is registered; use one of {', '.join(MODES)}, or "
+            "name the module that registers yours in sdar.modules"
+        ]
     faults = _correction(config)
     base = verl_mode(mode)
     if base in ("colocate_async", "separate_async"):
@@ -26,6 +31,13 @@ def mode_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     if base == "separate_async":
         faults += _separate(config, sdar, mode)
     return faults
+
+
+def _registered(mode: str) -> bool:
+    """Whether somebody else registered ``mode``: verl is asked, which takes seconds the first time."""
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+
+    return mode in TRAINER_REGISTRY
 
 
 def verl_mode(mode: str) -> str | None:

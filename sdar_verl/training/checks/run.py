@@ -124,8 +124,9 @@ def _rows(config: DictConfig, sdar: SdarConfig) -> list[str]:
     faults = []
     if rollout.turn_length is None or rollout.turn_length > limit:
         faults.append(
-            f"sdar.rollout.turn_length={rollout.turn_length}: with sdar.rollout.rows=trajectory, set the tokens of one "
-            f"answer, at most those of the whole conversation (data.max_response_length={limit})"
+            f"sdar.rollout.turn_length={'null' if rollout.turn_length is None else rollout.turn_length}: with "
+            "sdar.rollout.rows=trajectory, set the tokens of one answer, at most those of the whole conversation "
+            f"(data.max_response_length={limit})"
         )
     if sdar.prompt.history_length > 0:
         faults.append(
@@ -180,9 +181,18 @@ def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 
 def _data(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    faults: list[str] = []
+    lengths = {name: config.data[name] for name in ("max_prompt_length", "max_response_length")}
+    faults = [
+        f"data.{name}={value}: it is a number of tokens, at least 1" for name, value in lengths.items() if value < 1
+    ]
     train_tasks = 0
     for option in ("train_files", "val_files"):
+        if not config.data[option]:
+            faults.append(
+                f"data.{option} is not set; make the task panels with `sdar-verl prepare {sdar.env.name} --out DIR` "
+                "and point to its parquet files"
+            )
+            continue
         for file in panel_files(config, option):
             path = Path(file).expanduser()
             if not path.is_file():

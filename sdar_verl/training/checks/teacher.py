@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.config import SdarConfig, TeacherConfig
-from sdar_verl.training.checks.engine import sequence_parallel
+from sdar_verl.training.checks.engine import missing_model, sequence_parallel
 from sdar_verl.training.checks.loss import needs_step_statistics
 from sdar_verl.training.checks.rollout_server import rollout_server_faults
 from sdar_verl.training.teacher.sources import get_source, list_sources, uses_lora
@@ -118,10 +118,16 @@ def _needed_early(sdar: SdarConfig) -> list[str]:
 
 def _vocabulary(config: DictConfig, path: str) -> list[str]:
     """Token ids must mean the same to teacher and student: the teacher scores the student's ids."""
+    if missing := missing_model("sdar.teacher.path", path):
+        return missing
     try:
         teacher, student = _tokenizer(config, path), _tokenizer(config, config.actor_rollout_ref.model.path)
     except (OSError, ValueError) as error:
-        return [f"sdar.teacher.path={path}: its tokenizer, or the model's, cannot be read: {error}"]
+        return [
+            f"sdar.teacher.path={path}: its tokenizer, or that of actor_rollout_ref.model.path="
+            f"{config.actor_rollout_ref.model.path}, cannot be read: {error}; give folders of models on this machine, "
+            "or names of Hugging Face's hub"
+        ]
     if teacher == student:
         return []
     different = sorted(token for token in {*teacher, *student} if teacher.get(token) != student.get(token))
@@ -149,14 +155,18 @@ def _positions(config: DictConfig, settings: TeacherConfig) -> list[str]:
     except (OSError, ValueError):
         return []  # not on this machine, or not a model: verl tells
     override = OmegaConf.select(config, "actor_rollout_ref.model.override_config.max_position_embeddings")
-    limit, longest = override or limit, settings.max_prompt_length + config.data.max_response_length
+    limit, response = override or limit, config.data.max_response_length
+    longest = settings.max_prompt_length + response
     if limit is None or longest <= limit:
         return []
+    remedy = (
+        f"set sdar.teacher.max_prompt_length to at most {limit - response}"
+        if response < limit
+        else "lower data.max_response_length, which leaves no room for a prompt"
+    )
     return [
-        f"sdar.teacher.max_prompt_length={settings.max_prompt_length} and data.max_response_length="
-        f"{config.data.max_response_length} make teacher rows of up to {longest} tokens, and the model "
-        f"{described.parent} has {limit} positions; set sdar.teacher.max_prompt_length to at most "
-        f"{max(limit - config.data.max_response_length, 1)}"
+        f"sdar.teacher.max_prompt_length={settings.max_prompt_length} and data.max_response_length={response} make "
+        f"teacher rows of up to {longest} tokens, and the model {described.parent} has {limit} positions; {remedy}"
     ]
 
 
