@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -178,6 +179,28 @@ def test_what_cannot_be_is_refused_before_the_start(recipe, case):
     assert bool(said) == bool(words)
     for word in words:
         assert word in said
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "refused"),
+    [
+        (102, {"sdar.loss.objective": "jsd"}, ""),
+        (110, {"sdar.loss.objective": "jsd"}, "support=full"),
+        (90, {"sdar.loss.objective": "forward_kl"}, "support=full"),
+        (110, SUPPORT, ""),
+        (90, SUPPORT, "sdar.loss.objective=reverse_kl"),
+        (90, {**SUPPORT, "sdar.loss.objective": "forward_kl"}, ""),
+        (110, {**SUPPORT, "sdar.loss.objective": "forward_kl"}, ""),
+    ],
+)
+def test_a_teacher_with_a_head_of_another_size_is_refused_where_heads_are_compared(
+    recipe, tmp_path, tokens, options, refused
+):
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": tokens}))
+    told = faults(recipe, **options, **{"sdar.teacher.source": "reference", "sdar.teacher.path": str(tmp_path)})
+    assert bool(told) == bool(refused)
+    if refused:
+        assert refused in told and f"a head of {tokens} tokens" in told and "one of 102" in told
 
 
 def test_a_sound_choice_passes(recipe):

@@ -321,6 +321,19 @@ def test_another_vocabulary_is_refused():
         engine.forward_step(batch, loss_function=loss, forward_only=False)
 
 
+def test_a_teachers_token_that_the_student_does_not_have_is_named():
+    """On a GPU, reading beyond the logits would end the process with an assertion of the device."""
+    engine = make_engine(make_model(0))
+    HeadTap.attach(engine)
+    fields = {
+        SUPPORT_IDS: nested([torch.tensor([[3, 31]] * n, dtype=torch.int32) for n in RESPONSES]),
+        SUPPORT_LOG_PROBS: nested([torch.full((n, 3), -1.1) for n in RESPONSES]),
+    }
+    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", 4, 2, "forward_kl"), **fields)
+    with pytest.raises(RuntimeError, match="hold number 31, and the student's vocabulary has 31 tokens"):
+        engine.forward_step(batch, loss_function=loss, forward_only=False)
+
+
 def test_a_head_that_is_not_called_is_named():
     model = make_model(0)
     engine = make_engine(model)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from sdar_verl.algorithm.divergences import SUPPORT_OF
 from sdar_verl.algorithm.schedules import GRAD_SHARE, make_schedule
 from sdar_verl.config import LossConfig, SdarConfig
 from sdar_verl.training.checks.engine import sequence_parallel
@@ -22,7 +23,7 @@ def distribution_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     if sdar.teacher.source == "none":
         return []
     if reads_distributions(loss):
-        return [*_support(config, sdar), *_engine(config, sdar)]
+        return [*_support(config, sdar), *_sizes(config, sdar), *_engine(config, sdar)]
     if loss.coef == 0:
         return []  # the signal is off: a baseline of some recipe, whose other options may stay as they are
     return [
@@ -62,6 +63,25 @@ def _support(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
         )
 
 
+def _sizes(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
+    """Models with one tokenizer may have heads of different sizes (Qwen2.5's up to 3B and from 7B on)."""
+    loss, path = sdar.loss, sdar.teacher.path
+    student, teacher = model_vocabulary(config), None if path is None else _vocabulary(path)
+    if student is None or teacher is None or student == teacher:
+        return
+    sizes = f"sdar.teacher.path={path} has a head of {teacher} tokens, the model that is trained one of {student}"
+    if loss.support != "top_k":
+        yield (
+            f"{sizes}, and sdar.loss.support=full compares them token by token; set sdar.loss.support=top_k, or use "
+            "sdar.loss.objective=sampled"
+        )
+    elif SUPPORT_OF[loss.objective] == "student" and teacher < student:
+        yield (
+            f"{sizes}, whose most likely tokens (sdar.loss.objective={loss.objective}) the teacher must have; use "
+            "sdar.loss.objective=forward_kl or sampled"
+        )
+
+
 def _engine(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
     node, objective = config.actor_rollout_ref, f"sdar.loss.objective={sdar.loss.objective}"
     if node.model.get("use_fused_kernels", False):
@@ -96,7 +116,11 @@ def _measured(loss: LossConfig) -> str | None:
 def model_vocabulary(config: DictConfig) -> int | None:
     """Rows of the model's head as its ``config.json`` says; None when the model is not on this machine."""
     model = config.actor_rollout_ref.model
-    file = Path(str(model.get("hf_config_path", None) or model.path)).expanduser() / "config.json"
+    return _vocabulary(model.get("hf_config_path", None) or model.path)
+
+
+def _vocabulary(path: object) -> int | None:
+    file = Path(str(path)).expanduser() / "config.json"
     if not file.is_file():
         return None
     settings = json.loads(file.read_text(encoding="utf-8"))

@@ -214,7 +214,7 @@ class _Step:
         if given is not None and int(given.max()) >= len(weight):
             raise RuntimeError(
                 f"the student's vocabulary is larger than the teacher's ({len(weight)} tokens); use a teacher with the "
-                "the student's vocabulary, or sdar.loss.objective=sampled"
+                "student's vocabulary, or sdar.loss.objective=sampled"
             )
         ids, log_probs = [], []
         for start in range(0, len(hidden), request.chunk):
@@ -232,6 +232,13 @@ class _Step:
         request, chosen = self._request, self._chosen
         if request.k:
             ids, teacher = (_flat(self._data[name])[chosen] for name in (SUPPORT_IDS, SUPPORT_LOG_PROBS))
+            if int(ids.max()) >= vocabulary:
+                # A GPU would stop with an assertion that names nothing.
+                raise RuntimeError(
+                    f"the teacher's {request.k} most likely tokens hold number {int(ids.max())}, and the student's "
+                    f"vocabulary has {vocabulary} tokens; use a smaller sdar.loss.top_k, a teacher with the student's "
+                    "vocabulary, or sdar.loss.objective=sampled"
+                )
             return TopKDivergence(request.kind, ids.long(), teacher, request.tail)
         head = self._tap.teacher_head
         if head is None:
