@@ -9,6 +9,7 @@ log-probs are computed later, by the trainer, on the very response ids sampled h
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,7 +23,7 @@ from sdar_verl.context.builder import join
 from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import Step, Task
 from sdar_verl.envs.pool import EnvError, EnvProcessError
-from sdar_verl.panels import PanelError, task_from_json
+from sdar_verl.panels import task_from_json
 from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
 from sdar_verl.rollout.outputs import Episode, OutputMaker, Turn, conversation
 from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnContext
@@ -106,8 +107,11 @@ class SdarAgentLoop(AgentLoopBase):
         try:
             task = task_from_json(kwargs["task"])
             runtime = get_runtime(self.config, self.tokenizer)
-        except (PanelError, *SETUP_FAULTS) as error:
-            return [self.outputs.failed_row(NO_TASK, arm_name, version, error=str(error))]
+        except Exception as error:
+            # Whatever it is, every episode of this process meets it: a bank that only other nodes see, a package that
+            # is missing on this one. Raised, it would cost the groups, and training would go on with the other nodes'.
+            fault = f"{type(error).__name__} in an agent loop on {socket.gethostname()}: {error}"
+            return [self.outputs.failed_row(NO_TASK, arm_name, version, error=fault)]
         arm = runtime.arm(arm_name) if arm_name is not None else None
         if arm is not None:
             sampling_params = {**sampling_params, "temperature": arm.temperature}

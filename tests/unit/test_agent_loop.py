@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import socket
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -188,6 +191,21 @@ def test_an_environment_that_refuses_stops_the_run(play):
     _, infos, _, _ = play([GOOD], pool=Pool(refuses=True))
     assert infos[0].failed
     assert "task task-1: no such game" in infos[0].error
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"skills__bank": "of/another/node"}, "SkillBankError .* skill bank 'of/another/node' is neither"),
+        ({"modules": ["not_installed_here"]}, "ConfigError .* not_installed_here cannot be imported here"),
+    ],
+)
+def test_what_is_missing_on_one_node_stops_the_run(play, config, reason):
+    """verl would drop the groups of that node's agent loops, and train on the others'."""
+    _, infos, _, _ = play([GOOD], **config)
+    assert infos[0].failed
+    assert re.search(reason, infos[0].error), infos[0].error
+    assert f"on {socket.gethostname()}" in infos[0].error
 
 
 def test_an_answer_without_an_action_can_send_its_last_line(play):
