@@ -306,6 +306,10 @@ CASES = {
         ["vllm is not installed", 'pip install "sdar-verl[vllm]"'],
     ),
     "no panel": ({"data.val_files": "/no/such/panel.parquet"}, ["data.val_files=/no/such/panel.parquet", "prepare"]),
+    "a panel that this process does not see": (
+        {"data.val_files": "no/such/panel.parquet"},
+        ["data.val_files=no/such/panel.parquet does not exist in /", "give an absolute path"],
+    ),
     "teacher budget": (
         {
             "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def _data(config: DictConfig, sdar: SdarConfig) -> list[str]:
             path = Path(file).expanduser()
             if not path.is_file():
                 faults.append(
-                    f"data.{option}={file} does not exist; make the task panels with "
+                    f"data.{option}={file} does not exist{_looked_for(path)}; make the task panels with "
                     f"`sdar-verl prepare {sdar.env.name} --out DIR` and point to its parquet files"
                 )
                 continue
@@ -227,6 +228,16 @@ def _data(config: DictConfig, sdar: SdarConfig) -> list[str]:
             "prepare more, or lower the batch size"
         )
     return faults
+
+
+def _looked_for(path: Path) -> str:
+    """Where a relative path was looked for: the processes of a Ray cluster that runs already start elsewhere."""
+    if path.is_absolute():
+        return ""
+    return (
+        f" in {Path.cwd()} on {socket.gethostname()} (a relative path is read from the working directory of each "
+        "process, and on a Ray cluster that was started before that is another one: give an absolute path)"
+    )
 
 
 def _variant(config: DictConfig, sdar: SdarConfig) -> list[str]:
