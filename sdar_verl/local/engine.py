@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from itertools import chain
 from typing import Any
 
@@ -33,6 +34,12 @@ class CpuFSDPEngine(FSDPEngineWithLMHead):
                 "actor_rollout_ref.actor.fsdp_config.offload_policy=False (and the same under ref)"
             )
         super().__init__(model_config, engine_config, *args, **kwargs)
+
+    def initialize(self) -> None:
+        """verl's; then what is there by now, imports and models, is never searched for garbage again (docs/local.md)."""
+        super().initialize()
+        gc.collect()
+        gc.freeze()
 
     def _build_fsdp_module(self, module: Any) -> Any:
         if self.engine_config.strategy == "fsdp":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -107,3 +108,15 @@ def test_the_engine_refuses_what_needs_an_accelerator(engine_config, message):
 
     with pytest.raises(ValueError, match=message):
         CpuFSDPEngine(None, SimpleNamespace(**engine_config), None, None)
+
+
+def test_what_an_engine_starts_with_is_never_searched_for_garbage(monkeypatch):
+    from sdar_verl.local.engine import CpuFSDPEngine
+
+    monkeypatch.setattr(CpuFSDPEngine.__base__, "initialize", lambda self: None)
+    before = gc.get_freeze_count()
+    try:
+        object.__new__(CpuFSDPEngine).initialize()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
