@@ -36,7 +36,7 @@ class CpuFSDPEngine(FSDPEngineWithLMHead):
         super().__init__(model_config, engine_config, *args, **kwargs)
 
     def initialize(self) -> None:
-        """verl's; then what is there by now, imports and models, is never searched for garbage again (docs/local.md)."""
+        """verl's; after it, imports and models are never searched for garbage (docs/local.md)."""
         super().initialize()
         gc.collect()
         gc.freeze()
