@@ -66,6 +66,31 @@ def test_every_strategy_works_or_is_refused(recipe, strategy):
             assert word in told[0]
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "refused"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", {}, f"{ACTOR}.strategy=fsdp2"),
+        ("Qwen/Qwen2.5-7B-Instruct", {f"{ACTOR}.strategy": "fsdp"}, ""),
+        (
+            "Qwen/Qwen2.5-7B-Instruct",
+            {f"{ACTOR}.strategy": "fsdp", "actor_rollout_ref.ref.strategy": "fsdp2"},
+            "actor_rollout_ref.ref.strategy=fsdp2",
+        ),
+        ("Qwen/Qwen2.5-3B-Instruct", {}, ""),
+        ("somebody/a-model-of-theirs", {}, ""),
+    ],
+)
+def test_fused_kernels_cannot_read_a_head_that_fsdp2_keeps_in_shards(recipe, model, options, refused):
+    """tests/integration/test_fused_kernels.py shows which of them work."""
+    told = faults(
+        recipe, **{f"{MODEL}.path": model, f"{MODEL}.use_fused_kernels": True, CONTENTS: ["model"], **options}
+    )
+    assert bool(told) == bool(refused), told
+    if refused:
+        assert refused in told[0] and "use_fused_kernels=False" in told[0]
+    assert faults(recipe, **{f"{MODEL}.path": model, CONTENTS: ["model"], **options}) == []
+
+
 @pytest.mark.parametrize("name", ["megatron", "veomni", "torchtitan"])
 def test_another_model_engine_is_refused_even_where_the_recipe_names_fsdp(name):
     """hardware=cpu sets the strategy to fsdp2; verl's group would still build the other engine."""

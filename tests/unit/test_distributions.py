@@ -203,6 +203,17 @@ def test_a_teacher_with_a_head_of_another_size_is_refused_where_heads_are_compar
         assert refused in told and f"a head of {tokens} tokens" in told and "one of 102" in told
 
 
+def test_qwens_larger_models_have_a_larger_head(recipe):
+    models = {
+        "actor_rollout_ref.model.path": "Qwen/Qwen2.5-3B-Instruct",
+        "sdar.teacher.source": "reference",
+        "sdar.teacher.path": "Qwen/Qwen2.5-7B-Instruct",
+    }
+    told = faults(recipe, **models, **{"sdar.loss.objective": "reverse_kl"})
+    assert "a head of 152064 tokens" in told and "one of 151936" in told
+    assert faults(recipe, **models, **SUPPORT) == ""
+
+
 def test_a_sound_choice_passes(recipe):
     for tail in ("bucket", "renormalise"):
         assert faults(recipe, **SUPPORT, **{"sdar.loss.tail": tail, "sdar.loss.chunk_tokens": 16}) == ""

@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 from sdar_verl.algorithm.divergences import SUPPORT_OF
 from sdar_verl.algorithm.schedules import GRAD_SHARE, make_schedule
 from sdar_verl.config import LossConfig, SdarConfig
+from sdar_verl.errors import ConfigError
+from sdar_verl.planner.architecture import Architecture
 from sdar_verl.training.checks.engine import sequence_parallel
 from sdar_verl.training.head.distributions import reads_distributions, top_k
 
@@ -114,14 +116,17 @@ def _measured(loss: LossConfig) -> str | None:
 
 
 def model_vocabulary(config: DictConfig) -> int | None:
-    """Rows of the model's head as its ``config.json`` says; None when the model is not on this machine."""
+    """Rows of the model's head; None when the model is neither on this machine nor one of the recipes'."""
     model = config.actor_rollout_ref.model
-    return _vocabulary(model.get("hf_config_path", None) or model.path)
+    return _vocabulary(str(model.get("hf_config_path", None) or model.path))
 
 
-def _vocabulary(path: object) -> int | None:
-    file = Path(str(path)).expanduser() / "config.json"
+def _vocabulary(path: str) -> int | None:
+    file = Path(path).expanduser() / "config.json"
     if not file.is_file():
-        return None
+        try:
+            return Architecture.find(path).vocabulary
+        except ConfigError:
+            return None
     settings = json.loads(file.read_text(encoding="utf-8"))
     return settings.get("vocab_size") or settings.get("text_config", {}).get("vocab_size")

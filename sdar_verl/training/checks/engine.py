@@ -9,6 +9,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.config import SdarConfig
+from sdar_verl.errors import ConfigError
+from sdar_verl.planner.architecture import Architecture
 from sdar_verl.training.teacher.sources import uses_lora
 
 SUPPORTED_STRATEGIES = ("fsdp", "fsdp2")
@@ -33,7 +35,7 @@ def sequence_parallel(node: DictConfig) -> tuple[str, int]:
 def engine_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Every fault of model, engine, device and attention, one message each."""
     model = missing_model("actor_rollout_ref.model.path", str(config.actor_rollout_ref.model.path))
-    return [*model, *_strategy(config), *_device(config), *_attention(config)]
+    return [*model, *_strategy(config), *_fused_kernels(config), *_device(config), *_attention(config)]
 
 
 def missing_model(option: str, path: str) -> list[str]:
@@ -67,6 +69,24 @@ def _strategy(config: DictConfig) -> Iterator[str]:
             f"actor_rollout_ref.ref.strategy={reference}, while the actor runs on "
             f"actor_rollout_ref.actor.strategy={actor}; leave it to follow the actor's, or use one of "
             f"{', '.join(SUPPORTED_STRATEGIES)}"
+        )
+
+
+def _fused_kernels(config: DictConfig) -> Iterator[str]:
+    """They read the head's weights without calling it; FSDP2 gathers those that are the head's alone in its call."""
+    node = config.actor_rollout_ref
+    if not node.model.get("use_fused_kernels", False):
+        return
+    try:
+        tied = Architecture.find(str(node.model.path)).tied
+    except ConfigError:
+        return  # neither on this machine nor one of the recipes' models
+    options = [f"actor_rollout_ref.{name}.strategy" for name in ("actor", "ref") if node[name].strategy == "fsdp2"]
+    if options and not tied:
+        yield (
+            f"actor_rollout_ref.model.use_fused_kernels=True with {options[0]}=fsdp2: {node.model.path} has output "
+            "embeddings of their own, verl's fused kernels read their weights without calling them, and FSDP2 leaves "
+            "these in shards (verl's issue 5633); set use_fused_kernels=False, or actor_rollout_ref.actor.strategy=fsdp"
         )
 
 
