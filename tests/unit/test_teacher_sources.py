@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from sdar_verl.config import TeacherConfig
@@ -109,6 +110,17 @@ def test_the_reference_is_the_other_weights_then_verls_reference_then_the_base_u
     for extra, engines in (({}, {"actor": actor, "ref": ref}), ({"no_lora_adapter": True}, {"actor": actor})):
         with source(settings, host(**engines)).scoring() as told:
             assert told == extra
+
+
+@pytest.mark.parametrize(("path", "shape"), [("their/model", None), ("our/model", "our/config")])
+def test_another_model_is_built_by_its_own_config(path, shape):
+    from sdar_verl.training.teacher.worker import other_weights
+
+    model = {"path": "our/model", "hf_config_path": "our/config", "tokenizer_path": None, "lora_rank": 8}
+    config = OmegaConf.create({"model": {**model, "lora_adapter_path": None, "lora": {"rank": 0}}})
+    made = other_weights(config, path).model
+    assert (made.path, made.hf_config_path, made.lora_rank) == (path, shape, 0)
+    assert config.model == {**model, "lora_adapter_path": None, "lora": {"rank": 0}}
 
 
 def test_the_lora_base_has_the_adapter_off():

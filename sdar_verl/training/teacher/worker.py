@@ -249,6 +249,8 @@ def other_weights(config: DictConfig, path: str) -> DictConfig:
     """verl's node for a frozen model at ``path``: the reference's settings, no adapter."""
     config = copy.deepcopy(config)
     with open_dict(config):
+        if path != config.model.path:
+            config.model.hf_config_path = None  # of the student: another model has its own
         config.model.path = path
         config.model.tokenizer_path = None
         config.model.lora_rank = 0
