@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes positional words in one run only; Hydra overrides may stand on both sides of an option.
     if rest and (any(word.startswith("-") for word in rest) or not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        further = {"prepare": "env", "skills": "action"}.get(arguments.command)
+        command = " ".join([arguments.command, *([getattr(arguments, further)] if further else [])])
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; `sdar-verl {command} --help` lists what there is")
     elif rest:
         arguments.overrides += rest
     try:

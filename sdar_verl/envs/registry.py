@@ -150,7 +150,9 @@ def _check_options(name: str, factory: Callable[..., TextEnv], options: dict[str
     unknown = sorted(options.keys() - set(known))
     if unknown:
         raise ValueError(
-            f"environment {name!r} has no option {', '.join(map(repr, unknown))}; known: {', '.join(known) or 'none'}"
+            f"environment {name!r} has no option {', '.join(map(repr, unknown))}; known: {', '.join(known) or 'none'}. "
+            f"Those that a recipe sets for its own environment are left out with "
+            f"{' '.join(f'~sdar.env.options.{option}' for option in unknown)}"
         )
     missing = [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in options]
     if missing:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+from sdar_verl.cli import main
+
 OPTIONAL = ("rapidfuzz", "bm25s", "Stemmer", "matplotlib", "playwright", "alfworld", "textworld", "urllib3", "vllm")
 
 WITHOUT_EXTRAS = f"""
@@ -43,6 +47,21 @@ def test_a_command_that_lacks_its_extra_names_the_pip_command(tmp_path):
     done = run("prepare", "webshop", "--generate", "--out", str(tmp_path / "webshop"))
     assert done.returncode == 2
     assert 'pip install "sdar-verl[webshop]"' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "help_of"),
+    [
+        ("prepare search --out x --datta y", "prepare search"),
+        ("skills list --bnk x", "skills list"),
+        ("report x --a", "report"),
+    ],
+)
+def test_an_unknown_option_is_named_with_the_help_of_its_command(words, help_of, capsys):
+    with pytest.raises(SystemExit):
+        main(words.split())
+    said = capsys.readouterr().err
+    assert "unrecognized arguments: --" in said and f"`sdar-verl {help_of} --help`" in said
 
 
 def test_help_loads_neither_torch_nor_verl():

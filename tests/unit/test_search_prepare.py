@@ -268,6 +268,8 @@ def test_bad_question_files_are_named_with_the_remedy(tmp_path, monkeypatch, cap
 def test_options_without_effect_are_refused(files, tmp_path, capsys):
     assert prepare("--out", tmp_path / "a", "--source", *files, "--scale", 2) == 2
     assert "--scale 2 only has an effect without --source" in capsys.readouterr().err
+    assert prepare("--out", tmp_path / "a", "--source", *files, "--generate") == 2
+    assert "--generate has no effect with --source" in capsys.readouterr().err
     assert prepare("--out", tmp_path / "a", "--source", files[0], "--test", 2, "--validation", 3) == 2
     assert "--test 2 has no effect" in capsys.readouterr().err
 

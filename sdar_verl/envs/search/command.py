@@ -32,6 +32,9 @@ def add_parser(environments: Any) -> None:
         help="question files, .parquet or .jsonl, as Search-R1, FlashRAG, SkyRL and SDAR make them; PANEL is train, "
         "validation or test, and may be left out when the file's name begins with it",
     )
+    parser.add_argument(
+        "--generate", action="store_true", help="questions about an invented world: what is done without --source"
+    )
     for panel in PANELS:
         of_files = f"all, or {HELD_OUT} held out of training where no file is named" if panel == "validation" else "all"
         parser.add_argument(
@@ -60,6 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         SdarError: an option has no effect beside the others, or see :func:`prepare`.
     """
     given = vars(arguments)
+    if "source" in given and arguments.generate:
+        raise SdarError("--generate has no effect with --source; leave one of them out")
     if "source" in given and "scale" in given:
         raise SdarError(f"--scale {given['scale']} only has an effect without --source; leave one of them out")
     source = Source(
