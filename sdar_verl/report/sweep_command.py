@@ -1,4 +1,8 @@
-"""``sdar-verl sweep``: methods times seeds, one run after the other, each in a folder of its own."""
+"""``sdar-verl sweep``: methods times seeds, one run after the other, each in a folder of its own.
+
+Every run's config is composed, and checked as the run itself would check it, before the first one starts: a misspelt
+name in the last of them is told at once and not after a night.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from sdar_verl.errors import ConfigError, SdarError
 
 FINISHED = "finished"
 
@@ -31,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--seeds", default=[0], type=_seeds, metavar="0,1,...", help="default: 0")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="runs are DIR/<method>-<seed>")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands only")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands only, if they compose")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="for all runs")
     parser.set_defaults(run=run)
 
@@ -66,9 +72,42 @@ def command(config: str, method: str, seed: int, folder: Path, overrides: list[s
     ]
 
 
+def check(words: list[str], *, whole: bool) -> None:
+    """Compose the config of a run's command; with ``whole`` make the checks that the run makes before Ray starts, too.
+
+    Raises:
+        ConfigError: names the run and its faults.
+    """
+    from sdar_verl.compose import compose_config
+    from sdar_verl.config import load_config
+    from sdar_verl.quiet import be_quiet
+    from sdar_verl.training.checks.run import check_run
+
+    be_quiet()
+    at = words.index("--config-name")
+    name = next(word.split("=", 1)[1] for word in words if word.startswith("trainer.experiment_name="))
+    try:
+        config = compose_config(words[at + 1], words[at + 2 :])
+        sdar = load_config(config.get("sdar"))
+        if whole:
+            check_run(config, sdar)
+    except SdarError as error:
+        raise ConfigError(f"{name} cannot start, so nothing was started:\n{error}") from error
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """All runs, seed by seed; 1 when one of them failed."""
+    """All runs, seed by seed; 1 when one of them failed.
+
+    Raises:
+        ConfigError: see :func:`check`.
+    """
     out: Path = arguments.out.resolve()
+    for method in arguments.methods:
+        for seed in arguments.seeds if not arguments.dry_run else arguments.seeds[:1]:
+            folder = out / f"{method}-{seed}"
+            if not (folder / FINISHED).is_file():
+                words = command(arguments.config_name, method, seed, folder, arguments.overrides)
+                check(words, whole=not arguments.dry_run)
     failed = []
     for seed in arguments.seeds:
         for method in arguments.methods:

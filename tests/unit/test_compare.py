@@ -214,6 +214,33 @@ def test_a_sweep_is_methods_times_seeds_in_folders_of_their_own(tmp_path, capsys
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("methods", "override", "words"),
+    [
+        ("grpo,sdr", [], ["sdr-0 cannot start", "Could not find 'method/sdr'", "sdar_frozen"]),
+        ("grpo,sdar+shufled", [], ["sdar+shufled-0 cannot start", "sdar.context.control='shufled'", "random_text"]),
+        ("grpo", ["sdar.loss.cof=1"], ["grpo-0 cannot start", "sdar.loss.cof"]),
+    ],
+)
+def test_a_sweep_with_a_wrong_name_starts_nothing(tmp_path, monkeypatch, capsys, methods, override, words):
+    from sdar_verl.report import sweep_command
+
+    monkeypatch.setattr(sweep_command.subprocess, "run", lambda *_, **__: pytest.fail("a run was started"))
+    monkeypatch.setattr("sdar_verl.training.checks.run.check_run", lambda config, sdar: None)  # there are no panels
+    command = ["sweep", "--config-name", "sdar_quickstart", "--methods", methods, "--out", str(tmp_path / "out")]
+    for dry in ([], ["--dry-run"]):
+        assert main([*command, *dry, *override]) == 2
+        said = capsys.readouterr().err
+        assert all(word in said for word in words), said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_makes_the_checks_of_every_run_first(tmp_path, capsys):
+    words = ["sweep", "--config-name", "sdar_quickstart", "--methods", "sdar", "--out", str(tmp_path / "out")]
+    assert main([*words, "data.train_files=/no/train.parquet"]) == 2
+    assert "data.train_files=/no/train.parquet does not exist" in capsys.readouterr().err
+
+
 def test_a_placebo_is_a_method_of_a_sweep(tmp_path, capsys):
     words = ["sweep", "--config-name", "sdar_quickstart", "--methods", "sdar,sdar+shuffled", "--out", str(tmp_path)]
     assert main([*words, "--dry-run"]) == 0
@@ -235,6 +262,7 @@ def test_a_sweep_goes_on_after_a_failure_and_does_not_repeat_what_is_finished(tm
         return SimpleNamespace(returncode=int("a-0" in started[-1]))
 
     monkeypatch.setattr(sweep_command.subprocess, "run", fake)
+    monkeypatch.setattr(sweep_command, "check", lambda words, *, whole: None)
     words = ["sweep", "--config-name", "x", "--methods", "a,b", "--seeds", "0,1", "--out", str(tmp_path)]
     assert main(words) == 1
     assert len(started) == 4 and "1 of 4 runs failed" in capsys.readouterr().err
