@@ -58,8 +58,11 @@ def list_objectives() -> list[str]:
 
 
 def check_objective_options(name: str, options: dict[str, Any]) -> None:
-    """Raise ValueError for an option that the objective does not take, or for one that is missing."""
+    """Raise ValueError for an option that the objective does not take, one that is missing, or a value that it refuses;
+    TypeError where it does not take what the loss hands it."""
     _OBJECTIVES.check_options(name, options)
+    token = torch.zeros(1, 1)
+    get_objective(name)(token, token, **dict.fromkeys(SIGNALS, token), **options)
 
 
 @register_objective("sampled")

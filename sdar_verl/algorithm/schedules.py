@@ -69,8 +69,24 @@ _SCHEDULES: Registry[S] = Registry("schedule")
 
 
 def register_schedule(name: str) -> Callable[[type], type]:
-    """Decorator: make a :class:`Schedule` selectable as ``name``. Raises ValueError when the name is taken."""
-    return _SCHEDULES.register(name)  # type: ignore[return-value]
+    """Decorator: make a subclass of :class:`Schedule` selectable as ``name``.
+
+    Raises:
+        ValueError: the name is taken.
+        TypeError: it is another class, or a function.
+    """
+
+    def enter(schedule: type) -> type:
+        if not (isinstance(schedule, type) and issubclass(schedule, Schedule)):
+            raise TypeError(
+                f"schedule {name!r} is {schedule!r}; it must be a subclass of "
+                "sdar_verl.algorithm.schedules.Schedule, whose method factor(step) gives the factor, and whose fields "
+                "are its options"
+            )
+        _SCHEDULES.register(name)(schedule)
+        return schedule
+
+    return enter
 
 
 def get_schedule(name: str) -> S:

@@ -7,12 +7,13 @@ late, known when its whole group has ended. What they stand for in the literatur
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode
 from sdar_verl.context.registry import ContextError, register_context
 from sdar_verl.envs.registry import demonstration_of
 
-SIBLING_CHOICES = ("shortest", "first")
+SiblingChoice = Literal["shortest", "first"]
 
 
 @register_context("skills")
@@ -59,7 +60,7 @@ def demonstration(request: ContextRequest) -> str | None:
 
 
 @register_context("sibling", late=True)
-def sibling(request: ContextRequest, *, choice: str = "shortest", observations: bool = True) -> str | None:
+def sibling(request: ContextRequest, *, choice: SiblingChoice = "shortest", observations: bool = True) -> str | None:
     """A successful episode of the same group, never the row's own; None when there is none.
 
     Args:
@@ -67,8 +68,8 @@ def sibling(request: ContextRequest, *, choice: str = "shortest", observations: 
         choice: ``shortest`` (fewest turns; the first of several) or ``first`` by its number in the group.
         observations: show what was seen at each turn, not the actions alone.
     """
-    if choice not in SIBLING_CHOICES:
-        raise ContextError(f"sdar.context.options.sibling.choice={choice!r}; use one of {', '.join(SIBLING_CHOICES)}")
+    if choice not in get_args(SiblingChoice):
+        raise ContextError(f"sibling has choice={choice!r}; use one of {', '.join(get_args(SiblingChoice))}")
     solved = [episode for episode in request.siblings if episode.success]
     if not solved:
         return None

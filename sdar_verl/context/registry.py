@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.errors import SdarError
@@ -56,8 +56,9 @@ def register_context(name: str, *, late: bool = False) -> Callable[[ContextFunct
     """Decorator that enters a context function under ``name``.
 
     The function takes a :class:`~sdar_verl.context.base.ContextRequest`, and as keyword-only arguments with defaults
-    what shall be settable under ``sdar.context.options.<name>``. It gives the teacher's text (or a ``Passage``), None
-    when there is none for this row, and raises :class:`ContextError` when the set-up is at fault.
+    what shall be settable under ``sdar.context.options.<name>``; one that is annotated as ``Literal[...]`` is checked
+    before the run starts. It gives the teacher's text (or a ``Passage``), None when there is none for this row, and
+    raises :class:`ContextError` when the set-up is at fault.
 
     Args:
         name: of the context.
@@ -121,6 +122,21 @@ def _check_options(context: Context, options: Mapping[str, Any]) -> None:
     if unknown:
         names = ", ".join(map(repr, unknown))
         raise ContextError(f"context {context.name!r} has no option {names}; known: {', '.join(known) or 'none'}")
+    for option, allowed in _choices(context.function).items():
+        if option in options and options[option] not in allowed:
+            raise ContextError(
+                f"sdar.context.options.{context.name}.{option}={options[option]!r}; use one of "
+                f"{', '.join(map(str, allowed))}"
+            )
+
+
+def _choices(function: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
+    """Options that are annotated as ``Literal[...]``, and what they may be."""
+    try:
+        hints = get_type_hints(function)
+    except Exception:  # a third party's annotation may name what is imported for type checkers alone
+        return {}
+    return {option: get_args(hint) for option, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def _origin(function: Callable[..., Any]) -> tuple[str, str]:

@@ -115,7 +115,7 @@ def test_sibling_shows_the_shortest_success_or_the_first():
         "3. c",
     ]
     assert sibling.make(ContextRequest(TASK, siblings=siblings[:1]), {}).text == ""
-    with pytest.raises(ContextError, match=r"sibling\.choice='best'.*shortest, first"):
+    with pytest.raises(ContextError, match=r"sibling has choice='best'; use one of shortest, first"):
         sibling.make(request, {"choice": "best"})
 
 
@@ -141,6 +141,8 @@ def test_unknown_doubled_and_idle_settings_are_named():
         check_contexts(["skills"], {"sibling": {"choice": "first"}})
     with pytest.raises(ContextError, match=r"'sibling' has no option 'pick'; known: choice, observations"):
         check_contexts(["sibling"], {"sibling": {"pick": "first"}})
+    with pytest.raises(ContextError, match=r"sibling\.choice='last'; use one of shortest, first"):
+        check_contexts(["sibling"], {"sibling": {"choice": "last"}})
     check_contexts(["skills", "sibling"], {"sibling": {"choice": "first"}})
 
 

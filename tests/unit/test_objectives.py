@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdar_verl.algorithm.loss import distillation_terms
-from sdar_verl.algorithm.objectives import check_objective_options, get_objective
+from sdar_verl.algorithm.objectives import (
+    _OBJECTIVES,
+    check_objective_options,
+    get_objective,
+    register_objective,
+)
 
 VOCAB = 7
 
@@ -107,3 +112,15 @@ def test_unknown_options_list_the_known_ones() -> None:
         check_objective_options("k3", {"ratio": True})
     with pytest.raises(ValueError, match="objective 'sampled' has no option 'importance'; known: none"):
         check_objective_options("sampled", {"importance": True})
+
+
+def test_an_objective_is_tried_before_the_run() -> None:
+    @register_objective("of_a_test")
+    def of_a_test(student_log_probs, teacher_log_probs, *, power=2):
+        return (student_log_probs - teacher_log_probs) ** power
+
+    try:
+        with pytest.raises(TypeError, match="old_log_probs"):  # it has no **_ for what it does not read
+            check_objective_options("of_a_test", {})
+    finally:
+        del _OBJECTIVES._entries["of_a_test"]

@@ -121,6 +121,11 @@ def test_wrong_options_are_named(name: str, options: dict[str, float], words: st
         make_schedule(name, options)
 
 
+def test_a_schedule_that_is_a_function_is_told_what_it_should_be() -> None:
+    with pytest.raises(TypeError, match=r"subclass of .*Schedule, whose method factor\(step\)"):
+        register_schedule("square")(lambda step: 1 / step**2)
+
+
 def test_own_schedule_is_selectable_by_name() -> None:
     @register_schedule("halving_in_a_test")
     @dataclass
