@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdar_verl.algorithm import gates
+from sdar_verl.algorithm import gates, objectives, schedules, signals
 from sdar_verl.context import registry
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
@@ -20,6 +20,13 @@ PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def overrides() -> list[str]:
+    """The page's lines of options for an objective, a signal and a schedule."""
+    lines = re.findall(r"^    (sdar\.loss\..*)$", PAGE, re.MULTILINE)
+    assert len(lines) == 3
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +38,9 @@ def page(tmp_path_factory):
     yield importlib.import_module("extending_page")
     sys.path.remove(str(folder))
     gates._GATES._entries.pop("endorse")  # other tests list what the package itself has
+    objectives._OBJECTIVES._entries.pop("huber")
+    signals._SIGNALS._entries.pop("damp")
+    schedules._SCHEDULES._entries.pop("inverse")
     registry._contexts.pop("failures")
 
 
@@ -60,6 +70,27 @@ def test_the_context_tells_how_others_failed(page):
     assert page.failures(ContextRequest(task, siblings=played[1:2])) is None
 
 
+def test_the_objective_is_quadratic_and_then_linear(page):
+    student = torch.tensor([[-1.0, -1.0, -3.0]], requires_grad=True)
+    loss = page.huber(student, torch.tensor([[-1.0, -1.5, -1.0]]), delta=1.0)
+    assert torch.allclose(loss, torch.tensor([[0.0, 0.125, 1.5]]))
+    loss.sum().backward()
+    assert torch.allclose(student.grad, torch.tensor([[0.0, 0.5, -1.0]]))
+
+
+def test_the_signal_damps_where_there_is_a_teacher(page):
+    on, mask = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[True, True, False]])
+    zero, gap = torch.zeros(1, 3), torch.tensor([[0.0, -2.0, 0.0]])
+    advantages = torch.tensor([[1.0, -1.0, 1.0]])
+    rows = signals.SignalRows(advantages, on, mask, zero, zero, gap, zero, ["e"], ["g"], [0], torch.ones(1))
+    assert page.damp(rows, strength=0.5, scale=2.0).tolist() == [[1.0, pytest.approx(-1 / 1.5), 1.0]]
+
+
+def test_the_schedule_is_one_half_at_its_half(page):
+    schedule = schedules.make_schedule("inverse", {"half": 4})
+    assert schedules.Scheduled(0.5, schedule).value(4) == 0.25
+
+
 def test_the_preset_and_its_options_pass_the_checks_of_a_run(tmp_path):
     """In a process of its own, where nothing but sdar.modules imports the page's module."""
     module = "\n".join(block for block in blocks("python") if "gated_distillation_loss" not in block)
@@ -83,6 +114,10 @@ config = compose_config("sdar_quickstart", [where, "method=endorse", "+sdar.loss
 sdar = load_config(config.sdar)
 check_run(config, sdar)
 print(sdar.method, sdar.loss.gate, sdar.loss.coef, sdar.context.sources)
+for line in {overrides()!r}:
+    config = compose_config("sdar_quickstart", ["sdar.modules=[my_methods]", *line.split(), *files])
+    check_run(config, load_config(config.sdar))
+    print("sound:", line)
 try:
     config = compose_config("sdar_quickstart", [where, "method=endorse", "+sdar.loss.gate_options.margn=1", *files])
     check_run(config, load_config(config.sdar))
@@ -93,6 +128,7 @@ except Exception as error:
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=environment()
     )
     assert "endorse endorse 0.1 ['skills', 'failures']" in done.stdout, done.stdout + done.stderr
+    assert all(f"sound: {line}" in done.stdout for line in overrides()), done.stdout + done.stderr
     assert "margn" in done.stdout and "margin" in done.stdout
 
 
