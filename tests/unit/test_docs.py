@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import functools
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sdar_verl.algorithm.divergences import COLUMNS
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.stats import stats_sums
+from sdar_verl.cli import _parser
 from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
 from sdar_verl.rollout.rows import EpisodeNote, RowInfo, TurnNote
@@ -37,7 +40,7 @@ from sdar_verl.training.validation import arm_metrics
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     *sorted(path.relative_to(ROOT) for folder in ("docs", "recipes") for path in (ROOT / folder).rglob("*.md")),
-    Path("CHANGELOG.md"),
+    *map(Path, ("README.md", "CHANGELOG.md", "benchmarks/README.md")),
 ]
 SOURCES = [
     ROOT / "sdar_verl" / "training" / name
@@ -118,7 +121,7 @@ def test_metrics_named_elsewhere_exist():
     emitted = emitted_metrics()
     for path in DOCUMENTS:
         for name in METRIC.findall((ROOT / path).read_text()):
-            assert name in emitted, f"{path} names the metric {name}"
+            assert name in emitted or name.endswith("*"), f"{path} names the metric {name}"
 
 
 # ---------------------------------------------------------------- options, links
@@ -173,6 +176,53 @@ def test_links_lead_somewhere():
             if not ((ROOT / path).parent / target).exists():
                 dead.append(f"{path}: {target}")
     assert not dead, "\n".join(dead)
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub makes of the headings."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    titles = [re.sub(r"[`*]", "", title).strip().lower() for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", title)) for title in titles}
+
+
+def test_anchors_are_headings():
+    assert "what-works" in anchors(ROOT / "README.md")
+    dead = []
+    for path in DOCUMENTS:
+        for file, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#([^)]+)\)", (ROOT / path).read_text()):
+            target = (ROOT / path).parent / file if file else ROOT / path
+            if target.suffix == ".md" and anchor not in anchors(target):
+                dead.append(f"{path}: {file}#{anchor}")
+    assert not dead, "\n".join(dead)
+
+
+def commands() -> Iterator[tuple[Path, str]]:
+    """Calls of ``sdar-verl`` that a reader may copy: lines of code, and code in the text that quotes a task. Outlines
+    of a command (with dots, or options in brackets) are left out."""
+    for path in DOCUMENTS:
+        text = (ROOT / path).read_text()
+        lines = re.findall(r"^(?: {4})?(sdar-verl .*?)(?:  +#.*)?$", text, re.MULTILINE)
+        inline = [" ".join(code.split()) for code in re.findall(r"`(sdar-verl [^`]+)`", text)]
+        for line in lines + [code for code in inline if '"' in code]:
+            if not re.search(r"\.\.\.|\[-|\|", line):
+                yield path, line
+
+
+def test_commands_in_the_documents_are_accepted(monkeypatch):
+    def stop(parser, message):
+        raise ValueError(message)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "error", stop)
+    found, faults = list(commands()), []
+    assert len(found) > 15, "the documents, or the pattern that reads them, changed"
+    for path, line in found:
+        try:
+            arguments, rest = _parser().parse_known_args(shlex.split(line)[1:])
+            if rest and not hasattr(arguments, "overrides"):
+                raise ValueError(f"unrecognized arguments: {rest}")
+        except ValueError as error:
+            faults.append(f"{path}: {line}: {error}")
+    assert not faults, "\n".join(faults)
 
 
 def test_no_paths_of_one_machine():
