@@ -160,6 +160,8 @@ def panel_digest(path: str | Path) -> str:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not Path(path).exists():
+        raise PanelError(f"{path} does not exist; make the task panels with `sdar-verl prepare`")
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (OSError, ValueError, pa.ArrowException) as error:

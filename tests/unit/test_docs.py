@@ -225,6 +225,15 @@ def test_commands_in_the_documents_are_accepted(monkeypatch):
     assert not faults, "\n".join(faults)
 
 
+def test_tables_have_a_head():
+    """A line of a table that a blank line cuts off is shown as text."""
+    for path in DOCUMENTS:
+        text = re.sub(r"```.*?```", "", (ROOT / path).read_text(), flags=re.DOTALL)
+        for table in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+            lines = table.splitlines()
+            assert len(lines) > 2 and re.fullmatch(r"\|[-| :]+\|", lines[1]), f"{path}: {lines[0]}"
+
+
 def test_no_paths_of_one_machine():
     for path in DOCUMENTS:
         assert not re.search(r"(?<![\w.$}~-])/(?:tmp|work|home|root)/", (ROOT / path).read_text()), path

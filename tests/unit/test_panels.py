@@ -126,7 +126,8 @@ def test_changed_and_foreign_files_are_noticed(tmp_path: Path) -> None:
         panel_digest(tmp_path / "bare")
     (tmp_path / "text").write_text("hello")
     for name in ("text", "missing"):
-        with pytest.raises(PanelError, match=f"{name} is not a task panel .*sdar-verl prepare"):
+        fault = "is not a task panel" if name == "text" else "does not exist"
+        with pytest.raises(PanelError, match=f"{name} {fault}.*sdar-verl prepare"):
             read_panel(tmp_path / name)
 
 
@@ -145,7 +146,7 @@ def test_the_side_file_describes_the_panels_and_is_checked(tmp_path: Path) -> No
     with pytest.raises(PanelError, match=r"train.parquet is not the panel that panel.json describes"):
         read_panels_file(tmp_path)
     (tmp_path / "train.parquet").unlink()
-    with pytest.raises(PanelError, match=r"train.parquet is not a task panel"):
+    with pytest.raises(PanelError, match=r"train.parquet does not exist"):
         read_panels_file(tmp_path)
     (tmp_path / PANEL_FILE).write_text('{"panels": 3}')
     with pytest.raises(PanelError, match="damaged"):
