@@ -145,6 +145,17 @@ def test_a_server_that_leaves_requests_unanswered(run):
     assert run.play(**{"sdar/teacher_failed_share": 0.02}) == {"teacher_unanswered": 1}
 
 
+def test_episodes_that_a_step_goes_on_without(run):
+    """Of 32: a crashed one left no row, a failed one a masked row."""
+    assert run.play(**{"sdar/failed_episodes": 1}) == {}
+    assert run.play(**{"sdar/failed_episodes": 2}) == {"episodes_lost": 1}
+    assert run.play(**{"sdar/episodes": 31, "sdar/crashed_episodes": 1, "sdar/failed_episodes": 0}) == {
+        "episodes_lost": 1
+    }
+    assert run.play(**{"sdar/episodes": 16, "sdar/crashed_episodes": 16}) == {"episodes_lost": 2}
+    assert "2 of 32 episodes" in run.said[0]
+
+
 def test_a_kl_that_grows_from_turn_to_turn(run):
     assert run.play(kl=np.linspace(0.01, 1.5, 8)) == {"kl_grows": 1}
 

@@ -32,6 +32,7 @@ NAMES = (
     "teacher_worse",
     "engines_apart",
     "teacher_unanswered",
+    "episodes_lost",
     "update_skipped",
 )
 
@@ -57,6 +58,8 @@ COLLAPSE_BEST = 0.1
 """... which was at least this."""
 UNANSWERED_SHARE = 0.01
 """Rows with a context to which the rollout server gave no answer, as a share."""
+LOST_SHARE = 0.05
+"""Episodes of a step that could not be played, as a share."""
 STANDARD_ERRORS = 3.0
 """A fall of success, or a teacher below its student, must be larger than this many standard errors."""
 
@@ -84,7 +87,7 @@ class RunWarnings(TrainerPart):
     def on_trained(self, step: int, metrics: dict[str, Any]) -> None:
         seen = {**_teacher(self._settings, metrics, self._record.latest), **_turns(self._record.latest)}
         seen |= self._over_steps(metrics)
-        seen |= _server(self._settings, metrics)
+        seen |= {**_server(self._settings, metrics), **_lost(metrics)}
         for name, text in seen.items():
             self._count(name, text, step)
         metrics.update({f"sdar/warnings/{name}": count for name, count in self._counts.items()})
@@ -213,6 +216,22 @@ def _server(settings: SdarConfig, metrics: Mapping[str, Any]) -> dict[str, str]:
             "actor_rollout_ref.rollout.max_num_batched_tokens, or use sdar.teacher.placement=colocated"
         )
     return seen
+
+
+def _lost(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Episodes that a step goes on without; a fault of one process or node takes the same ones at every step."""
+    failed, crashed = (metrics.get(f"sdar/{kind}_episodes", 0) for kind in ("failed", "crashed"))
+    asked = metrics.get("sdar/episodes", 0) + crashed
+    if failed + crashed <= LOST_SHARE * asked:
+        return {}
+    return {
+        "episodes_lost": (
+            f"{failed + crashed:.0f} of {asked:.0f} episodes could not be played, and training goes on with the rest: "
+            f"in {failed:.0f} the environment or the rollout server failed, in {crashed:.0f} the agent loop raised; "
+            "their logs say why. An inference engine that died behind its server fails all its requests: then "
+            "start again, trainer.resume_mode=auto goes on from the last checkpoint"
+        )
+    }
 
 
 def _turns(distributions: Mapping[str, Any]) -> dict[str, str]:
