@@ -21,6 +21,7 @@ from sdar_verl.training.late_context import late_contexts
 from sdar_verl.training.metrics import row_metrics
 from tests.support.chatml import chatml_tokenizer
 from tests.support.scripted import GOOD, LOST, MUTE, WRONG, play_episode, scripted_config
+from tests.support.verl_version import IS_VERL_090
 
 TURNS = [
     TurnContext("put a mug on desk", (), f"sight {i}", ("look", "go to desk 1"), step=i, max_steps=9) for i in (1, 2, 3)
@@ -88,11 +89,12 @@ def test_a_conversation_grows_as_verls_own_builder_grows_it(chatml, arguments):
     talk = messages(template, ANSWERS)
 
     theirs = QwenContinuousTokenBuilder(chatml, chat_template_kwargs=arguments)
+    merge = theirs.merge_non_assistant_tokens if IS_VERL_090 else theirs.merge_context_tokens
     ids = theirs.build_initial_tokens(talk[:1])
     for index, answer in enumerate(answers):
         ids = theirs.merge_assistant_tokens(ids, answer).token_ids
         said = 2 * index + 2
-        ids = theirs.merge_context_tokens(talk[:said], talk[: said + 1], ids).token_ids
+        ids = merge(talk[:said], talk[: said + 1], ids).token_ids
     assert grown(builder, answers) == ids
 
 

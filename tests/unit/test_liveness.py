@@ -197,12 +197,12 @@ def test_the_queue_is_found_by_its_names(ray):
 def test_verls_buffer_looks_at_the_processes_whenever_it_looks_into_the_queue(kind, monkeypatch):
     looks = []
     monkeypatch.setattr(kind, "_sync_metadata_from_transfer_queue", lambda self: looks.append("queue"))
-    buffer = kind("sync", {}, None, "drop", {})
+    buffer = kind("sync", {}, 1, "drop", {})
     assert watched(buffer, SimpleNamespace(check=lambda: looks.append("processes"))) is buffer
     assert isinstance(buffer, kind)
     buffer._sync_metadata_from_transfer_queue()
     assert looks == ["processes", "queue"]
-    other = kind("sync", {}, None, "drop", {})
+    other = kind("sync", {}, 1, "drop", {})
     other._sync_metadata_from_transfer_queue()
     assert looks[2:] == ["queue"], "only the trainer's own buffer is watched"
 
