@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -191,6 +192,36 @@ def test_a_teacher_below_its_student_on_its_own_context(run):
 @pytest.mark.parametrize("teacher", [[1.0] * 40, [1.0] * 19 + [0.0] * 21])
 def test_a_teacher_that_is_better_or_worse_by_chance(run, teacher):
     run.part.on_validated(0, {}, outcomes([1.0] * 20 + [0.0] * 20, teacher))
+    assert run.said == []
+
+
+SOLVED, LOST = [1.0] * 36 + [0.0] * 4, [1.0] * 20 + [0.0] * 20
+
+
+def test_a_teacher_that_falls_with_the_policy(run, tmp_path):
+    run.part.on_validated(0, {}, outcomes(LOST, LOST))
+    run.part.on_validated(10, {}, outcomes(LOST, SOLVED))
+    assert run.said == []
+    resumed = Run(tmp_path)
+    resumed.part.load_state_dict(json.loads(json.dumps(run.part.state_dict())))
+    for step in (20, 30):
+        resumed.part.on_validated(step, {}, outcomes(LOST, LOST))
+    assert len(resumed.said) == 1 and "teacher_falls" in resumed.said[0]
+    assert "0.500 of the panel, and 0.900 at step 10 (arm teacher" in resumed.said[0]
+    assert resumed.play() == {"teacher_falls": 2}
+
+
+@pytest.mark.parametrize("source", ["reference", "none"])
+def test_a_teacher_that_holds_still_does_not_fall_with_the_policy(tmp_path, source):
+    run = Run(tmp_path, teacher={"source": source}, loss={"coef": 0.0})
+    for step, teacher in enumerate((SOLVED, LOST)):
+        run.part.on_validated(step, {}, outcomes(LOST, teacher))
+    assert run.said == [] and run.part.state_dict() == {}
+
+
+def test_a_fall_of_the_teacher_within_noise(run):
+    for step, teacher in enumerate((SOLVED, SOLVED[4:] + [0.0] * 4)):
+        run.part.on_validated(step, {}, outcomes(LOST, teacher))
     assert run.said == []
 
 

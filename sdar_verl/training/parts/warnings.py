@@ -7,7 +7,6 @@ docs/metrics.md lists them.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.report import layout
 from sdar_verl.training.parts.base import TrainerPart
 from sdar_verl.training.parts.record import RunRecord
+from sdar_verl.training.parts.teacher_arms import STANDARD_ERRORS, BestOfArms, worse_teacher
 from sdar_verl.training.teacher.sources import TOLERANCE_OTHER_ENGINE
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ NAMES = (
     "kl_grows",
     "collapse",
     "teacher_worse",
+    "teacher_falls",
     "engines_apart",
     "teacher_unanswered",
     "episodes_lost",
@@ -60,8 +61,6 @@ UNANSWERED_SHARE = 0.01
 """Rows with a context to which the rollout server gave no answer, as a share."""
 LOST_SHARE = 0.05
 """Episodes of a step that could not be played, as a share."""
-STANDARD_ERRORS = 3.0
-"""A fall of success, or a teacher below its student, must be larger than this many standard errors."""
 
 
 class RunWarnings(TrainerPart):
@@ -83,6 +82,7 @@ class RunWarnings(TrainerPart):
         self._flat: list[tuple[float, float]] = []
         self._successes: list[tuple[float, float]] = []
         self._best = 0.0
+        self._arms = BestOfArms(settings)
 
     def on_trained(self, step: int, metrics: dict[str, Any]) -> None:
         seen = {**_teacher(self._settings, metrics, self._record.latest), **_turns(self._record.latest)}
@@ -93,19 +93,30 @@ class RunWarnings(TrainerPart):
         metrics.update({f"sdar/warnings/{name}": count for name, count in self._counts.items()})
 
     def on_validated(self, step: int, metrics: dict[str, float], outcomes: dict[str, list[Any]]) -> None:
-        text = worse_teacher(self._settings, outcomes)
-        if text:
-            self._count("teacher_worse", text, step)
+        seen = {
+            "teacher_worse": worse_teacher(self._settings, outcomes),
+            "teacher_falls": self._arms.fall(step, outcomes),
+        }
+        for name, text in seen.items():
+            if text:
+                self._count(name, text, step)
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"counts": self._counts, "flat": self._flat, "successes": self._successes, "best": self._best}
-        return state if self._successes or self._counts else {}
+        state = {
+            "counts": self._counts,
+            "flat": self._flat,
+            "successes": self._successes,
+            "best": self._best,
+            "arms": self._arms.best,
+        }
+        return state if self._successes or self._counts or self._arms.best else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._counts = dict(state["counts"])
         self._flat = [tuple(pair) for pair in state["flat"]]
         self._successes = [tuple(pair) for pair in state["successes"]]
         self._best = state["best"]
+        self._arms.best = {arm: tuple(best) for arm, best in state.get("arms", {}).items()}
 
     def _count(self, name: str, text: str, step: int) -> None:
         self._counts[name] = self._counts.get(name, 0) + 1
@@ -278,37 +289,3 @@ def _first_and_last(by_turn: Mapping[str, Sequence[float]], column: str) -> tupl
 
 def _weighted(rows: Sequence[tuple[float, float]]) -> float:
     return sum(weight * value for weight, value in rows) / sum(weight for weight, _ in rows)
-
-
-def worse_teacher(settings: SdarConfig, outcomes: Mapping[str, Sequence[Any]]) -> str | None:
-    """Compare arms that show the context with those that do not, at the same temperature, task by task.
-
-    Args:
-        settings: its ``validation.arms`` say which is which.
-        outcomes: columns ``arm``, ``task_id`` and ``acc``, one value per episode.
-    """
-    if not {"arm", "task_id", "acc"} <= set(outcomes):
-        return None
-    solved: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for arm, task, acc in zip(outcomes["arm"], outcomes["task_id"], outcomes["acc"], strict=True):
-        if task is not None:
-            solved[arm][task].append(float(acc))
-    arms = settings.validation.arms
-    for name, arm in arms.items():
-        for other, plain in arms.items():
-            if arm.context == "none" or plain.context != "none" or arm.temperature != plain.temperature:
-                continue
-            tasks = sorted(solved[name].keys() & solved[other].keys())
-            if len(tasks) < 2:
-                continue
-            differences = np.array([np.mean(solved[name][task]) - np.mean(solved[other][task]) for task in tasks])
-            error = differences.std(ddof=1) / np.sqrt(len(tasks))
-            if differences.mean() < -STANDARD_ERRORS * error and differences.mean() < 0:
-                return (
-                    f"with the teacher's context the policy solves {-differences.mean():.3f} less of the panel than "
-                    f"without it (arms {name} and {other}, {len(tasks)} tasks, standard error {error:.3f}): what the "
-                    "teacher is shown misleads it, and distilling it will, too. Check the texts (sdar.skills.bank), "
-                    "their choice (sdar.skills.retrieval) and that the prompt is one this model can read "
-                    "(sdar.prompt.template)"
-                )
-    return None
