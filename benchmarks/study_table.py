@@ -1,4 +1,4 @@
-"""Table of methods over seeds in the quick start's recipe, as in docs/methods.md.
+"""Table of methods over seeds in the quick start's recipe, as in docs/study.md.
 
     python benchmarks/study_table.py --panel PANEL RUN [RUN ...]
 
