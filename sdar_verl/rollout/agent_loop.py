@@ -9,7 +9,7 @@ log-probs are computed later, by the trainer, on the very response ids sampled h
 from __future__ import annotations
 
 import logging
-import socket
+import platform
 import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -110,7 +110,7 @@ class SdarAgentLoop(AgentLoopBase):
         except Exception as error:
             # Whatever it is, every episode of this process meets it: a bank that only other nodes see, a package that
             # is missing on this one. Raised, it would cost the groups, and training would go on with the other nodes'.
-            fault = f"{type(error).__name__} in an agent loop on {socket.gethostname()}: {error}"
+            fault = f"{type(error).__name__} in an agent loop on {platform.node()}: {error}"
             return [self.outputs.failed_row(NO_TASK, arm_name, version, error=fault)]
         arm = runtime.arm(arm_name) if arm_name is not None else None
         if arm is not None:

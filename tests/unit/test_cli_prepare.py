@@ -137,7 +137,7 @@ def test_the_second_call_does_nothing_and_other_settings_need_force(data: Path, 
     assert len(read_panel(out / "train.parquet")) == 2
     (out / "test.parquet").unlink()
     assert prepare("--out", out, "--data", data, "--train", 2) == 2
-    assert "test.parquet is not a task panel" in capsys.readouterr().err
+    assert "test.parquet does not exist" in capsys.readouterr().err
     assert prepare("--out", out, "--data", data, "--train", 2, "--force") == 0
 
 

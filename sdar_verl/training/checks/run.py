@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,7 @@ def _looked_for(path: Path) -> str:
     if path.is_absolute():
         return ""
     return (
-        f" in {Path.cwd()} on {socket.gethostname()} (a relative path is read from the working directory of each "
+        f" in {Path.cwd()} on {platform.node()} (a relative path is read from the working directory of each "
         "process, and on a Ray cluster that was started before that is another one: give an absolute path)"
     )
 
