@@ -211,9 +211,9 @@ def test_a_teacher_that_falls_with_the_policy(run, tmp_path):
     assert resumed.play() == {"teacher_falls": 2}
 
 
-@pytest.mark.parametrize("source", ["reference", "none"])
-def test_a_teacher_that_holds_still_does_not_fall_with_the_policy(tmp_path, source):
-    run = Run(tmp_path, teacher={"source": source}, loss={"coef": 0.0})
+@pytest.mark.parametrize(("source", "coef"), [("reference", 1.0), ("lora_base", 1.0), ("none", 0.0), ("actor", 0.0)])
+def test_a_teacher_that_holds_still_or_teaches_nothing_does_not_fall_with_the_policy(tmp_path, source, coef):
+    run = Run(tmp_path, teacher={"source": source}, loss={"coef": coef})
     for step, teacher in enumerate((SOLVED, LOST)):
         run.part.on_validated(step, {}, outcomes(LOST, teacher))
     assert run.said == [] and run.part.state_dict() == {}

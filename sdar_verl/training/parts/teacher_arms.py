@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from sdar_verl.config import SdarConfig
+from sdar_verl.training.teacher.sources import get_source
 
 STANDARD_ERRORS = 3.0
 """A fall of success, or a teacher below its student, must be larger than this many standard errors."""
-UNMOVED = ("none", "reference", "lora_base")
-"""Sources of teachers whose weights no training changes."""
 
 
 class BestOfArms:
@@ -27,7 +26,8 @@ class BestOfArms:
     """
 
     def __init__(self, settings: SdarConfig):
-        follows = settings.teacher.source not in UNMOVED
+        source = settings.teacher.source
+        follows = settings.loss.coef > 0 and source != "none" and get_source(source).follows
         self._arms = [name for name, arm in settings.validation.arms.items() if follows and arm.context != "none"]
         self.best: dict[str, tuple[float, float, int]] = {}
 
@@ -53,7 +53,7 @@ class BestOfArms:
                     f"with the teacher's context the policy solves {share:.3f} of the panel, and {top:.3f} at step "
                     f"{when} (arm {arm}, standard error of the difference {error:.3f}): the teacher's weights follow "
                     "the policy, and both get worse together. Lower sdar.loss.coef, or take a teacher that holds "
-                    "still (sdar.teacher.source=reference or ema; docs/teachers.md)"
+                    "still (sdar.teacher.source=reference, or ema with a slow average; docs/teachers.md)"
                 )
         return text
 

@@ -56,6 +56,7 @@ class WeightSource:
         placements: where it can run.
         own_weights: it keeps weights of its own, which belong into the checkpoint.
         own_engine: the pass runs through another engine than the actor's.
+        follows: its weights change as the actor is trained.
         per_update: the teacher is scored inside each optimizer update, not once per step.
         equals_student: ``always``, ``start`` (at the first step of a fresh run) or ``never``.
 
@@ -68,6 +69,7 @@ class WeightSource:
     placements: ClassVar[tuple[str, ...]] = ("colocated",)
     own_weights: ClassVar[bool] = False
     own_engine: ClassVar[bool] = False
+    follows: ClassVar[bool] = True
     per_update: ClassVar[bool] = False
     equals_student: ClassVar[str] = "start"
 
@@ -160,6 +162,7 @@ class Reference(WeightSource):
     options = frozenset({"path"})
     placements = ("colocated", "pool")
     own_engine = True
+    follows = False
 
     @classmethod
     def faults(cls, config: DictConfig, settings: TeacherConfig) -> list[str]:
@@ -188,6 +191,8 @@ class Reference(WeightSource):
 @register_source("lora_base")
 class LoraBase(WeightSource):
     """The model under the LoRA adapter: frozen start weights without a second copy."""
+
+    follows = False
 
     @classmethod
     def faults(cls, config: DictConfig, settings: TeacherConfig) -> list[str]:
