@@ -6,15 +6,12 @@ the first, one of an adapter's two matrices is 0, and so is the gradient of the 
 
 from __future__ import annotations
 
-import os
-import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from sdar_verl.config import LossConfig
 from sdar_verl.training.fields import TEACHER_LOG_PROBS
@@ -30,6 +27,7 @@ from tests.support.one_update import (
     teacher_rows,
     update_batch,
 )
+from tests.support.ranks import run_on_ranks
 from tests.support.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -46,18 +44,13 @@ def all_weights(worker: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def run(rank: int, folder: str, port: int) -> None:
+def run(rank: int, folder: Path) -> None:
     from verl.utils import tensordict_utils as tu
     from verl.utils.config import omega_conf_to_dataclass
 
     from sdar_verl.training.loss import sdar_loss
     from sdar_verl.training.teacher.worker import TeacherWorker
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "VERL_PLATFORM": "cpu", "RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=1)
-    root = Path(folder)
     settings = {
         **UPDATE,
         "actor.optim.lr": RATE,
@@ -65,13 +58,13 @@ def run(rank: int, folder: str, port: int) -> None:
         "model.enable_gradient_checkpointing": True,
         "model.use_remove_padding": True,
     }
-    config = worker_config(str(root / "model"), RANK, settings, source="actor")
+    config = worker_config(str(folder / "model"), RANK, settings, source="actor")
     worker = TeacherWorker(config, "actor")
     torch.manual_seed(0)  # of the adapter
     worker.init_model()
     loss = LossConfig(coef=COEF, beta=BETA)
     worker.set_loss_fn(partial(sdar_loss, config=omega_conf_to_dataclass(config.actor), settings=loss))
-    fields = start_fields(root)
+    fields = start_fields(folder)
     out: dict[str, Any] = {"fields": fields, "weights": [all_weights(worker)], "metrics": []}
     for _ in range(2):
         asked = batch(teacher_rows(), calculate_entropy=True, compute_loss=False)
@@ -79,18 +72,14 @@ def run(rank: int, folder: str, port: int) -> None:
         metrics = tu.get(worker.update_actor(update_batch(range(ROWS), fields)), "metrics")
         out["metrics"].append({name: float(torch.tensor(value).sum()) for name, value in metrics.items()})
         out["weights"].append(all_weights(worker))
-    torch.save(out, root / "adapter.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(out, folder / "adapter.pt")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
     make_tiny_model(folder / "model", scale=4.0, tie_word_embeddings=False)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(run, args=(str(folder), port), nprocs=1)
+    run_on_ranks(run, folder, ranks=1)
     return folder
 
 

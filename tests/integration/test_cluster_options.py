@@ -6,15 +6,12 @@ the loss and gradient must be those of a plain model. Fused kernels are verl's t
 
 from __future__ import annotations
 
-import os
-import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from sdar_verl.config import LossConfig
 from sdar_verl.training.fields import (
@@ -41,6 +38,7 @@ from tests.support.one_update import (
     teacher_rows,
     update_batch,
 )
+from tests.support.ranks import run_on_ranks
 from tests.support.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -129,16 +127,12 @@ def run_case(rank: int, root: Path, fields: dict[str, list[torch.Tensor]], case:
     }
 
 
-def run(rank: int, folder: str, port: int, group: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "VERL_PLATFORM": "cpu", "RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(RANKS), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(RANKS)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=RANKS)
-    root = Path(folder)
-    fields = start_fields(root)
+def run(rank: int, folder: Path, group: str) -> None:
+    fields = start_fields(folder)
     ulysses.install()
-    torch.save({name: run_case(rank, root, fields, case) for name, case in GROUPS[group].items()}, root / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(
+        {name: run_case(rank, folder, fields, case) for name, case in GROUPS[group].items()}, folder / f"{rank}.pt"
+    )
 
 
 # ---------------------------------------------------------------- in the test process
@@ -151,10 +145,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     for group in GROUPS:
         folder = folders[group] = tmp_path_factory.mktemp(group)
         make_tiny_model(folder / "model", scale=4.0, tie_word_embeddings=group == "tied")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        mp.spawn(run, args=(str(folder), port, group), nprocs=RANKS)
+        run_on_ranks(run, folder, group, ranks=RANKS)
     return folders
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from sdar_verl.config import LossConfig
 from sdar_verl.training.fields import NORM_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
 from tests.integration.test_teacher_worker import TEMPERATURE, worker_config
 from tests.support.one_update import one_mini_batch, plain_model
+from tests.support.ranks import run_on_ranks
 from tests.support.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.integration
@@ -49,7 +47,7 @@ def log_probs(model: torch.nn.Module) -> list[torch.Tensor]:
     return out
 
 
-def run(rank: int, folder: str, port: int, ranks: int, measure: bool) -> None:
+def run(rank: int, folder: Path, ranks: int, measure: bool) -> None:
     """One update of the rank's share of the rows; its metrics and the weights afterwards."""
     from verl.utils import tensordict_utils as tu
     from verl.utils.config import omega_conf_to_dataclass
@@ -57,12 +55,7 @@ def run(rank: int, folder: str, port: int, ranks: int, measure: bool) -> None:
     from sdar_verl.training.loss import sdar_loss
     from sdar_verl.training.teacher.worker import TeacherWorker
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "VERL_PLATFORM": "cpu", "RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(ranks)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)
-    root = Path(folder)
-    config = worker_config(str(root / "model"), source="actor")
+    config = worker_config(str(folder / "model"), source="actor")
     config.actor.use_kl_loss = False
     worker = TeacherWorker(config, "actor")
     worker.init_model()
@@ -71,7 +64,7 @@ def run(rank: int, folder: str, port: int, ranks: int, measure: bool) -> None:
 
     fields = make_fields()
     with torch.no_grad():
-        fields["old_log_probs"] = log_probs(plain_model(root))
+        fields["old_log_probs"] = log_probs(plain_model(folder))
     fields[TEACHER_MASK] = [mask for _, _, mask in make_rows()]
     values = StepValues(COEF, 5.0, measure=1 if measure else None)
     data = one_mini_batch(make_rows(), range(rank, ROWS, ranks), fields, values, calculate_entropy=False)
@@ -80,8 +73,7 @@ def run(rank: int, folder: str, port: int, ranks: int, measure: bool) -> None:
     parameters, _ = worker.actor.engine.get_per_tensor_param()
     state = {name: value.detach().clone() for name, value in parameters}
     norms = {name: float(torch.tensor(value).mean()) for name, value in metrics.items() if name.startswith(NORM_PREFIX)}
-    torch.save({"norms": norms, "weights": state}, root / f"{ranks}_{measure}_{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save({"norms": norms, "weights": state}, folder / f"{ranks}_{measure}_{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +81,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("probe")
     make_tiny_model(folder / "model", scale=4.0, tie_word_embeddings=False)
     for ranks, measure in ((1, True), (1, False), (2, True)):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        mp.spawn(run, args=(str(folder), port, ranks, measure), nprocs=ranks)
+        run_on_ranks(run, folder, ranks, measure, ranks=ranks)
     return folder
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from sdar_verl.training.teacher.rows import nested
 from tests.integration.test_teacher_worker import recipe, worker_config
 from tests.support.one_update import ROWS, make_rows
+from tests.support.ranks import run_on_ranks
 from tests.support.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -71,14 +69,8 @@ def packing_gap(root: Path, attention: str) -> float | str:
     return rows.metrics["sdar/packing_gap"]
 
 
-def run(rank: int, folder: str, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "VERL_PLATFORM": "cpu", "RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=1)
-    root = Path(folder)
-    torch.save({name: packing_gap(root, name) for name in ("sdpa", "eager", "leaking")}, root / "gaps.pt")
-    torch.distributed.destroy_process_group()
+def run(rank: int, folder: Path) -> None:
+    torch.save({name: packing_gap(folder, name) for name in ("sdpa", "eager", "leaking")}, folder / "gaps.pt")
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +78,7 @@ def gaps(tmp_path_factory) -> dict[str, float | str]:
     """Attention -> difference, or the error's message."""
     folder = tmp_path_factory.mktemp("packing")
     make_tiny_model(folder / "model", scale=4.0)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(run, args=(str(folder), port), nprocs=1)
+    run_on_ranks(run, folder, ranks=1)
     return torch.load(folder / "gaps.pt", weights_only=False)
 
 

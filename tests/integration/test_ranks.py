@@ -7,8 +7,6 @@ verl's loss can have: clipped and dual-clipped policy gradient, KL to the refere
 from __future__ import annotations
 
 import functools
-import os
-import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from sdar_verl.config import LossConfig
 from sdar_verl.training.fields import SUMS_PREFIX, TEACHER_LOG_PROBS
@@ -34,6 +31,7 @@ from tests.support.one_update import (
     teacher_rows,
     update_batch,
 )
+from tests.support.ranks import run_on_ranks
 from tests.support.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -127,15 +125,9 @@ def weights(worker: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in whole.items()}
 
 
-def run(rank: int, folder: str, port: int, ranks: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "VERL_PLATFORM": "cpu", "RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(ranks)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)
-    root = Path(folder)
-    results = {name: run_case(rank, ranks, root, overrides) for name, overrides in CASES.items()}
-    torch.save(results, root / f"{ranks}_{rank}.pt")
-    torch.distributed.destroy_process_group()
+def run(rank: int, folder: Path, ranks: int) -> None:
+    results = {name: run_case(rank, ranks, folder, overrides) for name, overrides in CASES.items()}
+    torch.save(results, folder / f"{ranks}_{rank}.pt")
 
 
 # ---------------------------------------------------------------- in the test process
@@ -147,10 +139,7 @@ def folder(tmp_path_factory) -> Path:
     # Input and output embedding of their own: then verl gives weights to rank 0 alone, and FSDP must spread them.
     make_tiny_model(folder / "model", scale=4.0, tie_word_embeddings=False)
     for ranks in (1, 2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        mp.spawn(run, args=(str(folder), port, ranks), nprocs=ranks)
+        run_on_ranks(run, folder, ranks, ranks=ranks)
     return folder
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.training.fields import (
@@ -24,6 +22,7 @@ from sdar_verl.training.fields import (
 )
 from sdar_verl.training.head.requests import HEAD_REQUEST, SUPPORT_IDS, SUPPORT_LOG_PROBS, HeadRequest
 from sdar_verl.training.teacher.rows import nested, teacher_row
+from tests.support.ranks import run_on_ranks
 from tests.support.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.integration
@@ -211,36 +210,23 @@ def kept(model: str, rank: int) -> dict[str, Any]:
     return out
 
 
-def run(rank: int, folder: str, port: int, strategy: str) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "VERL_PLATFORM": "cpu",
-        "RANK": str(rank),
-        "WORLD_SIZE": str(RANKS),
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": str(RANKS),
-        "SDAR_TEST_STRATEGY": strategy,
-    }
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=RANKS)
-    root = Path(folder)
-    model, other = str(root / "model"), str(root / "other")
+def run(rank: int, folder: Path, strategy: str) -> None:
+    os.environ["SDAR_TEST_STRATEGY"] = strategy
+    model, other = str(folder / "model"), str(folder / "other")
     likelihood.seen = []
     results = {
-        "ema": follow(model, root / "ema", rank, source="ema", ema_decay=0.5),
-        "snapshot": follow(model, root / "snapshot", rank, source="snapshot", update_every=2, offload=False),
+        "ema": follow(model, folder / "ema", rank, source="ema", ema_decay=0.5),
+        "snapshot": follow(model, folder / "snapshot", rank, source="snapshot", update_every=2, offload=False),
         "fresh": fresh(model, rank),
         "adapter": adapter(model, rank),
         "kept": kept(model, rank),
-        "own": follow(model, root / "own", rank, source="toy_every_odd_step"),
+        "own": follow(model, folder / "own", rank, source="toy_every_odd_step"),
         "path": ask(make_worker(model, source="reference", path=other), rank),
         "topk": ask(
             make_worker(model, source="actor"), rank, **{HEAD_REQUEST: HeadRequest("top_k", chunk=4, k=7).to_json()}
         ),
     }
-    torch.save(results, root / f"rank_{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(results, folder / f"rank_{rank}.pt")
 
 
 # ---------------------------------------------------------------- in the test process
@@ -251,10 +237,7 @@ def folder(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("workers")
     make_tiny_model(folder / "model", scale=4.0, tie_word_embeddings=False)
     make_tiny_model(folder / "other", scale=4.0, seed=3, hidden=48, layers=1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(run, args=(str(folder), port, request.param), nprocs=RANKS)
+    run_on_ranks(run, folder, request.param, ranks=RANKS)
     return folder
 
 

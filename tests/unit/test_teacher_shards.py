@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 
 from sdar_verl.training.teacher.weights import ShadowWeights, trainable_shards
+from tests.support.ranks import run_on_ranks
 
 RANKS = 2
 DECAY = 0.75
@@ -109,24 +108,15 @@ def history(way: str, folder: Path) -> dict[str, Any]:
     return out
 
 
-def run(rank: int, folder: str, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    results = {way: history(way, Path(folder)) for way in WAYS}
-    torch.save(results, Path(folder) / f"rank_{rank}.pt")
-    dist.destroy_process_group()
+def run(rank: int, folder: Path) -> None:
+    results = {way: history(way, folder) for way in WAYS}
+    torch.save(results, folder / f"rank_{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     folder = tmp_path_factory.mktemp("shards")
-    mp.spawn(run, args=(str(folder), port), nprocs=RANKS)
+    run_on_ranks(run, folder, ranks=RANKS)
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
