@@ -22,8 +22,13 @@ VOCABULARY = 1000
 CHANCE = -math.log(VOCABULARY)
 
 
-def teacher(step: int = 1, adapter: str | None = None, **settings: Any) -> PrivilegedTeacher:
-    config = OmegaConf.create({"actor_rollout_ref": {"model": {"lora_adapter_path": adapter}}})
+def teacher(
+    step: int = 1, adapter: str | None = None, precision: str | None = None, **settings: Any
+) -> PrivilegedTeacher:
+    fsdp = {"mixed_precision": precision and {"param_dtype": precision}}
+    config = OmegaConf.create(
+        {"actor_rollout_ref": {"model": {"lora_adapter_path": adapter}, "actor": {"fsdp_config": fsdp}}}
+    )
     return PrivilegedTeacher(TeacherConfig(**settings), SimpleNamespace(global_steps=step, config=config))
 
 
@@ -57,9 +62,12 @@ def test_the_empty_context_is_checked_where_the_weights_are_the_students(expecte
     assert teacher(**arguments).equals_student is expected
 
 
-def test_the_tolerance_is_stated_or_the_default_of_the_source():
-    assert teacher(source="actor").tolerance == 1e-3
-    assert teacher(source="reference").tolerance == 0.02
+def test_the_tolerance_is_stated_or_the_default_of_engine_and_precision():
+    assert teacher(source="actor", precision="fp32").tolerance == 1e-3
+    assert teacher(source="actor", precision="bf16").tolerance == 0.05
+    assert teacher(source="actor").tolerance == 0.05, "verl's default is bf16"
+    assert teacher(source="reference", precision="fp32").tolerance == 0.05
+    assert teacher(source="actor", precision="fp32", placement="rollout_server").tolerance == 0.05
     assert teacher(source="reference", sanity_tolerance=0.5).tolerance == 0.5
 
 

@@ -23,12 +23,9 @@ from sdar_verl.errors import ConfigError
 from sdar_verl.training.checks.engine import sequence_parallel
 from sdar_verl.training.parts.base import StepRows, TrainerPart
 from sdar_verl.training.teacher.rows import teacher_row
+from sdar_verl.training.tolerance import same_engine
 
 PARTITION = "sdar_packing"
-TOLERANCE = 1e-3
-"""Nats per token, mean; the order of float32 sums changes less than 1e-5."""
-TOLERANCE_HALF = 0.05
-"""The same where the model computes in bf16 or fp16, which round differently at another place of the packed row."""
 MAX_TOKENS = 256
 
 
@@ -52,22 +49,17 @@ class PackingCheck(TrainerPart):
         self._done = True
         gap = self._measure(rows)
         rows.metrics["sdar/packing_gap"] = gap
-        if not gap <= self.tolerance:
+        tolerance = same_engine(self._config)
+        if not gap <= tolerance:
             model = self._config.actor_rollout_ref.model
             attention = OmegaConf.select(model, "override_config.attn_implementation") or "flash_attention_2"
             raise ConfigError(
                 "actor_rollout_ref.model.use_remove_padding=True packs rows into one, and they see each other: the "
                 f"same row twice in one micro-batch gets log-probs that differ by {gap:.3g} nats per token on average "
-                f"(allowed: {self.tolerance:g}). The attention (attn_implementation={attention}) or another layer of "
+                f"(allowed: {tolerance:g}). The attention (attn_implementation={attention}) or another layer of "
                 "this model does not separate them by position ids. Set use_remove_padding=False, or use "
                 "flash_attention_2 (docs/engines.md)"
             )
-
-    @property
-    def tolerance(self) -> float:
-        """Largest mean difference, nats per token, for the precision that the actor computes in."""
-        precision = OmegaConf.select(self._config, "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype")
-        return TOLERANCE if precision in ("fp32", "float32") else TOLERANCE_HALF  # verl's default is bf16
 
     def _measure(self, rows: StepRows) -> float:
         """Mean absolute difference between the log-probs of two copies of a row, nats; over all ranks."""

@@ -17,7 +17,7 @@ from sdar_verl.report import layout
 from sdar_verl.training.parts.base import TrainerPart
 from sdar_verl.training.parts.record import RunRecord
 from sdar_verl.training.parts.teacher_arms import STANDARD_ERRORS, BestOfArms, worse_teacher
-from sdar_verl.training.teacher.sources import TOLERANCE_OTHER_ENGINE
+from sdar_verl.training.tolerance import ROUNDED
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def _server(settings: SdarConfig, metrics: Mapping[str, Any]) -> dict[str, str]:
     """Whether a teacher asked from the rollout server is to be trusted (``sdar.teacher.placement=rollout_server``)."""
     seen = {}
     apart, tolerance = metrics.get("sdar/server_check/trainer"), settings.teacher.sanity_tolerance
-    tolerance = TOLERANCE_OTHER_ENGINE if tolerance is None else tolerance
+    tolerance = ROUNDED if tolerance is None else tolerance
     if apart is not None and not apart <= tolerance:
         seen["engines_apart"] = (
             f"rollout server and trainer differ by {apart:.3g} nats per token on the student's own prompts, more than "

@@ -38,10 +38,10 @@ from sdar_verl.training.finite import check_teacher
 from sdar_verl.training.head.requests import HEAD_REQUEST, HeadRequest
 from sdar_verl.training.teacher.answers import COMPARED, answered_log_probs, answered_rows, server_metrics
 from sdar_verl.training.teacher.rows import TeacherRows, nested, stop_without_contexts
-from sdar_verl.training.teacher.sources import TOLERANCE_OTHER_ENGINE, get_source
+from sdar_verl.training.teacher.sources import get_source
+from sdar_verl.training.tolerance import ROUNDED, same_engine
 
 _POOL = "sdar_teacher_pool"
-_TOLERANCE_SAME_ENGINE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -243,11 +243,11 @@ class PrivilegedTeacher:
 
     @property
     def tolerance(self) -> float:
-        """``sdar.teacher.sanity_tolerance``, or its default for this source."""
+        """``sdar.teacher.sanity_tolerance``, or its default for the engine that computes the teacher."""
         if self._settings.sanity_tolerance is not None:
             return self._settings.sanity_tolerance
         other = self._source.own_engine or self.on_server
-        return TOLERANCE_OTHER_ENGINE if other else _TOLERANCE_SAME_ENGINE
+        return ROUNDED if other else same_engine(self._trainer.config)
 
     def _metrics(self, batch: KVBatchMeta, scored: Mapping[str, torch.Tensor], mask: torch.Tensor) -> dict[str, float]:
         steps = self._source.staleness(self._settings, self._trainer.global_steps - 1)

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from sdar_verl.training.teacher.weights import ShadowWeights
 
 EMA_DECAY = 0.99
-TOLERANCE_OTHER_ENGINE = 0.02
-"""Default of ``sanity_tolerance`` where another engine computes the teacher: its batches differ, and bf16 rounds."""
 UPDATE_EVERY = {"ema": 1, "snapshot": 10}
 
 
