@@ -28,6 +28,12 @@ KEEPS = (
     "sdar.update.mini_batch_rows=24",
     "trainer.save_freq=2",
 )
+POOL = (
+    "sdar.teacher.source=reference",
+    "sdar.teacher.placement=pool",
+    "sdar.teacher.pool_gpus_per_node=1",
+    "ray_kwargs.ray_init.num_gpus=2",
+)
 STEPS = 6  # the panel has 8 tasks: an epoch ends at step 4
 
 
@@ -85,13 +91,17 @@ def compared(name: str) -> bool:
         ("ray::TransformersServer", "rollout server 0"),
         ("ray::WorkerDict", "training worker 0"),
         ("ray::TransferQueueController", "TransferQueue's controller"),
+        ("ray::PoolTeacherWorker", "teacher worker 0"),
         ("ray::TaskRunnerV1", None),
     ],
 )
 def test_a_killed_process_ends_the_run_and_is_named(tmp_path, title, name):
     """While episodes are under way: their environment waits, so that the step cannot end before the process is dead."""
     hold = tmp_path / "hold"
-    run = LiveRun(tmp_path / "run", "~sdar.env.options", f"+sdar.env.options={{hold: {hold}}}", steps=1000)
+    overrides = ["~sdar.env.options", f"+sdar.env.options={{hold: {hold}}}"]
+    if "Teacher" in title:
+        overrides += POOL
+    run = LiveRun(tmp_path / "run", *overrides, steps=1000)
     try:
         run.wait_for(lambda: "sdar step 1/" in run.output)
         hold.touch()
