@@ -38,7 +38,8 @@ NAMES: dict[str, tuple[Callable[[], typing.Iterable[str]], str]] = {
     "sdar.loss.objective": (list_objectives, ""),
     "sdar.loss.signal": (list_signals, ""),
     "sdar.loss.coef_schedule.name": (list_schedules, ""),
-    "sdar.loss.beta_schedule.name": (list_schedules, ""),
+    # grad_share follows a gradient that lambda moves.
+    "sdar.loss.beta_schedule.name": (lambda: (name for name in list_schedules() if name != "grad_share"), ""),
     "sdar.teacher.source": (list_sources, ", `none`"),
     "sdar.context.sources": (context_names, ", or one registered by `sdar.modules`; a list"),
     "sdar.skills.bank": (bank_names, ", or a folder"),

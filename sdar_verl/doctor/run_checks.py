@@ -62,7 +62,7 @@ def _check_run(config: DictConfig, sdar: SdarConfig) -> Iterator[Finding]:
 def _data(config: DictConfig, sdar: SdarConfig, machine: Machine) -> Iterator[Finding]:
     ids: dict[str, set[str]] = {}
     for option, name in (("train_files", "training panel"), ("val_files", "validation panel")):
-        if not all(Path(file).expanduser().is_file() for file in panel_files(config, option)):
+        if not all(Path(file).is_file() for file in panel_files(config, option)):
             continue  # told by the run's own checks
         tasks = panel_tasks(config, option)
         if not tasks:

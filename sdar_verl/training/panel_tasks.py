@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from sdar_verl.envs.base import Task
-from sdar_verl.panels import PanelError, read_panel
+from sdar_verl.panels import PanelError, panel_digest, read_panel
 
 
 def panel_files(config: DictConfig, option: str) -> list[str]:
     """The local files of ``data.train_files`` or ``data.val_files``; remote ones (``hdfs://``) are verl's to fetch."""
     files = config.data[option]
     listed = [files] if isinstance(files, str) else list(files or [""])
-    return [str(file) for file in listed if "://" not in str(file)]
+    return [os.path.expanduser(str(file)) for file in listed if "://" not in str(file)]
+
+
+def panel_digests(config: DictConfig, option: str) -> list[str]:
+    """The hash of each of :func:`panel_files`.
+
+    Raises:
+        PanelError: one is missing or not a panel of ours.
+    """
+    return [panel_digest(file) for file in panel_files(config, option)]
 
 
 def panel_tasks(config: DictConfig, option: str) -> list[Task]:
     """All tasks of ``data.train_files`` or ``data.val_files``; what cannot be read is named by the data check."""
     tasks: list[Task] = []
     for file in panel_files(config, option):
-        path = Path(file).expanduser()
-        if path.is_file():
+        if Path(file).is_file():
             try:
-                tasks += read_panel(path)
+                tasks += read_panel(file)
             except PanelError:
                 continue
     return tasks

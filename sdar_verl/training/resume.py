@@ -11,9 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from sdar_verl.atomic import write_text_atomically
 from sdar_verl.errors import ConfigError
 from sdar_verl.training.checks.resume import TRACKER
+from sdar_verl.training.panel_tasks import panel_digests
 from sdar_verl.untrusted import parse_json, shorten
 
 RUN_FILE = "sdar_run.json"
+_PANEL = "data.train_files (hashes)"
 
 # What makes two runs different experiments; lengths, frequencies, process counts and validation do not.
 _OPTIONS = (
@@ -38,6 +40,11 @@ _OPTIONS = (
     "actor_rollout_ref.actor.optim.lr",
     "actor_rollout_ref.actor.use_kl_loss",
     "actor_rollout_ref.actor.kl_loss_coef",
+    "actor_rollout_ref.actor.entropy_coeff",
+    "actor_rollout_ref.actor.loss_agg_mode",
+    "actor_rollout_ref.actor.clip_ratio_low",
+    "actor_rollout_ref.actor.clip_ratio_high",
+    "actor_rollout_ref.actor.clip_ratio_c",
     "data.train_batch_size",
     "data.seed",
 )
@@ -71,11 +78,14 @@ def claim_checkpoints(config: DictConfig) -> None:
     """Note this experiment in its checkpoint folder, or refuse the folder of another one.
 
     Raises:
+        PanelError: a training panel is missing or not one of ours.
         ConfigError: ``trainer.resume_mode=auto`` would resume an experiment with other settings, which it names; or the
             note is damaged.
     """
     folder = Path(str(config.trainer.default_local_dir)).expanduser()
-    note, wanted = folder / RUN_FILE, fingerprint(config)
+    note = folder / RUN_FILE
+    # Where the panel lies may change, but data.pt holds a place in it.
+    wanted = {**fingerprint(config), _PANEL: panel_digests(config, "train_files")}
     resumable = (folder / TRACKER).is_file()
     if config.trainer.resume_mode == "auto" and resumable and note.is_file():
         try:

@@ -17,9 +17,10 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError, TeacherError
 from sdar_verl.training.parts.base import STATE_FILE, load_parts
 from sdar_verl.training.parts.skill_statistics import SkillStatistics
-from sdar_verl.training.resume import RUN_FILE, claim_checkpoints, fingerprint
+from sdar_verl.training.resume import RUN_FILE, claim_checkpoints
 from sdar_verl.training.teacher.weights import ShadowWeights
 from tests.support.fuzzing import damaged, mutations, quick
+from tests.support.toy_panel import write_toy_panels
 
 
 class Payload:
@@ -92,10 +93,12 @@ def test_a_damaged_state_is_named_with_the_remedy(tmp_path: Path, content: str) 
 
 @pytest.mark.parametrize("content", ["", "[]", "[" * 100_000])
 def test_a_damaged_note_of_the_experiment_is_named(tmp_path: Path, content: str) -> None:
-    config = OmegaConf.create({"trainer": {"default_local_dir": str(tmp_path), "resume_mode": "auto"}})
+    write_toy_panels(tmp_path)
+    trainer = {"default_local_dir": str(tmp_path), "resume_mode": "auto"}
+    config = OmegaConf.create({"trainer": trainer, "data": {"train_files": str(tmp_path / "train.parquet")}})
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     (tmp_path / RUN_FILE).write_text(content)
     with pytest.raises(ConfigError, match=rf"{RUN_FILE} is damaged"):
         claim_checkpoints(config)
-    (tmp_path / RUN_FILE).write_text(json.dumps(fingerprint(config)))
+    (tmp_path / RUN_FILE).unlink()
     claim_checkpoints(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from omegaconf import OmegaConf
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.training.resume import RUN_FILE, claim_checkpoints, from_scratch
+from tests.support.toy_panel import write_toy_panels
 
 
 def config(folder, mode="auto", **overrides):
@@ -18,13 +20,18 @@ def config(folder, mode="auto", **overrides):
             "sdar": SdarConfig().model_dump(),
             "trainer": {"default_local_dir": str(folder), "resume_mode": mode, "total_training_steps": 10},
             "algorithm": {"adv_estimator": "sdar"},
-            "data": {"seed": 0, "train_batch_size": 4},
+            "data": {"seed": 0, "train_batch_size": 4, "train_files": str(folder / "train.parquet")},
             "actor_rollout_ref": {"model": {"path": "m"}, "rollout": {"n": 8}, "actor": {"optim": {"lr": 1e-6}}},
         }
     )
     for option, value in overrides.items():
         OmegaConf.update(root, option, value)
     return root
+
+
+@pytest.fixture(autouse=True)
+def panels(tmp_path):
+    write_toy_panels(tmp_path)
 
 
 @pytest.fixture
@@ -48,9 +55,29 @@ def test_the_teacher_may_move_between_two_runs(folder):
         claim_checkpoints(config(folder, **{"sdar.teacher.ema_decay": 0.9}))
 
 
+def test_another_panel_is_another_experiment_and_another_place_of_it_is_not(folder):
+    moved = folder / "moved" / "train.parquet"
+    moved.parent.mkdir()
+    shutil.copy(folder / "train.parquet", moved)
+    claim_checkpoints(config(folder, **{"data.train_files": [str(moved)]}))
+    with pytest.raises(ConfigError, match=r"data\.train_files \(hashes\): \['[0-9a-f]{64}'\] there"):
+        claim_checkpoints(config(folder, **{"data.train_files": str(folder / "validation.parquet")}))
+
+
+def test_a_panel_in_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    claim_checkpoints(config(folder, **{"data.train_files": "~/train.parquet"}))
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("sdar.loss.beta", 1.0), ("sdar.skills.bank", "mine"), ("data.seed", 1), ("actor_rollout_ref.model.path", "n")],
+    [
+        ("sdar.loss.beta", 1.0),
+        ("sdar.skills.bank", "mine"),
+        ("data.seed", 1),
+        ("actor_rollout_ref.model.path", "n"),
+        ("actor_rollout_ref.actor.entropy_coeff", 0.1),
+    ],
 )
 def test_another_experiment_is_refused_by_name(folder, option, value):
     with pytest.raises(ConfigError, match=rf"{option}: .*{value!r} here.*resume_mode=disable"):

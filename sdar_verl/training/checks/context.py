@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -15,7 +12,6 @@ from sdar_verl.context.builder import is_late
 from sdar_verl.context.registry import ContextError, get_context
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
-from sdar_verl.panels import PanelError, read_panel
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.loading import load_run_bank
 from sdar_verl.skills.registry import get_rule
@@ -99,7 +95,7 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 
 def _other_types(config: DictConfig) -> list[str]:
-    types = {task.task_type for task in _tasks(config)}
+    types = {task.task_type for task in panel_tasks(config, "train_files")}
     if len(types) == 1:
         return [
             "sdar.context.control=wrong shows the context of a task of another type, but all tasks of data.train_files "
@@ -113,7 +109,7 @@ def _other_types(config: DictConfig) -> list[str]:
 def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Make the early contexts of a few tasks, but for the skills, which have checks of their own."""
     names = [name for name in sdar.context.sources if name != "skills" and not get_context(name).late]
-    tasks = _first(_tasks(config), PROBED_TASKS) if names else []
+    tasks = panel_tasks(config, "train_files")[:PROBED_TASKS] if names else []
     for name in names:
         texts = []
         for task in tasks:
@@ -158,19 +154,3 @@ def _without_context(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 def _skills(bank: SkillBank | None, task: Task, sdar: SdarConfig) -> Passage:
     return Passage(render_skills(retrieve_for_run(bank, task, sdar).skills) if bank is not None else "")
-
-
-def _tasks(config: DictConfig) -> Iterator[Task]:
-    """Training tasks, of the panels that can be read here; what is wrong with others is found elsewhere."""
-    files = config.data.train_files
-    for file in [files] if isinstance(files, str) else list(files or []):
-        path = Path(str(file)).expanduser()
-        if path.is_file():
-            try:
-                yield from read_panel(path)
-            except PanelError:
-                continue
-
-
-def _first(tasks: Iterator[Task], count: int) -> list[Any]:
-    return [task for _, task in zip(range(count), tasks, strict=False)]

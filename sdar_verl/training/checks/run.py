@@ -195,7 +195,7 @@ def _data(config: DictConfig, sdar: SdarConfig) -> list[str]:
             )
             continue
         for file in panel_files(config, option):
-            path = Path(file).expanduser()
+            path = Path(file)
             if not path.is_file():
                 faults.append(
                     f"data.{option}={file} does not exist{_looked_for(path)}; make the task panels with "

@@ -197,8 +197,7 @@ def write_outcomes(outcomes: Mapping[str, list[Any]], path: Path) -> None:
 
 def describe_run(config: DictConfig) -> dict[str, Any]:
     """Content of ``run.json``: what makes this run comparable to another one, or not."""
-    from sdar_verl.panels import panel_digest
-    from sdar_verl.training.checks.run import panel_files
+    from sdar_verl.training.panel_tasks import panel_digests
     from sdar_verl.training.resume import fingerprint
 
     versions = {}
@@ -213,10 +212,7 @@ def describe_run(config: DictConfig) -> dict[str, Any]:
         "experiment": config.trainer.experiment_name,
         "method": OmegaConf.select(config, "sdar.method"),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "panels": {
-            option: [panel_digest(file) for file in panel_files(config, option)]
-            for option in ("train_files", "val_files")
-        },
+        "panels": {option: panel_digests(config, option) for option in ("train_files", "val_files")},
         "settings": plain(fingerprint(config)),
         "max_steps": config.sdar.env.max_steps,
         "total_steps": config.trainer.total_training_steps,
