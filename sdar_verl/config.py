@@ -293,7 +293,11 @@ class RolloutConfig(_Node):
         description="tokens of one answer where rows=trajectory; an episode ends when less than that is left",
     )
     seed: int | None = Field(
-        None, ge=0, description="per-request sampling seeds derived from this and the task, so that a run repeats"
+        None,
+        ge=0,
+        description="per-request sampling seeds derived from this and the task, so that a run repeats: exactly on the "
+        "CPU's server, only nearly on vLLM, whose bf16 log-probs depend on who shares a batch, and which samples "
+        "seeded requests one by one",
     )
     poll_interval_s: float | None = Field(
         None, gt=0, description="how often verl's replay buffer looks for finished rows; null keeps verl's 2 s"

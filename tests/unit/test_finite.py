@@ -13,6 +13,7 @@ from sdar_verl.config import load_config
 from sdar_verl.errors import NonFiniteError
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.training.finite import ADVANTAGES, check_student, check_teacher
+from sdar_verl.training.head.requests import TEACHER_HIDDEN
 from sdar_verl.training.parts.base import StepRows
 from sdar_verl.training.teacher.rows import nested
 
@@ -160,3 +161,13 @@ def test_only_the_head_of_a_row_may_be_broken() -> None:
     masks = [torch.ones(length, dtype=torch.long) for length in LENGTHS]
     _, left, count = check_teacher({**scored, "sdar_head": nested(heads)}, masks, KEYS, make_rows().infos, "drop")
     assert count == 1 and not left[2].any() and left[0].all()
+
+
+def test_hidden_states_go_with_their_rows() -> None:
+    """They are too many to look at; the log-probs come from them."""
+    scored = teacher({1: float("nan")})
+    scored[TEACHER_HIDDEN] = nested([torch.full((length, 2), float("nan")) for length in LENGTHS])
+    masks = [torch.ones(length, dtype=torch.long) for length in LENGTHS]
+    kept, _, count = check_teacher(scored, masks, KEYS, make_rows().infos, "drop")
+    assert count == 1
+    assert [bool(row.isnan().any()) for row in kept[TEACHER_HIDDEN].unbind()] == [True, False, True, True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from importlib import resources, util
 from pathlib import Path
@@ -19,6 +20,9 @@ from sdar_verl.config import load_config
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import write_panel
+from sdar_verl.planner.hardware import find_gpu
+from sdar_verl.planner.layout import Layout
+from sdar_verl.planner.plan import make_plan
 from sdar_verl.training.checks.run import check_run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -59,6 +63,7 @@ COMMON = {
     "sdar.advantage.group_stats": "episode",
     "reward.num_workers": 0,
     "trainer.total_training_steps": 150,
+    "transfer_queue.backend.SimpleStorage.total_storage_size": None,
     "trainer.nnodes": 1,
     "trainer.device": "cuda",
     "trainer.v1.trainer_mode": "sdar",
@@ -220,6 +225,16 @@ def test_scripts_are_thin_and_compose(compose_recipe, script, tmp_path):
     model, method = script.stem.removeprefix("run_").rsplit("_", 1)
     assert config.actor_rollout_ref.model.path == MODELS[model]
     assert (config.sdar.loss.coef, config.sdar.teacher.source) == {"sdar": (0.01, "actor"), "grpo": (0, "none")}[method]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_scripts_fit_on_the_cards_they_ask_for(compose_recipe, script, tmp_path):
+    """By the planner's arithmetic, on cards of 80 GB."""
+    config = compose_recipe(script.parent.name, *command_of(script, tmp_path)[4:])
+    plan = make_plan(Layout.from_config(config, load_config(config.sdar)), find_gpu("h100-80gb"))
+    assert plan.faults == []
+    told = re.search(r"(\d+) GPUs", script.read_text())
+    assert told is None or int(told[1]) == plan.cards
 
 
 def test_scripts_do_not_share_a_checkpoint_folder(compose_recipe, tmp_path):
