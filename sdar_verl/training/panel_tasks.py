@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -12,10 +11,13 @@ from sdar_verl.panels import PanelError, panel_digest, read_panel
 
 
 def panel_files(config: DictConfig, option: str) -> list[str]:
-    """The local files of ``data.train_files`` or ``data.val_files``; remote ones (``hdfs://``) are verl's to fetch."""
+    """The local files of ``data.train_files`` or ``data.val_files``; remote ones (``hdfs://``) are verl's to fetch.
+
+    As they are written: verl's dataset does not expand a ``~`` either.
+    """
     files = config.data[option]
     listed = [files] if isinstance(files, str) else list(files or [""])
-    return [os.path.expanduser(str(file)) for file in listed if "://" not in str(file)]
+    return [str(file) for file in listed if "://" not in str(file)]
 
 
 def panel_digests(config: DictConfig, option: str) -> list[str]:

@@ -437,3 +437,11 @@ def test_files_that_tasks_need_must_be_there(recipe, tmp_path):
     assert str(game) in str(told.value)
     game.touch()
     run_checks(recipe, **{"data.train_files": str(panel)})
+
+
+def test_a_home_folder_is_not_expanded_where_verls_dataset_does_not(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tasks = [Task("alfworld", f"game-{i:02d}", "pick", "put a mug") for i in range(16)]
+    write_panel(tasks, tmp_path / "train.parquet", "train")
+    with pytest.raises(ConfigError, match=r"data\.train_files=~/train\.parquet does not exist in .*an absolute path"):
+        run_checks(recipe, **{"data.train_files": "~/train.parquet"})

@@ -64,11 +64,6 @@ def test_another_panel_is_another_experiment_and_another_place_of_it_is_not(fold
         claim_checkpoints(config(folder, **{"data.train_files": str(folder / "validation.parquet")}))
 
 
-def test_a_panel_in_the_home_folder(folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(folder))
-    claim_checkpoints(config(folder, **{"data.train_files": "~/train.parquet"}))
-
-
 @pytest.mark.parametrize(
     ("option", "value"),
     [
