@@ -5,7 +5,7 @@
 sampled        an update from the last hidden states on, in verl's own functions: logits of all tokens, log-probs of the
                sampled ones, loss, and the gradients of the hidden states and of the head. Once with verl's
                ``ppo_loss`` (KL to a reference included, as in the paper), once with
-               :func:`sdar_verl.training.loss.sdar_loss`. "Loss alone" starts from log-probs: what the two functions
+               :func:`sdar_verl.verl.loss.sdar_loss`. "Loss alone" starts from log-probs: what the two functions
                cost without the product with the head
 distributions  reverse KL over all tokens of the vocabulary, or over the likeliest, in chunks, against plain PyTorch
                with autograd on all tokens at once. "At once" starts from the student's logits, which verl's engine
@@ -34,7 +34,7 @@ from benchmarks.common import interleaved, machine, median, ratio, table
 from sdar_verl.algorithm.divergence_rows import FullDivergence, TopKDivergence
 from sdar_verl.algorithm.divergences import on_support, top_k_ids
 from sdar_verl.algorithm.head_chunks import RowFunction, chunk_logits, map_logits
-from sdar_verl.training.head.distributions import CHUNK_TOKENS, TOP_K
+from sdar_verl.verl.distributions import CHUNK_TOKENS, TOP_K
 
 PROMPT, RESPONSE = 384, 128
 """Tokens of a row of the part ``sampled``."""
@@ -66,7 +66,7 @@ class MicroBatch:
         from verl.workers.config import ActorConfig
 
         from sdar_verl.config import LossConfig
-        from sdar_verl.training.fields import STEP_VALUES, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
+        from sdar_verl.verl.fields import STEP_VALUES, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
 
         rows = max(1, tokens // (PROMPT + RESPONSE))
         self.inputs, self.weight, *_ = tensors(rows * (PROMPT + RESPONSE), vocabulary, hidden)
@@ -104,7 +104,7 @@ class MicroBatch:
     def _loss(self, kind: str, log_probs: torch.Tensor) -> torch.Tensor:
         from verl.workers.utils.losses import ppo_loss
 
-        from sdar_verl.training.loss import sdar_loss
+        from sdar_verl.verl.loss import sdar_loss
 
         output: dict[str, Any] = {"log_probs": torch.nested.nested_tensor_from_jagged(log_probs, self.offsets)}
         if kind == "ppo":

@@ -6,7 +6,7 @@ The rows are turns of real ALFWorld games in the recipes' own template and with 
 tokenizer is a byte-level BPE with a ChatML template, as Qwen's, trained here on the package's own texts.
 
 trainer     what stands between rollout and teacher pass: the agent loop's ids in front of the sampled ids, with masks
-            and positions (:meth:`sdar_verl.training.teacher.rows.TeacherRows.inputs`)
+            and positions (:meth:`sdar_verl.teacher.rows.TeacherRows.inputs`)
 re-encode   the same rows from text: decode the student's prompt, put the skills into it, encode, append
 agent loop  what the trainer's rows cost before, in the agent loop while other episodes generate: template, chat
             template, one encoding. It is part of the work, but of no step's critical path
@@ -36,7 +36,7 @@ from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
 from sdar_verl.skills.loading import load_run_bank
 from sdar_verl.skills.retrieval import render_skills, retrieve
-from sdar_verl.training.teacher.rows import TeacherRows, teacher_row
+from sdar_verl.teacher.rows import TeacherRows, teacher_row
 from tests.support.chatml import chatml_tokenizer
 
 TEMPLATE, HISTORY, MAX_STEPS = "alfworld", 2, 50

@@ -28,7 +28,7 @@ from sdar_verl.envs.registry import known_envs
 from sdar_verl.rollout.prompts import template_names
 from sdar_verl.skills.bank import bank_names
 from sdar_verl.skills.retrieval import retriever_names
-from sdar_verl.training.teacher.sources import list_sources
+from sdar_verl.teacher.sources import list_sources
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 

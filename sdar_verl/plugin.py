@@ -18,9 +18,9 @@ import wrapt
 
 # Module of verl that holds a registry, and module of ours that registers when imported.
 _REGISTRATIONS = (
-    ("verl.trainer.ppo.core_algos", "sdar_verl.training.advantage"),
-    ("verl.trainer.ppo.v1", "sdar_verl.training.trainer"),
-    ("verl.trainer.ppo.v1", "sdar_verl.training.async_modes"),
+    ("verl.trainer.ppo.core_algos", "sdar_verl.verl.advantage"),
+    ("verl.trainer.ppo.v1", "sdar_verl.verl.trainer"),
+    ("verl.trainer.ppo.v1", "sdar_verl.verl.async_modes"),
     ("verl.experimental.agent_loop", "sdar_verl.rollout.agent_loop"),
     ("hydra.core.plugins", "sdar_verl.hydra_search_path"),
     ("omegaconf", "sdar_verl.resolvers"),

@@ -9,6 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from sdar_verl.checks.panel_tasks import panel_tasks
+from sdar_verl.checks.skills import spread
 from sdar_verl.config import SdarConfig
 from sdar_verl.doctor.findings import Finding
 from sdar_verl.envs.base import Task
@@ -16,8 +18,6 @@ from sdar_verl.envs.registry import make_env
 from sdar_verl.rollout.control import role_marks_of
 from sdar_verl.rollout.prompt_builder import TurnContext
 from sdar_verl.rollout.runtime import Runtime
-from sdar_verl.training.checks.skills import spread
-from sdar_verl.training.panel_tasks import panel_tasks
 
 MAX_TASKS = 1000
 """Tasks of a panel whose contexts are made and counted."""

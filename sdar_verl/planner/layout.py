@@ -8,11 +8,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.algorithm.divergences import DIVERGENCES
 from sdar_verl.algorithm.gates import gate_reads
+from sdar_verl.checks.modes import verl_mode
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.architecture import Architecture
-from sdar_verl.training.checks.modes import verl_mode
-from sdar_verl.training.head.distributions import CHUNK_TOKENS
+from sdar_verl.verl.distributions import CHUNK_TOKENS
 
 
 @dataclass(frozen=True)

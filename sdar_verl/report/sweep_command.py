@@ -78,10 +78,10 @@ def check(words: list[str], *, whole: bool) -> None:
     Raises:
         ConfigError: names the run and its faults.
     """
+    from sdar_verl.checks.run import check_run
     from sdar_verl.compose import compose_config
     from sdar_verl.config import load_config
     from sdar_verl.quiet import be_quiet
-    from sdar_verl.training.checks.run import check_run
 
     be_quiet()
     at = words.index("--config-name")

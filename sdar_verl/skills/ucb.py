@@ -3,7 +3,7 @@
     score(e) = mean reward of the tasks for which e was supplied + c * sqrt(ln N / n(e))
 
 with N the queries for the task's type and n(e) those that were supplied e. Statistics are kept by the trainer, once per
-run (``sdar_verl/training/parts/skill_statistics.py``); what a worker gets is a snapshot that travels with each task, so
+run (``sdar_verl/observe/skill_statistics.py``); what a worker gets is a snapshot that travels with each task, so
 the choice does not depend on how many workers there are, nor on which episode ended first.
 """
 

@@ -76,7 +76,7 @@ def test_the_plugin_registers_from_the_wheel(python, tmp_path):
         "print(AutoTokenizer.from_pretrained(start_policy()).vocab_size)\n"
     )
     lines = run(python, "-c", program, cwd=tmp_path).splitlines()
-    assert lines[-3] == "sdar_verl.training.trainer"
+    assert lines[-3] == "sdar_verl.verl.trainer"
     assert int(lines[-2]) >= 6
     assert int(lines[-1]) > 50
     version = run(python.parent / "sdar-verl", "--version", cwd=tmp_path)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sdar_verl.config import LossConfig
-from sdar_verl.training.fields import TEACHER_LOG_PROBS
+from sdar_verl.verl.fields import TEACHER_LOG_PROBS
 from tests.integration.test_teacher_worker import batch, worker_config
 from tests.support.one_update import (
     BETA,
@@ -48,8 +48,8 @@ def run(rank: int, folder: Path) -> None:
     from verl.utils import tensordict_utils as tu
     from verl.utils.config import omega_conf_to_dataclass
 
-    from sdar_verl.training.loss import sdar_loss
-    from sdar_verl.training.teacher.worker import TeacherWorker
+    from sdar_verl.verl.loss import sdar_loss
+    from sdar_verl.verl.worker import TeacherWorker
 
     settings = {
         **UPDATE,

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from sdar_verl.config import LossConfig
-from sdar_verl.training.fields import (
+from sdar_verl.teacher.rows import nested
+from sdar_verl.verl.fields import (
     NORM_PREFIX,
     STEP_VALUES,
     SUMS_PREFIX,
@@ -22,8 +23,7 @@ from sdar_verl.training.fields import (
     TEACHER_PROMPTS,
     StepValues,
 )
-from sdar_verl.training.head.requests import HEAD_REQUEST, TEACHER_HIDDEN
-from sdar_verl.training.teacher.rows import nested
+from sdar_verl.verl.requests import HEAD_REQUEST, TEACHER_HIDDEN
 from tests.integration.test_ranks import CHECKPOINTING, FEW_TOKENS, FSDP1, PACKED, SAME, weights
 from tests.integration.test_teacher_worker import batch, worker_config
 from tests.support import ulysses
@@ -83,9 +83,9 @@ def run_case(rank: int, root: Path, fields: dict[str, list[torch.Tensor]], case:
     from verl.utils import tensordict_utils as tu
     from verl.utils.config import omega_conf_to_dataclass
 
-    from sdar_verl.training.head.distributions import step_requests
-    from sdar_verl.training.head.loss import distribution_loss
-    from sdar_verl.training.teacher.worker import TeacherWorker
+    from sdar_verl.verl.distributions import step_requests
+    from sdar_verl.verl.engine_loss import distribution_loss
+    from sdar_verl.verl.worker import TeacherWorker
 
     settings = dict(case)
     measure, source = settings.pop("measure", False), settings.pop("source", "actor")

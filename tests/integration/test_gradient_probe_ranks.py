@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdar_verl.config import LossConfig
-from sdar_verl.training.fields import NORM_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
+from sdar_verl.verl.fields import NORM_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
 from tests.integration.test_teacher_worker import TEMPERATURE, worker_config
 from tests.support.one_update import one_mini_batch, plain_model
 from tests.support.ranks import run_on_ranks
@@ -52,8 +52,8 @@ def run(rank: int, folder: Path, ranks: int, measure: bool) -> None:
     from verl.utils import tensordict_utils as tu
     from verl.utils.config import omega_conf_to_dataclass
 
-    from sdar_verl.training.loss import sdar_loss
-    from sdar_verl.training.teacher.worker import TeacherWorker
+    from sdar_verl.verl.loss import sdar_loss
+    from sdar_verl.verl.worker import TeacherWorker
 
     config = worker_config(str(folder / "model"), source="actor")
     config.actor.use_kl_loss = False

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdar_verl.training.teacher.rows import nested
+from sdar_verl.teacher.rows import nested
 from tests.integration.test_teacher_worker import recipe, worker_config
 from tests.support.one_update import ROWS, make_rows
 from tests.support.ranks import run_on_ranks
@@ -28,9 +28,9 @@ def packing_gap(root: Path, attention: str) -> float | str:
     from verl.utils import tensordict_utils as tu
 
     from sdar_verl.errors import ConfigError
-    from sdar_verl.training.parts.base import StepRows
-    from sdar_verl.training.parts.packing import PackingCheck
-    from sdar_verl.training.teacher.worker import TeacherWorker
+    from sdar_verl.observe.base import StepRows
+    from sdar_verl.observe.packing import PackingCheck
+    from sdar_verl.verl.worker import TeacherWorker
 
     # Without a mask function of its own, an attention is given none, and sees the packed row as one.
     AttentionInterface.register("leaking", sdpa_attention_forward)

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from sdar_verl.config import LossConfig
-from sdar_verl.training.fields import SUMS_PREFIX, TEACHER_LOG_PROBS
-from sdar_verl.training.head.requests import HEAD_REQUEST, TEACHER_HIDDEN
+from sdar_verl.verl.fields import SUMS_PREFIX, TEACHER_LOG_PROBS
+from sdar_verl.verl.requests import HEAD_REQUEST, TEACHER_HIDDEN
 from tests.integration.test_teacher_worker import batch, worker_config
 from tests.support.one_update import (
     BETA,
@@ -73,9 +73,9 @@ def run_case(rank: int, ranks: int, root: Path, overrides: dict[str, Any]) -> di
     from verl.utils import tensordict_utils as tu
     from verl.utils.config import omega_conf_to_dataclass
 
-    from sdar_verl.training.head.distributions import step_requests
-    from sdar_verl.training.head.loss import distribution_loss
-    from sdar_verl.training.teacher.worker import TeacherWorker
+    from sdar_verl.verl.distributions import step_requests
+    from sdar_verl.verl.engine_loss import distribution_loss
+    from sdar_verl.verl.worker import TeacherWorker
 
     objective = overrides.get("objective", "sampled")
     loss = LossConfig(coef=COEF, beta=BETA, objective=objective, chunk_tokens=None if objective == "sampled" else 8)

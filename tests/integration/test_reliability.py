@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sdar_verl.training.checks.resume import TRACKER
+from sdar_verl.checks.resume import TRACKER
 from tests.support.faults import FAULTS
 from tests.support.killing import LiveRun
 from tests.support.toy_run import SAME, train

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from sdar_verl.config import TeacherConfig
-from sdar_verl.training.fields import (
+from sdar_verl.teacher.rows import nested, teacher_row
+from sdar_verl.verl.fields import (
     MODULES_NODE,
     TEACHER_ENTROPY,
     TEACHER_LOG_PROBS,
     TEACHER_NODE,
     TEACHER_PROMPTS,
 )
-from sdar_verl.training.head.requests import HEAD_REQUEST, SUPPORT_IDS, SUPPORT_LOG_PROBS, HeadRequest
-from sdar_verl.training.teacher.rows import nested, teacher_row
+from sdar_verl.verl.requests import HEAD_REQUEST, SUPPORT_IDS, SUPPORT_LOG_PROBS, HeadRequest
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny_model import make_tiny_model
 
@@ -132,7 +132,7 @@ def weights(worker: Any) -> dict[str, torch.Tensor]:
 
 
 def make_worker(model: str, adapter: int = 0, role: str = "actor", base: Any = None, **teacher: Any) -> Any:
-    from sdar_verl.training.teacher.worker import TeacherWorker
+    from sdar_verl.verl.worker import TeacherWorker
 
     strategy = {
         "actor.strategy": os.environ["SDAR_TEST_STRATEGY"],
@@ -147,7 +147,7 @@ def make_worker(model: str, adapter: int = 0, role: str = "actor", base: Any = N
 
 def follow(model: str, folder: Path, rank: int, **teacher: Any) -> dict[str, Any]:
     """Teacher passes around two steps, a checkpoint, and a worker that goes on from it."""
-    from sdar_verl.training.teacher.weights import trainable_shards
+    from sdar_verl.teacher.weights import trainable_shards
 
     worker = make_worker(model, **teacher)
     out: dict[str, Any] = {"passes": [ask(worker, rank)], "weights": [weights(worker)], "untouched": []}
@@ -195,7 +195,7 @@ def adapter(model: str, rank: int) -> dict[str, Any]:
 
 def kept(model: str, rank: int) -> dict[str, Any]:
     """The weights of a step's start, put back for a moment after an update; and those of the update, after that."""
-    from sdar_verl.training.teacher.worker import DetachTeacherWorker
+    from sdar_verl.verl.worker import DetachTeacherWorker
 
     worker = make_worker(model, base=DetachTeacherWorker, source="actor")
     out: dict[str, Any] = {"start": ask_student(worker, rank)}

@@ -24,10 +24,10 @@ def _register(_) -> None:
     from tensordict import TensorDict
     from verl.trainer.ppo.v1.trainer_base import register_trainer
 
-    from sdar_verl.training.fields import TEACHER_LOG_PROBS
-    from sdar_verl.training.teacher.privileged import PrivilegedTeacher
-    from sdar_verl.training.teacher.rows import nested
-    from sdar_verl.training.trainer import SdarTrainer
+    from sdar_verl.teacher.privileged import PrivilegedTeacher
+    from sdar_verl.teacher.rows import nested
+    from sdar_verl.verl.fields import TEACHER_LOG_PROBS
+    from sdar_verl.verl.trainer import SdarTrainer
 
     def poisoned(values: torch.Tensor, infos: list) -> torch.Tensor:
         rows = [row.clone() for row in values.unbind()]
@@ -72,4 +72,4 @@ def _register(_) -> None:
             super()._save_checkpoint()
 
 
-wrapt.register_post_import_hook(_register, "sdar_verl.training.trainer")
+wrapt.register_post_import_hook(_register, "sdar_verl.verl.trainer")

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from sdar_verl.observe.record import write_outcomes
 from sdar_verl.report import layout
 from sdar_verl.report.distributions import Tokens, reward_statistics, token_distributions
 from sdar_verl.report.trace import write_trace
-from sdar_verl.training.parts.record import write_outcomes
 
 TYPES = ("pick_and_place_simple", "look_at_obj_in_light")
 WORDS = ["<think>", " apple", " in", " fridge", "</think>", " <action>", " go to fridge", "</action>"]

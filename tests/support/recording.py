@@ -13,9 +13,9 @@ def _register(_) -> None:
     import transfer_queue as tq
     from verl.trainer.ppo.v1.trainer_base import register_trainer
 
-    from sdar_verl.training.async_modes import SdarColocateAsync, SdarSeparateAsync
-    from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK
-    from sdar_verl.training.trainer import SdarTrainer
+    from sdar_verl.verl.async_modes import SdarColocateAsync, SdarSeparateAsync
+    from sdar_verl.verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
+    from sdar_verl.verl.trainer import SdarTrainer
 
     fields = [
         "prompts",
@@ -49,4 +49,4 @@ def _register(_) -> None:
         register_trainer(f"{mode}_recording")(type(f"Recording{trainer.__name__}", (Recording, trainer), {}))
 
 
-wrapt.register_post_import_hook(_register, "sdar_verl.training.async_modes")
+wrapt.register_post_import_hook(_register, "sdar_verl.verl.async_modes")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdar_verl.training.teacher.sources import Snapshot, register_source
+from sdar_verl.teacher.sources import Snapshot, register_source
 
 
 @register_source("toy_every_odd_step")

@@ -14,9 +14,9 @@ from verl.trainer.ppo.utils import Role
 
 from sdar_verl.config import load_config
 from sdar_verl.rollout.continuing import ContinuingClient
-from sdar_verl.training.async_modes import SdarColocateAsync, SdarSeparateAsync
-from sdar_verl.training.detach import DetachWorker, _own_copies, _storages
-from sdar_verl.training.teacher.privileged import PrivilegedTeacher
+from sdar_verl.teacher.privileged import PrivilegedTeacher
+from sdar_verl.verl.async_modes import SdarColocateAsync, SdarSeparateAsync
+from sdar_verl.verl.detach import DetachWorker, _own_copies, _storages
 from tests.support.verl_version import IS_VERL_090
 
 

@@ -10,13 +10,13 @@ import verl  # noqa: F401  loads the plugin, which puts our configs on the searc
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from sdar_verl.checks.run import check_run
 from sdar_verl.compat import check_verl_version
 from sdar_verl.config import load_config
 from sdar_verl.envs import registry
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import write_panel
-from sdar_verl.training.checks.run import check_run
 from tests.support.tiny_model import make_tiny_model
 
 
@@ -362,7 +362,7 @@ def test_an_adapter_makes_a_reference_of_its_base(recipe, source):
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_vllms_cpu_build_runs_with_a_worker_that_takes_weights(recipe, monkeypatch, installed):
-    from sdar_verl.training.checks import engine
+    from sdar_verl.checks import engine
 
     monkeypatch.setattr(engine.util, "find_spec", lambda name: installed or None)
     overrides = {

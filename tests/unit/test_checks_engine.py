@@ -12,8 +12,8 @@ import verl
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from sdar_verl.checks import engine
 from sdar_verl.config import load_config
-from sdar_verl.training.checks import engine
 
 ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
 ATTENTION = f"{MODEL}.override_config.attn_implementation"

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 
 from sdar_verl.algorithm import gates, objectives, schedules, signals
 from sdar_verl.algorithm.loss import distillation_terms
+from sdar_verl.checks.loss import loss_faults, needs_step_statistics
 from sdar_verl.config import load_config
 from sdar_verl.modules import import_modules
-from sdar_verl.training.checks.loss import loss_faults, needs_step_statistics
 
 REGISTRIES = ((gates, "_GATES"), (objectives, "_OBJECTIVES"), (signals, "_SIGNALS"), (schedules, "_SCHEDULES"))
 

@@ -7,8 +7,8 @@ import verl  # noqa: F401  loads the plugin, which puts our configs on the searc
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from sdar_verl.checks.modes import mode_faults, parts_of_a_step, verl_mode
 from sdar_verl.config import load_config
-from sdar_verl.training.checks.modes import mode_faults, parts_of_a_step, verl_mode
 
 COLOCATE = "trainer.v1.trainer_mode=sdar_colocate_async"
 SEPARATE = [
@@ -70,7 +70,7 @@ def test_a_fault_names_the_option_and_the_mode(case):
 def test_a_mode_of_somebody_elses_is_known_once_its_trainer_is():
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
-    from sdar_verl.training.async_modes import SdarSeparateAsync
+    from sdar_verl.verl.async_modes import SdarSeparateAsync
 
     assert verl_mode("mine") is None
     TRAINER_REGISTRY["mine"] = type("Mine", (SdarSeparateAsync,), {})
@@ -86,8 +86,8 @@ def test_a_mode_of_somebody_elses_is_known_once_its_trainer_is():
 def test_each_mode_answers_verls_name_for_it():
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
-    from sdar_verl.training import async_modes  # noqa: F401  registers
-    from sdar_verl.training.checks.modes import MODES
+    from sdar_verl.checks.modes import MODES
+    from sdar_verl.verl import async_modes  # noqa: F401  registers
 
     for ours, verls in MODES.items():
         trainer = TRAINER_REGISTRY[ours]

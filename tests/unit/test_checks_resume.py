@@ -16,9 +16,9 @@ import torch
 from omegaconf import OmegaConf
 
 from sdar_verl.atomic import write_atomically, write_text_atomically
+from sdar_verl.checks.resume import TRACKER, missing_parts, resume_faults
 from sdar_verl.config import load_config
-from sdar_verl.training.checks.resume import TRACKER, missing_parts, resume_faults
-from sdar_verl.training.parts.base import STATE_FILE, TrainerPart, load_parts, save_parts
+from sdar_verl.observe.base import STATE_FILE, TrainerPart, load_parts, save_parts
 
 ORDER = ("sdar_teacher", "model", "optim", "extra_state")  # of TeacherWorker.save_checkpoint
 

@@ -9,9 +9,9 @@ import verl  # noqa: F401  loads the plugin, which puts our configs on the searc
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from sdar_verl.checks.teacher import teacher_faults
 from sdar_verl.config import load_config
 from sdar_verl.context import builtin  # noqa: F401  registers the contexts
-from sdar_verl.training.checks.teacher import teacher_faults
 from tests.support.tiny_model import make_tiny_model
 
 ON_SERVER = {"sdar.teacher.source": "actor", "sdar.teacher.placement": "rollout_server"}

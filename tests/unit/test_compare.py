@@ -226,7 +226,7 @@ def test_a_sweep_with_a_wrong_name_starts_nothing(tmp_path, monkeypatch, capsys,
     from sdar_verl.report import sweep_command
 
     monkeypatch.setattr(sweep_command.subprocess, "run", lambda *_, **__: pytest.fail("a run was started"))
-    monkeypatch.setattr("sdar_verl.training.checks.run.check_run", lambda config, sdar: None)  # there are no panels
+    monkeypatch.setattr("sdar_verl.checks.run.check_run", lambda config, sdar: None)  # there are no panels
     command = ["sweep", "--config-name", "sdar_quickstart", "--methods", methods, "--out", str(tmp_path / "out")]
     for dry in ([], ["--dry-run"]):
         assert main([*command, *dry, *override]) == 2

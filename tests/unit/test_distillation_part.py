@@ -13,8 +13,10 @@ from tensordict import TensorDict
 from sdar_verl.algorithm.advantages import rlsd_advantages
 from sdar_verl.algorithm.gap import step_statistics
 from sdar_verl.config import SdarConfig, load_config
+from sdar_verl.observe.base import StepRows, load_parts, save_parts
+from sdar_verl.observe.distillation import Distillation
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.training.fields import (
+from sdar_verl.verl.fields import (
     GAP_POOLED,
     GAP_SHIFT,
     LOSS_SCALE,
@@ -23,8 +25,6 @@ from sdar_verl.training.fields import (
     TEACHER_MASK,
     StepValues,
 )
-from sdar_verl.training.parts.base import StepRows, load_parts, save_parts
-from sdar_verl.training.parts.distillation import Distillation
 
 KEYS = ["s1p0_0_0", "s1p0_0_1", "s1p0_1_0", "s1p1_0_0", "padding_0_0"]
 LENGTHS = [3, 2, 4, 1, 2]

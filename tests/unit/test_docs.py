@@ -26,16 +26,16 @@ from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.cli import _parser
 from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
+from sdar_verl.observe import warnings
+from sdar_verl.observe.metrics import gap_metrics, reduce_loss_sums, row_metrics
+from sdar_verl.observe.skill_statistics import statistics_metrics
+from sdar_verl.observe.trackers import HISTOGRAMS
 from sdar_verl.rollout.rows import EpisodeNote, RowInfo, TurnNote
 from sdar_verl.skills.ucb import TypeStatistics
-from sdar_verl.training.fields import NORM_PREFIX, SUMS_PREFIX
-from sdar_verl.training.metrics import gap_metrics, reduce_loss_sums, row_metrics
-from sdar_verl.training.parts import warnings
-from sdar_verl.training.parts.skill_statistics import statistics_metrics
-from sdar_verl.training.parts.trackers import HISTOGRAMS
-from sdar_verl.training.teacher.answers import ServerCheck, answer_metrics
-from sdar_verl.training.teacher.privileged import teacher_metrics
-from sdar_verl.training.validation import arm_metrics
+from sdar_verl.teacher.answers import ServerCheck, answer_metrics
+from sdar_verl.teacher.privileged import teacher_metrics
+from sdar_verl.verl.fields import NORM_PREFIX, SUMS_PREFIX
+from sdar_verl.verl.validation import arm_metrics
 from tests.support.verl_version import IS_VERL_090
 
 ROOT = Path(__file__).parents[2]
@@ -45,8 +45,8 @@ DOCUMENTS = [
     *map(Path, ("README.md", "CHANGELOG.md", "benchmarks/README.md")),
 ]
 SOURCES = [
-    ROOT / "sdar_verl" / "training" / name
-    for name in ("trainer.py", "finite.py", "parts/distillation.py", "parts/packing.py", "teacher/privileged.py")
+    ROOT / "sdar_verl" / name
+    for name in ("verl/trainer.py", "finite.py", "observe/distillation.py", "observe/packing.py", "teacher/privileged.py")
 ]
 METRIC = re.compile(r"`(sdar(?:-val)?/[^`]+|timing_s/teacher)`")
 SETTING = re.compile(r"(?:sdar|actor_rollout_ref|data|trainer|algorithm)(?:\.\w+)+(?:=\S+)?|(?:model|hardware)=\S+")

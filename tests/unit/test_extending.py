@@ -103,7 +103,7 @@ from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from sdar_verl.envs.base import Task
 from sdar_verl.panels import write_panel
-from sdar_verl.training.checks.run import check_run
+from sdar_verl.checks.run import check_run
 files = []
 for name in ("train", "val"):
     tasks = [Task("alfworld", f"g-{{i}}", "pick_and_place_simple", "put a mug on desk") for i in range(8)]

@@ -10,8 +10,8 @@ import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
-from sdar_verl.training.fields import STEP_VALUES, StepValues
-from sdar_verl.training.gradient_probe import GradientProbe
+from sdar_verl.verl.fields import STEP_VALUES, StepValues
+from sdar_verl.verl.gradient_probe import GradientProbe
 
 
 class Engine:

@@ -13,8 +13,9 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from sdar_verl.algorithm.divergences import COLUMNS, full_columns, on_support, top_k_columns, top_k_ids
-from sdar_verl.training.fields import TEACHER_MASK
-from sdar_verl.training.head.requests import (
+from sdar_verl.verl.fields import TEACHER_MASK
+from sdar_verl.verl.head import HeadTap, columns_of_this_step
+from sdar_verl.verl.requests import (
     COLUMN_PREFIX,
     HEAD_REQUEST,
     SUPPORT_IDS,
@@ -22,7 +23,6 @@ from sdar_verl.training.head.requests import (
     TEACHER_HIDDEN,
     HeadRequest,
 )
-from sdar_verl.training.head.tap import HeadTap, columns_of_this_step
 
 TEMPERATURE = 0.8
 PROMPTS, RESPONSES = (3, 1, 5), (4, 2, 3)

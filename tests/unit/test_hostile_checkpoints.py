@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError, TeacherError
-from sdar_verl.training.parts.base import STATE_FILE, load_parts
-from sdar_verl.training.parts.skill_statistics import SkillStatistics
-from sdar_verl.training.resume import RUN_FILE, claim_checkpoints
-from sdar_verl.training.teacher.weights import ShadowWeights
+from sdar_verl.observe.base import STATE_FILE, load_parts
+from sdar_verl.observe.skill_statistics import SkillStatistics
+from sdar_verl.teacher.weights import ShadowWeights
+from sdar_verl.verl.resume import RUN_FILE, claim_checkpoints
 from tests.support.fuzzing import damaged, mutations, quick
 from tests.support.toy_panel import write_toy_panels
 

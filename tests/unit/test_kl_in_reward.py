@@ -14,7 +14,7 @@ from verl.trainer.ppo.ray_trainer import apply_kl_penalty
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.training.advantage import AdvantageRows, advantage_rows
+from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
 
 COEF, PENALTY, TOKENS = 0.2, 0.1, 5
 # Episode -> turns; two groups of three rollouts.

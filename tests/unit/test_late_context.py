@@ -13,8 +13,8 @@ from sdar_verl.context import registry
 from sdar_verl.context.registry import register_context
 from sdar_verl.envs.base import Task
 from sdar_verl.local import start_policy
+from sdar_verl.rollout.late_context import late_contexts
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.training.late_context import late_contexts
 from tests.support.scripted import GOOD, LOST, MUTE, TASK, WRONG, play_episode, scripted_config
 
 LIMITS = {"teacher__max_prompt_length": 2000}

@@ -12,8 +12,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from sdar_verl.errors import ProcessDiedError
-from sdar_verl.training import liveness
-from sdar_verl.training.liveness import Liveness, queue_processes, run_processes, watched
+from sdar_verl.verl import liveness
+from sdar_verl.verl.liveness import Liveness, queue_processes, run_processes, watched
 
 
 class Actor:

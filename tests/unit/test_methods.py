@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from sdar_verl.checks.run import RELEASED_METHODS, check_run
 from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import write_panel
-from sdar_verl.training.checks.run import RELEASED_METHODS, check_run
 
 # Method -> lambda, signal, gate, objective, policy gradient, teacher: facts of the papers, see docs/methods.md.
 PAPER = {

@@ -10,10 +10,10 @@ import torch
 
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.stats import add_stats, finalize_stats, stats_sums
+from sdar_verl.observe.lines import step_line, validation_line
+from sdar_verl.observe.metrics import gap_metrics, reduce_loss_sums, row_metrics
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.training.live import step_line, validation_line
-from sdar_verl.training.metrics import gap_metrics, reduce_loss_sums, row_metrics
-from sdar_verl.training.validation import ArmDataset, arm_metrics, expected_episodes
+from sdar_verl.verl.validation import ArmDataset, arm_metrics, expected_episodes
 
 
 def info(**kwargs) -> RowInfo:
@@ -124,7 +124,7 @@ def test_lines_show_what_there_is():
 
 def test_equal_fractional_rewards_are_a_flat_group_whatever_the_turns():
     """.7 has no exact float; its mean over 3 turns must not make a group look as if it varied."""
-    from sdar_verl.training.advantage import AdvantageRows, advantage_rows, compute_sdar_advantage
+    from sdar_verl.verl.advantage import AdvantageRows, advantage_rows, compute_sdar_advantage
 
     keys = [f"u_{session}_{turn}" for session, turns in enumerate((3, 5, 7, 11)) for turn in range(turns)]
     infos = [info() for _ in keys]
@@ -142,7 +142,7 @@ def test_equal_fractional_rewards_are_a_flat_group_whatever_the_turns():
 
 def test_a_row_that_was_left_out_does_not_lower_its_episodes_score():
     """With KL in the reward an episode's score is the mean over its rows; a row left out has a reward of 0."""
-    from sdar_verl.training.advantage import AdvantageRows, advantage_rows, compute_sdar_advantage
+    from sdar_verl.verl.advantage import AdvantageRows, advantage_rows, compute_sdar_advantage
 
     keys = ["u_0_0", "u_0_1", "u_1_0", "u_1_1"]
     rewards = torch.tensor([[1.0], [0.0], [1.0], [1.0]])

@@ -16,7 +16,7 @@ SCRIPT = """
 import sys
 from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
-from sdar_verl.training.checks.run import check_run
+from sdar_verl.checks.run import check_run
 
 config = compose_config("sdar_alfworld", sys.argv[1:])
 check_run(config, load_config(config.sdar))

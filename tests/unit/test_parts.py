@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sdar_verl.errors import ConfigError
-from sdar_verl.training.parts.base import STATE_FILE, TrainerPart, load_parts, save_parts
+from sdar_verl.observe.base import STATE_FILE, TrainerPart, load_parts, save_parts
 
 
 class Counter(TrainerPart):

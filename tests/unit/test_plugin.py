@@ -16,7 +16,7 @@ def run(program: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_import_verl_loads_the_plugin_but_not_the_trainers():
     done = run(
         "import sys, verl\n"
-        "print('sdar_verl.plugin' in sys.modules, 'sdar_verl.training.trainer' in sys.modules,\n"
+        "print('sdar_verl.plugin' in sys.modules, 'sdar_verl.verl.trainer' in sys.modules,\n"
         "      'sdar_verl.rollout.agent_loop' in sys.modules)"
     )
     assert done.stdout.split() == ["True", "False", "False"], done.stderr

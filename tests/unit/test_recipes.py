@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
+from sdar_verl.checks.run import check_run
 from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from sdar_verl.envs.base import Task
@@ -23,7 +24,6 @@ from sdar_verl.panels import write_panel
 from sdar_verl.planner.hardware import find_gpu
 from sdar_verl.planner.layout import Layout
 from sdar_verl.planner.plan import make_plan
-from sdar_verl.training.checks.run import check_run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted(RECIPES.glob("*/run_qwen*.sh"))

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
-from sdar_verl.training.resume import RUN_FILE, claim_checkpoints, from_scratch
+from sdar_verl.verl.resume import RUN_FILE, claim_checkpoints, from_scratch
 from tests.support.toy_panel import write_toy_panels
 
 

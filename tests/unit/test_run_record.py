@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 
 from sdar_verl.config import LossConfig, load_config
+from sdar_verl.observe.base import StepRows
+from sdar_verl.observe.record import RunRecord, plain, write_outcomes
+from sdar_verl.observe.step_tokens import StepTokens, gaps_and_gates
 from sdar_verl.panels import PanelError
 from sdar_verl.report import layout
 from sdar_verl.report.distributions import reward_statistics
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.training.fields import TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
-from sdar_verl.training.parts.base import StepRows
-from sdar_verl.training.parts.record import RunRecord, plain, write_outcomes
-from sdar_verl.training.parts.step_tokens import StepTokens, gaps_and_gates
+from sdar_verl.verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
 from tests.support.toy_panel import write_toy_panels
 
 
@@ -96,7 +96,7 @@ def test_the_updates_of_a_step_are_one_step_of_the_record(config, monkeypatch):
     for one in tokens:
         one.columns["gate"], one.columns["old_log_probs"] = one.columns["gap"], one.columns["gap"]
     pending = iter(tokens)
-    monkeypatch.setattr("sdar_verl.training.parts.record.read_tokens", lambda rows: next(pending))
+    monkeypatch.setattr("sdar_verl.observe.record.read_tokens", lambda rows: next(pending))
     trainer = SimpleNamespace(logger=None)
     for number in range(2):
         assert not part.latest, "before the last update of a step there is nothing to say of it"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sdar_verl.config import load_config
+from sdar_verl.observe.warnings import COLLAPSE_STEPS, FLAT_STEPS, RunWarnings
 from sdar_verl.report.distributions import Tokens, token_distributions
-from sdar_verl.training.parts.warnings import COLLAPSE_STEPS, FLAT_STEPS, RunWarnings
 
 SOUND = {
     "sdar/success": 0.5,

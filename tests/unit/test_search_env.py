@@ -182,8 +182,8 @@ def recipe(corpus, tmp_path):
     import verl  # noqa: F401  loads the plugin, which puts our configs on the search path
     from hydra import compose, initialize_config_module
 
+    from sdar_verl.checks.run import check_run
     from sdar_verl.config import load_config
-    from sdar_verl.training.checks.run import check_run
 
     write_panel([replace(TASK, task_id=f"t{i:03d}") for i in range(128)], tmp_path / "panel.parquet", "train")
     panel = f"[{tmp_path / 'panel.parquet'}]"

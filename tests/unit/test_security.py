@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import sdar_verl
+from sdar_verl.checks.callback import CheckBeforeStart
 from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from sdar_verl.errors import ConfigError
 from sdar_verl.quiet import QUIET, be_quiet
-from sdar_verl.training.callback import CheckBeforeStart
 
 PACKAGE = Path(sdar_verl.__file__).parent
 FILES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}

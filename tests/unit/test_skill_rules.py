@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from sdar_verl.compose import compose_config
 from sdar_verl.config import SdarConfig, SkillsConfig, load_config
 from sdar_verl.envs.base import Task
+from sdar_verl.observe.assemble import make_parts
+from sdar_verl.observe.skill_statistics import SkillStatistics, learns
 from sdar_verl.rollout.rows import EVIDENCE_COLUMN, EpisodeNote, RowInfo
 from sdar_verl.skills import registry
 from sdar_verl.skills.bank import Skill, SkillBank
 from sdar_verl.skills.retrieval import RetrievalError, check_rules, fit_budget, register_retriever, retrieve
 from sdar_verl.skills.ucb import Evidence, TypeStatistics
-from sdar_verl.training.parts.assemble import make_parts
-from sdar_verl.training.parts.skill_statistics import SkillStatistics, learns
 
 BANK = SkillBank(
     [

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sdar_verl.training.step_metrics import step_metrics
+from sdar_verl.observe.step_metrics import step_metrics
 
 FIRST = {
     "sdar/episodes": 8,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 
-from sdar_verl.training.teacher.weights import ShadowWeights, trainable_shards
+from sdar_verl.teacher.weights import ShadowWeights, trainable_shards
 from tests.support.ranks import run_on_ranks
 
 RANKS = 2

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from sdar_verl.config import TeacherConfig
-from sdar_verl.training.teacher import sources
-from sdar_verl.training.teacher.sources import Ema, get_source, list_sources, register_source
+from sdar_verl.teacher import sources
+from sdar_verl.teacher.sources import Ema, get_source, list_sources, register_source
 
 
 def host(**engines: nn.Module) -> Any:
@@ -114,7 +114,7 @@ def test_the_reference_is_the_other_weights_then_verls_reference_then_the_base_u
 
 @pytest.mark.parametrize(("path", "shape"), [("their/model", None), ("our/model", "our/config")])
 def test_another_model_is_built_by_its_own_config(path, shape):
-    from sdar_verl.training.teacher.worker import other_weights
+    from sdar_verl.verl.worker import other_weights
 
     model = {"path": "our/model", "hf_config_path": "our/config", "tokenizer_path": None, "lora_rank": 8}
     config = OmegaConf.create({"model": {**model, "lora_adapter_path": None, "lora": {"rank": 0}}})

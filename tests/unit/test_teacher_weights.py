@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sdar_verl.errors import TeacherError
-from sdar_verl.training.teacher.weights import ShadowWeights, trainable_shards
+from sdar_verl.teacher.weights import ShadowWeights, trainable_shards
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sdar_verl.rollout.uids import PromptUids, seed_part
-from sdar_verl.training.read_rows import row_order
+from sdar_verl.verl.read_rows import row_order
 
 
 def test_names_sort_as_they_were_submitted_and_start_anew_with_each_step():

@@ -19,7 +19,7 @@ from sdar_verl.algorithm.masking import NonFiniteValues
 from sdar_verl.config import LossConfig
 from sdar_verl.errors import ConfigError, NonFiniteError
 from sdar_verl.rollout.rows import ROW_KEY, RowInfo
-from sdar_verl.training.fields import (
+from sdar_verl.verl.fields import (
     GAP_POOLED,
     GAP_SHIFT,
     LOSS_SCALE,
@@ -29,7 +29,7 @@ from sdar_verl.training.fields import (
     TEACHER_MASK,
     StepValues,
 )
-from sdar_verl.training.loss import sdar_loss
+from sdar_verl.verl.loss import sdar_loss
 
 PROMPTS, RESPONSES = [2, 3, 1, 2, 2, 1], [3, 2, 4, 1, 2, 5]
 EPISODES = ["a", "a", "b", "b", "c", "d"]

@@ -1,0 +1,156 @@
+"""What can be wrong with ``sdar.context`` and is known before Ray starts."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from omegaconf import DictConfig
+
+from sdar_verl.checks.panel_tasks import panel_tasks
+from sdar_verl.checks.skills import PROBED_TASKS as SKILL_TASKS
+from sdar_verl.checks.skills import retrieve_for_run, spread
+from sdar_verl.config import SdarConfig
+from sdar_verl.context.base import ContextRequest, Passage
+from sdar_verl.context.builder import is_late
+from sdar_verl.context.registry import ContextError, get_context
+from sdar_verl.envs.base import Task
+from sdar_verl.errors import SdarError
+from sdar_verl.skills.bank import SkillBank
+from sdar_verl.skills.loading import load_run_bank
+from sdar_verl.skills.registry import get_rule
+from sdar_verl.skills.retrieval import render_skills
+from sdar_verl.teacher.sources import get_source, list_sources
+
+PROBED_TASKS = 8
+"""Training tasks whose contexts are made once before the start."""
+
+
+def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Faults of the ``sdar.context`` node, one text each; unknown names are found elsewhere."""
+    context, source = sdar.context, sdar.teacher.source
+    try:
+        late = is_late(context)
+    except ContextError:
+        return []
+    skills_shown = {
+        "sdar.context.student": context.student == "skills",
+        "sdar.context.sources": source != "none" and "skills" in context.sources,
+        **{
+            f"sdar.validation.arms.{name}.context": arm.context == "skills"
+            for name, arm in sdar.validation.arms.items()
+        },
+    }
+    faults = []
+    if sdar.skills.retrieval == ["none"]:
+        faults += [
+            f"sdar.skills.retrieval=[none] leaves {option} without skills to show; choose a rule, or another context"
+            + (
+                " (a run without a teacher: sdar.teacher.source=none and sdar.loss.coef=0)"
+                if "sources" in option
+                else ""
+            )
+            for option, shown in skills_shown.items()
+            if shown
+        ]
+    for name, arm in sdar.validation.arms.items():
+        if arm.context == "teacher" and late:
+            faults.append(
+                f"sdar.validation.arms.{name}.context=teacher cannot show sdar.context.sources={context.sources} with "
+                f"control={context.control}: these are known only when a training group has ended; use context=skills"
+            )
+    if source == "none":
+        idle = {
+            f"sdar.context.sources={context.sources}": context.sources != ["skills"],
+            f"sdar.context.control={context.control}": context.control != "none",
+            f"sdar.context.on_empty={context.on_empty}": context.on_empty != "mask",
+        }
+        shown = any(arm.context == "teacher" for arm in sdar.validation.arms.values())
+        return faults + [
+            f"{option} has no effect with sdar.teacher.source=none and no validation arm with context=teacher; "
+            "leave it out"
+            for option, changed in idle.items()
+            if changed and not shown
+        ]
+    same = context.student == "skills" and context.sources == ["skills"] and context.control == "none"
+    if same and source in list_sources() and get_source(source).equals_student == "always":
+        faults.append(
+            "sdar.context.student=skills shows the student what the teacher sees (sdar.context.sources=[skills]), and "
+            f"sdar.teacher.source={source} has the student's weights: the gap is 0 on every token. Use "
+            "sdar.teacher.source=none with sdar.loss.coef=0 (Skill-GRPO), or give the teacher more, e.g. "
+            "sdar.context.sources=[skills,demonstration]"
+        )
+    if context.on_empty == "error" and late:
+        faults.append(
+            f"sdar.context.on_empty=error has no effect with sdar.context.sources={context.sources} and "
+            f"control={context.control}, whose context may come to exist when the group has ended: rows without one "
+            "are left out and counted in sdar/context_missing_share; set it to mask"
+        )
+    if context.control == "wrong":
+        faults += _other_types(config)
+    if not faults:
+        faults += _probe(config, sdar)
+    if not faults and context.on_empty == "error":
+        faults += _without_context(config, sdar)
+    return faults
+
+
+def _other_types(config: DictConfig) -> list[str]:
+    types = {task.task_type for task in panel_tasks(config, "train_files")}
+    if len(types) == 1:
+        return [
+            "sdar.context.control=wrong shows the context of a task of another type, but all tasks of data.train_files "
+            f"are of the type {types.pop()!r}; use control=shuffled or random_text"
+        ]
+    if config.data.train_batch_size < 2:
+        return ["sdar.context.control=wrong takes another task of the same step: data.train_batch_size must be above 1"]
+    return []
+
+
+def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Make the early contexts of a few tasks, but for the skills, which have checks of their own."""
+    names = [name for name in sdar.context.sources if name != "skills" and not get_context(name).late]
+    tasks = panel_tasks(config, "train_files")[:PROBED_TASKS] if names else []
+    for name in names:
+        texts = []
+        for task in tasks:
+            request = ContextRequest(task, seed=sdar.context.seed, skills=lambda: Passage(""))
+            try:
+                texts.append(get_context(name).make(request, sdar.context.options.get(name, {})).text)
+            except ContextError as error:
+                return [f"sdar.context.sources: {error}"]
+        if tasks and not any(texts):
+            return [
+                f"sdar.context.sources: context {name!r} has nothing to show for the first {len(tasks)} tasks of "
+                f"data.train_files (environment {tasks[0].env!r}); use another context"
+            ]
+    return []
+
+
+def _without_context(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Tasks for which the sources find nothing, among those that can be looked at in a moment."""
+    sources, options = sdar.context.sources, sdar.context.options
+    # Contexts of the environment may take long to make; skills are a look into the bank.
+    tasks = spread(panel_tasks(config, "train_files"), SKILL_TASKS if sources == ["skills"] else PROBED_TASKS)
+    try:
+        bank = load_run_bank(sdar.skills, sdar.env.name) if "skills" in sources else None
+        if any(get_rule(name).learns for name in sdar.skills.retrieval):
+            return []  # what it finds depends on what it has learned
+        without = []
+        for task in tasks:
+            request = ContextRequest(task, seed=sdar.context.seed, skills=partial(_skills, bank, task, sdar))
+            if not any(get_context(name).make(request, options.get(name, {})).text for name in sources):
+                without.append(task.task_id)
+    except (SdarError, ValueError, ImportError, OSError):
+        return []  # told by the checks of the skills
+    if not without:
+        return []
+    named = ", ".join(without[:4]) + (", ..." if len(without) > 4 else "")
+    return [
+        f"sdar.context.on_empty=error: sdar.context.sources={sources} find nothing for {len(without)} of {len(tasks)} "
+        f"tasks of data.train_files: {named}. Give them a context (a general skill in the bank, say), or leave their "
+        "rows out of the distillation term with sdar.context.on_empty=mask"
+    ]
+
+
+def _skills(bank: SkillBank | None, task: Task, sdar: SdarConfig) -> Passage:
+    return Passage(render_skills(retrieve_for_run(bank, task, sdar).skills) if bank is not None else "")

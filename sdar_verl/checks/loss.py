@@ -1,0 +1,164 @@
+"""Checks of the ``sdar.loss`` node: names, their options, and options that would have no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from omegaconf import DictConfig
+
+from sdar_verl.algorithm.gates import check_gate_options, gate_reads, get_gate
+from sdar_verl.algorithm.objectives import check_objective_options, get_objective
+from sdar_verl.algorithm.schedules import GRAD_SHARE_WEIGHTS, make_schedule
+from sdar_verl.algorithm.signals import check_signal, get_signal, signal_reads
+from sdar_verl.checks.distributions import distribution_faults
+from sdar_verl.config import LossConfig, SdarConfig
+
+
+def loss_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Every fault of the node, one line each; ``config`` is verl's whole config."""
+    loss = sdar.loss
+    named = [*_names(loss)]
+    if named:
+        return named  # the rest asks gates, signals and schedules about themselves
+    faults = [*_schedules(loss), *_without_effect(loss, sdar), *_run(loss, config, sdar)]
+    return faults + distribution_faults(config, sdar)
+
+
+def _names(loss: LossConfig) -> Iterator[str]:
+    attempts: dict[str, Callable[[], object]] = {
+        "gate": lambda: get_gate(loss.gate),
+        "objective": lambda: get_objective(loss.objective),
+        "signal": lambda: get_signal(loss.signal),
+    }
+    options: dict[str, Callable[[], object]] = {
+        "gate": lambda: check_gate_options(loss.gate, loss.gate_options),
+        "objective": lambda: check_objective_options(loss.objective, loss.objective_options),
+        "signal": lambda: check_signal(loss.signal, loss.coef, loss.signal_options),
+        "coef_schedule": lambda: make_schedule(loss.coef_schedule.name, loss.coef_schedule.options),
+        "beta_schedule": lambda: make_schedule(loss.beta_schedule.name, loss.beta_schedule.options),
+    }
+    for option, attempt in attempts.items():
+        fault = _fault(attempt)
+        if fault:
+            yield f"sdar.loss.{option}: {fault}"
+            options.pop(option)
+    for option, attempt in options.items():
+        fault = _fault(attempt)
+        if fault:
+            where = option if option.endswith("schedule") else f"{option}_options"
+            yield f"sdar.loss.{where}: {fault}"
+
+
+def _fault(attempt: Callable[[], object]) -> str | None:
+    try:
+        attempt()
+    except (ValueError, TypeError) as error:  # an option of the wrong type may raise either
+        return str(error)
+    return None
+
+
+def _schedules(loss: LossConfig) -> Iterator[str]:
+    beta = make_schedule(loss.beta_schedule.name, loss.beta_schedule.options)
+    coef = make_schedule(loss.coef_schedule.name, loss.coef_schedule.options)
+    if beta.measures is not None:
+        yield (
+            f"sdar.loss.beta_schedule.name={loss.beta_schedule.name} follows {beta.measures}, which lambda moves and "
+            "beta does not; use it in sdar.loss.coef_schedule"
+        )
+    if coef.measures == GRAD_SHARE_WEIGHTS and loss.measure_every is None:
+        yield (
+            f"sdar.loss.coef_schedule.options.of=weights follows {GRAD_SHARE_WEIGHTS}, which is not measured; set "
+            "sdar.loss.measure_every to a number of steps, say 10"
+        )
+    if coef.measures is not None and not signal_reads(loss.signal, "loss", loss.signal_options):
+        yield (
+            f"sdar.loss.coef_schedule.name={loss.coef_schedule.name} follows {coef.measures}, a measure of the "
+            f"auxiliary loss, which sdar.loss.signal={loss.signal} does not have; use signal=loss or another schedule"
+        )
+
+
+def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
+    """Options that differ from their default and that nothing reads."""
+    signal = f"sdar.loss.signal={loss.signal}"
+    gate = f"sdar.loss.gate={loss.gate}"
+    in_loss = signal_reads(loss.signal, "loss", loss.signal_options)
+    gated = signal_reads(loss.signal, "gate", loss.signal_options)
+    gate_sees_gap = gated and gate_reads(loss.gate, "gap")
+    if sdar.teacher.source == "none" or loss.coef == 0:
+        return  # the whole signal is off: a baseline of some recipe, whose other options may stay as they are
+    if not in_loss:
+        yield from _unused(loss, ["objective", "objective_options", "divide_by", "measure_every"], signal)
+        if not gated:
+            yield from _unused(loss, ["gate", "gate_options"], signal)
+    if not (gated and gate_reads(loss.gate, "beta")):
+        yield from _unused(loss, ["beta", "beta_schedule"], gate if gated else signal)
+    if not gate_sees_gap:
+        yield from _unused(loss, ["granularity"], gate if gated else signal)
+        if not gated and not signal_reads(loss.signal, "gap", loss.signal_options):
+            yield from _unused(loss, ["centre", "clamp"], signal)
+        elif gated and in_loss:
+            yield from _unused(loss, ["centre", "clamp"], gate)
+    if loss.divide_by != "gap_bearing":
+        yield from _unused(loss, ["gap_threshold"], f"sdar.loss.divide_by={loss.divide_by}")
+    if loss.centre == "trajectory" and loss.granularity == "trajectory":
+        yield (
+            "sdar.loss.centre=trajectory takes off what sdar.loss.granularity=trajectory keeps: every gap would be 0; "
+            "use centre=batch or granularity=turn"
+        )
+
+
+def _unused(loss: LossConfig, names: list[str], reason: str) -> Iterator[str]:
+    for name in names:
+        value, default = getattr(loss, name), LossConfig.model_fields[name].get_default(call_default_factory=True)
+        if value != default:
+            shown = value.name if hasattr(value, "name") else value
+            back = default.name if hasattr(default, "name") else default
+            yield (
+                f"sdar.loss.{name}={shown} has no effect with {reason}; leave it at {'null' if back is None else back}"
+            )
+
+
+def _run(loss: LossConfig, config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
+    actor = config.actor_rollout_ref.actor
+    in_loss = signal_reads(loss.signal, "loss", loss.signal_options)
+    if not loss.policy_gradient and (loss.coef == 0 or sdar.teacher.source == "none" or not in_loss):
+        off = f"sdar.loss.signal={loss.signal}" if not in_loss else f"sdar.loss.coef={loss.coef}"
+        yield (
+            f"sdar.loss.policy_gradient=False leaves the distillation loss alone in charge, but with {off} there is "
+            "none; set sdar.loss.coef above 0 and sdar.loss.signal=loss"
+        )
+    if loss.divide_by != "tokens" and actor.loss_agg_mode != "token-mean":
+        yield (
+            f"sdar.loss.divide_by={loss.divide_by} re-weights a token mean, but "
+            f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}; set it to token-mean, or divide_by to tokens"
+        )
+    correction = config.algorithm.get("rollout_correction", None)
+    bypass = bool(correction and correction.get("bypass_mode", False))
+    if bypass and sdar.teacher.source != "none" and gate_reads(loss.gate, "entropy") and _wants_entropy_early(loss):
+        yield (
+            f"sdar.loss.gate={loss.gate} needs the student's entropy before the update "
+            f"(sdar.loss.signal={loss.signal}, divide_by={loss.divide_by}), which "
+            "algorithm.rollout_correction.bypass_mode=True leaves out; set it to False or use another gate"
+        )
+
+
+def _wants_entropy_early(loss: LossConfig) -> bool:
+    """Whether the trainer itself must evaluate the gate, from the log-probs before the update."""
+    return (
+        gate_reads(loss.gate, "ranges")
+        or loss.divide_by == "weights"
+        or not signal_reads(loss.signal, "loss", loss.signal_options)
+    )
+
+
+def needs_step_statistics(loss: LossConfig) -> list[str]:
+    """Options that need the teacher's log-probs of the whole step before the update, ``option=value`` each."""
+    asks: dict[str, Any] = {
+        "granularity": loss.granularity == "trajectory",
+        "centre": loss.centre != "none",
+        "divide_by": loss.divide_by in ("weights", "gap_bearing"),
+        "signal": not signal_reads(loss.signal, "loss", loss.signal_options),
+        "gate": gate_reads(loss.gate, "ranges") and loss.gate_options.get("norm") == "batch_minmax",
+    }
+    return [f"sdar.loss.{name}={getattr(loss, name)}" for name, asked in asks.items() if asked]

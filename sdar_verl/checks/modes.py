@@ -1,0 +1,111 @@
+"""Checks of the trainer's mode before Ray starts: ``sdar``, ``sdar_colocate_async``, ``sdar_separate_async``."""
+
+from __future__ import annotations
+
+import sys
+
+from omegaconf import DictConfig
+
+from sdar_verl.config import SdarConfig
+from sdar_verl.teacher.sources import uses_lora
+
+MODES = {"sdar": "sync", "sdar_colocate_async": "colocate_async", "sdar_separate_async": "separate_async"}
+"""Mode of ours -> mode of verl's that it stands on."""
+
+
+def mode_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Every option that the run's mode does not have, or that it misses, one message each."""
+    mode = config.trainer.v1.trainer_mode
+    for ours, verls in MODES.items():
+        if mode == verls:
+            return [f"trainer.v1.trainer_mode={mode} ignores the sdar node; set trainer.v1.trainer_mode={ours}"]
+    if mode not in MODES and not _registered(mode):
+        return [
+            f"trainer.v1.trainer_mode={mode}: no trainer of that name is registered; use one of {', '.join(MODES)}, or "
+            "name the module that registers yours in sdar.modules"
+        ]
+    faults = _correction(config)
+    base = verl_mode(mode)
+    if base in ("colocate_async", "separate_async"):
+        faults += _asynchronous(config, mode)
+    if base == "separate_async":
+        faults += _separate(config, sdar, mode)
+    return faults
+
+
+def _registered(mode: str) -> bool:
+    """Whether somebody else registered ``mode``: verl is asked, which takes seconds the first time."""
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+
+    return mode in TRAINER_REGISTRY
+
+
+def verl_mode(mode: str) -> str | None:
+    """The mode of verl's that ``mode`` stands on; None where that is not known yet (a subclass of somebody else's)."""
+    registry = getattr(sys.modules.get("verl.trainer.ppo.v1.trainer_base"), "TRAINER_REGISTRY", {})
+    return MODES.get(mode) or getattr(registry.get(mode), "verl_mode", None)
+
+
+def parts_of_a_step(config: DictConfig) -> int:
+    """Local updates between two weight syncs, each with rows of its own."""
+    separate = verl_mode(config.trainer.v1.trainer_mode) == "separate_async"
+    return int(config.trainer.v1.separate_async.parameter_sync_step) if separate else 1
+
+
+def _correction(config: DictConfig) -> list[str]:
+    correction = config.algorithm.get("rollout_correction", None) or {}
+    asked = [name for name in ("rollout_is", "rollout_rs", "bypass_mode") if correction.get(name, None)]
+    if not asked or config.actor_rollout_ref.rollout.calculate_log_probs:
+        return []
+    named = ", ".join(f"algorithm.rollout_correction.{name}={correction[name]}" for name in asked)
+    return [
+        f"{named} has no effect with actor_rollout_ref.rollout.calculate_log_probs=False, which leaves the rollout's "
+        "log-probs out; set it to True"
+    ]
+
+
+def _asynchronous(config: DictConfig, mode: str) -> list[str]:
+    faults = []
+    fetched = config.data.get("gen_batch_size", None)
+    if fetched not in (None, 1):
+        faults.append(
+            f"data.gen_batch_size={fetched} is not possible with trainer.v1.trainer_mode={mode}, which replaces "
+            "prompts one by one; leave it null"
+        )
+    if config.trainer.v1.sampler.get("sync_refill_failed_groups", False):
+        faults.append(
+            f"trainer.v1.sampler.sync_refill_failed_groups=True has no effect with trainer.v1.trainer_mode={mode}, "
+            "which always replaces a failed group; leave it False"
+        )
+    return faults
+
+
+def _separate(config: DictConfig, sdar: SdarConfig, mode: str) -> list[str]:
+    rollout, named = config.actor_rollout_ref.rollout, f"trainer.v1.trainer_mode={mode}"
+    parts, mini = parts_of_a_step(config), config.actor_rollout_ref.actor.ppo_mini_batch_size
+    faults = []
+    if config.data.train_batch_size != parts * mini:
+        faults.append(
+            f"data.train_batch_size={config.data.train_batch_size} must be the tasks of all local updates between two "
+            f"weight syncs with {named}: trainer.v1.separate_async.parameter_sync_step={parts} times "
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini}, which is {parts * mini}"
+        )
+    faults += [
+        f"actor_rollout_ref.rollout.{name}={rollout[name]}: {named} wants devices for the rollout alone; set it to at "
+        "least 1"
+        for name in ("nnodes", "n_gpus_per_node")
+        if not rollout[name]
+    ]
+    if rollout.checkpoint_engine.backend == "naive":
+        faults.append(
+            f"actor_rollout_ref.rollout.checkpoint_engine.backend=naive cannot reach the rollout of {named}, which has "
+            "devices of its own; set it to nccl (needs cupy), another engine of verl's, or gloo on a CPU"
+        )
+    reference = sdar.teacher.source == "reference" and sdar.teacher.placement == "colocated"
+    if reference and sdar.teacher.path is None and not uses_lora(config) and not config.actor_rollout_ref.hybrid_engine:
+        faults.append(
+            "sdar.teacher.source=reference uses verl's reference in the actor's worker, and with "
+            f"actor_rollout_ref.hybrid_engine=False {named} gives it a worker of its own; set sdar.teacher.path to the "
+            "model training starts from, or sdar.teacher.placement=pool, or leave hybrid_engine=True"
+        )
+    return faults

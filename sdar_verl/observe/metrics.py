@@ -1,0 +1,134 @@
+"""A step's numbers, over all its rows, micro-batches and ranks (docs/metrics.md lists them with healthy ranges)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from sdar_verl.algorithm.gap import episode_means, row_turns
+from sdar_verl.algorithm.schedules import GRAD_SHARE, GRAD_SHARE_WEIGHTS
+from sdar_verl.algorithm.stats import finalize_stats
+from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.verl.distributions import column_means
+from sdar_verl.verl.fields import NORM_PREFIX, SUMS_PREFIX
+
+
+def row_metrics(keys: Sequence[str], infos: Sequence[RowInfo | None]) -> dict[str, float]:
+    """What the agent loop recorded, over the rows of a step; padding rows (None) do not count.
+
+    Args:
+        keys: verl's row keys, ``{uid}_{session}_{turn}``.
+        infos: one record per row.
+    """
+    real = [(key.rsplit("_", 1)[0], info) for key, info in zip(keys, infos, strict=True) if info is not None]
+    if not real:
+        return {}
+    played = [info for _, info in real if not info.failed]
+    episodes = dict(real)  # one record per episode: success and failure are the same on all its rows
+    metrics = {
+        "sdar/success": sum(info.success for info in episodes.values()) / len(episodes),
+        "sdar/score": sum(info.score for info in episodes.values()) / len(episodes),
+        "sdar/episodes": len(episodes),
+        "sdar/failed_episodes": sum(info.failed for info in episodes.values()),
+        "sdar/rows": len(real),
+    }
+    if not played:
+        return metrics
+    steps = [step for info in played for step in info.steps]
+    seen = [info for info in played if info.teacher_prompt_ids is not None]
+    metrics |= {
+        "sdar/turns": len(steps) / len({key for key, info in real if not info.failed}),
+        "sdar/invalid_share": _share(step.invalid for step in steps),
+        "sdar/unparsed_share": _share(step.unparsed for step in steps),
+        "sdar/history_dropped_share": _share(info.history_dropped > 0 for info in played),
+        "sdar/context_share": len(seen) / len(played),
+        "sdar/truncated_share": _share(info.truncated for info in played),
+        "sdar/no_match_share": _share(info.no_match for info in played),
+        "sdar/skills_dropped_share": _share(info.skills_dropped > 0 for info in played),
+        "sdar/context_missing_share": _share(info.context_missing for info in played),
+        "sdar/context_empty_share": _share(info.context_empty for info in played),
+    }
+    if any(info.turns for info in played):
+        metrics["sdar/cut_episodes"] = sum(info.cut for info in played)
+    if seen:
+        tokens = [info.context_tokens for info in seen]
+        metrics["sdar/context_tokens/mean"] = sum(tokens) / len(tokens)
+        metrics["sdar/context_tokens/max"] = max(tokens)
+    skills = Counter(name for info in episodes.values() for name in info.skills)
+    metrics |= {f"sdar/skill_episodes/{name}": count for name, count in sorted(skills.items())}
+    return metrics
+
+
+def gap_metrics(
+    gap: torch.Tensor,
+    mask: torch.Tensor,
+    response_mask: torch.Tensor,
+    episode_ids: Sequence[Hashable],
+    turns: Sequence[int],
+    entropy: torch.Tensor | None = None,
+    teacher_entropy: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """Where in an episode the gap sits, what is left of it after centring, and how sure both sides are.
+
+    All over the distilled tokens of the step, at the weights it began with.
+
+    Args:
+        gap: (rows, response_length), nats.
+        mask: (rows, response_length) bool, distilled tokens.
+        response_mask: (rows, response_length) bool, sampled tokens; a turn is a run of them.
+        episode_ids: (rows,).
+        turns: (rows,), 0-based index of the row's first turn in its episode.
+        entropy: (rows, response_length), the student's, nats, or None.
+        teacher_entropy: (rows, response_length), nats, or None.
+    """
+    if not mask.any():
+        return {}
+    turn = row_turns(response_mask) + torch.tensor(turns, device=mask.device).unsqueeze(-1)
+    length: dict[Hashable, int] = {}
+    for episode, last in zip(episode_ids, turn.amax(dim=-1).tolist(), strict=True):
+        length[episode] = max(length.get(episode, 0), last + 1)
+    third = 3 * turn // torch.tensor([length[name] for name in episode_ids], device=mask.device).unsqueeze(-1)
+    metrics = {}
+    for index, name in enumerate(("first", "middle", "last")):
+        inside = gap[mask & (third == index)]
+        if len(inside):
+            metrics[f"sdar/gap_mean/{name}_third"] = inside.double().mean().item()
+    centred = (gap.double() - episode_means(gap.double(), mask, episode_ids))[mask]
+    metrics["sdar/gap_centred_std"] = centred.square().mean().sqrt().item()
+    metrics["sdar/gap_centred_positive_share"] = (centred > 0).double().mean().item()
+    for name, values in (("student", entropy), ("teacher", teacher_entropy)):
+        if values is not None:
+            metrics[f"sdar/{name}_entropy"] = values[mask].double().mean().item()
+    return metrics
+
+
+def reduce_loss_sums(metrics: dict[str, Any]) -> dict[str, float]:
+    """Take the workers' sums out of ``metrics`` and return the means they stand for, under ``sdar/``.
+
+    verl averages a metric over ranks and mini-batches; that scales all sums by one factor, which the ratios lose.
+    """
+    prefix = f"actor/{SUMS_PREFIX}"
+    sums = {key.removeprefix(prefix): metrics.pop(key) for key in list(metrics) if key.startswith(prefix)}
+    if not sums:
+        return {}
+    stats = finalize_stats(sums)
+    stats.pop("tokens")
+    means = {f"sdar/{name}": value for name, value in stats.items()}
+    if sums.get("grad_rl_squared", 0.0) > 0.0:
+        share = math.sqrt(sums["grad_distill_squared"] / sums["grad_rl_squared"])
+        means[GRAD_SHARE] = metrics.get("sdar/lambda", 1.0) * share
+    means |= column_means(sums)
+    norms = {part: metrics.pop(f"actor/{NORM_PREFIX}{part}", 0.0) for part in ("rl", "distillation")}
+    if norms["rl"] > 0.0:
+        means[GRAD_SHARE_WEIGHTS] = metrics.get("sdar/lambda", 1.0) * norms["distillation"] / norms["rl"]
+    means["sdar/loss"] = metrics.pop("actor/sdar/loss")
+    return means
+
+
+def _share(flags: Any) -> float:
+    flags = list(flags)
+    return sum(flags) / len(flags)

@@ -1,1 +1,0 @@
-"""Distributions over the vocabulary, computed at the language-model head."""

@@ -1,1 +1,0 @@
-"""The privileged teacher: rows, weights, worker group, pass."""

@@ -1,0 +1,182 @@
+"""The actor worker's loss: verl's own PPO loss plus lambda times the gated self-distillation term."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from verl.trainer.ppo.core_algos import agg_loss
+from verl.utils import tensordict_utils as tu
+from verl.utils.metric import AggregationType, Metric
+from verl.workers.config import ActorConfig
+from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.padding import no_padding_2_padding
+
+from sdar_verl.algorithm.divergences import DIVERGENCES
+from sdar_verl.algorithm.gap import StepStatistics
+from sdar_verl.algorithm.gates import Ranges, gate_reads
+from sdar_verl.algorithm.loss import distillation_terms
+from sdar_verl.algorithm.masking import ROWS_NAMED, NonFiniteValues
+from sdar_verl.algorithm.stats import stats_sums
+from sdar_verl.algorithm.terms import DistillationTerms
+from sdar_verl.config import LossConfig
+from sdar_verl.errors import ConfigError, NonFiniteError
+from sdar_verl.rollout.rows import ROW_KEY
+from sdar_verl.verl.distributions import column_sums, divergence_signal
+from sdar_verl.verl.fields import (
+    GAP_POOLED,
+    GAP_SHIFT,
+    LOSS_SCALE,
+    STEP_VALUES,
+    SUMS_PREFIX,
+    TEACHER_LOG_PROBS,
+    TEACHER_MASK,
+    StepValues,
+)
+
+_STATISTICS = (GAP_SHIFT, GAP_POOLED, LOSS_SCALE)
+
+
+def sdar_loss(
+    config: ActorConfig,
+    settings: LossConfig,
+    model_output: dict[str, Any],
+    data: TensorDict,
+    dp_group: Any = None,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """``L = L_PPO + lambda * Agg[g_t * objective_t]`` of one micro-batch (paper, equation 8).
+
+    Both terms are normalised by verl's numbers of the global mini-batch, and what spans rows comes from the trainer, so
+    the gradient does not depend on how the batch is split into micro-batches and ranks. Lambda and beta are those of
+    the step, which the trainer sends along.
+
+    Args:
+        config: verl's actor config; verl's loss and ``loss_agg_mode`` come from it.
+        settings: the ``sdar.loss`` node.
+        model_output: the engine's, with ``log_probs`` of the whole sequences, and ``entropy`` where it was asked for.
+        data: the micro-batch: verl's fields, ``teacher_log_probs`` and ``teacher_mask`` (nested, response tokens),
+            the trainer's statistics where an option needs them, and :class:`StepValues`.
+        dp_group: unused, part of verl's signature.
+
+    Returns:
+        The loss to differentiate, and metrics; those of this package are sums, so that they reduce exactly.
+
+    Raises:
+        NonFiniteError: a log-prob of this micro-batch is NaN or infinite; names the rows. The trainer has looked at the
+            step's numbers before (:mod:`sdar_verl.finite`): what is broken here broke within the update.
+    """
+    if "entropy" in model_output and not config.entropy_coeff:
+        # Asked for by the gate or for a metric: nothing must be kept for a gradient that is zero.
+        model_output = {**model_output, "entropy": model_output["entropy"].detach()}
+    loss, metrics = ppo_loss(config, model_output, data if settings.policy_gradient else _without_advantages(data))
+
+    step = StepValues.from_dict(tu.get_non_tensor_data(data, STEP_VALUES, None))
+    log_probs = no_padding_2_padding(model_output["log_probs"], data)
+    try:
+        terms = _terms(settings, step, log_probs, model_output, data)
+    except NonFiniteValues as error:
+        raise NonFiniteError(f"{error}{_named(data, error.rows)}") from error
+    distillation = agg_loss(
+        loss_mat=terms.loss,
+        loss_mask=terms.response_mask,
+        loss_agg_mode=config.loss_agg_mode,
+        **config.global_batch_info,
+    )
+    metrics["sdar/loss"] = Metric(value=distillation, aggregation=AggregationType.SUM)
+    sums = stats_sums(terms)
+    sums |= column_sums(model_output, data, terms.mask)
+    if step.only is not None:
+        return (loss if step.only == "rl" else _differentiable(distillation, log_probs)), metrics
+    if step.coef > 0 and loss.requires_grad and settings.objective not in DIVERGENCES:
+        sums |= gradient_squares(loss, distillation, model_output["log_probs"], log_probs)
+    for name, value in sums.items():
+        metrics[f"{SUMS_PREFIX}{name}"] = Metric(value=value, aggregation=AggregationType.SUM)
+    if step.coef == 0:
+        return loss, metrics  # exactly verl's graph: GRPO bit for bit
+    return loss + step.coef * distillation, metrics
+
+
+def gradient_squares(
+    loss: torch.Tensor, distillation: torch.Tensor, log_probs: torch.Tensor, padded: torch.Tensor
+) -> dict[str, float]:
+    """Squared norms of both losses' gradients with respect to the log-probs of the sampled tokens.
+
+    No backward pass through the model: this is the gradient before the model's Jacobian, one number per token, so its
+    squares add up exactly over micro-batches and ranks. It says how hard each loss pushes on the sampled tokens; where
+    pushes cancel in the weights (a constant gate pushes all tokens up and moves nothing on average) it says more than
+    is felt there; :mod:`sdar_verl.verl.gradient_probe` measures that.
+
+    Args:
+        loss: verl's loss: policy gradient, and KL to the reference where it is on.
+        distillation: the distillation term before lambda.
+        log_probs: the engine's nested log-probs, from which ``loss`` was computed.
+        padded: the same of the responses, (batch, response_length), from which ``distillation`` was computed.
+    """
+    (rest,) = torch.autograd.grad(loss, log_probs, retain_graph=True, allow_unused=True)
+    (ours,) = torch.autograd.grad(distillation, padded, retain_graph=True, allow_unused=True)
+    flat = None if rest is None else (rest.values() if rest.is_nested else rest)
+    return {
+        "grad_rl_squared": 0.0 if flat is None else flat.double().square().sum().item(),
+        "grad_distill_squared": 0.0 if ours is None else ours.double().square().sum().item(),
+    }
+
+
+def _terms(
+    settings: LossConfig, step: StepValues, log_probs: torch.Tensor, model_output: dict[str, Any], data: TensorDict
+) -> DistillationTerms:
+    """The distillation term per token of one micro-batch."""
+    names = ["response_mask", "old_log_probs", TEACHER_LOG_PROBS, TEACHER_MASK]
+    names += [name for name in _STATISTICS if name in data]
+    fields = data.select(*names).to_padded_tensor()
+    entropy = model_output.get("entropy")
+    if entropy is None and gate_reads(settings.gate, "entropy"):
+        raise ConfigError(
+            f"sdar.loss.gate={settings.gate} reads the student's entropy, but the engine gives none; use an engine "
+            "that computes it (actor_rollout_ref.actor.strategy fsdp or fsdp2), or another gate"
+        )
+    shift, pooled, scale = (fields.get(name, None) for name in _STATISTICS)
+    return distillation_terms(
+        log_probs,
+        fields[TEACHER_LOG_PROBS],
+        fields["response_mask"],
+        gate=settings.gate,
+        beta=step.beta,
+        objective=settings.objective,
+        entropy=None if entropy is None else no_padding_2_padding(entropy, data),
+        old_log_probs=fields["old_log_probs"],
+        distill_mask=fields[TEACHER_MASK].to(bool),
+        gate_options=settings.gate_options,
+        objective_options=settings.objective_options,
+        granularity=settings.granularity,
+        centre=settings.centre,
+        clamp=settings.clamp,
+        statistics=StepStatistics(shift, pooled, scale, Ranges(*step.ranges) if step.ranges else None),
+        signals=divergence_signal(model_output, data),
+    )
+
+
+def _named(data: TensorDict, rows: Sequence[int]) -> str:
+    """What these rows are called, where the micro-batch says it."""
+    columns = [tu.get(data, name, None) for name in ("uid", "session_id", "extra_fields")]
+    if any(not isinstance(column, (list, torch.Tensor)) or len(column) <= max(rows) for column in columns):
+        return ""
+    uids, sessions, extras = (list(column) for column in columns)
+    names = []
+    for row in rows[:ROWS_NAMED]:
+        record = extras[row][ROW_KEY]
+        names.append(f"{uids[row]}_{int(sessions[row])} (task {record['task_id']}, turn {record['turn'] + 1})")
+    return f" Rows of this micro-batch, by episode: {', '.join(names)}."
+
+
+def _differentiable(distillation: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """The term, also of a micro-batch in which no row has a teacher."""
+    return distillation if distillation.requires_grad else distillation + 0.0 * log_probs.sum()
+
+
+def _without_advantages(data: TensorDict) -> TensorDict:
+    """The same micro-batch with advantages of 0: verl's policy gradient is then 0, its KL and entropy terms stay."""
+    data = data.copy()
+    data["advantages"] = torch.zeros_like(data["advantages"])
+    return data
