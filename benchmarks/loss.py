@@ -66,7 +66,7 @@ class MicroBatch:
         from verl.workers.config import ActorConfig
 
         from sdar_verl.config import LossConfig
-        from sdar_verl.verl.fields import STEP_VALUES, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
+        from sdar_verl.fields import STEP_VALUES, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
 
         rows = max(1, tokens // (PROMPT + RESPONSE))
         self.inputs, self.weight, *_ = tensors(rows * (PROMPT + RESPONSE), vocabulary, hidden)

@@ -38,7 +38,10 @@ SEPARATE = [
     "sdar.update.mini_batch_rows=24",
 ]
 FSDP1 = ["actor_rollout_ref.actor.strategy=fsdp", "actor_rollout_ref.ref.strategy=fsdp"]
-WHOLE = ["sdar.rollout.rows=trajectory", "sdar.rollout.turn_length=16", "data.max_response_length=192"]
+WHOLE = [
+    *("sdar.rollout.rows=trajectory", "sdar.rollout.turn_length=16", "data.max_response_length=192"),
+    *("sdar.prompt.history_length=0", "sdar.update.mini_batch_rows=16", "sdar.teacher.max_prompt_length=320"),
+]
 LORA = ["actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora.merge=True"]
 SERVERS = ["actor_rollout_ref.rollout.calculate_log_probs=True"]
 PACKED = ["actor_rollout_ref.model.use_remove_padding=True"]

@@ -14,7 +14,7 @@ from sdar_verl.checks.engine import sequence_parallel
 from sdar_verl.config import LossConfig, SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.architecture import Architecture
-from sdar_verl.verl.distributions import reads_distributions, top_k
+from sdar_verl.requests import reads_distributions, top_k
 
 _OPTIONS = ("support", "top_k", "tail", "chunk_tokens")
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from sdar_verl.config import SdarConfig
 from sdar_verl.context.builder import is_late
 from sdar_verl.context.registry import ContextError
-from sdar_verl.verl.distributions import reads_distributions
+from sdar_verl.requests import reads_distributions
 
 TEMPERATURE_ONE = ("vllm", "sglang")
 """Engines that take a prompt's log-probs at temperature 1, whatever is asked: vLLM's prompt tokens skip the sampler, in

@@ -18,6 +18,8 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.fsdp.utils import get_sharding_strategy
 
+from sdar_verl.verl.engine import MODEL_TYPE, WithRequests
+
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
 class CpuFSDPEngine(FSDPEngineWithLMHead):
@@ -88,6 +90,11 @@ class CpuFSDPEngine(FSDPEngineWithLMHead):
         kind = StateDictType.FULL_STATE_DICT if dist.get_world_size() == 1 else StateDictType.SHARDED_STATE_DICT
         FSDP.set_state_dict_type(wrapped, kind)
         return wrapped
+
+
+@EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp", "fsdp2"], device="cpu")
+class CpuSdarEngine(WithRequests, CpuFSDPEngine):
+    """The same with requests at the head."""
 
 
 @torch.no_grad()

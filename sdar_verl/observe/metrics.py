@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,19 +12,21 @@ import torch
 from sdar_verl.algorithm.gap import episode_means, row_turns
 from sdar_verl.algorithm.schedules import GRAD_SHARE, GRAD_SHARE_WEIGHTS
 from sdar_verl.algorithm.stats import finalize_stats
-from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.verl.distributions import column_means
-from sdar_verl.verl.fields import NORM_PREFIX, SUMS_PREFIX
+from sdar_verl.fields import NORM_PREFIX, SUMS_PREFIX
+from sdar_verl.table import StepTable
+
+_DISTRIBUTIONS = {
+    "divergence": "divergence",
+    "student_entropy": "support_entropy/student",
+    "teacher_entropy": "support_entropy/teacher",
+    "student_tail": "tail_mass/student",
+    "teacher_tail": "tail_mass/teacher",
+}
 
 
-def row_metrics(keys: Sequence[str], infos: Sequence[RowInfo | None]) -> dict[str, float]:
-    """What the agent loop recorded, over the rows of a step; padding rows (None) do not count.
-
-    Args:
-        keys: verl's row keys, ``{uid}_{session}_{turn}``.
-        infos: one record per row.
-    """
-    real = [(key.rsplit("_", 1)[0], info) for key, info in zip(keys, infos, strict=True) if info is not None]
+def row_metrics(table: StepTable) -> dict[str, float]:
+    """What the agent loop recorded, over the rows of an update that count."""
+    real = [(row.episode, info) for row, info in zip(table.ids, table.infos, strict=True) if info is not None]
     if not real:
         return {}
     played = [info for _, info in real if not info.failed]
@@ -39,7 +41,7 @@ def row_metrics(keys: Sequence[str], infos: Sequence[RowInfo | None]) -> dict[st
     if not played:
         return metrics
     steps = [step for info in played for step in info.steps]
-    seen = [info for info in played if info.teacher_prompt_ids is not None]
+    seen = [info for info in played if info.teacher_prompt_tokens is not None]
     metrics |= {
         "sdar/turns": len(steps) / len({key for key, info in real if not info.failed}),
         "sdar/invalid_share": _share(step.invalid for step in steps),
@@ -70,9 +72,8 @@ def gap_metrics(
     episode_ids: Sequence[Hashable],
     turns: Sequence[int],
     entropy: torch.Tensor | None = None,
-    teacher_entropy: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """Where in an episode the gap sits, what is left of it after centring, and how sure both sides are.
+    """Where in an episode the gap sits, what is left of it after centring, and how sure the student is.
 
     All over the distilled tokens of the step, at the weights it began with.
 
@@ -83,7 +84,6 @@ def gap_metrics(
         episode_ids: (rows,).
         turns: (rows,), 0-based index of the row's first turn in its episode.
         entropy: (rows, response_length), the student's, nats, or None.
-        teacher_entropy: (rows, response_length), nats, or None.
     """
     if not mask.any():
         return {}
@@ -100,9 +100,8 @@ def gap_metrics(
     centred = (gap.double() - episode_means(gap.double(), mask, episode_ids))[mask]
     metrics["sdar/gap_centred_std"] = centred.square().mean().sqrt().item()
     metrics["sdar/gap_centred_positive_share"] = (centred > 0).double().mean().item()
-    for name, values in (("student", entropy), ("teacher", teacher_entropy)):
-        if values is not None:
-            metrics[f"sdar/{name}_entropy"] = values[mask].double().mean().item()
+    if entropy is not None:
+        metrics["sdar/student_entropy"] = entropy[mask].double().mean().item()
     return metrics
 
 
@@ -127,6 +126,14 @@ def reduce_loss_sums(metrics: dict[str, Any]) -> dict[str, float]:
         means[GRAD_SHARE_WEIGHTS] = metrics.get("sdar/lambda", 1.0) * norms["distillation"] / norms["rl"]
     means["sdar/loss"] = metrics.pop("actor/sdar/loss")
     return means
+
+
+def column_means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Metrics from the sums over all micro-batches and ranks; empty where the objective reads no distributions."""
+    tokens = sums.get("tokens", 0.0)
+    if not tokens or "distribution_divergence" not in sums:
+        return {}
+    return {f"sdar/{metric}": sums[f"distribution_{name}"] / tokens for name, metric in _DISTRIBUTIONS.items()}
 
 
 def _share(flags: Any) -> float:

@@ -14,63 +14,63 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.config import SdarConfig
-from sdar_verl.observe.base import StepRows, TrainerPart, joined_rows
-from sdar_verl.observe.step_tokens import StepTokens, joined_tokens, read_tokens
+from sdar_verl.fields import TEACHER_LOG_PROBS
+from sdar_verl.observe.base import Observer
 from sdar_verl.observe.trackers import log_histograms
 from sdar_verl.report import layout
-from sdar_verl.report.distributions import reward_statistics, token_distributions
+from sdar_verl.report.distributions import Tokens, reward_statistics, token_distributions
 from sdar_verl.report.trace import choose_episodes, split_tokens, thin, write_trace
 from sdar_verl.rollout.rows import RowInfo, TurnNote
+from sdar_verl.table import StepTable
 
 _OUTCOMES = ("arm", "task_id", "task_type", "acc", "reward", "turns", "invalid_actions", "failed")
 _PACKAGES = ("sdar-verl", "verl", "torch", "transformers", "ray", "TransferQueue", "vllm", "alfworld")
 
 
-class RunRecord(TrainerPart):
+class RunRecord(Observer):
     """Metrics, distributions and validation outcomes of every step, and traces of some (``sdar.trace``).
 
     Args:
         settings: the ``sdar`` node.
         config: verl's whole config.
+        run: verl's trainer, for its tokenizer and its trackers.
     """
 
     name = "record"
 
-    def __init__(self, settings: SdarConfig, config: DictConfig):
+    def __init__(self, settings: SdarConfig, config: DictConfig, run: Any):
         self.folder = Path(str(config.trainer.default_local_dir)).expanduser() / layout.RECORD
         self.latest: dict[str, Any] = {}
         self._settings = settings
         self._config = config
+        self._run = run
         self._every = settings.trace.every
         self._open = False
         self._step = 0
-        self._seen: list[tuple[StepRows, StepTokens]] = []  # parts of the step under way
 
     # ---------------------------------------------------------------- the trainer's calls
 
-    def on_advantages(self, rows: StepRows) -> None:
-        self._seen = [*(self._seen if rows.part else []), (rows, read_tokens(rows))]
-        if rows.part < rows.parts - 1:
-            return
+    def after_updates(self, table: StepTable, metrics: Mapping[str, Any]) -> Mapping[str, float]:
         self._begin()
-        rows, tokens = joined_rows([rows for rows, _ in self._seen]), joined_tokens([one for _, one in self._seen])
-        self._seen = []
-        self.latest = self._distributions(rows, tokens)
-        layout.append_line(self.folder / layout.DISTRIBUTIONS_FILE, {"step": rows.step, **self.latest})
-        log_histograms(rows.trainer, rows.step, self.latest)
-        if self._every and rows.step % self._every == 0:
-            self._trace(rows, tokens)
-        self._step = rows.step
+        self.latest = self._distributions(table)
+        layout.append_line(self.folder / layout.DISTRIBUTIONS_FILE, {"step": table.step, **self.latest})
+        log_histograms(self._run, table.step, self.latest)
+        if self._every and table.step % self._every == 0:
+            self._trace(table)
+        self._step = table.step
+        return {}
 
-    def on_validated(self, step: int, metrics: dict[str, float], outcomes: dict[str, list[Any]]) -> None:
+    def after_validation(self, step: int, metrics: Mapping[str, float], outcomes: dict[str, list[Any]]) -> None:
         self._begin()
         layout.append_line(self.folder / layout.METRICS_FILE, {"step": step, "data": plain(metrics)})
         write_outcomes(outcomes, layout.step_file(self.folder / layout.OUTCOMES, step))
 
-    def on_step_end(self, step: int, metrics: dict[str, Any]) -> None:
+    def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._begin()
         layout.append_line(self.folder / layout.METRICS_FILE, {"step": step, "data": plain(metrics)})
 
@@ -103,51 +103,84 @@ class RunRecord(TrainerPart):
         layout.write_json(self.folder / layout.RUN_FILE, describe_run(self._config))
         self._open = True
 
-    def _distributions(self, rows: StepRows, tokens: StepTokens) -> dict[str, Any]:
-        episodes = {
-            key.rsplit("_", 1)[0]: float(scores.sum())
-            for key, info, scores in zip(rows.batch.keys, rows.infos, tokens.columns["rm_scores"], strict=True)
-            if info is not None and not info.failed
-        }
+    def _distributions(self, table: StepTable) -> dict[str, Any]:
+        scores = table.columns["rm_scores"].sum(dim=-1).tolist()
+        episodes = {name: scores[rows[-1][0]] for name, rows in table.episodes().items() if not rows[-1][1].failed}
         result: dict[str, Any] = {"reward": reward_statistics(list(episodes.values()))}
-        distilled = tokens.distilled(rows)
-        if distilled is not None:
-            result |= token_distributions(distilled, int(self._config.data.max_response_length))
+        tokens = distilled_tokens(table)
+        if tokens is not None:
+            result |= token_distributions(tokens, int(self._config.data.max_response_length))
         return result
 
-    def _trace(self, rows: StepRows, tokens: StepTokens) -> None:
+    def _trace(self, table: StepTable) -> None:
         folder = self.folder / layout.TRACES
-        turns = trace_rows(rows, tokens, self._settings.trace.episodes)
+        turns = trace_rows(table, self._settings.trace.episodes, self._run.tokenizer)
         if turns:
-            write_trace(turns, layout.step_file(folder, rows.step))
+            write_trace(turns, layout.step_file(folder, table.step))
             self._every = thin(folder, self._settings.trace.max_mb * 1e6, self._every)
 
 
-def trace_rows(rows: StepRows, tokens: StepTokens, limit: int) -> list[dict[str, Any]]:
+def distilled_tokens(table: StepTable) -> Tokens | None:
+    """All distilled tokens of a step, flat; None when there is none."""
+    if "gap" not in table.columns or not table.mask.any():
+        return None
+    mask, places = table.mask, _places(table)
+
+    def flat(values: torch.Tensor) -> np.ndarray:
+        return values[mask].double().numpy()
+
+    kl = None
+    if "ref_log_prob" in table.columns:
+        ratio = flat(table.columns["ref_log_prob"]) - flat(table.columns["old_log_probs"])
+        kl = np.expm1(ratio) - ratio
+    return Tokens(
+        gap=flat(table.columns["gap"]),
+        gate=flat(table.columns["gate"]),
+        turn=places[0][mask.numpy()],
+        position=places[1][mask.numpy()],
+        kl=kl,
+    )
+
+
+def _places(table: StepTable) -> tuple[np.ndarray, np.ndarray]:
+    """Turn of each token, and its position within that turn's answer; both (rows, response_length)."""
+    rows, width = table.response.shape
+    turn = np.repeat(np.asarray(table.turns)[:, None], width, axis=1)
+    position = np.repeat(np.arange(width)[None], rows, axis=0)
+    for row, info in enumerate(table.infos):
+        for number, note in enumerate(info.turns if info is not None else ()):
+            turn[row, note.start : note.stop] = number
+            position[row, note.start : note.stop] = np.arange(note.stop - note.start)
+    return turn, position
+
+
+def trace_rows(table: StepTable, limit: int, tokenizer: Any) -> list[dict[str, Any]]:
     """The chosen episodes' turns, one row of :func:`sdar_verl.report.trace.trace_schema` each, in order."""
-    keys = rows.batch.keys
-    traced = {i: info for i, info in enumerate(rows.infos) if info is not None and info.steps[0].text is not None}
+    traced = {
+        name: rows for name, rows in table.episodes().items() if any(info.steps[0].text is not None for _, info in rows)
+    }
     if not traced:
         return []
-    chosen = set(choose_episodes([keys[i].rsplit("_", 1)[0] for i in traced], limit))
-    prompts = rows.get(["prompts"])["prompts"].unbind()
+    table.advantages  # noqa: B018  reads them, where nothing else has
+    stored = table.rows.read(["prompts", "responses"])
+    prompts, responses = stored["prompts"].unbind(), stored["responses"].unbind()
     turns = [
-        {"episode": episode, "group": episode.rsplit("_", 1)[0], "step": rows.step, **turn}
-        for i, info in traced.items()
-        if (episode := keys[i].rsplit("_", 1)[0]) in chosen
-        for turn in _row_turns(info, i, prompts[i].tolist(), tokens, rows.trainer.tokenizer)
+        {"episode": name, "group": table.ids[row].uid, "step": table.step, **turn}
+        for name in choose_episodes(list(traced), limit)
+        for row, info in traced[name]
+        if info.steps[0].text is not None
+        for turn in _row_turns(table, row, info, prompts[row].tolist(), responses[row].tolist(), tokenizer)
     ]
     return sorted(turns, key=lambda turn: (turn["episode"], turn["turn"]))
 
 
 def _row_turns(
-    info: RowInfo, row: int, prompt: list[int], tokens: StepTokens, tokenizer: Any
+    table: StepTable, row: int, info: RowInfo, prompt: list[int], answer: list[int], tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
     """The turns of one row: itself, or those of a conversation, whose tokens lie between its environment's."""
-    answer = [int(token) for token in tokens.columns["responses"][row]]
-    columns = {name: tokens.columns.get(source) for name, source in _TOKEN_SOURCES.items()}
-    if info.teacher_prompt_ids is None or info.teacher_failure is not None:
-        columns["teacher_log_prob"] = None
+    columns = {name: table.columns.get(source) for name, source in _TOKEN_SOURCES.items()}
+    unseen = {"teacher_log_prob"} if not info.has_teacher else set()
+    distilled = table.mask[row].tolist()
     for number, turn in enumerate(info.steps):
         start, stop = (turn.start, turn.stop) if isinstance(turn, TurnNote) else (0, len(answer))
         ids = answer[start:stop]
@@ -159,13 +192,18 @@ def _row_turns(
             "token_ids": ids,
             "tokens": split_tokens(ids, tokenizer.decode),
             **{
-                name: None if column is None else [_number(value) for value in column[row][start:stop]]
+                name: None
+                if column is None or name in unseen
+                else [
+                    _number(value) if seen or name not in ("gap", "gate") else None
+                    for value, seen in zip(column[row, start:stop].tolist(), distilled[start:stop], strict=True)
+                ]
                 for name, column in columns.items()
             },
             "unparsed": turn.unparsed,
             "inadmissible": turn.inadmissible,
             "truncated": info.truncated,
-            "episode_reward": float(tokens.columns["rm_scores"][row].sum()),
+            "episode_reward": float(table.columns["rm_scores"][row].sum()),
             "success": info.success,
             **(turn.text or {}),
         }
@@ -173,7 +211,7 @@ def _row_turns(
 
 _TOKEN_SOURCES = {
     "student_log_prob": "old_log_probs",
-    "teacher_log_prob": "sdar_teacher_log_probs",
+    "teacher_log_prob": TEACHER_LOG_PROBS,
     "gap": "gap",
     "gate": "gate",
     "entropy": "entropy",

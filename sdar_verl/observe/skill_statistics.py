@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdar_verl.config import SdarConfig
-from sdar_verl.observe.base import StepRows, TrainerPart
+from sdar_verl.observe.base import Observer
 from sdar_verl.rollout.rows import EVIDENCE_COLUMN, RowInfo
 from sdar_verl.skills.registry import get_rule
 from sdar_verl.skills.retrieval import RetrievalError
@@ -17,6 +17,7 @@ from sdar_verl.skills.ucb import Evidence, TypeStatistics
 if TYPE_CHECKING:
     from tensordict import TensorDict
 
+    from sdar_verl.table import StepTable
     from sdar_verl.verl.validation import ArmDataset
 
 
@@ -28,7 +29,7 @@ def learns(settings: SdarConfig) -> bool:
         return False  # named by the checks before the start
 
 
-class SkillStatistics(TrainerPart):
+class SkillStatistics(Observer):
     """Statistics per task type: each task gets them as a column of its prompt, each step's rewards are added.
 
     One observation is one task of a step: the mean reward of its episodes, for each skill that it was supplied. Tasks
@@ -43,7 +44,7 @@ class SkillStatistics(TrainerPart):
     def __init__(self, settings: SdarConfig) -> None:
         self._by_type: dict[str, TypeStatistics] = {}
 
-    def on_prompts(self, step: int, prompts: TensorDict) -> None:
+    def before_rollout(self, prompts: TensorDict) -> None:
         """Every task gets its type's statistics, and how many tasks of its type choose before it."""
         from verl.utils import tensordict_utils as tu
 
@@ -55,7 +56,7 @@ class SkillStatistics(TrainerPart):
             seen[task_type] += 1
         tu.assign_non_tensor_stack(prompts, EVIDENCE_COLUMN, columns)
 
-    def on_validation(self, panel: ArmDataset) -> None:
+    def before_validation(self, panel: ArmDataset) -> None:
         """Validation takes the best skill so far and explores nothing."""
         panel.columns = self._validation_columns
 
@@ -66,12 +67,12 @@ class SkillStatistics(TrainerPart):
         statistics = self._by_type.get(task_type, TypeStatistics())
         return json.dumps(Evidence(statistics, ahead, explore).as_dict(), sort_keys=True)
 
-    def on_rows(self, rows: StepRows) -> None:
+    def after_updates(self, table: StepTable, metrics: Mapping[str, Any]) -> Mapping[str, float]:
         """Add the step's rewards."""
         groups: dict[str, list[RowInfo]] = {}
-        for key, info in zip(rows.batch.keys, rows.infos, strict=True):
+        for row, info in zip(table.ids, table.infos, strict=True):
             if info is not None and info.episode is not None and not info.failed:
-                groups.setdefault(key.rsplit("_", 2)[0], []).append(info)
+                groups.setdefault(row.uid, []).append(info)
         for uid in sorted(groups):
             episodes = groups[uid]
             first = episodes[0]
@@ -79,7 +80,7 @@ class SkillStatistics(TrainerPart):
                 continue
             reward = sum(info.episode.reward for info in episodes if info.episode is not None) / len(episodes)
             self._by_type.setdefault(first.task_type, TypeStatistics()).add(first.skills, reward)
-        rows.metrics.update(statistics_metrics(self._by_type))
+        return statistics_metrics(self._by_type)
 
     def state_dict(self) -> dict[str, Any]:
         """All statistics."""

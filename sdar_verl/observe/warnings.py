@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from sdar_verl.config import SdarConfig
-from sdar_verl.observe.base import TrainerPart
+from sdar_verl.observe.base import Observer
 from sdar_verl.observe.record import RunRecord
 from sdar_verl.observe.teacher_arms import STANDARD_ERRORS, BestOfArms, worse_teacher
 from sdar_verl.report import layout
+from sdar_verl.table import StepTable
 from sdar_verl.teacher.tolerance import ROUNDED
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ LOST_SHARE = 0.05
 """Episodes of a step that could not be played, as a share."""
 
 
-class RunWarnings(TrainerPart):
+class RunWarnings(Observer):
     """Looks at each step and validation; ``sdar/warnings/<name>`` counts the steps on which a warning held.
 
     Args:
@@ -84,15 +85,15 @@ class RunWarnings(TrainerPart):
         self._best = 0.0
         self._arms = BestOfArms(settings)
 
-    def on_trained(self, step: int, metrics: dict[str, Any]) -> None:
+    def after_updates(self, table: StepTable, metrics: Mapping[str, Any]) -> Mapping[str, float]:
         seen = {**_teacher(self._settings, metrics, self._record.latest), **_turns(self._record.latest)}
         seen |= self._over_steps(metrics)
         seen |= {**_server(self._settings, metrics), **_lost(metrics)}
         for name, text in seen.items():
-            self._count(name, text, step)
-        metrics.update({f"sdar/warnings/{name}": count for name, count in self._counts.items()})
+            self._count(name, text, table.step)
+        return {f"sdar/warnings/{name}": count for name, count in self._counts.items()}
 
-    def on_validated(self, step: int, metrics: dict[str, float], outcomes: dict[str, list[Any]]) -> None:
+    def after_validation(self, step: int, metrics: Mapping[str, float], outcomes: dict[str, list[Any]]) -> None:
         seen = {
             "teacher_worse": worse_teacher(self._settings, outcomes),
             "teacher_falls": self._arms.fall(step, outcomes),

@@ -12,7 +12,7 @@ from sdar_verl.checks.modes import verl_mode
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.architecture import Architecture
-from sdar_verl.verl.distributions import CHUNK_TOKENS
+from sdar_verl.requests import CHUNK_TOKENS
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,13 @@ class SdarAgentLoop(AgentLoopBase):
         self.rollout_config = self.config.actor_rollout_ref.rollout
         self.server_manager = server_manager
         self.tokenizer = tokenizer
-        self.outputs = OutputMaker(tokenizer.eos_token_id, self.rollout_config.calculate_log_probs)
+        sdar = self.config.sdar
+        self.outputs = OutputMaker(
+            tokenizer.eos_token_id,
+            log_probs=self.rollout_config.calculate_log_probs,
+            teacher=sdar.teacher.source != "none",
+            answered=sdar.teacher.placement == "rollout_server",
+        )
 
     async def run(  # type: ignore[override]  # verl's worker takes lists, its annotation has not followed
         self, sampling_params: dict[str, Any], **kwargs: Any

@@ -6,21 +6,24 @@ contexts. From these the very same template and chat template give the teacher's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode, PlayedTurn
 from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.envs.base import Task
+from sdar_verl.fields import TEACHER_PROMPTS
 from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
-from sdar_verl.rollout.rows import EpisodeNote, RowInfo
+from sdar_verl.rollout.rows import EpisodeNote, RowId, RowInfo
 from sdar_verl.rollout.runtime import make_prompts
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
+from sdar_verl.table import StepTable, stop_on_errors
 
 
 @dataclass
@@ -61,20 +64,24 @@ class LateContexts:
         self._contexts = contexts
         self._prompts = prompts
 
-    def fill(self, keys: Sequence[str], infos: Sequence[RowInfo | None]) -> None:
-        """Add the teacher's prompt to every row whose context exists.
-
-        Args:
-            keys: verl's row keys, ``{uid}_{session}_{turn}``.
-            infos: one record per row; None for padding rows.
+    def fill(self, table: StepTable) -> None:
+        """Add the teacher's prompt to every row whose context exists, in its record and as a column.
 
         Raises:
             ContextError: a context function fails.
+            RolloutError: a prompt is too long, and that is an error.
         """
-        groups = _groups(keys, infos)
+        groups = _groups(table)
         for uid, group in groups.items():
             for episode in group.episodes:
                 self._fill_episode(groups, uid, episode)
+        stop_on_errors([info.error for info in table.infos if info is not None])
+        none = torch.zeros(0, dtype=torch.int32)
+        prompts = [
+            none if info is None or info.teacher_prompt_ids is None else torch.from_numpy(info.teacher_prompt_ids)
+            for info in table.infos
+        ]
+        table.rows.write({TEACHER_PROMPTS: torch.nested.as_nested_tensor(prompts, layout=torch.jagged)})
 
     def _fill_episode(self, groups: Mapping[str, _Group], uid: str, episode: _Episode) -> None:
         group = groups[uid]
@@ -91,7 +98,7 @@ class LateContexts:
                 add_teacher_prompt(
                     info, self._prompts, self._shown(group.task, episode, index), seen, self._settings.teacher
                 )
-        if seen is not None and episode.infos[0].teacher_prompt_ids is not None:
+        if seen is not None and episode.infos[0].teacher_prompt_tokens is not None:
             episode.note.context = seen.text
 
     def _passage(self, group: _Group, episode: _Episode) -> Passage:
@@ -132,18 +139,17 @@ def late_contexts(config: DictConfig, sdar: SdarConfig, tokenizer: Any) -> LateC
     return LateContexts(sdar, contexts, make_prompts(config, sdar, tokenizer)) if contexts.late else None
 
 
-def _groups(keys: Sequence[str], infos: Sequence[RowInfo | None]) -> dict[str, _Group]:
-    """uid -> group, in order of uid; padding rows and failed episodes are left out."""
-    rows: dict[tuple[str, int], list[RowInfo]] = {}
-    for key, info in zip(keys, infos, strict=True):
+def _groups(table: StepTable) -> dict[str, _Group]:
+    """uid -> group, in order of uid; rows that do not count and failed episodes are left out."""
+    rows: dict[RowId, list[RowInfo]] = {}
+    for row, info in zip(table.ids, table.infos, strict=True):
         if info is not None and not info.failed:
-            uid, session, _ = key.rsplit("_", 2)
-            rows.setdefault((uid, int(session)), []).append(info)
+            rows.setdefault(row._replace(index=0), []).append(info)
     groups: dict[str, _Group] = {}
-    for (uid, number), members in sorted(rows.items(), key=lambda item: item[0]):
+    for row, members in sorted(rows.items(), key=lambda item: item[0]):
         members = sorted(members, key=lambda info: info.turn)
         note = members[0].episode
         assert note is not None, "the first row of an episode carries its note"
-        group = groups.setdefault(uid, _Group(Task(**note.task)))
-        group.episodes.append(_Episode(f"{uid}_{number}", note, members))
+        group = groups.setdefault(row.uid, _Group(Task(**note.task)))
+        group.episodes.append(_Episode(row.episode, note, members))
     return groups

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 
 from sdar_verl.envs.base import Task
+from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
 from sdar_verl.rollout.rows import ROW_KEY, RowInfo, TurnNote
+from sdar_verl.verl.outputs import RowOutput
 
 
 @dataclass
@@ -61,11 +64,15 @@ class OutputMaker:
     Args:
         eos_token_id: stands where a row has no token of its own.
         log_probs: whether rows carry the rollout's log-probs.
+        teacher: whether rows of training carry the teacher's prompt.
+        answered: whether they carry what the rollout server answered for it.
     """
 
-    def __init__(self, eos_token_id: int, log_probs: bool) -> None:
+    def __init__(self, eos_token_id: int, *, log_probs: bool, teacher: bool = False, answered: bool = False) -> None:
         self._eos = eos_token_id
         self._log_probs = log_probs
+        self._teacher = teacher
+        self._answered = answered
 
     def rows(self, episode: Episode, task: Task, arm: str | None, *, whole: bool) -> list[AgentLoopOutput]:
         """One row per turn, or one for the ``whole`` conversation."""
@@ -74,16 +81,18 @@ class OutputMaker:
             generate_sequences=episode.generate_s, tool_calls=episode.env_s, num_preempted=episode.preempted
         )
         outcome = _outcome(task, arm, episode)
-        rows = []
+        rows: list[AgentLoopOutput] = []
         for row in [_conversation(episode)] if whole else [_Row.of_turn(turn) for turn in episode.turns]:
             row.info.success, row.info.score = episode.success, episode.score
             # A server that was cut off before its first token leaves nothing to train on: one masked token keeps shape.
             empty = not row.response_ids
+            mask = [0] if empty else row.mask
             rows.append(
-                AgentLoopOutput(
+                RowOutput(
+                    columns=self._columns(row.info, mask, arm),
                     prompt_ids=row.prompt_ids,
                     response_ids=[self._eos] if empty else row.response_ids,
-                    response_mask=[0] if empty else row.mask,
+                    response_mask=mask,
                     response_logprobs=([0.0] if empty else row.log_probs) if self._log_probs else None,
                     reward_score=episode.reward,
                     num_turns=len(episode.turns),
@@ -113,7 +122,8 @@ class OutputMaker:
         info = RowInfo(
             turn=0, task_type=task.task_type, task_id=task.task_id, failed=True, failure=failure, error=error
         )
-        return AgentLoopOutput(
+        return RowOutput(
+            columns=self._columns(info, [0], arm),
             prompt_ids=[self._eos],
             response_ids=[self._eos],
             response_mask=[0],
@@ -128,6 +138,23 @@ class OutputMaker:
                 ROW_KEY: info.as_dict(),
             },
         )
+
+    def _columns(self, info: RowInfo, mask: list[int], arm: str | None) -> dict[str, np.ndarray]:
+        """What lies beside verl's own columns; a late context's prompts are written by the trainer."""
+        if arm is not None or not self._teacher:
+            return {}
+        ids = info.teacher_prompt_ids
+        columns = {TEACHER_PROMPTS: np.zeros(0, dtype=np.int32) if ids is None else ids}
+        if self._answered:
+            seen = np.asarray(mask, dtype=np.int64) * info.has_teacher
+            answer = info.teacher_log_probs
+            if seen.any() and (answer is None or len(answer) != len(mask)):
+                given = "no answer" if answer is None else f"{len(answer)} log-probs"
+                info.error = f"sdar.teacher.placement=rollout_server: a row of {len(mask)} tokens has {given}"
+                seen, answer = np.zeros_like(seen), None
+            columns[TEACHER_MASK] = seen
+            columns[TEACHER_LOG_PROBS] = (np.zeros(len(mask)) if answer is None else answer).astype(np.float32)
+        return columns
 
 
 @dataclass

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,27 @@ EVIDENCE_COLUMN = "sdar_evidence"
 TRACED_COLUMN = "sdar_traced"
 """Column of a prompt: its rows carry the words of their turns, whatever its step."""
 
+COLUMNS = ("teacher_prompt_ids", "teacher_log_probs")
+"""Of :class:`RowInfo`: they lie beside the row, not in its record."""
 
-_ARRAYS = ("teacher_prompt_ids", "teacher_log_probs", "student_log_probs")
+
+class RowId(NamedTuple):
+    """Which row this is; in the order of these.
+
+    Attributes:
+        uid: of the prompt.
+        session: which rollout of it.
+        index: which row of that.
+    """
+
+    uid: str
+    session: int
+    index: int
+
+    @property
+    def episode(self) -> str:
+        """Name of the rollout, unique over the step."""
+        return f"{self.uid}_{self.session}"
 
 
 def turn_text(
@@ -111,9 +130,10 @@ class RowInfo:
         context_missing: the teacher has no say because its late context does not exist (no sibling succeeded, say).
         context_empty: the teacher has no say because its sources found nothing for the task.
         prompt_tokens: tokens of the student's prompt.
-        teacher_prompt_ids: token ids of the teacher's prompt; None when the teacher has no say on this row.
-        teacher_log_probs: (response tokens,) float32, nats: what the rollout server answered for the teacher; None
-            where it was not asked, or could not answer.
+        teacher_prompt_tokens: of the teacher's; None when the teacher has no say on this row.
+        teacher_prompt_ids: its token ids, where the prompt was made; a column of its own elsewhere.
+        teacher_log_probs: (response tokens,) float32, nats: what the rollout server answered for the teacher, where it
+            was asked; a column of its own elsewhere.
         teacher_failure: why it could not, or None.
         student_log_probs: (response tokens,) float32, nats: what it answered for the student's own prompt; on one row
             per task, to compare it with the trainer.
@@ -145,6 +165,7 @@ class RowInfo:
     context_missing: bool = False
     context_empty: bool = False
     prompt_tokens: int = 0
+    teacher_prompt_tokens: int | None = None
     teacher_prompt_ids: np.ndarray | None = None
     teacher_log_probs: np.ndarray | None = None
     teacher_failure: str | None = None
@@ -172,9 +193,14 @@ class RowInfo:
         """Neither parsed nor admissible: what the invalid-action penalty is for."""
         return self.unparsed or self.inadmissible
 
+    @property
+    def has_teacher(self) -> bool:
+        """The teacher has a say on this row."""
+        return self.teacher_prompt_tokens is not None and self.teacher_failure is None
+
     def as_dict(self) -> dict[str, Any]:
-        """A plain dict, for verl's ``extra_fields`` (a shallow one: arrays are not copied)."""
-        return {**asdict(self), **{name: getattr(self, name) for name in _ARRAYS}}
+        """What differs from the defaults, as plain values, for verl's ``extra_fields``; without :data:`COLUMNS`."""
+        return _changed(self, leave=COLUMNS)
 
     @classmethod
     def from_extra_fields(cls, extra_fields: Any) -> RowInfo:
@@ -188,3 +214,19 @@ class RowInfo:
         episode = record.get("episode")
         turns = tuple(TurnNote(**turn) for turn in record.get("turns", ()))
         return cls(**{**record, "episode": EpisodeNote(**episode) if episode else None, "turns": turns})
+
+
+def _changed(record: Any, leave: Sequence[str] = ()) -> dict[str, Any]:
+    """A record's values that are not its defaults: a step has thousands of rows, and most of a record is defaults."""
+    values = {}
+    for item in fields(record):
+        value = getattr(record, item.name)
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        if item.name in leave or (not isinstance(value, np.ndarray) and value == default):
+            continue
+        if isinstance(value, EpisodeNote):
+            value = _changed(value)
+        elif item.name == "turns":
+            value = [_changed(turn) for turn in value]
+        values[item.name] = value
+    return values

@@ -13,7 +13,7 @@ from sdar_verl.rollout.rows import RowInfo
 def add_teacher_prompt(
     info: RowInfo, prompts: PromptBuilder, shown: TurnContext, passage: Passage, settings: TeacherConfig
 ) -> None:
-    """Fill in ``info.teacher_prompt_ids`` and what belongs to it.
+    """Fill in the teacher's prompt and what belongs to it.
 
     Args:
         info: the row's record; ``prompt_tokens`` must be set.
@@ -42,4 +42,4 @@ def add_teacher_prompt(
         return
     info.truncated = dropped > 0
     info.context_tokens = len(ids) - info.prompt_tokens
-    info.teacher_prompt_ids = np.asarray(ids, dtype=np.int32)
+    info.teacher_prompt_ids, info.teacher_prompt_tokens = np.asarray(ids, dtype=np.int32), len(ids)

@@ -15,7 +15,7 @@ from verl.trainer.ppo.core_algos import register_adv_est
 from sdar_verl.algorithm.advantages import GroupCounts, broadcast_to_tokens, trajectory_group_advantages
 from sdar_verl.config import AdvantageConfig
 from sdar_verl.errors import ConfigError
-from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.table import StepTable
 
 
 @dataclass
@@ -29,6 +29,7 @@ class AdvantageRows:
         invalid_action: turns whose answer was not an admissible action.
         invalid_spans: (row, start, stop) of such turns within a conversation, in tokens of its response.
         counts: filled in by the estimator.
+        tokens: (rows, response tokens), what the estimator gave.
     """
 
     settings: AdvantageConfig
@@ -36,16 +37,16 @@ class AdvantageRows:
     valid: torch.Tensor
     invalid_action: torch.Tensor
     invalid_spans: list[tuple[int, int, int]] = field(default_factory=list)
-    counts: GroupCounts | None = field(default=None)
+    counts: GroupCounts | None = None
+    tokens: torch.Tensor | None = None
 
     @classmethod
-    def from_batch(
-        cls, settings: AdvantageConfig, keys: Sequence[str], infos: Sequence[RowInfo | None]
-    ) -> AdvantageRows:
-        """Read verl's row keys, ``{uid}_{session}_{turn}``, and the agent loop's records (None: padding row)."""
+    def of(cls, settings: AdvantageConfig, table: StepTable) -> AdvantageRows:
+        """From the records of a table."""
+        infos = table.infos
         return cls(
             settings=settings,
-            episode_ids=[key.rsplit("_", 1)[0] for key in keys],
+            episode_ids=table.episode_ids,
             valid=torch.tensor([info is not None and not info.failed for info in infos]),
             invalid_action=torch.tensor([info is not None and info.invalid for info in infos]),
             invalid_spans=[
@@ -116,6 +117,7 @@ def compute_sdar_advantage(
     tokens = broadcast_to_tokens(advantages, response_mask)
     for row, start, stop in rows.invalid_spans:
         tokens[row, start:stop] -= rows.settings.invalid_action_penalty * response_mask[row, start:stop]
+    rows.tokens = tokens
     return tokens, tokens
 
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 
 from sdar_verl.rollout.continuing import ContinuingClient
-from sdar_verl.teacher.privileged import put_worker
+from sdar_verl.table import StepTable
+from sdar_verl.verl.teacher import put_worker
 from sdar_verl.verl.trainer import SdarTraining
 
 
@@ -55,7 +55,7 @@ class SdarSeparateAsync(SdarTraining, PPOTrainerSeparateAsync):
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        if not (self._has_teacher and self.sdar.teacher.placement == "colocated"):
+        if self.teacher is None:
             from sdar_verl.verl.detach import DetachWorker
 
             put_worker(self, DetachWorker)
@@ -65,9 +65,10 @@ class SdarSeparateAsync(SdarTraining, PPOTrainerSeparateAsync):
 
         return DetachTeacherWorker
 
-    def _teacher_pass(self, batch: KVBatchMeta, metrics: dict) -> None:
+    def score_teacher(self, table: StepTable) -> dict[str, float]:
+        """The pass, with the weights of the step."""
         with self._weights_of_the_step():
-            super()._teacher_pass(batch, metrics)
+            return super().score_teacher(table)
 
     @contextmanager
     def _weights_of_the_step(self) -> Iterator[None]:
@@ -76,10 +77,10 @@ class SdarSeparateAsync(SdarTraining, PPOTrainerSeparateAsync):
         Those of the last weight sync, also for the later updates of a step; so both sides of the gap are of one policy.
         """
         part, workers = self.local_trigger_step, self.actor_rollout_wg
-        if not self._teacher.reads_actor or self.parameter_sync_step == 1:
+        if self.teacher is None or not self.teacher.reads_actor or self.parameter_sync_step == 1:
             yield
         elif part == 0:
-            if self._bypasses:  # otherwise verl has saved them, for its log-probs
+            if self.bypasses:  # otherwise verl has saved them, for its log-probs
                 workers.save_model_to_cpu(0)
             yield
         else:

@@ -1,10 +1,12 @@
 """Reads the input of the language-model head inside verl's FSDP engine, and computes there what a request asks for.
 
-verl's engine gives a loss function the logits of a whole micro-batch. From these, a divergence could only be had with
-several more tensors of that size. So it is computed one step earlier: a forward hook on the head sees the hidden
-states and the weights, and :func:`sdar_verl.algorithm.head_chunks.map_logits` makes the logits of some tokens at a
-time. What comes out per token goes back through verl's own hook for logits processors (``distillation_use_topk``): the
-engine puts it beside its log-probs.
+verl's engine makes the logits of a whole micro-batch, prompts included. A teacher pass needs those at the positions of
+its responses alone: a hook in front of the head takes these hidden states out, and the head sees no others.
+
+A divergence could from logits only be had with several more tensors of their size. So it is computed one step earlier:
+a hook behind the head sees the hidden states and the weights, and :func:`sdar_verl.algorithm.head_chunks.map_logits`
+makes the logits of some tokens at a time. What comes out per token goes back through verl's own call of a logits
+processor (``distillation_use_topk``): the engine puts it beside its log-probs.
 
 FSDP frees gathered weights after a module's forward pass, and gathers them again when a gradient reaches the module's
 output. The hook therefore runs inside the head's forward, and its result is tied to the logits (:class:`_Tie`): no
@@ -13,128 +15,59 @@ gradient enters the chunks before the one of the logits has come and the weights
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id
+from verl.utils.torch_functional import logprobs_from_logits
 
 from sdar_verl.algorithm.divergence_rows import FullDivergence, TopKDivergence
 from sdar_verl.algorithm.divergences import COLUMNS, on_support, top_k_ids
 from sdar_verl.algorithm.head_chunks import RowFunction, chunk_logits, map_logits
-from sdar_verl.verl.fields import TEACHER_MASK
-from sdar_verl.verl.requests import (
-    COLUMN_PREFIX,
-    HEAD_REQUEST,
-    SUPPORT_IDS,
-    SUPPORT_LOG_PROBS,
-    TEACHER_HIDDEN,
-    HeadRequest,
-)
+from sdar_verl.fields import SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN, TEACHER_MASK
+from sdar_verl.requests import HeadRequest
+
+COLUMN_PREFIX = "sdar_distribution_"
+"""Model outputs of an update, nested (rows, sequence tokens): this and a name of the divergences' ``COLUMNS``."""
 
 Head = tuple[torch.Tensor, torch.Tensor | None]
 """Weight (V, H) and bias (V,) of a language-model head."""
 
-_current: _Step | None = None
 
-
-def columns_of_this_step(logits: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a loss function answers when verl's engine calls it as a logits processor.
-
-    Args:
-        logits: (1, tokens, V), the engine's, divided by the temperature; read once, to see that the head makes them.
-
-    Returns:
-        ``COLUMN_PREFIX`` + name -> (1, tokens).
-    """
-    if _current is None:
-        raise RuntimeError("verl's engine asked for a divergence outside of a pass that was asked for one")
-    return _current.spread(logits)
-
-
-class HeadTap:
-    """The hook of one engine; it does nothing until a batch carries a request.
+@dataclass
+class Heads:
+    """Heads that an engine keeps between passes.
 
     Attributes:
-        teacher_head: the teacher's head for ``divergence`` over the whole vocabulary: handed over by the engine of the
-            teacher pass (:meth:`hand_head_to`), freed after the update.
+        kept: of a ``hidden`` pass through this engine, a copy, gathered over the ranks.
+        teacher: the teacher's, for ``divergence`` over the whole vocabulary; freed after the update.
         checked: the model's logits were seen to be the head's.
     """
 
-    def __init__(self, engine: Any):
-        self._engine = engine
-        self._forward_step = engine.forward_step
-        self._hooked = False
-        self._kept: Head | None = None
-        self.teacher_head: Head | None = None
-        self.checked = False
-
-    @classmethod
-    def attach(cls, engine: Any) -> HeadTap:
-        """The tap of ``engine``, put there if it has none."""
-        tap = getattr(engine, "sdar_head_tap", None)
-        if tap is None:
-            tap = engine.sdar_head_tap = cls(engine)
-            engine.forward_step = tap.forward_step
-        return tap
-
-    def hand_head_to(self, engine: Any) -> None:
-        """Give the head that a ``hidden`` pass kept (a copy, gathered over the ranks) to the tap of ``engine``."""
-        if self._kept is not None:
-            HeadTap.attach(engine).teacher_head, self._kept = self._kept, None
-
-    def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
-        """verl's ``forward_step``, with the request answered."""
-        global _current
-        text = tu.get_non_tensor_data(micro_batch, HEAD_REQUEST, default=None)
-        if text is None:
-            return self._forward_step(micro_batch, loss_function, forward_only)
-        self._hook_in()
-        micro_batch = micro_batch.to(get_device_id())
-        request = HeadRequest.from_json(text)
-        _current = step = _Step(self, request, micro_batch)
-        if request.what == "divergence":
-            tu.assign_non_tensor(micro_batch, distillation_use_topk=True)
-        try:
-            loss, output = self._forward_step(micro_batch, loss_function, forward_only)
-        finally:
-            _current = None
-        if not step.seen:
-            raise RuntimeError(
-                "the model's output embeddings were not called in its forward pass, so their input is unknown; "
-                "set actor_rollout_ref.model.use_fused_kernels=False, or use sdar.loss.objective=sampled"
-            )
-        output.get("model_output", {}).update(step.fields)
-        return loss, output
-
-    def keep(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Copy the teacher's head, once per pass."""
-        if self._kept is None:
-            self._kept = (weight.detach().clone(), None if bias is None else bias.detach().clone())
-
-    def _hook_in(self) -> None:
-        if self._hooked:
-            return
-        head = self._engine.module.get_output_embeddings()
-        if not isinstance(head, torch.nn.Linear):
-            raise RuntimeError(
-                f"the model's output embeddings are {type(head).__name__}, and a divergence over distributions reads "
-                "torch.nn.Linear only; leave lm_head out of the LoRA targets, or use sdar.loss.objective=sampled"
-            )
-        head.register_forward_hook(_hook, prepend=True)  # before FSDP's own, which frees the weights
-        self._hooked = True
+    kept: Head | None = None
+    teacher: Head | None = None
+    checked: bool = False
 
 
-def _hook(module: torch.nn.Linear, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-    return None if _current is None else _current.at_head(module, args, output)
+class HeadPass:
+    """One micro-batch on its way through the model: which tokens, and what to compute of them.
 
+    Args:
+        request: what the batch was asked for.
+        data: the micro-batch, on the device.
+        heads: of the engine.
 
-class _Step:
-    """One micro-batch: which tokens, and what to compute of them."""
+    Attributes:
+        teacher: it is a teacher pass.
+        seen: the head was called.
+        fields: nested (rows, response tokens, ...), what the request asks for beyond log-probs.
+    """
 
-    def __init__(self, tap: HeadTap, request: HeadRequest, data: TensorDict):
-        self._tap, self._request, self._data = tap, request, data
+    def __init__(self, request: HeadRequest, data: TensorDict, heads: Heads):
+        self._request, self._data, self._heads = request, data, heads
+        self.teacher = request.teacher
         self._temperature = _temperature(data)
         self.seen = False
         self.fields: dict[str, torch.Tensor] = {}
@@ -156,26 +89,39 @@ class _Step:
             self._chosen = _flat(data[TEACHER_MASK]).bool().nonzero().flatten()
         self._columns: torch.Tensor | None = None
         self._probe: torch.Tensor | None = None
+        # Sequence parallelism deals the tokens of a row out to ranks: there verl makes all logits.
+        self._selects = request.teacher and int(tu.get_non_tensor_data(data, "sp_size", default=1)) == 1
+        self._selected = False
 
-    def at_head(self, head: torch.nn.Linear, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+    def before_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head shall see: of a teacher pass (1, response tokens, H), else ``hidden``."""
+        if not self._selects:
+            return hidden
+        self._selected = True
+        return hidden.flatten(0, -2)[self._index(hidden)].unsqueeze(0)
+
+    def at_head(self, head: Any, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
         """Within the head's forward pass; returns the logits to go on with, or None for the same."""
         self.seen = True
+        if self._request.what == "log_probs":
+            return None
         if type(head.weight).__name__ == "DTensor":
             raise RuntimeError("the head's weights are not gathered within its forward pass; tensor parallelism?")
-        index = self._index(args[0])
-        chosen = index if self._chosen is None else index[self._chosen]
+        index = slice(None) if self._selected else self._index(hidden)
+        if self._chosen is not None:
+            index = index[self._chosen]
         weight = head.weight.to(output.dtype)
         bias = None if head.bias is None else head.bias.to(output.dtype)
-        hidden = args[0].flatten(0, -2)[chosen].to(output.dtype)
+        tokens = hidden.flatten(0, -2)[index].to(output.dtype)
         if self._request.what != "divergence":
             with torch.no_grad():
-                self._answer(hidden, weight, bias)
+                self._answer(tokens, weight, bias)
             return None
-        if not len(chosen):
+        if not len(tokens):
             return None
-        self._probe = output.detach().flatten(0, -2)[chosen[0]].float() / self._temperature
+        self._probe = output.detach().flatten(0, -2)[index[0]].float() / self._temperature
         self._columns = map_logits(
-            hidden,
+            tokens,
             weight,
             self._divergence(len(weight)),
             bias=bias,
@@ -187,8 +133,29 @@ class _Step:
         output, self._columns = _Tie.apply(output, self._columns)
         return output
 
+    def response_log_probs(self, output: Any) -> torch.Tensor | None:
+        """Of a teacher pass: nested (rows, response tokens), nats; None where verl has to make them."""
+        if not self._selected:
+            return None
+        logits = output.logits.squeeze(0)
+        if self._temperature != 1.0:
+            logits = logits / self._temperature
+        return self._rows(logprobs_from_logits(logits, _flat(self._data["responses"])))
+
+    def response_part(self, values: torch.Tensor) -> torch.Tensor:
+        """Nested (rows, sequence tokens): what stands at the positions that predict the response."""
+        rows = zip(values.unbind(), self._responses, strict=True)
+        return torch.nested.as_nested_tensor([row[-length - 1 : -1] for row, length in rows], layout=torch.jagged)
+
     def spread(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The columns at their places among all tokens, 0 elsewhere."""
+        """What verl's engine asks of a logits processor: the columns at their places among all tokens, 0 elsewhere.
+
+        Args:
+            logits: (1, tokens, V), the engine's, divided by the temperature; read once: they must be the head's.
+
+        Returns:
+            ``COLUMN_PREFIX`` + name -> (1, tokens).
+        """
         logits = logits.squeeze(0)
         if len(logits) != self._total:
             raise RuntimeError(
@@ -207,7 +174,8 @@ class _Step:
         """A pass without gradient: values of every response token."""
         request = self._request
         if request.what == "hidden":
-            self._tap.keep(weight, bias)
+            if self._heads.kept is None:  # once per pass
+                self._heads.kept = (weight.detach().clone(), None if bias is None else bias.detach().clone())
             self.fields[TEACHER_HIDDEN] = self._rows(hidden)
             return
         given = _flat(self._data[SUPPORT_IDS]).long() if request.what == "on_support" else None
@@ -240,7 +208,7 @@ class _Step:
                     "vocabulary, or sdar.loss.objective=sampled"
                 )
             return TopKDivergence(request.kind, ids.long(), teacher, request.tail)
-        head = self._tap.teacher_head
+        head = self._heads.teacher
         if head is None:
             raise RuntimeError("the teacher's head is not here: the teacher pass did not run on this worker")
         weight, bias = head
@@ -267,7 +235,7 @@ class _Step:
         raise RuntimeError(
             f"the head was called on {tuple(hidden.shape)} for {len(self._lengths)} rows of {self._total} tokens: "
             "neither packed nor padded rows. Sequence parallelism and static padding are not supported by objectives "
-            "over distributions."
+            "over distributions"
         )
 
     def _rows(self, values: torch.Tensor) -> torch.Tensor:
@@ -275,7 +243,7 @@ class _Step:
 
     def _check(self, logits: torch.Tensor) -> None:
         """Once per engine: the model's logits are the head's (no soft-capping, no scaling after it)."""
-        if self._tap.checked or self._probe is None:
+        if self._heads.checked or self._probe is None:
             return
         precision = torch.finfo(logits.dtype).eps
         if not torch.allclose(logits.float(), self._probe, rtol=8 * precision, atol=8 * precision):
@@ -283,7 +251,7 @@ class _Step:
                 "this model changes its logits after the head (soft-capping or scaling), and a divergence over "
                 "distributions is computed from the head; use sdar.loss.objective=sampled with it"
             )
-        self._tap.checked = True
+        self._heads.checked = True
 
 
 class _Tie(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,34 +14,20 @@ from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
-from sdar_verl.algorithm.divergences import DIVERGENCES
-from sdar_verl.algorithm.gap import StepStatistics
-from sdar_verl.algorithm.gates import Ranges, gate_reads
-from sdar_verl.algorithm.loss import distillation_terms
+from sdar_verl.algorithm.divergences import COLUMNS, DIVERGENCES
 from sdar_verl.algorithm.masking import ROWS_NAMED, NonFiniteValues
 from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.algorithm.terms import DistillationTerms
-from sdar_verl.config import LossConfig
 from sdar_verl.errors import ConfigError, NonFiniteError
+from sdar_verl.fields import STATISTICS, STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.method import Method, StepValues
 from sdar_verl.rollout.rows import ROW_KEY
-from sdar_verl.verl.distributions import column_sums, divergence_signal
-from sdar_verl.verl.fields import (
-    GAP_POOLED,
-    GAP_SHIFT,
-    LOSS_SCALE,
-    STEP_VALUES,
-    SUMS_PREFIX,
-    TEACHER_LOG_PROBS,
-    TEACHER_MASK,
-    StepValues,
-)
-
-_STATISTICS = (GAP_SHIFT, GAP_POOLED, LOSS_SCALE)
+from sdar_verl.verl.head import COLUMN_PREFIX
 
 
 def sdar_loss(
     config: ActorConfig,
-    settings: LossConfig,
+    method: Method,
     model_output: dict[str, Any],
     data: TensorDict,
     dp_group: Any = None,
@@ -54,7 +40,7 @@ def sdar_loss(
 
     Args:
         config: verl's actor config; verl's loss and ``loss_agg_mode`` come from it.
-        settings: the ``sdar.loss`` node.
+        method: of the run.
         model_output: the engine's, with ``log_probs`` of the whole sequences, and ``entropy`` where it was asked for.
         data: the micro-batch: verl's fields, ``teacher_log_probs`` and ``teacher_mask`` (nested, response tokens),
             the trainer's statistics where an option needs them, and :class:`StepValues`.
@@ -70,12 +56,14 @@ def sdar_loss(
     if "entropy" in model_output and not config.entropy_coeff:
         # Asked for by the gate or for a metric: nothing must be kept for a gradient that is zero.
         model_output = {**model_output, "entropy": model_output["entropy"].detach()}
-    loss, metrics = ppo_loss(config, model_output, data if settings.policy_gradient else _without_advantages(data))
+    loss, metrics = ppo_loss(
+        config, model_output, data if method.settings.policy_gradient else _without_advantages(data)
+    )
 
     step = StepValues.from_dict(tu.get_non_tensor_data(data, STEP_VALUES, None))
     log_probs = no_padding_2_padding(model_output["log_probs"], data)
     try:
-        terms = _terms(settings, step, log_probs, model_output, data)
+        terms = _terms(method, step, log_probs, model_output, data)
     except NonFiniteValues as error:
         raise NonFiniteError(f"{error}{_named(data, error.rows)}") from error
     distillation = agg_loss(
@@ -89,7 +77,7 @@ def sdar_loss(
     sums |= column_sums(model_output, data, terms.mask)
     if step.only is not None:
         return (loss if step.only == "rl" else _differentiable(distillation, log_probs)), metrics
-    if step.coef > 0 and loss.requires_grad and settings.objective not in DIVERGENCES:
+    if step.coef > 0 and loss.requires_grad and method.settings.objective not in DIVERGENCES:
         sums |= gradient_squares(loss, distillation, model_output["log_probs"], log_probs)
     for name, value in sums.items():
         metrics[f"{SUMS_PREFIX}{name}"] = Metric(value=value, aggregation=AggregationType.SUM)
@@ -106,7 +94,7 @@ def gradient_squares(
     No backward pass through the model: this is the gradient before the model's Jacobian, one number per token, so its
     squares add up exactly over micro-batches and ranks. It says how hard each loss pushes on the sampled tokens; where
     pushes cancel in the weights (a constant gate pushes all tokens up and moves nothing on average) it says more than
-    is felt there; :mod:`sdar_verl.verl.gradient_probe` measures that.
+    is felt there; :class:`sdar_verl.verl.engine.WithRequests` measures that.
 
     Args:
         loss: verl's loss: policy gradient, and KL to the reference where it is on.
@@ -124,37 +112,36 @@ def gradient_squares(
 
 
 def _terms(
-    settings: LossConfig, step: StepValues, log_probs: torch.Tensor, model_output: dict[str, Any], data: TensorDict
+    method: Method, step: StepValues, log_probs: torch.Tensor, model_output: dict[str, Any], data: TensorDict
 ) -> DistillationTerms:
     """The distillation term per token of one micro-batch."""
     names = ["response_mask", "old_log_probs", TEACHER_LOG_PROBS, TEACHER_MASK]
-    names += [name for name in _STATISTICS if name in data]
-    fields = data.select(*names).to_padded_tensor()
+    rows = data.select(*names, *(name for name in STATISTICS if name in data)).to_padded_tensor()
     entropy = model_output.get("entropy")
-    if entropy is None and gate_reads(settings.gate, "entropy"):
+    if entropy is None and method.reads_entropy:
         raise ConfigError(
-            f"sdar.loss.gate={settings.gate} reads the student's entropy, but the engine gives none; use an engine "
-            "that computes it (actor_rollout_ref.actor.strategy fsdp or fsdp2), or another gate"
+            f"sdar.loss.gate={method.settings.gate} reads the student's entropy, but the engine gives none; use an "
+            "engine that computes it (actor_rollout_ref.actor.strategy fsdp or fsdp2), or another gate"
         )
-    shift, pooled, scale = (fields.get(name, None) for name in _STATISTICS)
-    return distillation_terms(
+    divergence = model_output.get(f"{COLUMN_PREFIX}divergence")
+    return method.terms(
         log_probs,
-        fields[TEACHER_LOG_PROBS],
-        fields["response_mask"],
-        gate=settings.gate,
-        beta=step.beta,
-        objective=settings.objective,
+        dict(rows.items()),
+        step,
         entropy=None if entropy is None else no_padding_2_padding(entropy, data),
-        old_log_probs=fields["old_log_probs"],
-        distill_mask=fields[TEACHER_MASK].to(bool),
-        gate_options=settings.gate_options,
-        objective_options=settings.objective_options,
-        granularity=settings.granularity,
-        centre=settings.centre,
-        clamp=settings.clamp,
-        statistics=StepStatistics(shift, pooled, scale, Ranges(*step.ranges) if step.ranges else None),
-        signals=divergence_signal(model_output, data),
+        signals=None if divergence is None else {"divergence": no_padding_2_padding(divergence, data)},
     )
+
+
+def column_sums(model_output: Mapping[str, Any], data: TensorDict, mask: torch.Tensor) -> dict[str, float]:
+    """Sum of each column over the distilled tokens, ``mask`` (batch, response_length); empty without columns."""
+    if f"{COLUMN_PREFIX}{COLUMNS[0]}" not in model_output:
+        return {}
+    columns = {name: model_output[f"{COLUMN_PREFIX}{name}"].detach() for name in COLUMNS}
+    return {
+        f"distribution_{name}": no_padding_2_padding(values, data)[mask].double().sum().item()
+        for name, values in columns.items()
+    }
 
 
 def _named(data: TensorDict, rows: Sequence[int]) -> str:

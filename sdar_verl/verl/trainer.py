@@ -1,15 +1,14 @@
-"""What SDAR adds to verl's v1 trainers, and trainer mode ``sdar``: verl's synchronous one with it.
+"""verl's trainers with SDAR in them; trainer mode ``sdar`` is its synchronous one.
 
-    rollout -> old log-probs -> reference -> teacher pass -> advantages -> update
-
-Everything not named here is verl's: rollout, replay buffer, checkpoints, validation loop, trackers. The asynchronous
-modes are in :mod:`sdar_verl.verl.async_modes`.
+What an update does stands in :mod:`sdar_verl.step`; here is what it is made of, and where it hooks into verl: set-up,
+rollout, validation, checkpoints. Everything not named here is verl's. The asynchronous modes are in
+:mod:`sdar_verl.verl.async_modes`.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,28 +29,30 @@ from sdar_verl.checks.panel_tasks import panel_files
 from sdar_verl.checks.run import check_run
 from sdar_verl.compat import validation_counts
 from sdar_verl.config import load_config
-from sdar_verl.finite import ADVANTAGES, check_student
+from sdar_verl.fields import STEP_VALUES, TEACHER_LOG_PROBS
+from sdar_verl.finite import STUDENT
+from sdar_verl.method import Method, Strengths
 from sdar_verl.modules import Importing
-from sdar_verl.observe.assemble import make_parts
-from sdar_verl.observe.base import StepRows, load_parts, save_parts
+from sdar_verl.observe import observers
+from sdar_verl.observe.base import load_states, save_states
 from sdar_verl.observe.lines import step_line, validation_line
-from sdar_verl.observe.metrics import reduce_loss_sums, row_metrics
+from sdar_verl.observe.metrics import gap_metrics, reduce_loss_sums
 from sdar_verl.observe.step_metrics import step_metrics
 from sdar_verl.panels import panel_digest
-from sdar_verl.rollout.late_context import LateContexts, late_contexts
-from sdar_verl.rollout.rows import TRACED_COLUMN, RowInfo
+from sdar_verl.requests import StepRequests, asked
+from sdar_verl.rollout.late_context import late_contexts
+from sdar_verl.rollout.rows import TRACED_COLUMN
 from sdar_verl.rollout.uids import PromptUids
-from sdar_verl.teacher.privileged import PrivilegedTeacher
+from sdar_verl.step import local_update
+from sdar_verl.table import StepTable, joined, stop_on_errors
 from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
-from sdar_verl.verl.distributions import StepRequests, step_requests
-from sdar_verl.verl.engine_loss import distribution_loss
 from sdar_verl.verl.liveness import Liveness, queue_processes, run_processes, watched
-from sdar_verl.verl.read_rows import read_infos, row_order, stop_on_errors
-from sdar_verl.verl.requests import asked
+from sdar_verl.verl.loss import sdar_loss
+from sdar_verl.verl.packing import check_packing
+from sdar_verl.verl.queue import in_order, read_table
 from sdar_verl.verl.resume import claim_checkpoints, from_scratch, resumed_folder
+from sdar_verl.verl.teacher import PrivilegedTeacher
 from sdar_verl.verl.validation import ArmDataset, arm_metrics, expected_episodes
-
-logger = logging.getLogger(__name__)
 
 
 class SdarTraining(PPOTrainer):
@@ -76,18 +77,36 @@ class SdarTraining(PPOTrainer):
         super().__init__(config)
         if self.sdar.rollout.poll_interval_s is not None:
             self.replay_buffer.poll_interval = self.sdar.rollout.poll_interval_s
-        self._has_teacher = self.sdar.teacher.source != "none"
-        if self._has_teacher:
-            self._teacher = PrivilegedTeacher(self.sdar.teacher, self)
-        self._requests = step_requests(self.sdar.loss) if self._has_teacher else StepRequests()
-        correction = config.algorithm.get("rollout_correction", None)
-        self._bypasses = bool(correction and correction.get("bypass_mode", False))
-        self._teacher_checked = False
-        self._infos: list[RowInfo | None] = []
-        self.parts = make_parts(self.sdar, config)
-        self._late_contexts: LateContexts | None = None
+        self.method, self.strengths = Method(self.sdar.loss), Strengths(self.sdar.loss)
+        taught = self.sdar.teacher.source != "none"
+        self.requests = StepRequests.of(self.sdar.loss)
+        self.teacher = PrivilegedTeacher(self.sdar.teacher, self.requests, self) if taught else None
+        self.observers = observers(self.sdar, config, self)
+        self.late_contexts: Any = None
+        self.tables: list[StepTable] = []
+        self.columns = ("response_mask", "rm_scores", "entropy", *STUDENT, TEACHER_LOG_PROBS)
+        self._checks_packing = bool(config.actor_rollout_ref.model.use_remove_padding)
         self._uids = PromptUids()
-        self._updates: list[dict] = []
+        self._updates: list[dict[str, Any]] = []
+        if taught and self.method.reads_entropy:
+            with open_dict(config):
+                config.actor_rollout_ref.actor.calculate_entropy = True
+
+    @property
+    def bypasses(self) -> bool:
+        """verl takes the rollout's log-probs for the old ones and makes no pass over the student's rows."""
+        return bool((self.config.algorithm.get("rollout_correction", None) or {}).get("bypass_mode", False))
+
+    @property
+    def colocated_reward_model(self) -> bool:
+        """Rewards come from a model on the training devices, after the episodes."""
+        return self.reward_loop_manager.reward_loop_worker_handles is None
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """The seconds within the context are those of ``timing_s/<phase>``."""
+        with marked_timer(phase, self.timing_raw):
+            yield
 
     # ---------------------------------------------------------------- set-up
 
@@ -112,8 +131,8 @@ class SdarTraining(PPOTrainer):
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        if self._has_teacher:
-            self._teacher.install(self._teacher_worker())
+        if self.teacher is not None:
+            self.teacher.install(self._teacher_worker())
 
     def _teacher_worker(self) -> type:
         """The worker class with a teacher in it, on the base that verl's trainer of this mode wants."""
@@ -123,23 +142,18 @@ class SdarTraining(PPOTrainer):
 
     def on_init_end(self) -> None:
         """Give the actor workers their loss and set the size of an update; then verl's first weight sync."""
-        if self._has_teacher:
-            self._teacher.start()
         actor = self.config.actor_rollout_ref.actor.copy()
         if self.use_reference_policy and not _reads_reference(self.config):
             # The reference is there for the teacher at most: a KL with coefficient 0 is not worth a pass per step.
             self.use_reference_policy = False
             actor.use_kl_loss = False
-            if not self._has_teacher:
+            if self.teacher is None:
                 self.actor_rollout_wg.set_loss_fn(partial(ppo_loss, config=omega_conf_to_dataclass(actor)))
-        if self._has_teacher:
-            self.actor_rollout_wg.set_loss_fn(
-                Importing(
-                    partial(distribution_loss, config=omega_conf_to_dataclass(actor), settings=self.sdar.loss),
-                    self.sdar.all_modules,
-                )
-            )
-            self._late_contexts = late_contexts(self.config, self.sdar, self.tokenizer)
+        if self.teacher is not None:
+            self.teacher.start()
+            loss = partial(sdar_loss, config=omega_conf_to_dataclass(actor), method=self.method)
+            self.actor_rollout_wg.set_loss_fn(Importing(loss, self.sdar.all_modules))
+            self.late_contexts = late_contexts(self.config, self.sdar, self.tokenizer)
         rows = self.sdar.update.mini_batch_rows
         if rows is not None:
             # verl counts a mini-batch in prompts and bounds it by the prompts of a step; a step of T-turn episodes has
@@ -160,16 +174,103 @@ class SdarTraining(PPOTrainer):
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
         """verl's: all updates up to the next weight sync, one in most modes; then what is known of all together."""
-        self._updates = []
+        self._updates, self.tables = [], []
         batch = super().step(metrics, timing_raw)
         metrics.update(step_metrics(self._updates))
-        for part in self.parts:
-            part.on_trained(self.global_steps, metrics)
+        self.strengths.observe(self.global_steps, metrics)
+        with self.timed("observers"):
+            table = joined(self.tables)
+            for observer in self.observers:
+                metrics.update(observer.after_updates(table, metrics))
+        self.tables = []
         return batch
 
-    def _step_once(self, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
-        batch = super()._step_once(metrics, *args, **kwargs)
+    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
+        batch = local_update(self, metrics, sample_batch_size)
         self._updates.append(dict(metrics))
+        return batch
+
+    # What :func:`sdar_verl.step.local_update` is made of, in its order.
+
+    def finished_episodes(self, size: int, metrics: dict[str, Any]) -> KVBatchMeta:
+        """The rows of ``size`` prompts whose episodes have ended, in one order whichever ended first."""
+        self.on_sample_begin()
+        batch, sampled = self.replay_buffer.sample(
+            global_steps=self.global_steps, partition_id="train", batch_size=size
+        )
+        metrics.update(sampled)
+        batch.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
+        self.on_sample_end()
+        return in_order(batch)
+
+    def read_table(self, batch: KVBatchMeta) -> StepTable:
+        """The rows' records."""
+        return read_table(batch, self.global_steps)
+
+    def count_crashed(self, table: StepTable) -> dict[str, float]:
+        """Episodes that were asked for and left no row."""
+        tasks = self.config.data.train_batch_size // self.parameter_sync_step
+        return {"sdar/crashed_episodes": tasks * self.config.actor_rollout_ref.rollout.n - len(table.episodes())}
+
+    def first_checks(self, table: StepTable, metrics: dict[str, Any]) -> None:
+        """What can only be seen on rows and workers, once."""
+        if self._checks_packing:
+            self._checks_packing = False
+            metrics["sdar/packing_gap"] = check_packing(self, table)
+
+    def old_log_probs(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """verl's, with what the objective asks of the student's pass."""
+        with asked(batch.extra_info, self.requests.student):
+            if self.requests.student is not None and self.bypasses:
+                temperature = self.config.actor_rollout_ref.rollout.temperature
+                batch.extra_info.update(calculate_entropy=False, compute_loss=False, temperature=temperature)
+                self.actor_rollout_wg.compute_log_prob(batch)
+            return self._compute_old_log_prob(batch, metrics=metrics)
+
+    def score_teacher(self, table: StepTable) -> dict[str, float]:
+        """The teacher pass."""
+        assert self.teacher is not None
+        return self.teacher.score(table)
+
+    def advantages(self, batch: KVBatchMeta, table: StepTable, metrics: dict[str, Any]) -> KVBatchMeta:
+        """verl's, whose estimator ``sdar`` is told which row belongs to which episode."""
+        with advantage_rows(AdvantageRows.of(self.sdar.advantage, table)) as rows:
+            batch = self._compute_advantage(batch, metrics=metrics)
+        table.rows.batch = batch
+        if rows.counts is not None:
+            metrics["sdar/groups_without_variance"] = rows.counts.groups_without_variance
+            metrics["sdar/groups"] = rows.counts.groups
+        if rows.tokens is not None:
+            table.columns["advantages"] = rows.tokens
+        return batch
+
+    def judge(self, batch: KVBatchMeta, table: StepTable) -> dict[str, float]:
+        """The method's view of all rows: statistics and signals go to the rows, the step's values to the batch."""
+        coef, beta = self.strengths.at(self.global_steps)
+        metrics = {"sdar/lambda": coef, "sdar/beta": beta}
+        judged = self.method.judge(table, coef, beta)
+        if judged.terms is not None:
+            old, teacher = table.columns["old_log_probs"], table.columns[TEACHER_LOG_PROBS]
+            entropy = table.columns.get("entropy")
+            metrics |= gap_metrics(teacher - old, table.mask, table.response, table.episode_ids, table.turns, entropy)
+            table.columns |= {"gap": judged.terms.gap, "gate": judged.terms.gate}
+        if judged.change is not None:
+            metrics["sdar/advantage_change"] = judged.change
+        table.write(judged.columns)
+        batch.extra_info[STEP_VALUES] = judged.values.as_dict()
+        return metrics
+
+    def update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """verl's, with what the objective asks of the update; the workers' sums become means."""
+        if self.teacher is None:
+            return self._update_actor(batch, metrics=metrics)
+        if self.teacher.source.per_update:
+            self.teacher.ask_within(batch.extra_info)
+        with asked(batch.extra_info, self.requests.update):
+            batch = self._update_actor(batch, metrics=metrics)
+        if self.local_trigger_step == self.parameter_sync_step - 1:
+            self.teacher.updated()
+        metrics.update(reduce_loss_sums(metrics))
         return batch
 
     # ---------------------------------------------------------------- rollout
@@ -181,78 +282,8 @@ class SdarTraining(PPOTrainer):
         if self.verl_mode != "sync" and self.sdar.trace.every:
             # Which step will train on them is not known yet.
             tu.assign_non_tensor_stack(batch, TRACED_COLUMN, [True] * len(batch))
-        for part in self.parts:
-            part.on_prompts(self.global_steps, batch)
-        return batch
-
-    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
-        batch.reorder(sorted(range(len(batch.keys)), key=lambda i: row_order(batch.keys[i])))
-        batch = super()._balance_batch(batch, metrics, *args, **kwargs)
-        self._infos = read_infos(batch)
-        if self._late_contexts is not None:
-            self._late_contexts.fill(batch.keys, self._infos)
-            stop_on_errors([info.error for info in self._infos if info is not None])
-        metrics.update(row_metrics(batch.keys, self._infos))
-        tasks = self.config.data.train_batch_size // self.parameter_sync_step
-        wanted = tasks * self.config.actor_rollout_ref.rollout.n
-        metrics["sdar/crashed_episodes"] = wanted - metrics["sdar/episodes"]
-        rows = self._step_rows(batch, metrics)
-        for part in self.parts:
-            part.on_rows(rows)
-        return batch
-
-    def _step_rows(self, batch: KVBatchMeta, metrics: dict) -> StepRows:
-        part, parts = self.local_trigger_step, self.parameter_sync_step
-        return StepRows(self.global_steps, batch, self._infos, metrics, self.sdar, self, part, parts)
-
-    # ---------------------------------------------------------------- teacher and advantages
-
-    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        if self._has_teacher:
-            self._teacher.begin(batch, self._infos, carry=self._requests.carry, request=self._requests.teacher)
-        with asked(batch.extra_info, self._requests.student):
-            if self._requests.student is not None and self._bypasses:
-                # verl takes the rollout's log-probs and makes no pass over the student's rows.
-                temperature = self.config.actor_rollout_ref.rollout.temperature
-                batch.extra_info.update(calculate_entropy=False, compute_loss=False, temperature=temperature)
-                self.actor_rollout_wg.compute_log_prob(batch)
-            return super()._compute_old_log_prob(batch, metrics)
-
-    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        check_student(self._step_rows(batch, metrics), self.tokenizer.eos_token_id)
-        if self._has_teacher:
-            with marked_timer("teacher", self.timing_raw, color="blue"):
-                self._teacher_pass(batch, metrics)
-        with advantage_rows(AdvantageRows.from_batch(self.sdar.advantage, batch.keys, self._infos)) as rows:
-            batch = super()._compute_advantage(batch, metrics)
-        if rows.counts is not None:
-            metrics["sdar/groups_without_variance"] = rows.counts.groups_without_variance
-            metrics["sdar/groups"] = rows.counts.groups
-        step_rows = self._step_rows(batch, metrics)
-        check_student(step_rows, self.tokenizer.eos_token_id, ADVANTAGES)
-        with marked_timer("parts", self.timing_raw, color="green"):
-            for part in self.parts:
-                part.on_advantages(step_rows)
-        return batch
-
-    def _teacher_pass(self, batch: KVBatchMeta, metrics: dict) -> None:
-        # Under bypass the old log-probs are the rollout engine's, not these workers': nothing to compare with.
-        # The rollout server is compared with the trainer at every step, on rows that the agent loop had it score.
-        checks = self.sdar.teacher.sanity_check and self._teacher.equals_student and not self._bypasses
-        checks = checks and not self._teacher.on_server
-        if checks and not self._teacher_checked:
-            metrics["sdar/empty_context_gap"] = self._teacher.check_empty_context(batch)
-        self._teacher_checked = True
-        requests = self._requests
-        metrics.update(self._teacher.score(batch, self._infos, carry=requests.carry, request=requests.teacher))
-
-    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        with asked(batch.extra_info, self._requests.update):
-            batch = super()._update_actor(batch, metrics)
-        if self._has_teacher:
-            if self.local_trigger_step == self.parameter_sync_step - 1:
-                self._teacher.updated()
-            metrics.update(reduce_loss_sums(metrics))
+        for observer in self.observers:
+            observer.before_rollout(batch)
         return batch
 
     # ---------------------------------------------------------------- validation
@@ -260,8 +291,8 @@ class SdarTraining(PPOTrainer):
     def on_validate_begin(self) -> None:
         """verl's hook, before the panel is read."""
         super().on_validate_begin()
-        for part in self.parts:
-            part.on_validation(self.val_dataset)
+        for observer in self.observers:
+            observer.before_validation(self.val_dataset)
 
     def _val_metrics_update(
         self,
@@ -273,21 +304,25 @@ class SdarTraining(PPOTrainer):
     ) -> dict[str, float]:
         metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
         stop_on_errors(reward_extra_infos_dict.get("error", []))
-        asked = validation_counts(kwargs)
+        counts = validation_counts(kwargs)
         rollouts = self.config.actor_rollout_ref.rollout.val_kwargs.n
-        expected = expected_episodes(asked) if asked else self.val_dataset.asked(rollouts)
+        expected = expected_episodes(counts) if counts else self.val_dataset.asked(rollouts)
         arms = arm_metrics(reward_extra_infos_dict, expected, self._val_types)
         if arms:
             print(validation_line(self.global_steps, arms), flush=True)
-            for part in self.parts:
-                part.on_validated(self.global_steps, arms, reward_extra_infos_dict)
+            for observer in self.observers:
+                observer.after_validation(self.global_steps, arms, reward_extra_infos_dict)
         return {**metrics, **arms}
 
     # ---------------------------------------------------------------- checkpoints
 
+    @property
+    def _stateful(self) -> list[Any]:
+        return [*([self.strengths] if self.teacher is not None else []), *self.observers]
+
     def _save_checkpoint(self) -> None:
         # Before verl's own: its last act is to name this checkpoint the latest.
-        save_parts(self.parts, Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}")
+        save_states(self._stateful, Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}")
         super()._save_checkpoint()
 
     def _load_checkpoint(self) -> None:
@@ -295,16 +330,14 @@ class SdarTraining(PPOTrainer):
         if self.global_steps == 0:
             print(from_scratch(self.config), end="", flush=True)
         else:
-            load_parts(self.parts, resumed_folder(self.config, self.global_steps))
+            load_states(self._stateful, resumed_folder(self.config, self.global_steps))
 
     # ---------------------------------------------------------------- what a person sees
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, *args: Any, **kwargs: Any) -> None:
-        # Teacher pass and parts run within verl's advantage phase; their times are shown on their own.
-        timing_raw["adv"] -= timing_raw.get("teacher", 0.0) + timing_raw.get("parts", 0.0)
         super()._compute_metrics(batch, metrics, timing_raw, *args, **kwargs)
-        for part in self.parts:
-            part.on_step_end(self.global_steps, metrics)
+        for observer in self.observers:
+            observer.after_step(self.global_steps, metrics)
         print(step_line(self.global_steps, self.total_training_steps, metrics), flush=True)
 
 

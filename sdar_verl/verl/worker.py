@@ -9,102 +9,154 @@ the engine the pass runs through.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_name
 from verl.utils.profiler import DistProfiler
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from sdar_verl.config import TeacherConfig
-from sdar_verl.modules import import_modules
-from sdar_verl.teacher.rows import nested, response_part, teacher_row
-from sdar_verl.teacher.sources import WeightSource, get_source
-from sdar_verl.verl.detach import DetachWorker
-from sdar_verl.verl.fields import (
+from sdar_verl.fields import (
     MODULES_NODE,
-    TEACHER_ENTROPY,
+    SUPPORT_IDS,
+    SUPPORT_LOG_PROBS,
+    TEACHER_HIDDEN,
     TEACHER_LOG_PROBS,
+    TEACHER_MASK,
     TEACHER_NODE,
     TEACHER_PROMPTS,
 )
-from sdar_verl.verl.gradient_probe import GradientProbe
-from sdar_verl.verl.head import HeadTap
-from sdar_verl.verl.requests import HEAD_FIELDS, HEAD_REQUEST, SUPPORT_IDS, HeadRequest
+from sdar_verl.modules import import_modules
+from sdar_verl.requests import HEAD_REQUEST, HeadRequest
+from sdar_verl.teacher.rows import teacher_row
+from sdar_verl.teacher.sources import WeightSource, get_source
+from sdar_verl.verl.detach import DetachWorker
+from sdar_verl.verl.engine import MODEL_TYPE
+from sdar_verl.verl.queue import nested
 
 MESH = "teacher"
+EMPTY_CONTEXT = "sdar_empty_context"
+"""Non-tensor entry of a teacher pass: score the student's own prompts."""
+TEACHER_REQUEST = "sdar_teacher_request"
+"""Non-tensor entry of an update: the request of a teacher that is scored inside it, as JSON."""
+
 _EVERYWHERE: Any = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]  # verl adds its members at run time
+_ANSWERS = (SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN)
 
 
-def score(worker: TrainingWorker, data: TensorDict) -> TensorDict | None:
-    """One teacher pass through ``worker``'s engine, with the weights as they are.
+class SdarTrainingWorker(TrainingWorker):
+    """verl's training worker, on our engine, which can score the teacher's rows."""
 
-    Args:
-        worker: verl's, of the actor, the reference or the teacher's own engine.
-        data: this rank's teacher rows; a request at the head may ask for more than log-probs and entropy
-            (:mod:`sdar_verl.verl.requests`).
+    engine: Any
 
-    Returns:
-        Nested fields over the responses, on the CPU; None on a rank that does not report (sequence parallelism).
-    """
-    result = worker.infer_batch(data)
-    if result is None:
-        return None
-    fields = {TEACHER_LOG_PROBS: result["log_probs"]}
-    if "entropy" in result:
-        fields[TEACHER_ENTROPY] = result["entropy"]
-    lengths = data["responses"].offsets().diff().tolist()
-    fields = {name: response_part(values, lengths) for name, values in fields.items()}
-    fields |= {name: result[name] for name in HEAD_FIELDS if name in result}
-    return tu.get_tensordict(fields).cpu()
+    def __init__(self, config: Any):
+        super().__init__(replace(config, model_type=MODEL_TYPE))
 
+    def score(self, data: TensorDict, request: HeadRequest, **options: Any) -> TensorDict:
+        """One teacher pass through the engine, with the weights as they are.
 
-class FreshTeacherTrainingWorker(TrainingWorker):
-    """verl's training worker, which scores an update's rows with the weights that this update starts from."""
+        Only rows that have a prompt of the teacher's are scored; the others have zeros in every column. The ranks
+        agree on a number of rows, since they gather weights together.
 
-    def train_batch(self, data: TensorDict) -> TensorDict:
-        """One optimizer update (verl's), on rows that carry the teacher's prompts."""
-        if TEACHER_PROMPTS in data:
-            for name, values in self._teacher_fields(data).items():
-                data[name] = values
-        return super().train_batch(data)
+        Args:
+            data: rows with ``responses``, ``response_mask``, the teacher's prompts, and what the request reads.
+            request: a teacher pass.
+            **options: ``empty_context``: score the student's prompts, on all rows; ``no_lora_adapter``: without it;
+                ``disable_auto_offload``: the weights are on the device already.
 
-    def _teacher_fields(self, data: TensorDict) -> dict[str, torch.Tensor]:
-        columns = [data[name].unbind() for name in (TEACHER_PROMPTS, "responses", "response_mask")]
-        rows = [teacher_row(*row) for row in zip(*columns, strict=True)]
-        names = ("input_ids", "position_ids", "loss_mask")
+        Returns:
+            Nested over the responses, on the CPU: log-probs (NaN at the first token of a row that holds a number
+            anywhere that is not finite), mask, and what else was asked for.
+        """
+        prompt = "prompts" if options.get("empty_context") else TEACHER_PROMPTS
+        prompts, responses, masks = (list(data[name].unbind()) for name in (prompt, "responses", "response_mask"))
+        seen = [bool(len(prompt)) and bool(mask.any()) for prompt, mask in zip(prompts, masks, strict=True)]
+        numbers = self._agreed([i for i, has in enumerate(seen) if has], len(seen))
+        columns = {
+            TEACHER_LOG_PROBS: [torch.zeros(len(mask)) for mask in masks],
+            TEACHER_MASK: [mask.cpu().long() * has for mask, has in zip(masks, seen, strict=True)],
+        }
+        if numbers:
+            # A row that only fills up has no prompt: any token will do.
+            starts = {i: prompts[i] if len(prompts[i]) else responses[i][:1] for i in numbers}
+            rows = [teacher_row(starts[i], responses[i], masks[i]) for i in numbers]
+            found = self._pass(rows, data, numbers, request, options)
+            broken = _broken(found, [masks[i] for i in numbers])
+            for name, values in found.items():
+                if name not in columns:
+                    shape, dtype = values[0].shape[1:], values[0].dtype
+                    columns[name] = [torch.zeros(len(mask), *shape, dtype=dtype) for mask in masks]
+                for i, row in zip(numbers, values, strict=True):
+                    if seen[i]:
+                        columns[name][i] = row
+            for place in broken:
+                if seen[numbers[place]]:
+                    columns[TEACHER_LOG_PROBS][numbers[place]][masks[numbers[place]].cpu().bool()] = float("nan")
+        return tu.get_tensordict({name: nested(values) for name, values in columns.items()})
+
+    def _agreed(self, numbers: list[int], rows: int) -> list[int]:
+        """As many rows on every rank: others are added where another rank has more, or micro-batches must be full."""
+        most = torch.tensor(len(numbers), device=get_device_name())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.engine.get_data_parallel_group())
+        wanted = int(most)
+        if not self.engine_config.use_dynamic_bsz:
+            wanted += -wanted % self.engine_config.infer_micro_batch_size_per_gpu
+        chosen = set(numbers)
+        return [*numbers, *[i for i in range(rows) if i not in chosen][: wanted - len(numbers)]]
+
+    def _pass(
+        self,
+        rows: list[dict[str, torch.Tensor]],
+        data: TensorDict,
+        numbers: list[int],
+        request: HeadRequest,
+        options: dict[str, Any],
+    ) -> dict[str, list[torch.Tensor]]:
+        names = ("input_ids", "position_ids", "loss_mask", "responses")
         batch = TensorDict({name: nested([row[name] for row in rows]) for name in names}, batch_size=len(rows))
+        if request.what == "on_support":
+            support = data[SUPPORT_IDS].unbind()
+            batch[SUPPORT_IDS] = nested([support[i] for i in numbers])
+        config = self.engine_config
         tu.assign_non_tensor(
             batch,
             temperature=tu.get(data, "temperature"),
             calculate_entropy=False,
             use_remove_padding=self.model_config.get("use_remove_padding", False),
-            use_fused_kernels=self.engine_config.use_fused_kernels,
-            use_dynamic_bsz=self.engine_config.use_dynamic_bsz,
-            max_token_len_per_gpu=self.engine_config.infer_max_token_len_per_gpu,
-            micro_batch_size_per_gpu=self.engine_config.infer_micro_batch_size_per_gpu,
+            use_fused_kernels=config.use_fused_kernels,
+            use_dynamic_bsz=config.use_dynamic_bsz,
+            max_token_len_per_gpu=config.infer_max_token_len_per_gpu,
+            micro_batch_size_per_gpu=config.infer_micro_batch_size_per_gpu,
+            **{HEAD_REQUEST: request.to_json()},
         )
-        asked = tu.get(data, HEAD_REQUEST, default=None)
-        request = HeadRequest.from_json(asked).teacher if asked is not None else None
-        if request is not None:
-            tu.assign_non_tensor(batch, **{HEAD_REQUEST: request.to_json()})
-            if request.what == "on_support":
-                batch[SUPPORT_IDS] = data[SUPPORT_IDS]
-        # The engine, not infer_batch of this class: the latter gives its result to reporting ranks alone, and every
-        # rank needs it. verl's train_batch puts the module into training mode again.
-        with self.engine.eval_mode(disable_auto_offload=True):
-            output = self.engine.infer_batch(batch, loss_function=None)
-        result, device = output["model_output"], data["responses"].device
-        if request is not None:
-            HeadTap.attach(self.engine).hand_head_to(self.engine)
-        lengths = data["responses"].offsets().diff().tolist()
-        fields = {TEACHER_LOG_PROBS: response_part(result["log_probs"], lengths)}
-        fields |= {name: result[name] for name in HEAD_FIELDS if name in result}
-        return {name: values.to(device) for name, values in fields.items()}
+        # The engine, not infer_batch of this class: the latter gives its result to reporting ranks alone.
+        adapter = self.engine.disable_adapter if options.get("no_lora_adapter") else nullcontext
+        with self.engine.eval_mode(disable_auto_offload=options.get("disable_auto_offload", False)), adapter():
+            result = self.engine.infer_batch(batch, loss_function=None)["model_output"]
+        found = {TEACHER_LOG_PROBS: result["log_probs"]} | {n: result[n] for n in _ANSWERS if n in result}
+        return {name: [row.cpu() for row in values.unbind()] for name, values in found.items()}
+
+
+class FreshTeacherTrainingWorker(SdarTrainingWorker):
+    """The same, which scores an update's rows with the weights that this update starts from."""
+
+    def train_batch(self, data: TensorDict) -> TensorDict:
+        """One optimizer update (verl's), on rows that carry the teacher's prompts."""
+        request = HeadRequest.from_json(tu.get(data, TEACHER_REQUEST))
+        for name, values in self.score(data, request, disable_auto_offload=True).items():
+            data[name] = values.to(data["responses"].device)
+        if self.engine.heads.kept is not None:
+            self.engine.heads.teacher, self.engine.heads.kept = self.engine.heads.kept, None
+        return super().train_batch(data)
 
 
 class WithTeacher(ActorRolloutRefWorker):
@@ -116,20 +168,19 @@ class WithTeacher(ActorRolloutRefWorker):
         **kwargs: verl's.
     """
 
+    actor_worker_cls = ref_worker_cls = SdarTrainingWorker
+    actor: Any
+    ref: Any
+
     def __init__(self, config: DictConfig, role: str, **kwargs: Any):
         super().__init__(config, role, **kwargs)
         import_modules(config[MODULES_NODE])
         self._settings = teacher_settings(config)
         self._own_config = copy.deepcopy(config)  # verl's init_model renames keys in the reference's node
-        self._other: TrainingWorker | None = None
+        self._other: Any = None
         self._source: WeightSource | None = None
         if get_source(self._settings.source).per_update:
             self.actor_worker_cls = FreshTeacherTrainingWorker
-
-    @property
-    def _actor(self) -> TrainingWorker:
-        assert self.actor is not None, "init_model comes first"
-        return self.actor
 
     @property
     def other(self) -> TrainingWorker | None:
@@ -146,25 +197,22 @@ class WithTeacher(ActorRolloutRefWorker):
     def init_model(self) -> None:
         """Build verl's models, then the teacher's weights."""
         super().init_model()
-        if self._settings.path is not None:
-            frozen = ActorRolloutRefWorker(config=other_weights(self._own_config, self._settings.path), role="ref")
+        if self._settings.path is not None and self._settings.placement == "colocated":
+            frozen = FrozenWorker(config=other_weights(self._own_config, self._settings.path), role="ref")
             frozen.init_model()
             self._other = frozen.ref
         self._source = get_source(self._settings.source)(self._settings, self)
         self.set_dispatch_collect(mesh_name=MESH, **self._source.engine.get_dispatch_collect())
-        for worker in (self.actor, self.ref, self._other):
-            if worker is not None:
-                HeadTap.attach(worker.engine)
-        GradientProbe.attach(self._actor.engine)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name=MESH))
     @DistProfiler.annotate(color="cyan", role="teacher_compute_log_prob")
-    def compute_teacher_log_prob(self, data: TensorDict) -> TensorDict | None:
-        """Score teacher rows with the teacher's weights; see :func:`score`."""
+    def compute_teacher_log_prob(self, data: TensorDict) -> TensorDict:
+        """Score teacher rows with the teacher's weights; see :meth:`SdarTrainingWorker.score`."""
         with self.source.scoring() as extra:
-            tu.assign_non_tensor(data, **extra)
-            fields = score(self.source.engine, data)
-        HeadTap.attach(self.source.engine.engine).hand_head_to(self._actor.engine)
+            fields = score(self.source.engine, data, **extra)
+        heads = self.source.engine.engine.heads
+        if heads.kept is not None:
+            self.actor.engine.heads.teacher, heads.kept = heads.kept, None
         return fields
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
@@ -173,7 +221,7 @@ class WithTeacher(ActorRolloutRefWorker):
         try:
             return super().update_actor(data)
         finally:
-            HeadTap.attach(self._actor.engine).teacher_head = None
+            self.actor.engine.heads.teacher = None
 
     @register(dispatch_mode=_EVERYWHERE)
     def update_teacher(self, step: int) -> None:
@@ -208,7 +256,14 @@ class DetachTeacherWorker(WithTeacher, DetachWorker):
     """On verl's worker of the separate trainer, which keeps the weights that a step began with."""
 
 
-class PoolTeacherWorker(ActorRolloutRefWorker):
+class FrozenWorker(ActorRolloutRefWorker):
+    """verl's worker of a reference, on our engine."""
+
+    ref_worker_cls = SdarTrainingWorker
+    ref: Any
+
+
+class PoolTeacherWorker(FrozenWorker):
     """A frozen teacher on devices of its own.
 
     Args:
@@ -220,24 +275,23 @@ class PoolTeacherWorker(ActorRolloutRefWorker):
         path = settings.path if settings.path is not None else config.model.path
         super().__init__(other_weights(config, path), role="ref", **kwargs)
 
-    @property
-    def teacher(self) -> TrainingWorker:
-        """The frozen model; there after :meth:`init_model`."""
-        assert self.ref is not None, "init_model comes first"
-        return self.ref
-
     @register(dispatch_mode=_EVERYWHERE)
     def init_model(self) -> None:
         """Build the teacher's model."""
         super().init_model()
-        self.set_dispatch_collect(mesh_name=MESH, **self.teacher.get_dispatch_collect())
-        HeadTap.attach(self.teacher.engine)
+        self.set_dispatch_collect(mesh_name=MESH, **self.ref.get_dispatch_collect())
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name=MESH), blocking=False)
     @DistProfiler.annotate(color="cyan", role="teacher_compute_log_prob")
-    def compute_teacher_log_prob(self, data: TensorDict) -> TensorDict | None:
-        """Score teacher rows; see :func:`score`. The caller gets futures: its own devices have work meanwhile."""
-        return score(self.teacher, data)
+    def compute_teacher_log_prob(self, data: TensorDict) -> TensorDict:
+        """Score teacher rows. The caller gets futures: its own devices have work meanwhile."""
+        return score(self.ref, data)
+
+
+def score(worker: Any, data: TensorDict, **options: Any) -> TensorDict:
+    """A teacher pass as the batch asks for it, through one of our training workers."""
+    request = HeadRequest.from_json(tu.get(data, HEAD_REQUEST))
+    return worker.score(data, request, empty_context=tu.get(data, EMPTY_CONTEXT, default=False), **options)
 
 
 def teacher_settings(config: DictConfig) -> TeacherConfig:
@@ -258,3 +312,16 @@ def other_weights(config: DictConfig, path: str) -> DictConfig:
         if config.model.get("lora", None) is not None:
             config.model.lora.rank = 0
     return config
+
+
+def _broken(found: dict[str, list[torch.Tensor]], masks: list[torch.Tensor]) -> list[int]:
+    """Places of rows that hold NaN or infinity where the mask is on; hidden states show in the log-probs."""
+    return [
+        place
+        for place, mask in enumerate(masks)
+        if any(
+            not torch.isfinite(values[place][mask.cpu().bool()]).all()
+            for name, values in found.items()
+            if name != TEACHER_HIDDEN and values[place].is_floating_point()
+        )
+    ]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sdar_verl.config import LossConfig
-from sdar_verl.verl.fields import TEACHER_LOG_PROBS
+from sdar_verl.fields import TEACHER_LOG_PROBS
 from tests.integration.test_teacher_worker import batch, worker_config
 from tests.support.one_update import (
     BETA,

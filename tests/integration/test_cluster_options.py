@@ -15,7 +15,7 @@ import torch
 
 from sdar_verl.config import LossConfig
 from sdar_verl.teacher.rows import nested
-from sdar_verl.verl.fields import (
+from sdar_verl.fields import (
     NORM_PREFIX,
     STEP_VALUES,
     SUMS_PREFIX,
@@ -23,7 +23,7 @@ from sdar_verl.verl.fields import (
     TEACHER_PROMPTS,
     StepValues,
 )
-from sdar_verl.verl.requests import HEAD_REQUEST, TEACHER_HIDDEN
+from sdar_verl.requests import HEAD_REQUEST, TEACHER_HIDDEN
 from tests.integration.test_ranks import CHECKPOINTING, FEW_TOKENS, FSDP1, PACKED, SAME, weights
 from tests.integration.test_teacher_worker import batch, worker_config
 from tests.support import ulysses

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdar_verl.config import LossConfig
-from sdar_verl.verl.fields import NORM_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
+from sdar_verl.fields import NORM_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
 from tests.integration.test_teacher_worker import TEMPERATURE, worker_config
 from tests.support.one_update import one_mini_batch, plain_model
 from tests.support.ranks import run_on_ranks

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from sdar_verl.config import LossConfig
-from sdar_verl.verl.fields import SUMS_PREFIX, TEACHER_LOG_PROBS
-from sdar_verl.verl.requests import HEAD_REQUEST, TEACHER_HIDDEN
+from sdar_verl.fields import SUMS_PREFIX, TEACHER_LOG_PROBS
+from sdar_verl.requests import HEAD_REQUEST, TEACHER_HIDDEN
 from tests.integration.test_teacher_worker import batch, worker_config
 from tests.support.one_update import (
     BETA,

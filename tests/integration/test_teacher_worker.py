@@ -14,14 +14,14 @@ import torch
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.teacher.rows import nested, teacher_row
-from sdar_verl.verl.fields import (
+from sdar_verl.fields import (
     MODULES_NODE,
     TEACHER_ENTROPY,
     TEACHER_LOG_PROBS,
     TEACHER_NODE,
     TEACHER_PROMPTS,
 )
-from sdar_verl.verl.requests import HEAD_REQUEST, SUPPORT_IDS, SUPPORT_LOG_PROBS, HeadRequest
+from sdar_verl.requests import HEAD_REQUEST, SUPPORT_IDS, SUPPORT_LOG_PROBS, HeadRequest
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny_model import make_tiny_model
 

@@ -26,7 +26,7 @@ def _register(_) -> None:
 
     from sdar_verl.teacher.privileged import PrivilegedTeacher
     from sdar_verl.teacher.rows import nested
-    from sdar_verl.verl.fields import TEACHER_LOG_PROBS
+    from sdar_verl.fields import TEACHER_LOG_PROBS
     from sdar_verl.verl.trainer import SdarTrainer
 
     def poisoned(values: torch.Tensor, infos: list) -> torch.Tensor:

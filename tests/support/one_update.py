@@ -11,7 +11,7 @@ import torch
 from sdar_verl.algorithm.divergences import DIVERGENCES
 from sdar_verl.algorithm.loss import gated_distillation_loss
 from sdar_verl.teacher.rows import nested
-from sdar_verl.verl.fields import STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
+from sdar_verl.fields import STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
 from tests.integration.test_teacher_worker import TEMPERATURE, batch
 from tests.support.plain import padded
 

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from sdar_verl.config import LossConfig
 from sdar_verl.observe.distillation import StepTable
 from sdar_verl.rollout.rows import RowInfo, TurnNote
-from sdar_verl.verl.fields import TEACHER_ENTROPY, TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.fields import TEACHER_ENTROPY, TEACHER_LOG_PROBS, TEACHER_MASK
 
 EPISODES = {"u0_0": [3, 2, 4], "u0_1": [1, 5], "u1_0": [2], "u1_1": [4, 4, 1, 2]}
 """Episode -> tokens of each turn."""

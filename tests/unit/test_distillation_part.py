@@ -16,7 +16,7 @@ from sdar_verl.config import SdarConfig, load_config
 from sdar_verl.observe.base import StepRows, load_parts, save_parts
 from sdar_verl.observe.distillation import Distillation
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.verl.fields import (
+from sdar_verl.fields import (
     GAP_POOLED,
     GAP_SHIFT,
     LOSS_SCALE,

@@ -16,7 +16,7 @@ from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.checks.loss import loss_faults
 from sdar_verl.config import LossConfig, load_config
 from sdar_verl.verl.distributions import StepRequests, column_means, step_requests
-from sdar_verl.verl.requests import HEAD_REQUEST, SUPPORT_IDS, HeadRequest, asked
+from sdar_verl.requests import HEAD_REQUEST, SUPPORT_IDS, HeadRequest, asked
 
 
 def settings(**options) -> LossConfig:

@@ -34,7 +34,7 @@ from sdar_verl.rollout.rows import EpisodeNote, RowInfo, TurnNote
 from sdar_verl.skills.ucb import TypeStatistics
 from sdar_verl.teacher.answers import ServerCheck, answer_metrics
 from sdar_verl.teacher.privileged import teacher_metrics
-from sdar_verl.verl.fields import NORM_PREFIX, SUMS_PREFIX
+from sdar_verl.fields import NORM_PREFIX, SUMS_PREFIX
 from sdar_verl.verl.validation import arm_metrics
 from tests.support.verl_version import IS_VERL_090
 
@@ -46,7 +46,9 @@ DOCUMENTS = [
 ]
 SOURCES = [
     ROOT / "sdar_verl" / name
-    for name in ("verl/trainer.py", "finite.py", "observe/distillation.py", "observe/packing.py", "teacher/privileged.py")
+    for name in (
+        *("verl/trainer.py", "finite.py", "observe/distillation.py", "observe/packing.py", "teacher/privileged.py"),
+    )
 ]
 METRIC = re.compile(r"`(sdar(?:-val)?/[^`]+|timing_s/teacher)`")
 SETTING = re.compile(r"(?:sdar|actor_rollout_ref|data|trainer|algorithm)(?:\.\w+)+(?:=\S+)?|(?:model|hardware)=\S+")

@@ -15,7 +15,7 @@ from sdar_verl.finite import ADVANTAGES, check_student, check_teacher
 from sdar_verl.observe.base import StepRows
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.teacher.rows import nested
-from sdar_verl.verl.requests import TEACHER_HIDDEN
+from sdar_verl.requests import TEACHER_HIDDEN
 
 KEYS = ["s1p0_0_0", "s1p0_0_1", "s1p1_0_0", "pad_0_0"]
 LENGTHS = [3, 2, 4, 1]

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
-from sdar_verl.verl.fields import STEP_VALUES, StepValues
+from sdar_verl.fields import STEP_VALUES, StepValues
 from sdar_verl.verl.gradient_probe import GradientProbe
 
 

@@ -13,9 +13,9 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from sdar_verl.algorithm.divergences import COLUMNS, full_columns, on_support, top_k_columns, top_k_ids
-from sdar_verl.verl.fields import TEACHER_MASK
+from sdar_verl.fields import TEACHER_MASK
 from sdar_verl.verl.head import HeadTap, columns_of_this_step
-from sdar_verl.verl.requests import (
+from sdar_verl.requests import (
     COLUMN_PREFIX,
     HEAD_REQUEST,
     SUPPORT_IDS,

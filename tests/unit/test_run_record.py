@@ -20,7 +20,7 @@ from sdar_verl.panels import PanelError
 from sdar_verl.report import layout
 from sdar_verl.report.distributions import reward_statistics
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
+from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
 from tests.support.toy_panel import write_toy_panels
 
 

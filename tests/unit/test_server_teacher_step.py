@@ -17,7 +17,7 @@ from sdar_verl.local import start_policy
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.teacher.privileged import PrivilegedTeacher
 from sdar_verl.teacher.rows import nested
-from sdar_verl.verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
 from tests.support.cpu_server import make_server
 from tests.support.plain import plain_logits
 from tests.support.scripted import play_episode

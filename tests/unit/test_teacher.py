@@ -16,7 +16,7 @@ from sdar_verl.errors import TeacherError
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.teacher.privileged import PrivilegedTeacher, check_not_lost
 from sdar_verl.teacher.rows import TeacherRows, nested, response_part, stop_without_contexts
-from sdar_verl.verl.fields import TEACHER_ENTROPY, TEACHER_LOG_PROBS
+from sdar_verl.fields import TEACHER_ENTROPY, TEACHER_LOG_PROBS
 
 VOCABULARY = 1000
 CHANCE = -math.log(VOCABULARY)

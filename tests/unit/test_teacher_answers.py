@@ -17,7 +17,7 @@ from sdar_verl.rollout.rows import EpisodeNote, RowInfo
 from sdar_verl.teacher.answers import answer_metrics
 from sdar_verl.teacher.privileged import PrivilegedTeacher
 from sdar_verl.teacher.rows import nested
-from sdar_verl.verl.fields import TEACHER_ENTROPY, TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.fields import TEACHER_ENTROPY, TEACHER_LOG_PROBS, TEACHER_MASK
 
 
 class Rows(SimpleNamespace):

@@ -19,7 +19,7 @@ from sdar_verl.algorithm.masking import NonFiniteValues
 from sdar_verl.config import LossConfig
 from sdar_verl.errors import ConfigError, NonFiniteError
 from sdar_verl.rollout.rows import ROW_KEY, RowInfo
-from sdar_verl.verl.fields import (
+from sdar_verl.fields import (
     GAP_POOLED,
     GAP_SHIFT,
     LOSS_SCALE,

@@ -1,0 +1,48 @@
+"""Names of what trainer, agent loops and workers exchange: columns of the rows, entries of a batch, worker metrics."""
+
+from __future__ import annotations
+
+TEACHER_PROMPTS = "sdar_teacher_prompts"
+"""Nested (rows, prompt tokens), int32: the teacher's prompt of each row; empty where the teacher has no say."""
+
+TEACHER_LOG_PROBS = "sdar_teacher_log_probs"
+"""Nested (rows, response tokens), nats: log pi_T of the sampled tokens; read only where the mask is 1."""
+
+TEACHER_MASK = "sdar_teacher_mask"
+"""Nested (rows, response tokens), int64: 1 where the distillation term reads the teacher."""
+
+SUPPORT_IDS = "sdar_support_ids"
+"""Nested (rows, response tokens, k), int32: the tokens that a top-k divergence is taken over."""
+
+SUPPORT_LOG_PROBS = "sdar_support_log_probs"
+"""Nested (rows, response tokens, k + 1), nats: the teacher's log-probs of those and of all others together."""
+
+TEACHER_HIDDEN = "sdar_teacher_hidden"
+"""Nested (rows, response tokens, hidden size): what the teacher's head reads."""
+
+GAP_SHIFT = "sdar_gap_shift"
+"""Nested (rows, response tokens), nats: what centring takes off the gap; only with ``sdar.loss.centre``."""
+
+GAP_POOLED = "sdar_gap_pooled"
+"""Nested (rows, response tokens), nats: gap of the row's trajectory; only with ``granularity=trajectory``."""
+
+LOSS_SCALE = "sdar_loss_scale"
+"""Nested (rows, response tokens): factor on a token's loss; only with another ``divide_by`` than tokens."""
+
+STATISTICS = (GAP_SHIFT, GAP_POOLED, LOSS_SCALE)
+"""What a row must know of the others."""
+
+STEP_VALUES = "sdar_step"
+"""Entry of the batch under which :class:`sdar_verl.method.StepValues` travel to the workers."""
+
+SUMS_PREFIX = "sdar_total/"
+"""Worker metrics under this prefix are sums; the trainer turns them into means."""
+
+NORM_PREFIX = "sdar_norm/"
+"""Worker metrics under this prefix are gradient norms in weight space; the trainer turns them into a share."""
+
+TEACHER_NODE = "sdar_teacher"
+"""Key under ``actor_rollout_ref`` by which ``sdar.teacher`` reaches the workers: verl gives them that node alone."""
+
+MODULES_NODE = "sdar_modules"
+"""Key under ``actor_rollout_ref`` with the modules that register names (``sdar.modules``), for the workers."""

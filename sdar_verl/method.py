@@ -1,0 +1,249 @@
+"""The method: the ``sdar.loss`` settings made into one object.
+
+    L = L_RL + lambda * Agg[ g_t * objective_t ],      g_t = sg[ gate(gap_t; beta) ]      (arXiv:2605.15155, equation 8)
+
+The trainer sees all rows of a step, a worker a micro-batch, the record a finished step; each asks the same object:
+
+    Strengths.at(step)      lambda and beta of the step                              trainer
+    Method.judge(table)     what spans rows; gap and gate; shaped advantages         trainer, once per local update
+    Method.terms(rows)      the gated objective per token, with gradient             worker, once per micro-batch
+
+Whatever spans rows is decided in the trainer and travels with the batch, so the loss does not depend on how rows are
+dealt to micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from sdar_verl.algorithm.gap import StepStatistics, step_statistics, token_gap
+from sdar_verl.algorithm.gates import Ranges, gate_reads
+from sdar_verl.algorithm.loss import distillation_terms
+from sdar_verl.algorithm.masking import clean
+from sdar_verl.algorithm.schedules import Scheduled, make_schedule
+from sdar_verl.algorithm.signals import SignalRows, get_signal, signal_reads
+from sdar_verl.algorithm.terms import DistillationTerms
+from sdar_verl.config import LossConfig, ScheduleConfig
+from sdar_verl.fields import GAP_POOLED, GAP_SHIFT, LOSS_SCALE, STATISTICS, TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.table import StepTable
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What the trainer tells the workers at each step.
+
+    Attributes:
+        coef: lambda of the auxiliary loss; 0 when the signal enters elsewhere.
+        beta: sharpness of the gate.
+        ranges: of entropy and gap over the step, for gates that ask for them.
+        measure: the step's number when both gradients are to be measured in weight space, else None.
+        only: ``rl`` or ``distillation`` during such a measurement: the loss that is differentiated alone.
+    """
+
+    coef: float
+    beta: float
+    ranges: tuple[float, float, float, float] | None = None
+    measure: int | None = None
+    only: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for a batch."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StepValues:
+        """The other way round."""
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What :meth:`Method.judge` found out of all rows of a local update.
+
+    Attributes:
+        values: for the workers.
+        columns: (rows, response_length) to write beside the rows: statistics, shaped advantages.
+        terms: gap and gate at the weights the step began with.
+        change: mean absolute change of an advantage over the sampled tokens; None where the signal leaves them alone.
+    """
+
+    values: StepValues
+    columns: dict[str, torch.Tensor]
+    terms: DistillationTerms | None = None
+    change: float | None = None
+
+
+class Method:
+    """Gate, objective, signal and statistics of one run.
+
+    Args:
+        settings: the ``sdar.loss`` node.
+    """
+
+    def __init__(self, settings: LossConfig):
+        self.settings = settings
+        self.in_loss = signal_reads(settings.signal, "loss", settings.signal_options)
+        self.reads_entropy = gate_reads(settings.gate, "entropy")
+        self._shape: dict[str, Any] = {name: getattr(settings, name) for name in ("granularity", "centre", "clamp")}
+        self._gate: dict[str, Any] = {"gate": settings.gate, "gate_options": settings.gate_options}
+
+    def terms(
+        self,
+        log_probs: torch.Tensor,
+        rows: Mapping[str, torch.Tensor],
+        values: StepValues,
+        *,
+        entropy: torch.Tensor | None = None,
+        signals: Mapping[str, torch.Tensor] | None = None,
+    ) -> DistillationTerms:
+        """The distillation term per token of a micro-batch, with gradient to ``log_probs``.
+
+        Args:
+            log_probs: (rows, response_length), the student's of now, nats.
+            rows: ``response_mask``, ``old_log_probs``, the teacher's log-probs and mask, and what statistics there are.
+            values: of the step.
+            entropy: (rows, response_length), the student's, nats.
+            signals: further tensors of the objective (a divergence).
+        """
+        settings = self.settings
+        shift, pooled, scale = (rows.get(name) for name in STATISTICS)
+        return distillation_terms(
+            log_probs,
+            rows[TEACHER_LOG_PROBS],
+            rows["response_mask"],
+            beta=values.beta,
+            objective=settings.objective,
+            objective_options=settings.objective_options,
+            entropy=entropy,
+            old_log_probs=rows["old_log_probs"],
+            distill_mask=rows[TEACHER_MASK].bool(),
+            statistics=StepStatistics(shift, pooled, scale, Ranges(*values.ranges) if values.ranges else None),
+            signals=signals,
+            **self._gate,
+            **self._shape,
+        )
+
+    def judge(self, table: StepTable, coef: float, beta: float) -> Judgement:
+        """Look at all rows of a local update before it is made.
+
+        Args:
+            table: with log-probs, the teacher's where there are any, and advantages.
+            coef: lambda of the step.
+            beta: of the step.
+        """
+        settings, measure = self.settings, self._measure(table, coef)
+        in_loss = coef if self.in_loss else 0.0
+        if TEACHER_LOG_PROBS not in table.columns:  # a teacher that is scored inside the update
+            return Judgement(StepValues(in_loss, beta, measure=measure), {})
+        old = clean("old_log_probs", table.columns["old_log_probs"], table.mask)
+        teacher = clean("teacher_log_probs", table.columns[TEACHER_LOG_PROBS], table.mask)
+        entropy = table.columns.get("entropy") if self.reads_entropy else None
+        known = {"distill_mask": table.mask, "entropy": entropy, "beta": beta, **self._gate, **self._shape}
+        statistics = step_statistics(
+            old,
+            teacher,
+            table.response,
+            table.episode_ids,
+            divide_by=settings.divide_by,
+            gap_threshold=settings.gap_threshold,
+            **known,
+        )
+        terms = distillation_terms(old, teacher, table.response, statistics=statistics, **known)
+        columns = {GAP_SHIFT: statistics.shift, GAP_POOLED: statistics.pooled, LOSS_SCALE: statistics.scale}
+        change = None
+        if not self.in_loss:
+            shaped = self._shape_advantages(table, old, teacher, terms, statistics, coef)
+            change = _mean_change(shaped, table)
+            columns["advantages"] = shaped
+        return Judgement(
+            StepValues(in_loss, beta, statistics.ranges, measure),
+            {name: value for name, value in columns.items() if value is not None},
+            terms,
+            change,
+        )
+
+    def _measure(self, table: StepTable, coef: float) -> int | None:
+        every = self.settings.measure_every
+        due = every is not None and coef > 0 and self.in_loss and (table.step - 1) % every == 0
+        return table.step if due else None
+
+    def _shape_advantages(
+        self,
+        table: StepTable,
+        old: torch.Tensor,
+        teacher: torch.Tensor,
+        terms: DistillationTerms,
+        statistics: StepStatistics,
+        strength: float,
+    ) -> torch.Tensor:
+        settings, advantages = self.settings, table.advantages
+        rows = SignalRows(
+            advantages=advantages,
+            response_mask=table.response,
+            mask=table.mask,
+            old_log_probs=old,
+            teacher_log_probs=teacher,
+            gap=token_gap(terms.gap, table.mask, centre=settings.centre, clamp=settings.clamp, statistics=statistics),
+            gate=terms.gate,
+            episode_ids=table.episode_ids,
+            group_ids=table.group_ids,
+            turns=table.turns,
+            scores=table.columns["rm_scores"].sum(dim=-1),
+        )
+        shaped = get_signal(settings.signal)(rows, strength=strength, **settings.signal_options)
+        if shaped.shape != advantages.shape:
+            raise ValueError(
+                f"signal {settings.signal!r} returned shape {tuple(shaped.shape)}; expected {tuple(advantages.shape)}"
+            )
+        return clean(f"signal {settings.signal}", shaped, table.response).to(advantages.dtype)
+
+
+def _mean_change(shaped: torch.Tensor, table: StepTable) -> float:
+    change = (shaped - table.advantages).abs()[table.response]
+    return change.double().mean().item() if len(change) else 0.0
+
+
+class Strengths:
+    """Lambda and beta over the steps; what their schedules have learned is part of a checkpoint.
+
+    Args:
+        settings: the ``sdar.loss`` node.
+    """
+
+    name = "distillation"
+
+    def __init__(self, settings: LossConfig):
+        self._values = {
+            "coef": scheduled(settings.coef, settings.coef_schedule),
+            "beta": scheduled(settings.beta, settings.beta_schedule),
+        }
+
+    def at(self, step: int) -> tuple[float, float]:
+        """Lambda and beta of a step, from 1."""
+        return self._values["coef"].value(step), self._values["beta"].value(step)
+
+    def observe(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """What the schedules follow, after the step's updates."""
+        for value in self._values.values():
+            measured = metrics.get(value.schedule.measures) if value.schedule.measures else None
+            if measured is not None:
+                value.schedule.observe(value.value(step), float(measured))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What they have learned; empty where they learn nothing."""
+        return {name: value.schedule.state for name, value in self._values.items() if value.schedule.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        for name, value in self._values.items():
+            if name in state:
+                value.schedule.state = state[name]
+
+
+def scheduled(base: float, node: ScheduleConfig) -> Scheduled:
+    """A value and its ``..._schedule`` node. ValueError when the schedule does not take the options."""
+    return Scheduled(base, make_schedule(node.name, node.options), node.start_step, node.stop_step, node.warmup_steps)

@@ -1,0 +1,196 @@
+"""The table of a local update: who its rows are, what the agent loop noted of them, and their tokens' numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict
+
+from sdar_verl.errors import RolloutError
+from sdar_verl.rollout.rows import RowId, RowInfo
+
+
+class Rows(Protocol):
+    """Where the rows lie: verl's queue (:class:`sdar_verl.verl.queue.QueueRows`)."""
+
+    batch: Any
+    """verl's."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """verl's name of each row, for messages."""
+
+    def read(self, names: Sequence[str]) -> TensorDict:
+        """Columns as they are stored, nested over tokens; those that no row has are left out."""
+
+    def write(self, columns: dict[str, torch.Tensor]) -> None:
+        """Write nested columns of all rows; the workers get them with the rest of the batch."""
+
+    def tag(self, numbers: Sequence[int], **tags: Any) -> None:
+        """Add verl's tags to some rows."""
+
+
+@dataclass
+class StepTable:
+    """All rows of a training step; where a step makes several updates, of one of them.
+
+    Attributes:
+        step: verl's global step, from 1.
+        rows: where the rows lie.
+        ids: which rollout of which prompt each row belongs to.
+        infos: the agent loop's record of each row; None for rows that fill the batch up, which count nowhere.
+        columns: name -> (rows, response_length), 0 behind the end of a response; what :meth:`read` has fetched.
+        lengths: (rows,) response tokens; there after :meth:`read`.
+        broken: rows that were taken out.
+    """
+
+    step: int
+    rows: Rows
+    ids: list[RowId]
+    infos: list[RowInfo | None]
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    broken: int = 0
+
+    def read(self, names: Sequence[str]) -> None:
+        """Fetch columns of all rows, in one call; those that this run does not have are left out."""
+        stored = self.rows.read(names)
+        if not self.lengths:
+            self.lengths = [len(row) for row in stored["response_mask"].unbind()]
+        self.columns.update(stored.to_padded_tensor().items())
+
+    def write(self, columns: dict[str, torch.Tensor]) -> None:
+        """Store columns (rows, response_length) beside the rows; the workers get them with the rest of the batch."""
+        self.columns.update(columns)
+        self.rows.write({name: nested_rows(values, self.lengths) for name, values in columns.items()})
+
+    def take_out(self, numbers: Sequence[int]) -> None:
+        """Let these rows count nowhere, as if they filled the batch up."""
+        self.broken += len(numbers)
+        for i in numbers:
+            self.infos[i] = None
+            for values in self.columns.values():
+                values[i] = 0
+        self._forget()
+
+    def silence(self, numbers: Sequence[int], why: str) -> None:
+        """Let the teacher have no say on these rows."""
+        for i in numbers:
+            info = self.infos[i]
+            if info is not None:
+                info.teacher_failure = why
+        self._forget()
+
+    def _forget(self) -> None:
+        for name in ("mask", "response"):
+            self.__dict__.pop(name, None)
+
+    # ---------------------------------------------------------------- who the rows are
+
+    @property
+    def episode_ids(self) -> list[str]:
+        """(rows,) which rollout, unique over the step."""
+        return [row.episode for row in self.ids]
+
+    @property
+    def group_ids(self) -> list[str]:
+        """(rows,) which prompt."""
+        return [row.uid for row in self.ids]
+
+    @property
+    def turns(self) -> list[int]:
+        """(rows,) index of the row's first turn in its episode."""
+        return [0 if info is None else info.turn for info in self.infos]
+
+    def episodes(self) -> dict[str, list[tuple[int, RowInfo]]]:
+        """Rollout -> its rows that count, with their numbers, in the table's order."""
+        found: dict[str, list[tuple[int, RowInfo]]] = {}
+        for number, (row, info) in enumerate(zip(self.ids, self.infos, strict=True)):
+            if info is not None:
+                found.setdefault(row.episode, []).append((number, info))
+        return found
+
+    # ---------------------------------------------------------------- their tokens
+
+    @cached_property
+    def response(self) -> torch.Tensor:
+        """(rows, response_length) bool, sampled tokens."""
+        return self.columns["response_mask"].bool()
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """(rows, response_length) bool, sampled tokens that have a teacher."""
+        seen = torch.tensor([info is not None and info.has_teacher for info in self.infos])
+        return self.response & seen.unsqueeze(-1)
+
+    @property
+    def advantages(self) -> torch.Tensor:
+        """(rows, response_length), the estimator's; fetched when first asked for."""
+        if "advantages" not in self.columns:
+            self.read(["advantages"])
+        return self.columns["advantages"]
+
+
+def joined(tables: Sequence[StepTable]) -> StepTable:
+    """The rows of all updates of a step, one after the other, with the columns that all of them have."""
+    if len(tables) == 1:
+        return tables[0]
+    names = set.intersection(*(set(table.columns) for table in tables))
+    width = max(table.response.shape[1] for table in tables)
+    return replace(
+        tables[0],
+        rows=_Several([table.rows for table in tables]),
+        ids=[row for table in tables for row in table.ids],
+        infos=[info for table in tables for info in table.infos],
+        columns={
+            name: torch.cat([_widened(table.columns[name], width) for table in tables])
+            for name in tables[0].columns
+            if name in names
+        },
+        lengths=[length for table in tables for length in table.lengths],
+    )
+
+
+def nested_rows(values: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """(rows, response_length) as a column is stored: nested over the tokens of each response."""
+    rows = [row[:length] for row, length in zip(values, lengths, strict=True)]
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def stop_on_errors(errors: Sequence[str | None]) -> None:
+    """Raise the first fault that an agent loop noted: such a fault is the set-up's, not an episode's bad luck."""
+    faults = [error for error in errors if error]
+    if faults:
+        raise RolloutError(f"{faults[0]}\n({len(faults)} of {len(errors)} rows of this step have such a fault)")
+
+
+def _widened(values: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]))
+
+
+class _Several:
+    """The rows of several tables, for reading."""
+
+    batch = None
+
+    def __init__(self, parts: Sequence[Rows]):
+        self._parts = parts
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for part in self._parts for key in part.keys]
+
+    def read(self, names: Sequence[str]) -> TensorDict:
+        from verl.utils.tensordict_utils import concat_tensordict
+
+        return concat_tensordict([part.read(names) for part in self._parts])
+
+    def write(self, columns: dict[str, torch.Tensor]) -> None:
+        raise NotImplementedError("the rows of one update are written")
+
+    def tag(self, numbers: Sequence[int], **tags: Any) -> None:
+        raise NotImplementedError("the rows of one update are tagged")

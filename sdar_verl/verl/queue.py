@@ -1,0 +1,86 @@
+"""verl's TransferQueue, as this package uses it: the rows of a batch, their names, and what the agent loop noted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+
+from sdar_verl.errors import RolloutError
+from sdar_verl.rollout.rows import RowId, RowInfo
+from sdar_verl.table import StepTable, stop_on_errors
+
+
+def row_id(key: str) -> RowId:
+    """From verl's name of a row, ``{uid}_{session}_{index}``."""
+    uid, session, index = key.rsplit("_", 2)
+    return RowId(uid, int(session), int(index))
+
+
+def in_order(batch: KVBatchMeta) -> KVBatchMeta:
+    """The batch with its rows in one order, whichever episode ended first."""
+    batch.reorder(sorted(range(len(batch.keys)), key=lambda i: row_id(batch.keys[i])))
+    return batch
+
+
+class QueueRows:
+    """The rows of a batch in verl's queue.
+
+    Args:
+        batch: of verl's trainer, which puts a new one in its place after some of its phases.
+    """
+
+    def __init__(self, batch: KVBatchMeta):
+        self.batch = batch
+
+    @property
+    def keys(self) -> list[str]:
+        """verl's names of the rows."""
+        return self.batch.keys
+
+    def read(self, names: Sequence[str]) -> TensorDict:
+        """Columns of all rows, as they are stored (nested over tokens); those that no row has are left out."""
+        return tq.kv_batch_get(keys=self.keys, partition_id=self.batch.partition_id, select_fields=list(names))
+
+    def write(self, columns: dict[str, torch.Tensor]) -> None:
+        """Write nested columns of all rows; the workers get them with the rest of the batch."""
+        if columns:
+            fields = TensorDict(columns, batch_size=len(self.keys))
+            written = tq.kv_batch_put(keys=self.keys, partition_id=self.batch.partition_id, fields=fields)
+            if self.batch.fields is not None:  # what the workers are sent; None is everything
+                self.batch.fields = written.fields
+
+    def tag(self, numbers: Sequence[int], **tags: Any) -> None:
+        """Add tags to some rows; verl's ``is_padding`` keeps a row out of its metrics."""
+        for i in numbers:
+            self.batch.tags[i] = {**self.batch.tags[i], **tags}
+        keys, changed = [self.keys[i] for i in numbers], [self.batch.tags[i] for i in numbers]
+        tq.kv_batch_put(keys=keys, partition_id=self.batch.partition_id, tags=changed)
+
+
+def read_table(batch: KVBatchMeta, step: int) -> StepTable:
+    """The table of a batch with the agent loop's records; tokens are read later.
+
+    Raises:
+        RolloutError: a row says that the run must stop, or no episode could be played.
+    """
+    rows = QueueRows(batch)
+    extras = list(rows.read(["extra_fields"])["extra_fields"])
+    infos = [
+        None if tag.get("is_padding", False) else RowInfo.from_extra_fields(extra)
+        for tag, extra in zip(batch.tags, extras, strict=True)
+    ]
+    real = [info for info in infos if info is not None]
+    stop_on_errors([info.error for info in real])
+    if all(info.failed for info in real):
+        raise RolloutError(f"not one episode of this step could be played; the last reason: {real[-1].failure}")
+    return StepTable(step, rows, [row_id(key) for key in batch.keys], infos)
+
+
+def nested(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of different length as one jagged tensor, the form that verl's columns have."""
+    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
