@@ -34,7 +34,7 @@ from benchmarks.common import interleaved, machine, median, ratio, table
 from sdar_verl.algorithm.divergence_rows import FullDivergence, TopKDivergence
 from sdar_verl.algorithm.divergences import on_support, top_k_ids
 from sdar_verl.algorithm.head_chunks import RowFunction, chunk_logits, map_logits
-from sdar_verl.verl.distributions import CHUNK_TOKENS, TOP_K
+from sdar_verl.requests import CHUNK_TOKENS, TOP_K
 
 PROMPT, RESPONSE = 384, 128
 """Tokens of a row of the part ``sampled``."""
@@ -66,7 +66,8 @@ class MicroBatch:
         from verl.workers.config import ActorConfig
 
         from sdar_verl.config import LossConfig
-        from sdar_verl.fields import STEP_VALUES, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
+        from sdar_verl.fields import STEP_VALUES, TEACHER_LOG_PROBS, TEACHER_MASK
+        from sdar_verl.method import Method, StepValues
 
         rows = max(1, tokens // (PROMPT + RESPONSE))
         self.inputs, self.weight, *_ = tensors(rows * (PROMPT + RESPONSE), vocabulary, hidden)
@@ -74,6 +75,7 @@ class MicroBatch:
         self.weight.requires_grad_()
         self.labels = torch.randint(vocabulary, (len(self.inputs),))
         self.settings = LossConfig()
+        self.method = Method(self.settings)
         self.config = ActorConfig(
             strategy="fsdp2", rollout_n=2, use_dynamic_bsz=True, use_kl_loss=True, kl_loss_coef=0.01
         )
@@ -109,7 +111,7 @@ class MicroBatch:
         output: dict[str, Any] = {"log_probs": torch.nested.nested_tensor_from_jagged(log_probs, self.offsets)}
         if kind == "ppo":
             return ppo_loss(self.config, output, self.data)[0]
-        return sdar_loss(self.config, self.settings, output, self.data)[0]
+        return sdar_loss(self.config, self.method, output, self.data)[0]
 
     def update(self, kind: str) -> Callable[[], object]:
         """From hidden states on; ``kind`` is ``ppo`` or ``sdar``."""

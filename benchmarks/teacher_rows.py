@@ -5,13 +5,13 @@
 The rows are turns of real ALFWorld games in the recipes' own template and with the skills that retrieval finds. The
 tokenizer is a byte-level BPE with a ChatML template, as Qwen's, trained here on the package's own texts.
 
-trainer     what stands between rollout and teacher pass: the agent loop's ids in front of the sampled ids, with masks
-            and positions (:meth:`sdar_verl.teacher.rows.TeacherRows.inputs`)
+worker      what stands between rollout and teacher pass: the agent loop's ids in front of the sampled ids, with masks
+            and positions (:func:`sdar_verl.teacher.rows.teacher_row`)
 re-encode   the same rows from text: decode the student's prompt, put the skills into it, encode, append
-agent loop  what the trainer's rows cost before, in the agent loop while other episodes generate: template, chat
+agent loop  what the worker's rows cost before, in the agent loop while other episodes generate: template, chat
             template, one encoding. It is part of the work, but of no step's critical path
 
-The trainer's and the re-encoded rows end with the same response ids. Both arms leave verl's queue out, which they would
+The worker's and the re-encoded rows end with the same response ids. Both arms leave verl's queue out, which they would
 use alike. CPU seconds, arms in turn, medians over the rounds.
 """
 
@@ -36,7 +36,7 @@ from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
 from sdar_verl.skills.loading import load_run_bank
 from sdar_verl.skills.retrieval import render_skills, retrieve
-from sdar_verl.teacher.rows import TeacherRows, teacher_row
+from sdar_verl.teacher.rows import teacher_row
 from tests.support.chatml import chatml_tokenizer
 
 TEMPLATE, HISTORY, MAX_STEPS = "alfworld", 2, 50
@@ -91,10 +91,10 @@ class Rows:
             infos.append(info)
         return infos
 
-    def trainer(self) -> list[dict[str, torch.Tensor]]:
+    def worker(self) -> list[dict[str, torch.Tensor]]:
         """Ids that are there already."""
-        prompts = [torch.as_tensor(ids, dtype=torch.int64) for ids in self.teacher]
-        return TeacherRows(prompts, self.responses, self.masks, [True] * len(prompts)).inputs()
+        prompts = [torch.from_numpy(ids) for ids in self.teacher]
+        return [teacher_row(*row) for row in zip(prompts, self.responses, self.masks, strict=True)]
 
     def re_encode(self) -> list[dict[str, torch.Tensor]]:
         """Text, row by row."""
@@ -129,10 +129,10 @@ def main() -> None:
     rows = Rows(chatml_tokenizer(texts, args.vocabulary), contexts, args.response_tokens)
     assert all(
         torch.equal(a["responses"], b["responses"]) and len(a["prompts"]) > len(ids)
-        for a, b, ids in zip(rows.trainer(), rows.re_encode(), rows.student, strict=True)
+        for a, b, ids in zip(rows.worker(), rows.re_encode(), rows.student, strict=True)
     )
 
-    arms = {"trainer": rows.trainer, "re-encode": rows.re_encode, "agent loop": rows.agent_loop}
+    arms = {"worker": rows.worker, "re-encode": rows.re_encode, "agent loop": rows.agent_loop}
     costs = interleaved(arms, args.rounds)
     lengths = [np.mean([len(ids) for ids in prompts]) for prompts in (rows.student, rows.teacher)]
     print(machine("torch", "transformers", "tokenizers"))

@@ -163,7 +163,8 @@ class ContextConfig(_Node):
     sources: list[str] = Field(
         default_factory=lambda: ["skills"],
         min_length=1,
-        description="registered contexts, in this order: skills (paper), answer, demonstration, sibling, feedback",
+        description="registered contexts, in this order: skills (paper), answer, column, demonstration, sibling, "
+        "failed_sibling, feedback",
     )
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="context -> its keyword arguments, for contexts named in sources"
@@ -182,6 +183,22 @@ class ContextConfig(_Node):
         "none", description="skills puts the retrieved skills into the student's own prompt in training (Skill-GRPO)"
     )
     seed: int = Field(0, ge=0, description="for contexts and controls that draw; draws are per task")
+    place: str = Field(
+        "user",
+        min_length=1,
+        description="with agent loops of verl's or yours: where the context stands in the prompt's messages: user (end "
+        "of the last user message), system, or a Jinja template with the slots prompt and context",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="with such loops: arguments of the chat template for the teacher alone, beyond the student's; "
+        "{enable_thinking: true} lets a thinking teacher judge a plain student",
+    )
+    on_foreign_prompt: Literal["error", "mask"] = Field(
+        "error",
+        description="with such loops: a prompt that verl's tokenisation does not make of its messages: error stops the "
+        "run, mask leaves the row out of the distillation term, counted in sdar/foreign_prompt_share",
+    )
 
 
 class SkillsConfig(_Node):

@@ -8,9 +8,8 @@
 s_t is the student's context, s_t+ the same with the privileged context, y_t the sampled token, sg[.] stop-gradient.
 The training loss is L_RL + lambda * L_SDAR; lambda belongs to the caller.
 
-Two steps, so that a worker can aggregate with verl's own function and its own global-batch numbers:
-:func:`distillation_terms` is the mathematics per token, pure torch; :func:`gated_distillation_loss` adds verl's
-``agg_loss`` and sums for the metrics (:mod:`sdar_verl.algorithm.stats`).
+:func:`distillation_terms` is the mathematics per token, pure torch; a worker aggregates them with verl's own function
+and its own global-batch numbers (:mod:`sdar_verl.verl.loss`).
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from sdar_verl.algorithm.gap import StepStatistics, gate_gap
 from sdar_verl.algorithm.gates import get_gate
 from sdar_verl.algorithm.masking import active_mask, clean
 from sdar_verl.algorithm.objectives import get_objective
-from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.algorithm.terms import DistillationTerms
 
 
@@ -123,72 +121,3 @@ def distillation_terms(
         gate_gap=entering,
         entropy=entropy,
     )
-
-
-def gated_distillation_loss(
-    student_log_probs: torch.Tensor,
-    teacher_log_probs: torch.Tensor,
-    response_mask: torch.Tensor,
-    *,
-    gate: str = "gap",
-    beta: float = 5.0,
-    objective: str = "sampled",
-    entropy: torch.Tensor | None = None,
-    old_log_probs: torch.Tensor | None = None,
-    loss_agg_mode: str = "token-mean",
-    distill_mask: torch.Tensor | None = None,
-    dp_size: int = 1,
-    batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None,
-    loss_scale_factor: int | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """L_SDAR as a scalar, aggregated by verl's ``agg_loss``, and its sums for the metrics.
-
-    All arguments but the five below are those of :func:`distillation_terms`, ``options`` being its later ones. The
-    last four are verl's numbers of the global batch: with them, gradients accumulated over micro-batches and averaged
-    over ranks do not depend on how the batch was split (a worker passes ``**config.global_batch_info``). Without them
-    the loss is the mean over this batch.
-
-    Args:
-        loss_agg_mode: one of verl's modes (token-mean, token-sum, seq-mean-token-sum, seq-mean-token-sum-norm,
-            seq-mean-token-mean). The paper's Agg is seq-mean-token-mean when a row is a trajectory.
-        dp_size: data-parallel ranks that average their gradients.
-        batch_num_tokens: valid response tokens in the global batch.
-        global_batch_size: rows in the global batch.
-        loss_scale_factor: divisor of seq-mean-token-sum-norm; None: response_length.
-
-    Returns:
-        loss: scalar; 0 with a gradient of 0 when no token is valid.
-        stats: see :func:`sdar_verl.algorithm.stats.stats_sums`.
-
-    Raises:
-        ValueError: as :func:`distillation_terms`; an unknown ``loss_agg_mode``; dp_size > 1 without the global
-            number that the mode divides by.
-    """
-    from verl.trainer.ppo.core_algos import agg_loss  # here, so that importing this package does not import verl
-
-    terms = distillation_terms(
-        student_log_probs,
-        teacher_log_probs,
-        response_mask,
-        gate=gate,
-        beta=beta,
-        objective=objective,
-        entropy=entropy,
-        old_log_probs=old_log_probs,
-        distill_mask=distill_mask,
-        **options,
-    )
-    loss = agg_loss(
-        loss_mat=terms.loss,
-        loss_mask=terms.response_mask,
-        loss_agg_mode=loss_agg_mode,
-        dp_size=dp_size,
-        batch_num_tokens=batch_num_tokens,
-        global_batch_size=global_batch_size,
-        loss_scale_factor=loss_scale_factor,
-    )
-    if not response_mask.any():
-        loss = terms.loss.sum()  # the mean over nothing would be 0 / 0; this 0 is still part of the graph
-    return loss, stats_sums(terms)

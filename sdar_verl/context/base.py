@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from sdar_verl.envs.base import Task
 from sdar_verl.untrusted import whole_characters
@@ -54,6 +55,7 @@ class PlayedEpisode:
         success: it solved its task.
         reward: its return.
         last_observation: what the environment answered to the last action.
+        said: what a reward function said beside the reward: the judge's message, the test that failed.
     """
 
     name: str
@@ -61,6 +63,7 @@ class PlayedEpisode:
     success: bool
     reward: float
     last_observation: str
+    said: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

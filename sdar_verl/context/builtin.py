@@ -1,13 +1,16 @@
 """The contexts of this package; each is one function. Texts are our own words.
 
-``skills``, ``answer`` and ``demonstration`` are known before an episode begins; ``sibling`` and ``feedback`` are
-late, known when its whole group has ended. What they stand for in the literature: docs/contexts.md.
+``skills``, ``answer``, ``column`` and ``demonstration`` are known before an episode begins; ``sibling``,
+``failed_sibling`` and ``feedback`` are late, known when its whole group has ended. What they stand for in the
+literature: docs/contexts.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal, get_args
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode
 from sdar_verl.context.registry import ContextError, register_context
@@ -59,30 +62,81 @@ def demonstration(request: ContextRequest) -> str | None:
     return "Actions that solve this task, in order:\n" + _listed(actions)
 
 
+@register_context("column")
+def column(request: ContextRequest, *, path: str, intro: str = "") -> str | None:
+    """A column of the row's data, such as a worked solution; None where the row has none.
+
+    Args:
+        request: ``task`` is read.
+        path: of the column, with dots into what it holds: ``extra_info.solution``.
+        intro: a line before it.
+    """
+    value: Any = request.task.data
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if value is None or value == "" or value == []:
+        return None
+    text = "\n".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return f"{intro}\n{text}" if intro else text
+
+
 @register_context("sibling", late=True)
-def sibling(request: ContextRequest, *, choice: SiblingChoice = "shortest", observations: bool = True) -> str | None:
+def sibling(
+    request: ContextRequest,
+    *,
+    choice: SiblingChoice = "shortest",
+    observations: bool = True,
+    threshold: float | None = None,
+    thinking: bool = True,
+) -> str | None:
     """A successful episode of the same group, never the row's own; None when there is none.
 
     Args:
         request: ``siblings`` are read.
         choice: ``shortest`` (fewest turns; the first of several) or ``first`` by its number in the group.
         observations: show what was seen at each turn, not the actions alone.
+        threshold: success is a reward of at least this; None: what environment or reward function call success.
+        thinking: False leaves out what stands between ``<think>`` and ``</think>``.
     """
-    if choice not in get_args(SiblingChoice):
-        raise ContextError(f"sibling has choice={choice!r}; use one of {', '.join(get_args(SiblingChoice))}")
-    solved = [episode for episode in request.siblings if episode.success]
-    if not solved:
-        return None
-    best = min(solved, key=lambda episode: len(episode.turns)) if choice == "shortest" else solved[0]
-    return "An attempt at this task that succeeded:\n" + "\n".join(_story(best, observations))
+    solved = [episode for episode in request.siblings if _solved(episode, threshold)]
+    return _shown("An attempt at this task that succeeded:", solved, choice, observations, thinking)
+
+
+@register_context("failed_sibling", late=True)
+def failed_sibling(
+    request: ContextRequest,
+    *,
+    choice: SiblingChoice = "first",
+    observations: bool = True,
+    threshold: float | None = None,
+    thinking: bool = True,
+) -> str | None:
+    """An episode of the same group that did not succeed, never the row's own; options as in :func:`sibling`."""
+    failed = [episode for episode in request.siblings if not _solved(episode, threshold)]
+    return _shown("An attempt at this task that failed:", failed, choice, observations, thinking)
 
 
 @register_context("feedback", late=True)
-def feedback(request: ContextRequest) -> str:
-    """What the environment had to say in the end about the row's own episode: outcome, invalid actions, last answer."""
+def feedback(request: ContextRequest, *, field: str | None = None) -> str | None:
+    """What was said in the end about the row's own episode.
+
+    Args:
+        request: ``episode`` is read.
+        field: key of what the reward function said (its ``reward_extra_info``): a judge's message, a failed test. None
+            where the row has none. Without it: outcome, invalid actions and last answer of the environment.
+    """
     episode = request.episode
     if episode is None:
         raise ContextError("context 'feedback' was asked for before the episode ended")
+    if field is not None:
+        if field not in episode.said:
+            known = ", ".join(sorted(episode.said)) or "nothing"
+            raise ContextError(
+                f"context 'feedback' reads {field!r} from what the reward function says, which says: {known}; name the "
+                "right key in sdar.context.options.feedback.field"
+            )
+        text = str(episode.said[field] or "").strip()
+        return f"What was said about this attempt:\n{text}" if text else None
     lines = [
         f"This attempt {'solved' if episode.success else 'did not solve'} the task; "
         f"it took {len(episode.turns)} turn{'s' if len(episode.turns) != 1 else ''} and earned {episode.reward:g}."
@@ -93,6 +147,27 @@ def feedback(request: ContextRequest) -> str:
     if episode.last_observation:
         lines.append(f"The last thing seen was: {episode.last_observation}")
     return "\n".join(lines)
+
+
+def _solved(episode: PlayedEpisode, threshold: float | None) -> bool:
+    return episode.success if threshold is None else episode.reward >= threshold
+
+
+def _shown(title: str, episodes: list[PlayedEpisode], choice: str, observations: bool, thinking: bool) -> str | None:
+    if choice not in get_args(SiblingChoice):
+        raise ContextError(f"sibling has choice={choice!r}; use one of {', '.join(get_args(SiblingChoice))}")
+    if not episodes:
+        return None
+    best = min(episodes, key=lambda episode: len(episode.turns)) if choice == "shortest" else episodes[0]
+    if not thinking:
+        turns = [replace(turn, action=turn.action and _THOUGHT.sub("", turn.action).strip()) for turn in best.turns]
+        best = replace(best, turns=tuple(turns))
+    if len(best.turns) == 1 and best.said:  # a recipe's row of one turn: its question is known, its answer is all
+        return f"{title}\n{best.turns[0].action or ''}"
+    return f"{title}\n" + "\n".join(_story(best, observations))
+
+
+_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 def _story(episode: PlayedEpisode, observations: bool) -> Iterable[str]:

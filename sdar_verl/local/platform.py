@@ -1,7 +1,7 @@
 """A CPU platform for verl, used when a machine has no accelerator.
 
 verl looks for NVIDIA, Huawei and AMD devices and, finding none, pretends to be on NVIDIA. This platform answers instead
-on a machine of its own, and never on a cluster: see ``CpuPlatform.is_platform_available``.
+on a machine of its own, and never on a cluster: see :func:`sdar_verl.local.register.on_cpu`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry
-
-from sdar_verl.local import joins_ray_cluster
 
 NAME = "cpu"
 
@@ -89,13 +87,10 @@ class CpuPlatform(PlatformBase):
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        """Whether verl should pick this platform by itself.
+        """Asked again: another plugin may have registered an accelerator since (:func:`.register.on_cpu`)."""
+        from sdar_verl.local.register import on_cpu
 
-        Only when no other registered platform finds its device, and only in a process that will start a Ray cluster of
-        its own: the head node of a GPU cluster often has no GPU, and there verl's own fallback is the right answer.
-        The Ray workers of a CPU run do not guess: hydra_configs/hardware/cpu.yaml tells them (``VERL_PLATFORM=cpu``).
-        """
-        return not joins_ray_cluster() and not _other_platform_available(use_smi_check)
+        return on_cpu()
 
     def current_device(self) -> Any:
         """Not an index: verl writes ``tensor.to(get_device_id())``, and torch reads 0 as an accelerator."""
@@ -170,16 +165,3 @@ class CpuPlatform(PlatformBase):
 
     def cudart(self) -> None:
         return None
-
-
-def _other_platform_available(use_smi_check: bool) -> bool:
-    for name in PlatformRegistry.registered_names():
-        platform_class = PlatformRegistry.get(name)
-        if name == NAME or platform_class is None:
-            continue
-        try:
-            if platform_class().is_platform_available(use_smi_check=use_smi_check):
-                return True
-        except Exception:  # verl's own detection passes over a platform that cannot be probed
-            continue
-    return False

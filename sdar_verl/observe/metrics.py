@@ -54,6 +54,8 @@ def row_metrics(table: StepTable) -> dict[str, float]:
         "sdar/context_missing_share": _share(info.context_missing for info in played),
         "sdar/context_empty_share": _share(info.context_empty for info in played),
     }
+    if any(info.rewarded for info in played):
+        metrics["sdar/foreign_prompt_share"] = _share(info.foreign for info in played)
     if any(info.turns for info in played):
         metrics["sdar/cut_episodes"] = sum(info.cut for info in played)
     if seen:

@@ -6,13 +6,12 @@ contexts. From these the very same template and chat template give the teacher's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import Protocol
 
 import torch
-from omegaconf import DictConfig
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode, PlayedTurn
@@ -21,7 +20,6 @@ from sdar_verl.envs.base import Task
 from sdar_verl.fields import TEACHER_PROMPTS
 from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
 from sdar_verl.rollout.rows import EpisodeNote, RowId, RowInfo
-from sdar_verl.rollout.runtime import make_prompts
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
 from sdar_verl.table import StepTable, stop_on_errors
 
@@ -39,7 +37,8 @@ class _Episode:
         steps = [step for info in self.infos for step in info.steps]
         turns = [PlayedTurn(step.observation, step.action, not step.invalid) for step in steps]
         first = self.infos[0]
-        return PlayedEpisode(self.name, tuple(turns), first.success, self.note.reward, self.note.last_observation)
+        note = self.note
+        return PlayedEpisode(self.name, tuple(turns), first.success, note.reward, note.last_observation, note.said)
 
 
 @dataclass
@@ -50,16 +49,23 @@ class _Group:
     episodes: list[_Episode] = field(default_factory=list)
 
 
+class LatePrompts(Protocol):
+    """Makes the teacher's prompt of a row after its episode."""
+
+    def add(self, task: Task, infos: Sequence[RowInfo], index: int, passage: Passage) -> None:
+        """Fill in that of ``infos[index]``; ``infos`` are the rows of its episode, in order."""
+
+
 class LateContexts:
     """Fills in the teacher's prompts of a step.
 
     Args:
         settings: the ``sdar`` node.
         contexts: of the run.
-        prompts: the agent loop's, see :func:`~sdar_verl.rollout.runtime.make_prompts`.
+        prompts: make one as the agent loop would have.
     """
 
-    def __init__(self, settings: SdarConfig, contexts: ContextBuilder, prompts: PromptBuilder) -> None:
+    def __init__(self, settings: SdarConfig, contexts: ContextBuilder, prompts: LatePrompts) -> None:
         self._settings = settings
         self._contexts = contexts
         self._prompts = prompts
@@ -94,10 +100,8 @@ class LateContexts:
             for step in info.steps:
                 if step.text is not None:  # on traced steps
                     step.text["context"] = seen.text if seen is not None else ""
-            if seen is not None:
-                add_teacher_prompt(
-                    info, self._prompts, self._shown(group.task, episode, index), seen, self._settings.teacher
-                )
+            if seen is not None and not info.foreign:
+                self._prompts.add(group.task, episode.infos, index, seen)
         if seen is not None and episode.infos[0].teacher_prompt_tokens is not None:
             episode.note.context = seen.text
 
@@ -112,31 +116,41 @@ class LateContexts:
         return self._contexts.passage(request, early)
 
     def _other(self, groups: Mapping[str, _Group], group: _Group) -> Passage | None:
-        """The context of an episode of this step whose task is of another type; None when there is none."""
+        """The context of an episode of this step whose task is of another type, or, where there is one type alone, of
+        another task; None when there is none."""
         others = [other for other in groups.values() if other.task.task_type != group.task.task_type]
+        others = others or [other for other in groups.values() if other.task.task_id != group.task.task_id]
         candidates = [(other, episode) for other in others for episode in other.episodes]
         Random(f"{self._settings.context.seed}:{group.task.task_id}").shuffle(candidates)
         passages = (self._passage(other, episode) for other, episode in candidates)
         return next((passage for passage in passages if passage.text), None)
 
-    def _shown(self, task: Task, episode: _Episode, index: int) -> TurnContext:
-        """What the student was shown at a turn, as the agent loop put it."""
-        info = episode.infos[index]
+
+class TurnPrompts:
+    """Of the text environments: the same template and chat template as in the agent loop.
+
+    Args:
+        settings: the ``sdar`` node.
+        prompts: the agent loop's, see :func:`~sdar_verl.rollout.runtime.make_prompts`.
+    """
+
+    def __init__(self, settings: SdarConfig, prompts: PromptBuilder) -> None:
+        self._settings = settings
+        self._prompts = prompts
+
+    def add(self, task: Task, infos: Sequence[RowInfo], index: int, passage: Passage) -> None:
+        """Fill in the teacher's prompt of a turn: what the student was shown, as the agent loop put it."""
+        info = infos[index]
         length = min(self._settings.prompt.history_length, index) - info.history_dropped
-        return TurnContext(
+        shown = TurnContext(
             task=task.description,
-            history=tuple((past.observation, past.action) for past in episode.infos[index - length : index]),
+            history=tuple((past.observation, past.action) for past in infos[index - length : index]),
             observation=info.observation,
             admissible_actions=tuple(info.admissible_actions),
             step=info.turn + 1,
             max_steps=self._settings.env.max_steps,
         )
-
-
-def late_contexts(config: DictConfig, sdar: SdarConfig, tokenizer: Any) -> LateContexts | None:
-    """The run's, or None where the agent loop makes the teacher's prompts."""
-    contexts = ContextBuilder(sdar.context, tokenizer)
-    return LateContexts(sdar, contexts, make_prompts(config, sdar, tokenizer)) if contexts.late else None
+        add_teacher_prompt(info, self._prompts, shown, passage, self._settings.teacher)
 
 
 def _groups(table: StepTable) -> dict[str, _Group]:
@@ -144,7 +158,7 @@ def _groups(table: StepTable) -> dict[str, _Group]:
     rows: dict[RowId, list[RowInfo]] = {}
     for row, info in zip(table.ids, table.infos, strict=True):
         if info is not None and not info.failed:
-            rows.setdefault(row._replace(index=0), []).append(info)
+            rows.setdefault(row._replace(number=0), []).append(info)
     groups: dict[str, _Group] = {}
     for row, members in sorted(rows.items(), key=lambda item: item[0]):
         members = sorted(members, key=lambda info: info.turn)

@@ -29,12 +29,12 @@ class RowId(NamedTuple):
     Attributes:
         uid: of the prompt.
         session: which rollout of it.
-        index: which row of that.
+        number: which row of that.
     """
 
     uid: str
     session: int
-    index: int
+    number: int
 
     @property
     def episode(self) -> str:
@@ -77,6 +77,7 @@ class EpisodeNote:
         reward: the episode's return.
         last_observation: what the environment answered to the last action.
         teacher_wait_s: seconds from the end of its last turn to the rollout server's last answer for the teacher.
+        said: what the reward function said beside the reward; filled in by the trainer.
     """
 
     task: dict[str, Any]
@@ -85,6 +86,7 @@ class EpisodeNote:
     reward: float = 0.0
     last_observation: str = ""
     teacher_wait_s: float = 0.0
+    said: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -149,6 +151,9 @@ class RowInfo:
         error: why the run must stop, or None.
         text: what a trace shows of the turn in words (:func:`turn_text`); None on steps that are not traced.
         cut: the conversation ended because its next turn found no room in ``data.max_response_length``.
+        rewarded: success and score are the reward function's, which has not spoken when the record is made.
+        foreign: the agent loop made its prompt in a way that the teacher's cannot be made.
+        built: messages and tools of the student's prompt, where the trainer makes the teacher's.
     """
 
     turn: int
@@ -182,6 +187,9 @@ class RowInfo:
     error: str | None = None
     text: dict[str, Any] | None = None
     cut: bool = False
+    rewarded: bool = False
+    foreign: bool = False
+    built: dict[str, Any] | None = None
 
     @property
     def steps(self) -> Sequence[RowInfo | TurnNote]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import cached_property
 from typing import Any
 
 from omegaconf import DictConfig
 
 from sdar_verl.config import SdarConfig, ValidationArm, load_config
-from sdar_verl.context.base import ContextRequest, Passage
+from sdar_verl.context.base import ContextRequest
 from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.envs.base import Task
 from sdar_verl.envs.pool import EnvPool
@@ -18,9 +17,7 @@ from sdar_verl.modules import import_modules
 from sdar_verl.rollout.control import control_strings_of
 from sdar_verl.rollout.prompt_builder import PromptBuilder
 from sdar_verl.rollout.prompts import PromptTemplate
-from sdar_verl.skills.loading import load_run_bank
-from sdar_verl.skills.retrieval import fit_budget, render_skills, retrieve
-from sdar_verl.skills.ucb import Evidence
+from sdar_verl.rollout.skills_of import SkillFinder
 
 
 class Runtime:
@@ -33,9 +30,9 @@ class Runtime:
         self.max_response_length = int(config.data.max_response_length)
         self.whole = self.sdar.rollout.rows == "trajectory"
         self.max_answer_length = (self.sdar.rollout.turn_length if self.whole else None) or self.max_response_length
-        self._bank = load_run_bank(self.sdar.skills, self.sdar.env.name)
         self.prompts = make_prompts(config, self.sdar, tokenizer)
         self.contexts = ContextBuilder(self.sdar.context, tokenizer)
+        self.skills = SkillFinder(self.sdar, self.contexts).find
 
     @cached_property
     def pool(self) -> EnvPool:
@@ -50,15 +47,6 @@ class Runtime:
             step_timeout_s=env.step_timeout_s,
             env_modules=self.sdar.all_modules,
         )
-
-    def skills(self, task: Task, evidence: str | None = None) -> Passage:
-        """The skills that retrieval finds for ``task``; ``evidence`` is the prompt's column for rules that learn."""
-        settings = self.sdar.skills
-        known = Evidence.from_dict(json.loads(evidence)) if evidence else None
-        found = retrieve(self._bank, task, settings.retrieval, settings.seed, settings.options, known)
-        if settings.max_tokens is not None:
-            found = fit_budget(found, settings.max_tokens, self.contexts.count_tokens)
-        return Passage(render_skills(found.skills), found.names, found.no_match, len(found.dropped))
 
     def request(self, task: Task, evidence: str | None = None) -> ContextRequest:
         """What a context may read before the episode begins."""
@@ -78,10 +66,15 @@ class Runtime:
 
         Seeds are per request: one seed for a whole group would make its rollouts identical.
         """
-        if self.sdar.rollout.seed is None:
-            return None
-        text = "|".join(str(part) for part in (self.sdar.rollout.seed, *parts))
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+        return request_seed(self.sdar.rollout.seed, *parts)
+
+
+def request_seed(seed: int | None, *parts: object) -> int | None:
+    """A sampling seed from ``sdar.rollout.seed`` and what tells this request from others; None without."""
+    if seed is None:
+        return None
+    text = "|".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
 def make_prompts(config: DictConfig, sdar: SdarConfig, tokenizer: Any) -> PromptBuilder:

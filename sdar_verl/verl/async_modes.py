@@ -14,8 +14,8 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 
-from sdar_verl.rollout.continuing import ContinuingClient
 from sdar_verl.table import StepTable
+from sdar_verl.verl.continuing import ContinuingClient
 from sdar_verl.verl.teacher import put_worker
 from sdar_verl.verl.trainer import SdarTraining
 

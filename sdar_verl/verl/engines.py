@@ -9,7 +9,10 @@ from __future__ import annotations
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from sdar_verl.verl import symbols
 from sdar_verl.verl.engine import MODEL_TYPE, WithRequests
+
+symbols.check("engines")
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "npu"])

@@ -107,7 +107,7 @@ class HeadPass:
             return None
         if type(head.weight).__name__ == "DTensor":
             raise RuntimeError("the head's weights are not gathered within its forward pass; tensor parallelism?")
-        index = slice(None) if self._selected else self._index(hidden)
+        index = torch.arange(hidden.shape[1], device=hidden.device) if self._selected else self._index(hidden)
         if self._chosen is not None:
             index = index[self._chosen]
         weight = head.weight.to(output.dtype)

@@ -110,30 +110,27 @@ class Liveness:
 
 
 def run_processes(trainer: Any) -> dict[str, Any]:
-    """Name -> Ray actor of the processes without which a step cannot end, as far as they have started.
+    """Name -> Ray actor of the processes without which a step cannot end.
 
     Args:
-        trainer: verl's trainer.
+        trainer: verl's trainer, in :meth:`fit`. What every run has is asked for by name, so that a verl that calls it
+            otherwise is an error, and not a watch that watches nothing.
     """
     found: dict[str, Any] = {}
-    manager = getattr(trainer, "agent_loop_manager", None)
-    for number, worker in enumerate(getattr(manager, "agent_loop_workers", ())):
+    for number, worker in enumerate(trainer.agent_loop_manager.agent_loop_workers):
         found[f"agent-loop worker {number}"] = worker
-    replicas = [
-        replica
-        for name in ("llm_server_manager", "standalone_server_manager")
-        for replica in getattr(getattr(trainer, name, None), "rollout_replicas", ())
-    ]
-    for number, replica in enumerate(replicas):
-        for part, server in enumerate(getattr(replica, "servers", ())):
+    standalone = getattr(trainer, "standalone_server_manager", None)  # of the separate trainer alone
+    managers = [trainer.llm_server_manager, *([standalone] if standalone is not None else [])]
+    for number, replica in enumerate(replica for manager in managers for replica in manager.rollout_replicas):
+        for part, server in enumerate(replica.servers):
             found[f"rollout server {number}" + (f" (part {part})" if part else "")] = server
     for name, group in (
-        ("training worker", getattr(trainer, "actor_rollout_wg", None)),
+        ("training worker", trainer.actor_rollout_wg),
         ("reference worker", getattr(trainer, "ref_policy_wg", None)),
         ("critic worker", getattr(trainer, "critic_wg", None)),
-        ("teacher worker", getattr(getattr(trainer, "_teacher", None), "pool", None)),
+        ("teacher worker", trainer.teacher.pool if trainer.teacher is not None else None),
     ):
-        for number, worker in enumerate(getattr(group, "workers", ())):
+        for number, worker in enumerate(group.workers if group is not None else ()):
             if worker not in found.values():
                 found[f"{name} {number}"] = worker
     return found

@@ -15,6 +15,7 @@ from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
 from sdar_verl.algorithm.divergences import COLUMNS, DIVERGENCES
+from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.masking import ROWS_NAMED, NonFiniteValues
 from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.algorithm.terms import DistillationTerms
@@ -22,7 +23,10 @@ from sdar_verl.errors import ConfigError, NonFiniteError
 from sdar_verl.fields import STATISTICS, STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.method import Method, StepValues
 from sdar_verl.rollout.rows import ROW_KEY
+from sdar_verl.verl import symbols
 from sdar_verl.verl.head import COLUMN_PREFIX
+
+symbols.check("loss")
 
 
 def sdar_loss(
@@ -84,6 +88,73 @@ def sdar_loss(
     if step.coef == 0:
         return loss, metrics  # exactly verl's graph: GRPO bit for bit
     return loss + step.coef * distillation, metrics
+
+
+def gated_distillation_loss(
+    student_log_probs: torch.Tensor,
+    teacher_log_probs: torch.Tensor,
+    response_mask: torch.Tensor,
+    *,
+    gate: str = "gap",
+    beta: float = 5.0,
+    objective: str = "sampled",
+    entropy: torch.Tensor | None = None,
+    old_log_probs: torch.Tensor | None = None,
+    loss_agg_mode: str = "token-mean",
+    distill_mask: torch.Tensor | None = None,
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """L_SDAR as a scalar, aggregated by verl's ``agg_loss``, and its sums for the metrics.
+
+    All arguments but the five below are those of :func:`distillation_terms`, ``options`` being its later ones. The
+    last four are verl's numbers of the global batch: with them, gradients accumulated over micro-batches and averaged
+    over ranks do not depend on how the batch was split (a worker passes ``**config.global_batch_info``). Without them
+    the loss is the mean over this batch.
+
+    Args:
+        loss_agg_mode: one of verl's modes (token-mean, token-sum, seq-mean-token-sum, seq-mean-token-sum-norm,
+            seq-mean-token-mean). The paper's Agg is seq-mean-token-mean when a row is a trajectory.
+        dp_size: data-parallel ranks that average their gradients.
+        batch_num_tokens: valid response tokens in the global batch.
+        global_batch_size: rows in the global batch.
+        loss_scale_factor: divisor of seq-mean-token-sum-norm; None: response_length.
+
+    Returns:
+        loss: scalar; 0 with a gradient of 0 when no token is valid.
+        stats: see :func:`sdar_verl.algorithm.stats.stats_sums`.
+
+    Raises:
+        ValueError: as :func:`distillation_terms`; an unknown ``loss_agg_mode``; dp_size > 1 without the global
+            number that the mode divides by.
+    """
+    terms = distillation_terms(
+        student_log_probs,
+        teacher_log_probs,
+        response_mask,
+        gate=gate,
+        beta=beta,
+        objective=objective,
+        entropy=entropy,
+        old_log_probs=old_log_probs,
+        distill_mask=distill_mask,
+        **options,
+    )
+    loss = agg_loss(
+        loss_mat=terms.loss,
+        loss_mask=terms.response_mask,
+        loss_agg_mode=loss_agg_mode,
+        dp_size=dp_size,
+        batch_num_tokens=batch_num_tokens,
+        global_batch_size=global_batch_size,
+        loss_scale_factor=loss_scale_factor,
+    )
+    if not response_mask.any():
+        loss = terms.loss.sum()  # the mean over nothing would be 0 / 0; this 0 is still part of the graph
+    return loss, stats_sums(terms)
 
 
 def gradient_squares(

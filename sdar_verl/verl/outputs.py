@@ -9,6 +9,10 @@ import torch
 from pydantic import ConfigDict, Field
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 
+from sdar_verl.verl import symbols
+
+symbols.check("rows")
+
 
 class RowOutput(AgentLoopOutput):
     """What an agent loop returns for one row; verl stores ``as_dict()`` column by column in its queue.

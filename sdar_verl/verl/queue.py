@@ -69,16 +69,27 @@ def read_table(batch: KVBatchMeta, step: int) -> StepTable:
         RolloutError: a row says that the run must stop, or no episode could be played.
     """
     rows = QueueRows(batch)
-    extras = list(rows.read(["extra_fields"])["extra_fields"])
+    stored = rows.read(["extra_fields", "rm_scores"])
+    extras = list(stored["extra_fields"])
     infos = [
         None if tag.get("is_padding", False) else RowInfo.from_extra_fields(extra)
         for tag, extra in zip(batch.tags, extras, strict=True)
     ]
+    for info, extra, scores in zip(infos, extras, stored["rm_scores"].unbind(), strict=True):
+        if info is not None and info.rewarded:
+            _reward(info, float(scores.sum()), extra.get("reward_extra_info") or {})
     real = [info for info in infos if info is not None]
     stop_on_errors([info.error for info in real])
     if all(info.failed for info in real):
         raise RolloutError(f"not one episode of this step could be played; the last reason: {real[-1].failure}")
     return StepTable(step, rows, [row_id(key) for key in batch.keys], infos)
+
+
+def _reward(info: RowInfo, reward: float, said: dict[str, Any]) -> None:
+    """What verl's reward function says of a row's episode: ``acc`` is verl's name for success."""
+    info.score, info.success = reward, bool(said.get("acc", reward > 0))
+    if info.episode is not None:
+        info.episode.reward, info.episode.said = reward, dict(said)
 
 
 def nested(rows: Sequence[torch.Tensor]) -> torch.Tensor:

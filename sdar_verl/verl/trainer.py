@@ -39,20 +39,25 @@ from sdar_verl.observe.lines import step_line, validation_line
 from sdar_verl.observe.metrics import gap_metrics, reduce_loss_sums
 from sdar_verl.observe.step_metrics import step_metrics
 from sdar_verl.panels import panel_digest
+from sdar_verl.recipe import plays_environments
 from sdar_verl.requests import StepRequests, asked
-from sdar_verl.rollout.late_context import late_contexts
 from sdar_verl.rollout.rows import TRACED_COLUMN
 from sdar_verl.rollout.uids import PromptUids
 from sdar_verl.step import local_update
 from sdar_verl.table import StepTable, joined, stop_on_errors
+from sdar_verl.verl import symbols
 from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
+from sdar_verl.verl.late import late_contexts
 from sdar_verl.verl.liveness import Liveness, queue_processes, run_processes, watched
 from sdar_verl.verl.loss import sdar_loss
 from sdar_verl.verl.packing import check_packing
 from sdar_verl.verl.queue import in_order, read_table
 from sdar_verl.verl.resume import claim_checkpoints, from_scratch, resumed_folder
+from sdar_verl.verl.taught_loop import teach
 from sdar_verl.verl.teacher import PrivilegedTeacher
 from sdar_verl.verl.validation import ArmDataset, arm_metrics, expected_episodes
+
+symbols.check("trainer")
 
 
 class SdarTraining(PPOTrainer):
@@ -84,7 +89,10 @@ class SdarTraining(PPOTrainer):
         self.observers = observers(self.sdar, config, self)
         self.late_contexts: Any = None
         self.tables: list[StepTable] = []
-        self.columns = ("response_mask", "rm_scores", "entropy", *STUDENT, TEACHER_LOG_PROBS)
+        self.columns = ["response_mask", "rm_scores", "entropy", *STUDENT]
+        if self.teacher is not None and not self.teacher.source.per_update:
+            self.columns.append(TEACHER_LOG_PROBS)
+        self._environments = plays_environments(config)
         self._checks_packing = bool(config.actor_rollout_ref.model.use_remove_padding)
         self._uids = PromptUids()
         self._updates: list[dict[str, Any]] = []
@@ -167,6 +175,8 @@ class SdarTraining(PPOTrainer):
         """verl's, under watch: a dead process ends the run and is named."""
         units = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
         self._queue = queue_processes(OmegaConf.select(self.config, units) or 0)
+        self.agent_loop_manager = agent_loop_manager  # verl's first act, too; the watch asks for its workers
+        run_processes(self)
         with self._liveness.watching():
             super().fit(agent_loop_manager)
 
@@ -278,10 +288,14 @@ class SdarTraining(PPOTrainer):
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
         """verl's, with numbered prompt ids: rows can then be put into one order, whichever episode ended first."""
         batch = super()._next_train_batch(num_prompts)
-        tu.assign_non_tensor_stack(batch, "uid", self._uids.name(self.global_steps, list(batch["task"])))
-        if self.verl_mode != "sync" and self.sdar.trace.every:
-            # Which step will train on them is not known yet.
+        tasks = list(batch["task"]) if self._environments else [str(prompt) for prompt in batch["raw_prompt"]]
+        tu.assign_non_tensor_stack(batch, "uid", self._uids.name(self.global_steps, tasks))
+        every = self.sdar.trace.every
+        if every and (self.verl_mode != "sync" or self.global_steps % every == 0):
+            # In the asynchronous modes it is not known yet which step will train on them.
             tu.assign_non_tensor_stack(batch, TRACED_COLUMN, [True] * len(batch))
+        if not self._environments:
+            teach(batch, self.config.actor_rollout_ref.rollout.agent.default_agent_loop)
         for observer in self.observers:
             observer.before_rollout(batch)
         return batch

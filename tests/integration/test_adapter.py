@@ -15,7 +15,8 @@ import torch
 
 from sdar_verl.config import LossConfig
 from sdar_verl.fields import TEACHER_LOG_PROBS
-from tests.integration.test_teacher_worker import batch, worker_config
+from sdar_verl.method import Method
+from tests.integration.test_teacher_worker import teacher_batch, worker_config
 from tests.support.one_update import (
     BETA,
     COEF,
@@ -63,11 +64,11 @@ def run(rank: int, folder: Path) -> None:
     torch.manual_seed(0)  # of the adapter
     worker.init_model()
     loss = LossConfig(coef=COEF, beta=BETA)
-    worker.set_loss_fn(partial(sdar_loss, config=omega_conf_to_dataclass(config.actor), settings=loss))
+    worker.set_loss_fn(partial(sdar_loss, config=omega_conf_to_dataclass(config.actor), method=Method(loss)))
     fields = start_fields(folder)
     out: dict[str, Any] = {"fields": fields, "weights": [all_weights(worker)], "metrics": []}
     for _ in range(2):
-        asked = batch(teacher_rows(), calculate_entropy=True, compute_loss=False)
+        asked = teacher_batch(teacher_rows())
         out["teacher"] = [row.clone() for row in worker.compute_teacher_log_prob(asked)[TEACHER_LOG_PROBS].unbind()]
         metrics = tu.get(worker.update_actor(update_batch(range(ROWS), fields)), "metrics")
         out["metrics"].append({name: float(torch.tensor(value).sum()) for name, value in metrics.items()})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdar_verl.algorithm.loss import gated_distillation_loss
+from sdar_verl.verl.loss import gated_distillation_loss
 from sdar_verl.local import start_policy
 from sdar_verl.report import layout
 from sdar_verl.fields import TEACHER_LOG_PROBS

@@ -14,18 +14,19 @@ import pytest
 import torch
 
 from sdar_verl.config import LossConfig
-from sdar_verl.teacher.rows import nested
 from sdar_verl.fields import (
     NORM_PREFIX,
     STEP_VALUES,
     SUMS_PREFIX,
+    TEACHER_HIDDEN,
     TEACHER_LOG_PROBS,
     TEACHER_PROMPTS,
-    StepValues,
 )
-from sdar_verl.requests import HEAD_REQUEST, TEACHER_HIDDEN
+from sdar_verl.method import Method, StepValues
+from sdar_verl.requests import HEAD_REQUEST, StepRequests
+from sdar_verl.verl.queue import nested
 from tests.integration.test_ranks import CHECKPOINTING, FEW_TOKENS, FSDP1, PACKED, SAME, weights
-from tests.integration.test_teacher_worker import batch, worker_config
+from tests.integration.test_teacher_worker import teacher_batch, worker_config
 from tests.support import ulysses
 from tests.support.one_update import (
     BETA,
@@ -83,19 +84,18 @@ def run_case(rank: int, root: Path, fields: dict[str, list[torch.Tensor]], case:
     from verl.utils import tensordict_utils as tu
     from verl.utils.config import omega_conf_to_dataclass
 
-    from sdar_verl.verl.distributions import step_requests
-    from sdar_verl.verl.engine_loss import distribution_loss
-    from sdar_verl.verl.worker import TeacherWorker
+    from sdar_verl.verl.loss import sdar_loss
+    from sdar_verl.verl.worker import TEACHER_REQUEST, TeacherWorker
 
     settings = dict(case)
     measure, source = settings.pop("measure", False), settings.pop("source", "actor")
     objective = settings.pop("objective", "sampled")
     loss = LossConfig(coef=COEF, beta=BETA, objective=objective, chunk_tokens=None if objective == "sampled" else 8)
-    requests = step_requests(loss)
+    requests = StepRequests.of(loss)
     config = worker_config(str(root / "model"), overrides=UPDATE | settings, source=source)
     worker = TeacherWorker(config, "actor")
     worker.init_model()
-    worker.set_loss_fn(partial(distribution_loss, config=omega_conf_to_dataclass(config.actor), settings=loss))
+    worker.set_loss_fn(partial(sdar_loss, config=omega_conf_to_dataclass(config.actor), method=Method(loss)))
 
     # Under Ulysses both ranks have the same rows.
     mine = range(ROWS) if ULYSSES.items() <= case.items() else range(rank, ROWS, RANKS)
@@ -104,11 +104,9 @@ def run_case(rank: int, root: Path, fields: dict[str, list[torch.Tensor]], case:
     teacher = None
     if source == "actor_fresh":
         data[TEACHER_PROMPTS] = nested([prompt for prompt, *_ in theirs])
+        tu.assign_non_tensor(data, **{TEACHER_REQUEST: requests.teacher.to_json()})
     else:
-        asked = batch(theirs, calculate_entropy=True, compute_loss=False)
-        if requests.teacher is not None:
-            tu.assign_non_tensor(asked, **{HEAD_REQUEST: requests.teacher.to_json()})
-        teacher = worker.compute_teacher_log_prob(asked)
+        teacher = worker.compute_teacher_log_prob(teacher_batch(theirs, requests.teacher))
     if requests.update is not None:
         data[TEACHER_HIDDEN] = teacher[TEACHER_HIDDEN]
         tu.assign_non_tensor(data, **{HEAD_REQUEST: requests.update.to_json()})

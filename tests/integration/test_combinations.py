@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdar_verl.algorithm.loss import gated_distillation_loss
+from sdar_verl.verl.loss import gated_distillation_loss
 from sdar_verl.local import start_policy
 from sdar_verl.fields import TEACHER_LOG_PROBS
 from tests.integration.test_teachers import actor_weights, recorded

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sdar_verl.config import LossConfig
-from sdar_verl.fields import NORM_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
+from sdar_verl.fields import NORM_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.method import Method, StepValues
 from tests.integration.test_teacher_worker import TEMPERATURE, worker_config
 from tests.support.one_update import one_mini_batch, plain_model
 from tests.support.ranks import run_on_ranks
@@ -60,7 +61,7 @@ def run(rank: int, folder: Path, ranks: int, measure: bool) -> None:
     worker = TeacherWorker(config, "actor")
     worker.init_model()
     actor = omega_conf_to_dataclass(config.actor)
-    worker.set_loss_fn(partial(sdar_loss, config=actor, settings=LossConfig(coef=COEF)))
+    worker.set_loss_fn(partial(sdar_loss, config=actor, method=Method(LossConfig(coef=COEF))))
 
     fields = make_fields()
     with torch.no_grad():

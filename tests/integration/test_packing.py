@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from sdar_verl.teacher.rows import nested
+from sdar_verl.table import StepTable
+from sdar_verl.verl.queue import QueueRows, nested
 from tests.integration.test_teacher_worker import recipe, worker_config
 from tests.support.one_update import ROWS, make_rows
 from tests.support.ranks import run_on_ranks
@@ -28,8 +29,8 @@ def packing_gap(root: Path, attention: str) -> float | str:
     from verl.utils import tensordict_utils as tu
 
     from sdar_verl.errors import ConfigError
-    from sdar_verl.observe.base import StepRows
-    from sdar_verl.observe.packing import PackingCheck
+    from sdar_verl.rollout.rows import RowInfo
+    from sdar_verl.verl.packing import check_packing
     from sdar_verl.verl.worker import TeacherWorker
 
     # Without a mask function of its own, an attention is given none, and sees the packed row as one.
@@ -61,12 +62,11 @@ def packing_gap(root: Path, attention: str) -> float | str:
 
     tq.kv_batch_get, tq.kv_batch_put, tq.kv_clear = get, put, lambda keys, partition_id: queue.pop(partition_id)
     batch = SimpleNamespace(keys=[f"row_{i}" for i in range(ROWS)], partition_id="train")
-    rows = StepRows(1, batch, [object()] * ROWS, {}, None, SimpleNamespace(actor_rollout_wg=Group()))
+    table = StepTable(1, QueueRows(batch), [], [RowInfo(0, "t")] * ROWS)
     try:
-        PackingCheck(whole).on_rows(rows)
+        return check_packing(SimpleNamespace(config=whole, actor_rollout_wg=Group()), table)
     except ConfigError as error:
         return str(error)
-    return rows.metrics["sdar/packing_gap"]
 
 
 def run(rank: int, folder: Path) -> None:

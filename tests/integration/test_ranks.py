@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from sdar_verl.config import LossConfig
-from sdar_verl.fields import SUMS_PREFIX, TEACHER_LOG_PROBS
-from sdar_verl.requests import HEAD_REQUEST, TEACHER_HIDDEN
-from tests.integration.test_teacher_worker import batch, worker_config
+from sdar_verl.fields import SUMS_PREFIX, TEACHER_HIDDEN, TEACHER_LOG_PROBS
+from sdar_verl.method import Method
+from sdar_verl.requests import HEAD_REQUEST, StepRequests
+from tests.integration.test_teacher_worker import batch, teacher_batch, worker_config
 from tests.support.one_update import (
     BETA,
     COEF,
@@ -73,13 +74,12 @@ def run_case(rank: int, ranks: int, root: Path, overrides: dict[str, Any]) -> di
     from verl.utils import tensordict_utils as tu
     from verl.utils.config import omega_conf_to_dataclass
 
-    from sdar_verl.verl.distributions import step_requests
-    from sdar_verl.verl.engine_loss import distribution_loss
+    from sdar_verl.verl.loss import sdar_loss
     from sdar_verl.verl.worker import TeacherWorker
 
     objective = overrides.get("objective", "sampled")
     loss = LossConfig(coef=COEF, beta=BETA, objective=objective, chunk_tokens=None if objective == "sampled" else 8)
-    requests = step_requests(loss)
+    requests = StepRequests.of(loss)
     settings = {
         **UPDATE,
         **{option: value for option, value in overrides.items() if option != "objective"},
@@ -87,13 +87,10 @@ def run_case(rank: int, ranks: int, root: Path, overrides: dict[str, Any]) -> di
     config = worker_config(str(root / "model"), overrides=settings, source="actor")
     worker = TeacherWorker(config, "actor")
     worker.init_model()
-    worker.set_loss_fn(partial(distribution_loss, config=omega_conf_to_dataclass(config.actor), settings=loss))
+    worker.set_loss_fn(partial(sdar_loss, config=omega_conf_to_dataclass(config.actor), method=Method(loss)))
     mine = range(rank, ROWS, ranks)
     rows = [make_rows()[row] for row in mine]
-    asked = batch([teacher_rows()[row] for row in mine], calculate_entropy=True, compute_loss=False)
-    if requests.teacher is not None:
-        tu.assign_non_tensor(asked, **{HEAD_REQUEST: requests.teacher.to_json()})
-    teacher = worker.compute_teacher_log_prob(asked)
+    teacher = worker.compute_teacher_log_prob(teacher_batch([teacher_rows()[row] for row in mine], requests.teacher))
     scored = worker.compute_log_prob(batch(rows, calculate_entropy=True, compute_loss=False))
     student, entropy = (
         [row[-len(response) - 1 : -1] for row, (_, response, _) in zip(scored[name].unbind(), rows, strict=True)]

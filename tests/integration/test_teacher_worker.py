@@ -13,15 +13,19 @@ import pytest
 import torch
 
 from sdar_verl.config import TeacherConfig
-from sdar_verl.teacher.rows import nested, teacher_row
 from sdar_verl.fields import (
     MODULES_NODE,
-    TEACHER_ENTROPY,
+    SUPPORT_IDS,
+    SUPPORT_LOG_PROBS,
+    TEACHER_HIDDEN,
     TEACHER_LOG_PROBS,
+    TEACHER_MASK,
     TEACHER_NODE,
     TEACHER_PROMPTS,
 )
-from sdar_verl.requests import HEAD_REQUEST, SUPPORT_IDS, SUPPORT_LOG_PROBS, HeadRequest
+from sdar_verl.requests import HEAD_REQUEST, HeadRequest
+from sdar_verl.teacher.rows import teacher_row
+from sdar_verl.verl.queue import nested
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny_model import make_tiny_model
 
@@ -88,8 +92,22 @@ def batch(rows: list[tuple[torch.Tensor, ...]], **extra: Any) -> Any:
     return data
 
 
-def ask(worker: Any, rank: int, **extra: Any) -> dict[str, list[torch.Tensor]]:
-    data = batch(make_rows(rank), calculate_entropy=True, compute_loss=False, **extra)
+def teacher_batch(
+    rows: list[tuple[torch.Tensor, ...]], request: HeadRequest | None = None, **extra: Any
+) -> Any:
+    """A teacher pass over rows (the teacher's prompt, empty where it has no say; response; mask)."""
+    request = request or HeadRequest(teacher=True)
+    data = batch(rows, **{HEAD_REQUEST: request.to_json()}, **extra)
+    data[TEACHER_PROMPTS] = nested([prompt.int() for prompt, *_ in rows])
+    return data
+
+
+def ask(
+    worker: Any, rank: int, request: HeadRequest | None = None, rows: Any = None, **extra: Any
+) -> dict[str, list[torch.Tensor]]:
+    data = teacher_batch(make_rows(rank) if rows is None else rows, request)
+    for name, value in extra.items():
+        data[name] = value
     fields = worker.compute_teacher_log_prob(data)
     return {name: [row.clone() for row in fields[name].unbind()] for name in sorted(fields.keys())}
 
@@ -131,13 +149,21 @@ def weights(worker: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in parameters}
 
 
-def make_worker(model: str, adapter: int = 0, role: str = "actor", base: Any = None, **teacher: Any) -> Any:
+def make_worker(
+    model: str,
+    adapter: int = 0,
+    role: str = "actor",
+    base: Any = None,
+    overrides: dict[str, Any] | None = None,
+    **teacher: Any,
+) -> Any:
     from sdar_verl.verl.worker import TeacherWorker
 
     strategy = {
         "actor.strategy": os.environ["SDAR_TEST_STRATEGY"],
         # Not hf_model, which FSDP1 cannot write on a CPU.
         "actor.checkpoint.save_contents": ["model", "optimizer", "extra"],
+        **(overrides or {}),
     }
     worker = (base or TeacherWorker)(worker_config(model, adapter, strategy, **teacher), role)
     worker.init_model()
@@ -169,11 +195,16 @@ def follow(model: str, folder: Path, rank: int, **teacher: Any) -> dict[str, Any
 
 def fresh(model: str, rank: int) -> dict[str, Any]:
     """Teacher log-probs that each of two updates of one step got, and the weights they started from."""
+    from tensordict import NonTensorData
+
+    from sdar_verl.verl.worker import TEACHER_REQUEST
+
     likelihood.seen = []
     worker = make_worker(model, source="actor_fresh")
     prompts = nested([torch.cat([torch.tensor([9, 8, 7]), prompt]) for prompt, _, _ in make_rows(rank, seed=1)])
     out = {"start": weights(worker), "empty": ask(worker, rank)}
-    update(worker, rank, **{TEACHER_PROMPTS: prompts})
+    request = NonTensorData(HeadRequest(teacher=True).to_json())
+    update(worker, rank, **{TEACHER_PROMPTS: prompts, TEACHER_REQUEST: request})
     out["seen"] = likelihood.seen
     return out
 
@@ -210,6 +241,67 @@ def kept(model: str, rank: int) -> dict[str, Any]:
     return out
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "packed": {"model.use_remove_padding": True},
+    "padded, three rows": {
+        "rollout.log_prob_use_dynamic_bsz": False,
+        "rollout.log_prob_micro_batch_size_per_gpu": 3,
+    },
+}
+REQUESTS = {
+    "log_probs": HeadRequest(teacher=True),
+    "top_k": HeadRequest("top_k", True, 4, 5),
+    "on_support": HeadRequest("on_support", True, 4, 5),
+    "hidden": HeadRequest("hidden", True, 4),
+}
+SEEN = ([1, 0, 1, 0], [0, 0, 1, 0])
+"""Which rows of each rank have a context."""
+BREAKS = 255
+"""A token that the model makes NaN of."""
+
+
+def without_contexts(rank: int, seen: list[int]) -> list[tuple[torch.Tensor, ...]]:
+    return [(prompt if has else prompt[:0], *rest) for has, (prompt, *rest) in zip(seen, make_rows(rank), strict=True)]
+
+
+def sparse(model: str, rank: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Passes in which some rows have a context, or one rank's do, or none; and what the head saw of them."""
+    worker = make_worker(model, source="actor", overrides=overrides)
+    module = worker.actor.engine.module
+    ids = nested([torch.arange(5, dtype=torch.int32).repeat(len(row), 1) + rank for _, row, _ in make_rows(rank)])
+    out: dict[str, Any] = {"all": {}, "some": {}, "tokens": {}}
+    tokens: list[int] = []
+
+    def passed(name: str, *args: Any, **extra: Any) -> dict[str, list[torch.Tensor]]:
+        tokens.clear()
+        result = ask(worker, rank, *args, **extra)
+        out["tokens"][name] = sum(tokens)
+        return result
+
+    ask(worker, rank)  # the engine's own hooks come first
+    module.get_output_embeddings().register_forward_hook(lambda head, args, output: tokens.append(output.shape[1]))
+    for name, request in REQUESTS.items():
+        extra = {SUPPORT_IDS: ids} if name == "on_support" else {}
+        out["all"][name] = passed(f"all, {name}", request, **extra)
+        out["some"][name] = passed(name, request, without_contexts(rank, SEEN[rank]), **extra)
+    out["one rank"] = passed("one rank", None, without_contexts(rank, [1 - rank] * ROWS))
+    out["none"] = passed("none", None, without_contexts(rank, [0] * ROWS))
+    masked = [(prompt, row, mask * (i > 0)) for i, (prompt, row, mask) in enumerate(make_rows(rank))]
+    out["masked"] = passed("masked", None, masked)
+
+    module.get_input_embeddings().register_forward_hook(
+        lambda embedding, args, output: output.masked_fill((args[0] == BREAKS).unsqueeze(-1), float("nan"))
+    )
+    rows = make_rows(rank)
+    if rank == 0:
+        rows[1][1][1] = BREAKS  # in the middle of an answer: what stands before it is fine
+        rows[3][0][0] = BREAKS
+    shown = [(prompt if i != 3 else prompt[:0], *rest) for i, (prompt, *rest) in enumerate(rows)]
+    out["broken"] = passed("broken", None, shown)
+    return out
+
+
 def run(rank: int, folder: Path, strategy: str) -> None:
     os.environ["SDAR_TEST_STRATEGY"] = strategy
     model, other = str(folder / "model"), str(folder / "other")
@@ -222,9 +314,8 @@ def run(rank: int, folder: Path, strategy: str) -> None:
         "kept": kept(model, rank),
         "own": follow(model, folder / "own", rank, source="toy_every_odd_step"),
         "path": ask(make_worker(model, source="reference", path=other), rank),
-        "topk": ask(
-            make_worker(model, source="actor"), rank, **{HEAD_REQUEST: HeadRequest("top_k", chunk=4, k=7).to_json()}
-        ),
+        "topk": ask(make_worker(model, source="actor"), rank, HeadRequest("top_k", True, 4, 7)),
+        "sparse": {name: sparse(model, rank, overrides) for name, overrides in LAYOUTS.items()},
     }
     torch.save(results, folder / f"rank_{rank}.pt")
 
@@ -264,7 +355,7 @@ def plain(folder: Path, rows: list[tuple[torch.Tensor, ...]], state: dict[str, t
 def assert_scores(fields: dict[str, list[torch.Tensor]], rows: list[tuple[torch.Tensor, ...]], expected: Any) -> None:
     for i, ((_, response, _), log_probs) in enumerate(zip(rows, expected, strict=True)):
         torch.testing.assert_close(fields[TEACHER_LOG_PROBS][i], log_probs.gather(1, response[:, None])[:, 0], **SAME)
-        torch.testing.assert_close(fields[TEACHER_ENTROPY][i], -(log_probs.exp() * log_probs).sum(-1), **SAME)
+        assert fields[TEACHER_MASK][i].tolist() == [1] * len(response)
 
 
 def mixture(states: list[dict[str, torch.Tensor]], shares: list[float]) -> dict[str, torch.Tensor]:
@@ -366,4 +457,72 @@ def test_the_top_k_of_the_teacher_are_those_of_its_softmax(folder, ranks):
             ids, found = results["topk"][SUPPORT_IDS][i], results["topk"][SUPPORT_LOG_PROBS][i]
             torch.testing.assert_close(found[:, :7], largest.values, **SAME)
             torch.testing.assert_close(found[:, 7].exp(), 1 - largest.values.exp().sum(-1), **SAME)
-            torch.testing.assert_close(log_probs.gather(1, ids), largest.values, **SAME)
+            torch.testing.assert_close(log_probs.gather(1, ids.long()), largest.values, **SAME)
+
+
+@pytest.fixture(params=LAYOUTS)
+def sparsely(request, ranks) -> list[dict[str, Any]]:
+    return [results["sparse"][request.param] for results in ranks]
+
+
+@pytest.mark.parametrize("what", REQUESTS)
+def test_rows_with_a_context_are_scored_as_if_all_were_and_the_others_are_zeros(sparsely, what):
+    for rank, results in enumerate(sparsely):
+        everything, some = results["all"][what], results["some"][what]
+        assert everything.keys() == some.keys() >= {TEACHER_LOG_PROBS, TEACHER_MASK}
+        for name, rows in some.items():
+            for row, wanted, has in zip(rows, everything[name], SEEN[rank], strict=True):
+                assert row.shape == wanted.shape and row.dtype == wanted.dtype, name
+                assert wanted.any(), name
+                torch.testing.assert_close(row, wanted if has else torch.zeros_like(wanted), **SAME)
+    assert TEACHER_HIDDEN in sparsely[0]["some"]["hidden"]
+    assert {SUPPORT_IDS, SUPPORT_LOG_PROBS} <= sparsely[0]["some"]["top_k"].keys()
+
+
+def test_no_logits_are_made_of_prompts_nor_of_rows_without_a_context(ranks):
+    """Ranks score as many rows as the one that has most: they gather weights together."""
+    for rank, results in enumerate(ranks):
+        lengths = [len(row) for _, row, _ in make_rows(rank)]
+        for layout in ("padded", "packed"):
+            tokens = results["sparse"][layout]["tokens"]
+            seen = [length for length, has in zip(lengths, SEEN[rank], strict=True) if has]
+            fill = [length for length, has in zip(lengths, SEEN[rank], strict=True) if not has]
+            wanted = sum(seen) + sum(fill[: sum(SEEN[0]) - len(seen)])
+            for what in REQUESTS:
+                assert tokens[what] == wanted, what
+                assert tokens[f"all, {what}"] == sum(lengths)
+            assert tokens["one rank"] == sum(lengths)
+            assert tokens["none"] == 0
+            assert tokens["masked"] == sum(lengths[1:])
+
+
+def test_a_rank_whose_rows_have_no_context_keeps_step(ranks, sparsely):
+    for rank, results in enumerate(sparsely):
+        for row, wanted in zip(
+            results["one rank"][TEACHER_LOG_PROBS], results["all"]["log_probs"][TEACHER_LOG_PROBS], strict=True
+        ):
+            torch.testing.assert_close(row, wanted if rank == 0 else torch.zeros_like(wanted), **SAME)
+        assert results["none"].keys() == {TEACHER_LOG_PROBS, TEACHER_MASK}
+        assert not any(row.any() for rows in results["none"].values() for row in rows)
+
+
+def test_a_row_without_a_sampled_token_is_not_scored(sparsely):
+    for results in sparsely:
+        found, wanted = results["masked"], results["all"]["log_probs"]
+        assert not found[TEACHER_MASK][0].any() and not found[TEACHER_LOG_PROBS][0].any()
+        for row, expected in zip(found[TEACHER_LOG_PROBS][1:], wanted[TEACHER_LOG_PROBS][1:], strict=True):
+            torch.testing.assert_close(row, expected, **SAME)
+
+
+def test_a_row_that_broke_is_marked_whole_and_no_other(sparsely):
+    """The trainer looks at log-probs alone; a row whose answer broke in its middle must show it wherever it looks."""
+    for rank, results in enumerate(sparsely):
+        for i, (found, wanted) in enumerate(
+            zip(results["broken"][TEACHER_LOG_PROBS], results["all"]["log_probs"][TEACHER_LOG_PROBS], strict=True)
+        ):
+            if i == 3:
+                assert not found.any(), "it has no context, whatever filled its place"
+            elif rank == 0 and i == 1:
+                assert found.isnan().all()
+            else:
+                torch.testing.assert_close(found, wanted, **SAME)

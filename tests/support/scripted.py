@@ -7,12 +7,14 @@ import json
 from dataclasses import asdict
 from types import SimpleNamespace
 
+import numpy as np
 from omegaconf import OmegaConf
 from verl.experimental.agent_loop.agent_loop import DictConfigWrap
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.envs.base import Step, Task
 from sdar_verl.envs.pool import EnvError, EnvProcessError
+from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
 from sdar_verl.rollout import runtime
 from sdar_verl.rollout.agent_loop import SdarAgentLoop
 from sdar_verl.rollout.rows import RowInfo
@@ -106,4 +108,14 @@ def play_episode(monkeypatch, tokenizer, script, *, pool=None, columns=None, tas
     loop = SdarAgentLoop(trainer_config=DictConfigWrap(config), server_manager=server, tokenizer=tokenizer)
     kwargs = {"task": json.dumps(asdict(task)), "global_steps": 5, "session_id": 0, **(columns or {})}
     rows = asyncio.run(loop.run({"temperature": 1.0, "top_p": 1.0}, **kwargs))
-    return rows, [RowInfo.from_extra_fields(row.extra_fields) for row in rows], server, pool
+    return rows, [read_row(row) for row in rows], server, pool
+
+
+def read_row(row) -> RowInfo:
+    """The record of one of verl's rows, with what lies in columns beside it put back."""
+    info = RowInfo.from_extra_fields(row.extra_fields)
+    if len(row.columns.get(TEACHER_PROMPTS, ())):
+        info.teacher_prompt_ids = row.columns[TEACHER_PROMPTS]
+    if row.columns.get(TEACHER_MASK, np.zeros(1)).any():
+        info.teacher_log_probs = row.columns[TEACHER_LOG_PROBS]
+    return info

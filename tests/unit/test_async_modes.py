@@ -13,10 +13,11 @@ from hydra import compose, initialize_config_module
 from verl.trainer.ppo.utils import Role
 
 from sdar_verl.config import load_config
-from sdar_verl.rollout.continuing import ContinuingClient
-from sdar_verl.teacher.privileged import PrivilegedTeacher
+from sdar_verl.verl.continuing import ContinuingClient
+from sdar_verl.requests import StepRequests
 from sdar_verl.verl.async_modes import SdarColocateAsync, SdarSeparateAsync
 from sdar_verl.verl.detach import DetachWorker, _own_copies, _storages
+from sdar_verl.verl.teacher import PrivilegedTeacher
 from tests.support.verl_version import IS_VERL_090
 
 
@@ -36,9 +37,8 @@ def bare(trainer: type, *overrides: str) -> Any:
         config = compose("sdar_quickstart", overrides=[*overrides])
     made = object.__new__(trainer)
     made.config, made.sdar = config, load_config(config.sdar)
-    made._has_teacher = made.sdar.teacher.source != "none"
-    made._teacher = PrivilegedTeacher(made.sdar.teacher, made) if made._has_teacher else None
-    made._bypasses = False
+    taught = made.sdar.teacher.source != "none"
+    made.teacher = PrivilegedTeacher(made.sdar.teacher, StepRequests(), made) if taught else None
     return made
 
 
@@ -48,10 +48,11 @@ def bare(trainer: type, *overrides: str) -> Any:
         ([], Role.ActorRolloutRef, "DetachTeacherWorker"),
         (["method=sdar", "actor_rollout_ref.actor.use_kl_loss=False"], Role.ActorRollout, "DetachTeacherWorker"),
         (["method=grpo", "actor_rollout_ref.actor.use_kl_loss=False"], Role.ActorRollout, "DetachWorker"),
+        # The actor's engine answers requests of its update, whoever scores for the teacher.
         (
             ["sdar.teacher.placement=pool", "sdar.teacher.pool_gpus_per_node=1"],
             Role.ActorRolloutRef,
-            "DetachWorker",
+            "DetachTeacherWorker",
         ),
         pytest.param(
             ["method=sdar", "actor_rollout_ref.hybrid_engine=False"],
@@ -107,9 +108,10 @@ def test_interrupted_answers_go_on_through_our_client():
     ],
 )
 def test_a_teacher_that_is_the_actor_reads_the_weights_of_the_steps_start(source, part, bypass, before, after):
-    trainer = bare(SdarSeparateAsync, f"sdar.teacher.source={source}")
+    overrides = [f"sdar.teacher.source={source}", f"algorithm.rollout_correction.bypass_mode={bypass}"]
+    trainer = bare(SdarSeparateAsync, *overrides)
     trainer.actor_rollout_wg = workers = Workers()
-    trainer.local_trigger_step, trainer.parameter_sync_step, trainer._bypasses = part, 4, bypass
+    trainer.local_trigger_step, trainer.parameter_sync_step = part, 4
     with pytest.raises(KeyError), trainer._weights_of_the_step():
         assert workers.calls == before
         raise KeyError("a pass that fails must not leave the student with old weights")
@@ -117,9 +119,9 @@ def test_a_teacher_that_is_the_actor_reads_the_weights_of_the_steps_start(source
 
 
 def test_with_one_update_per_sync_nothing_is_saved():
-    trainer = bare(SdarSeparateAsync, "sdar.teacher.source=actor")
+    trainer = bare(SdarSeparateAsync, "sdar.teacher.source=actor", "algorithm.rollout_correction.bypass_mode=True")
     trainer.actor_rollout_wg = workers = Workers()
-    trainer.local_trigger_step, trainer.parameter_sync_step, trainer._bypasses = 0, 1, True
+    trainer.local_trigger_step, trainer.parameter_sync_step = 0, 1
     with trainer._weights_of_the_step():
         assert workers.calls == []
 

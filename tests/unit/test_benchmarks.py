@@ -101,7 +101,7 @@ def test_step_times_and_teacher_rows_on_a_real_game(
     rows = pool.step_times({"small room": games}, steps=3)
     assert [row[1:3] for row in rows] == [["step", 3], ["reset", 1], ["reset again", 1]]
     command(monkeypatch, teacher_rows, "--rows", 6, "--games", 1, "--rounds", 1, "--data", tmp_path)
-    assert "| trainer |" in capsys.readouterr().out
+    assert "| worker |" in capsys.readouterr().out
 
 
 def test_both_updates_and_all_divergences_run(capsys: pytest.CaptureFixture[str]) -> None:

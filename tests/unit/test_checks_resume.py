@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from sdar_verl.atomic import write_atomically, write_text_atomically
 from sdar_verl.checks.resume import TRACKER, missing_parts, resume_faults
 from sdar_verl.config import load_config
-from sdar_verl.observe.base import STATE_FILE, TrainerPart, load_parts, save_parts
+from sdar_verl.observe.base import STATE_FILE, Observer, load_states, save_states
 
 ORDER = ("sdar_teacher", "model", "optim", "extra_state")  # of TeacherWorker.save_checkpoint
 
@@ -176,7 +176,7 @@ def test_a_path_to_resume_from_is_looked_at_too(tmp_path):
     assert f"{STATE_FILE} is cut off" in faults(path)[0]
 
 
-class Counting(TrainerPart):
+class Counting(Observer):
     name = "counting"
 
     def __init__(self, count: int) -> None:
@@ -191,7 +191,7 @@ class Counting(TrainerPart):
 
 def test_a_state_is_whole_or_the_one_before(tmp_path):
     """A process that kills itself in the middle of the second write."""
-    save_parts([Counting(1)], tmp_path)
+    save_states([Counting(1)], tmp_path)
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
@@ -205,9 +205,9 @@ def test_a_state_is_whole_or_the_one_before(tmp_path):
     dead = subprocess.run([sys.executable, "-c", script, str(tmp_path / STATE_FILE)], check=False)
     assert dead.returncode == -signal.SIGKILL
     part = Counting(0)
-    load_parts([part], tmp_path)
+    load_states([part], tmp_path)
     assert part.count == 1
-    save_parts([Counting(3)], tmp_path)
+    save_states([Counting(3)], tmp_path)
     assert sorted(os.listdir(tmp_path)) == [STATE_FILE], "what the dead process left is in nobody's way"
 
 

@@ -11,7 +11,7 @@ import torch
 from verl.workers.rollout.replica import TokenOutput
 
 from sdar_verl.local.sampling import SamplingParams
-from sdar_verl.rollout.continuing import ContinuingClient, seed_of_rest
+from sdar_verl.verl.continuing import ContinuingClient, seed_of_rest
 from tests.support.plain import plain_logits
 from tests.support.tiny_model import make_tiny_model
 

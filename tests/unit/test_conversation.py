@@ -21,6 +21,7 @@ from sdar_verl.rollout.rows import RowInfo, TurnNote
 from sdar_verl.verl.advantage import AdvantageRows, advantage_rows, compute_sdar_advantage
 from tests.support.chatml import chatml_tokenizer
 from tests.support.scripted import GOOD, LOST, MUTE, WRONG, play_episode, scripted_config
+from tests.support.table import make_table
 from tests.support.verl_version import IS_VERL_090
 
 TURNS = [
@@ -203,7 +204,7 @@ def test_an_episode_ends_when_a_whole_answer_has_no_room(play):
     assert infos[0].cut and not infos[0].success
     assert len(shorter[0].response_ids) <= used + 19
     assert shorter[0].response_mask[-1] == 1
-    assert row_metrics(["u_0_0"], infos)["sdar/cut_episodes"] == 1
+    assert row_metrics(make_table(["u_0_0"], infos))["sdar/cut_episodes"] == 1
 
 
 def test_late_contexts_read_conversations_too(play, tokenizer):
@@ -213,7 +214,7 @@ def test_late_contexts_read_conversations_too(play, tokenizer):
     config = scripted_config(max_response_length=200, **settings)
     late = late_contexts(config, load_config(config.sdar), tokenizer)
     assert late is not None
-    late.fill(["u_0_0", "u_1_0"], [*first, *second])
+    late.fill(make_table(["u_0_0", "u_1_0"], [*first, *second]))
     assert first[0].teacher_prompt_ids is None and first[0].context_missing
     assert "done: go to bed 1" in second[0].episode.context and "done: go to fridge 1" in second[0].episode.context
     assert len(second[0].teacher_prompt_ids) > second[0].prompt_tokens
@@ -221,7 +222,8 @@ def test_late_contexts_read_conversations_too(play, tokenizer):
 
 def test_metrics_count_turns_not_rows():
     turns = (TurnNote(0, 2), TurnNote(5, 7, unparsed=True), TurnNote(9, 12, inadmissible=True))
-    metrics = row_metrics(["u_0_0", "u_1_0"], [RowInfo(0, "t", turns=turns), RowInfo(0, "t", turns=turns[:1])])
+    infos = [RowInfo(0, "t", turns=turns), RowInfo(0, "t", turns=turns[:1])]
+    metrics = row_metrics(make_table(["u_0_0", "u_1_0"], infos))
     assert metrics["sdar/turns"] == 2.0
     assert metrics["sdar/invalid_share"] == 0.5
     assert metrics["sdar/unparsed_share"] == 0.25
@@ -235,7 +237,7 @@ def test_the_penalty_falls_on_the_tokens_of_its_own_turn():
     rewards = torch.zeros(3, 6)
     rewards[0, 5] = 1.0
     settings = SimpleNamespace(group_stats="episode", invalid_action_penalty=0.25)
-    with advantage_rows(AdvantageRows.from_batch(settings, ["u_0_0", "u_1_0", "p_0_0"], infos)):
+    with advantage_rows(AdvantageRows.of(settings, make_table(["u_0_0", "u_1_0", "p_0_0"], infos))):
         advantages, _ = compute_sdar_advantage(rewards, mask, config={}, index=np.array(["u", "u", "p"]))
     outcome = 0.5 / 0.5**0.5  # two episodes with rewards 1 and 0: mean .5, unbiased deviation sqrt(.5)
     expected = torch.tensor([[1, 1, 0, 0, 1, 1], [-1, -1, -1, 0, 0, 0], [0] * 6]) * outcome

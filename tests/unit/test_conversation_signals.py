@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict
 
 from sdar_verl.config import LossConfig
-from sdar_verl.observe.distillation import StepTable
+from sdar_verl.fields import TEACHER_LOG_PROBS
+from sdar_verl.method import Method
+from sdar_verl.observe.metrics import gap_metrics
 from sdar_verl.rollout.rows import RowInfo, TurnNote
-from sdar_verl.fields import TEACHER_ENTROPY, TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.table import StepTable
+from tests.support.table import make_table
 
 EPISODES = {"u0_0": [3, 2, 4], "u0_1": [1, 5], "u1_0": [2], "u1_1": [4, 4, 1, 2]}
 """Episode -> tokens of each turn."""
 GAP_TOKENS = 2
-FIELDS = ("old_log_probs", TEACHER_LOG_PROBS, "advantages", "entropy", TEACHER_ENTROPY)
+FIELDS = ("old_log_probs", TEACHER_LOG_PROBS, "advantages", "entropy")
 
 
 def values(seed: int = 0) -> dict[str, list[dict[str, torch.Tensor]]]:
@@ -34,16 +35,9 @@ def values(seed: int = 0) -> dict[str, list[dict[str, torch.Tensor]]]:
 
 def table(rows: list[tuple[str, RowInfo, dict[str, torch.Tensor]]]) -> StepTable:
     """From (key, record, fields), and a padding row at the end."""
-    length = len(rows[0][2]["old_log_probs"])
-    empty = {name: torch.zeros(length).to(value.dtype) for name, value in rows[0][2].items()}
-    rows = [*rows, ("pad_0_0", None, empty)]  # type: ignore[list-item]
-    names = rows[0][2].keys()
-    columns = {
-        name: torch.nested.as_nested_tensor([row[2][name] for row in rows], layout=torch.jagged) for name in names
-    }
-    batch = SimpleNamespace(keys=[row[0] for row in rows])
-    stored = TensorDict(columns, batch_size=len(rows))
-    return StepTable.from_rows(stored, SimpleNamespace(batch=batch, infos=[row[1] for row in rows]))  # type: ignore[arg-type]
+    empty = {name: torch.zeros_like(value) for name, value in rows[0][2].items()}
+    columns = {name: [*[fields[name] for _, _, fields in rows], empty[name]] for name in empty}
+    return make_table([*[key for key, _, _ in rows], "pad_0_0"], [*[info for _, info, _ in rows], None], columns)
 
 
 def turn_rows() -> StepTable:
@@ -53,8 +47,8 @@ def turn_rows() -> StepTable:
             ones = torch.ones(len(fields["old_log_probs"]), dtype=torch.long)
             scores = torch.zeros(len(ones))
             scores[-1] = float(name.endswith("0"))
-            fields = {**fields, "response_mask": ones, TEACHER_MASK: ones, "rm_scores": scores}
-            rows.append((f"{name}_{number}", RowInfo(number, "t"), fields))
+            fields = {**fields, "response_mask": ones, "rm_scores": scores}
+            rows.append((f"{name}_{number}", RowInfo(number, "t", teacher_prompt_tokens=1), fields))
     return table(rows)
 
 
@@ -75,8 +69,8 @@ def conversation_rows() -> StepTable:
         whole["advantages"] = whole["advantages"] * whole["response_mask"]
         scores = torch.zeros(len(whole["response_mask"]))
         scores[-1] = float(name.endswith("0"))
-        whole |= {TEACHER_MASK: whole["response_mask"], "rm_scores": scores}
-        rows.append((f"{name}_0", RowInfo(0, "t", turns=tuple(notes)), whole))
+        whole["rm_scores"] = scores
+        rows.append((f"{name}_0", RowInfo(0, "t", turns=tuple(notes), teacher_prompt_tokens=1), whole))
     return table(rows)
 
 
@@ -100,18 +94,25 @@ SETTINGS = {
 
 @pytest.mark.parametrize("case", SETTINGS)
 def test_signals_change_a_conversation_as_they_change_its_turns(case):
-    settings = LossConfig(coef=0.5, **SETTINGS[case])
+    method = Method(LossConfig(coef=0.5, **SETTINGS[case]))
     apart, whole = turn_rows(), conversation_rows()
     assert len(apart.turns) == 11 and len(whole.turns) == 5
-    changed = [
-        sampled(rows, rows.shape_advantages(settings, 0.5, 5.0, rows.statistics(settings, 5.0)))
-        for rows in (apart, whole)
-    ]
+    changed = [sampled(rows, method.judge(rows, 0.5, 5.0).columns["advantages"]) for rows in (apart, whole)]
     assert not torch.allclose(changed[0], sampled(apart, apart.advantages), atol=1e-3), "the signal did nothing"
     assert torch.allclose(changed[0], changed[1], atol=1e-6)
 
 
 def test_metrics_by_turn_are_those_of_the_turns():
-    apart, whole = turn_rows().metrics(), conversation_rows().metrics()
+    apart, whole = (
+        gap_metrics(
+            rows.columns[TEACHER_LOG_PROBS] - rows.columns["old_log_probs"],
+            rows.mask,
+            rows.response,
+            rows.episode_ids,
+            rows.turns,
+            rows.columns["entropy"],
+        )
+        for rows in (turn_rows(), conversation_rows())
+    )
     assert {"sdar/gap_mean/first_third", "sdar/gap_mean/last_third"} <= apart.keys()
     assert whole == pytest.approx(apart)

@@ -15,8 +15,9 @@ from sdar_verl.algorithm.divergences import COLUMNS
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.checks.loss import loss_faults
 from sdar_verl.config import LossConfig, load_config
-from sdar_verl.verl.distributions import StepRequests, column_means, step_requests
-from sdar_verl.requests import HEAD_REQUEST, SUPPORT_IDS, HeadRequest, asked
+from sdar_verl.fields import SUPPORT_IDS
+from sdar_verl.observe.metrics import column_means
+from sdar_verl.requests import HEAD_REQUEST, HeadRequest, StepRequests, asked
 
 
 def settings(**options) -> LossConfig:
@@ -25,37 +26,38 @@ def settings(**options) -> LossConfig:
 
 def test_other_objectives_ask_for_nothing():
     for objective in ("sampled", "k1", "k2", "k3"):
-        assert step_requests(settings(objective=objective)) == StepRequests()
+        assert StepRequests.of(settings(objective=objective)) == StepRequests(teacher=HeadRequest(teacher=True))
 
 
 @pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jsd"])
 def test_the_whole_vocabulary_asks_the_teacher_for_hidden_states(objective):
-    requests = step_requests(settings(objective=objective))
+    requests = StepRequests.of(settings(objective=objective))
     assert requests.student is None
-    assert requests.teacher == HeadRequest("hidden", 128)
-    assert requests.update == HeadRequest("divergence", 128, 0, objective, teacher=requests.teacher)
+    assert requests.teacher == HeadRequest("hidden", teacher=True)
+    assert requests.update == HeadRequest("divergence", kind=objective)
+    assert requests.update.k == 0 and requests.update.chunk == 128 and not requests.update.teacher
 
 
 @pytest.mark.parametrize("objective", ["reverse_kl", "jsd"])
 def test_the_students_support_is_found_before_the_teacher_pass(objective):
-    requests = step_requests(settings(objective=objective, support="top_k", top_k=7, chunk_tokens=9))
-    assert requests.student == HeadRequest("top_k_ids", 9, 7)
-    assert requests.teacher == HeadRequest("on_support", 9, 7)
+    requests = StepRequests.of(settings(objective=objective, support="top_k", top_k=7, chunk_tokens=9))
+    assert requests.student == HeadRequest("top_k_ids", chunk=9, k=7)
+    assert requests.teacher == HeadRequest("on_support", teacher=True, chunk=9, k=7)
     assert requests.carry == (SUPPORT_IDS,)
     assert requests.update is not None
     assert (requests.update.k, requests.update.tail) == (7, "bucket")
 
 
 def test_forward_kl_takes_the_teachers_support():
-    requests = step_requests(settings(objective="forward_kl", support="top_k", tail="renormalise"))
+    requests = StepRequests.of(settings(objective="forward_kl", support="top_k", tail="renormalise"))
     assert requests.student is None
-    assert requests.teacher == HeadRequest("top_k", 128, 100)
+    assert requests.teacher == HeadRequest("top_k", teacher=True, chunk=128, k=100)
     assert requests.update is not None
     assert requests.update.tail == "renormalise"
 
 
 def test_a_request_travels_as_text_and_only_as_long_as_it_is_asked():
-    request = HeadRequest("divergence", 4, 3, "jsd", "bucket", HeadRequest("on_support", 4, 3))
+    request = HeadRequest("divergence", chunk=4, k=3, kind="jsd", tail="renormalise")
     assert HeadRequest.from_json(request.to_json()) == request
     extra = {"temperature": 1.0}
     with asked(extra, request):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import inspect
 import re
 import shlex
 import subprocess
@@ -12,13 +13,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import verl  # noqa: F401  loads the plugin, which puts our configs on the search path
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from verl.trainer.ppo.v1 import PPOTrainer
 
 from sdar_verl.algorithm.divergences import COLUMNS
 from sdar_verl.algorithm.loss import distillation_terms
@@ -26,16 +27,17 @@ from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.cli import _parser
 from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
+from sdar_verl.fields import NORM_PREFIX, SUMS_PREFIX, TEACHER_LOG_PROBS
+from sdar_verl.finite import leave_out_broken_rows, leave_out_broken_teacher
 from sdar_verl.observe import warnings
 from sdar_verl.observe.metrics import gap_metrics, reduce_loss_sums, row_metrics
 from sdar_verl.observe.skill_statistics import statistics_metrics
 from sdar_verl.observe.trackers import HISTOGRAMS
 from sdar_verl.rollout.rows import EpisodeNote, RowInfo, TurnNote
 from sdar_verl.skills.ucb import TypeStatistics
-from sdar_verl.teacher.answers import ServerCheck, answer_metrics
-from sdar_verl.teacher.privileged import teacher_metrics
-from sdar_verl.fields import NORM_PREFIX, SUMS_PREFIX
+from sdar_verl.teacher.server_check import ServerCheck, answer_metrics
 from sdar_verl.verl.validation import arm_metrics
+from tests.support.table import make_table
 from tests.support.verl_version import IS_VERL_090
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +49,7 @@ DOCUMENTS = [
 SOURCES = [
     ROOT / "sdar_verl" / name
     for name in (
-        *("verl/trainer.py", "finite.py", "observe/distillation.py", "observe/packing.py", "teacher/privileged.py"),
+        *("step.py", "verl/trainer.py", "verl/teacher.py"),
     )
 ]
 METRIC = re.compile(r"`(sdar(?:-val)?/[^`]+|timing_s/teacher)`")
@@ -76,18 +78,20 @@ def emitted_metrics() -> set[str]:
         "<task type>",
         turns=(TurnNote(0, 1),),
         skills=("<skill>",),
-        teacher_prompt_ids=np.arange(3),
+        teacher_prompt_tokens=3,
         context_tokens=1,
         episode=EpisodeNote({}),
     )
-    names = set(row_metrics(["u_0_0", "u_1_0"], [seen, RowInfo(0, "<task type>", failed=True)]))
+    infos = [seen, RowInfo(0, "<task type>", failed=True)]
+    table = make_table(["u_0_0", "u_1_0"], infos, {"response_mask": [[1], [0]], TEACHER_LOG_PROBS: [[0.0], [0.0]]})
+    names = set(row_metrics(table))
+    names |= {*leave_out_broken_rows(table, {}, "drop", 0), *leave_out_broken_teacher(table, "drop")}
     counted = {"acc": [1.0], "task_score": [1.0], "turns": [1.0], "invalid_actions": [0.0], "failed": [0.0]}
     outcomes = {**counted, "task_id": ["t"]}
     names |= set(arm_metrics({**outcomes, "task_type": ["<task type>"], "arm": ["<arm>"]}, {}))
     names |= set(reduce_loss_sums(worker_metrics()))
     three, one = torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool)
-    names |= set(gap_metrics(three, one, one, ["e"] * 3, [0, 1, 2], three, three))
-    names |= set(teacher_metrics(0.0, 0))
+    names |= set(gap_metrics(three, one, one, ["e"] * 3, [0, 1, 2], three))
     names |= {*answer_metrics([seen]), *ServerCheck(0.0, 0.0, 0.0).metrics()}
     names |= {*HISTOGRAMS, *(f"sdar/warnings/{name}" for name in warnings.NAMES)}
     names |= set(statistics_metrics({"<task type>": TypeStatistics()}))
@@ -104,15 +108,19 @@ def worker_metrics() -> dict[str, float]:
 
 
 def constants(source: Path) -> Iterator[str]:
-    """``metrics["sdar/..."] = ...`` and the names of timers."""
+    """``metrics["sdar/..."] = ...``, dicts of such names, and the names of timers."""
     for node in ast.walk(ast.parse(source.read_text())):
-        stored = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
-        if stored and ast.unparse(node.value) in ("metrics", "rows.metrics"):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "metrics":
             assert isinstance(node.slice, ast.Constant)
             yield node.slice.value
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "marked_timer":
+        if isinstance(node, ast.Dict):
+            yield from (
+                key.value for key in node.keys if isinstance(key, ast.Constant) and str(key.value).startswith("sdar/")
+            )
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("self.timed", "run.timed"):
             assert isinstance(node.args[0], ast.Constant)
-            yield f"timing_s/{node.args[0].value}"
+            if f'"{node.args[0].value}"' not in inspect.getsource(PPOTrainer._step_once):  # verl's own
+                yield f"timing_s/{node.args[0].value}"
 
 
 def test_every_metric_is_documented_and_every_documented_one_exists():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sdar_verl.algorithm.gap import StepStatistics, episode_means, gate_gap, step_statistics, turn_means
-from sdar_verl.algorithm.loss import distillation_terms, gated_distillation_loss
+from sdar_verl.algorithm.loss import distillation_terms
+from sdar_verl.verl.loss import gated_distillation_loss
 
 ROWS, LENGTH = 6, 5
 EPISODES = ["x", "y", "x", "z", "y", "x"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,14 +11,15 @@ import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
-from sdar_verl.fields import STEP_VALUES, StepValues
-from sdar_verl.verl.gradient_probe import GradientProbe
+from sdar_verl.fields import STEP_VALUES
+from sdar_verl.method import StepValues
+from sdar_verl.verl.engine import WithRequests
 
 
 class Engine:
-    """verl's engine as far as the probe knows it; one weight vector, plain SGD."""
+    """verl's engine as far as the measurement knows it; one weight vector, plain SGD."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_config: Any = None) -> None:
         torch.manual_seed(0)
         self.module = torch.nn.Linear(3, 1, bias=False)
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.1)
@@ -42,6 +44,13 @@ class Engine:
         return True
 
 
+class Measuring(WithRequests, Engine):
+    """The same with what we put before it."""
+
+    def __init__(self) -> None:
+        super().__init__(SimpleNamespace())
+
+
 def loss(outputs: torch.Tensor, data: TensorDict) -> torch.Tensor:
     only = tu.get_non_tensor_data(data, STEP_VALUES, None)["only"]
     rl, distillation = outputs.sum(), 2.0 * outputs.square().sum()
@@ -55,8 +64,7 @@ def batch(measure: int | None) -> TensorDict:
 
 
 def test_norms_are_those_of_each_loss_and_the_update_is_as_without() -> None:
-    engine, plain = Engine(), Engine()
-    GradientProbe.attach(engine)
+    engine, plain = Measuring(), Engine()
     inputs, weight = batch(None)["x"], engine.module.weight.detach().clone()
     rl = inputs.sum(0)
     distillation = 4.0 * (inputs @ weight.T * inputs).sum(0)
@@ -68,8 +76,7 @@ def test_norms_are_those_of_each_loss_and_the_update_is_as_without() -> None:
 
 
 def test_a_step_is_measured_on_its_first_update_alone() -> None:
-    engine = Engine()
-    GradientProbe.attach(engine)
+    engine = Measuring()
     measured = []
     for step in (None, 1, 1, None, 4):
         before = engine.passes
@@ -78,16 +85,14 @@ def test_a_step_is_measured_on_its_first_update_alone() -> None:
     assert measured == [False, True, False, False, True]
 
 
-def test_attaching_twice_measures_once() -> None:
-    engine = Engine()
-    assert GradientProbe.attach(engine) is GradientProbe.attach(engine)
-    engine.train_batch(batch(1), loss_function=loss)
-    assert engine.passes == 3
+def test_the_batch_says_afterwards_what_it_said_before() -> None:
+    data = batch(1)
+    Measuring().train_batch(data, loss_function=loss)
+    assert StepValues.from_dict(tu.get_non_tensor_data(data, STEP_VALUES, None)) == StepValues(0.5, 5.0, measure=1)
 
 
 def test_a_batch_that_says_nothing_is_verls_own() -> None:
-    engine = Engine()
-    GradientProbe.attach(engine)
+    engine = Measuring()
     data = TensorDict({"x": torch.ones(2, 3)}, batch_size=2)
     engine.train_batch(data, loss_function=lambda outputs, _: outputs.sum())
     assert engine.passes == 1

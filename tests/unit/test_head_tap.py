@@ -1,4 +1,4 @@
-"""The head's tap in verl's FSDP engine: the numbers and gradients of plain forward passes, with sharded weights too."""
+"""Requests at the head of verl's FSDP engine: the numbers and gradients of plain forward passes, with sharded weights too."""
 
 from __future__ import annotations
 
@@ -13,16 +13,10 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from sdar_verl.algorithm.divergences import COLUMNS, full_columns, on_support, top_k_columns, top_k_ids
-from sdar_verl.fields import TEACHER_MASK
-from sdar_verl.verl.head import HeadTap, columns_of_this_step
-from sdar_verl.requests import (
-    COLUMN_PREFIX,
-    HEAD_REQUEST,
-    SUPPORT_IDS,
-    SUPPORT_LOG_PROBS,
-    TEACHER_HIDDEN,
-    HeadRequest,
-)
+from sdar_verl.fields import SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN, TEACHER_MASK
+from sdar_verl.requests import HEAD_REQUEST, HeadRequest
+from sdar_verl.verl.engine import WithRequests
+from sdar_verl.verl.head import COLUMN_PREFIX
 
 TEMPERATURE = 0.8
 PROMPTS, RESPONSES = (3, 1, 5), (4, 2, 3)
@@ -61,15 +55,23 @@ def make_model(seed: int, *, tied: bool = True) -> torch.nn.Module:
     return model
 
 
-def make_engine(model: torch.nn.Module) -> FSDPEngineWithLMHead:
+class Bare(FSDPEngineWithLMHead):
     """verl's own engine around a model that is there already."""
-    engine = object.__new__(FSDPEngineWithLMHead)
-    engine.module = model
-    engine.pad_to_length = engine.use_ulysses_sp = False
-    engine.ulysses_device_mesh = None
-    engine._autocast_dtype = torch.float32
-    engine.engine_config = SimpleNamespace(entropy_checkpointing=False)
-    return engine
+
+    def __init__(self, model_config: SimpleNamespace) -> None:
+        self.module = model_config.module
+        self.pad_to_length = self.use_ulysses_sp = False
+        self.ulysses_device_mesh = None
+        self._autocast_dtype = model_config.dtype
+        self.engine_config = SimpleNamespace(entropy_checkpointing=False)
+
+
+class Engine(WithRequests, Bare):
+    """The same with requests."""
+
+
+def make_engine(model: torch.nn.Module, dtype: torch.dtype = torch.float32, kind: type = Engine) -> Bare:
+    return kind(SimpleNamespace(module=model, dtype=dtype))
 
 
 def shard(model: torch.nn.Module, **options) -> torch.nn.Module:
@@ -105,6 +107,7 @@ def make_batch(prompts: tuple[int, ...], seed: int, packed: bool, request: HeadR
             "input_ids": nested(rows),
             "position_ids": nested([torch.arange(len(row)) for row in rows]),
             "loss_mask": nested([torch.ones(n, dtype=torch.int64) for n in RESPONSES]),
+            "responses": nested(make_rows(prompts, seed)[1]),
             TEACHER_MASK: nested([torch.tensor(mask) for mask in MASKS]),
             **fields,
         },
@@ -125,19 +128,22 @@ def plain_logits(model: torch.nn.Module, prompts: tuple[int, ...], seed: int) ->
     return torch.cat(out)
 
 
-def forward(engine: FSDPEngineWithLMHead, batch: TensorDict) -> dict[str, torch.Tensor]:
+def forward(engine: Bare, batch: TensorDict) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         _, output = engine.forward_step(batch, loss_function=None, forward_only=True)
     return output["model_output"]
 
 
-def loss(model_output=None, data=None, dp_group=None, student_logits=None):
+def loss(model_output=None, data=None, dp_group=None):
     """Unequal weights on the divergences, and a little of the log-probs as verl's own loss would."""
-    if student_logits is not None:
-        return columns_of_this_step(student_logits)
     values = model_output[f"{COLUMN_PREFIX}divergence"].values()
     weights = torch.linspace(0.5, 2.0, len(values))
     return (values * weights).sum() + 0.1 * model_output["log_probs"].values().sum(), {}
+
+
+def hand_head(teacher_engine: Engine, engine: Engine) -> None:
+    """As the worker does between teacher pass and update."""
+    engine.heads.teacher, teacher_engine.heads.kept = teacher_engine.heads.kept, None
 
 
 def by_hand(model, kind: str, k: int, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,17 +184,16 @@ def test_values_and_gradients_are_those_of_plain_passes(tied: bool, kind: str, k
 
     model = make_model(0, tied=tied)
     engine, teacher_engine = (make_engine(shard(m) if sharded else m) for m in (model, teacher_model))
-    taps = [HeadTap.attach(e) for e in (engine, teacher_engine)]
     fields = {}
     if k and kind != "forward_kl":
-        outputs = forward(engine, make_batch(PROMPTS, 1, packed, HeadRequest("top_k_ids", 4, k)))
+        outputs = forward(engine, make_batch(PROMPTS, 1, packed, HeadRequest("top_k_ids", chunk=4, k=k)))
         fields[SUPPORT_IDS] = outputs[SUPPORT_IDS]
     what = "hidden" if not k else "top_k" if kind == "forward_kl" else "on_support"
-    outputs = forward(teacher_engine, make_batch(TEACHER_PROMPTS, 2, packed, HeadRequest(what, 4, k), **fields))
+    outputs = forward(teacher_engine, make_batch(TEACHER_PROMPTS, 2, packed, HeadRequest(what, True, 4, k), **fields))
     fields |= {name: outputs[name] for name in (SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN) if name in outputs}
-    taps[1].hand_head_to(engine)
+    hand_head(teacher_engine, engine)
 
-    batch = make_batch(PROMPTS, 1, packed, HeadRequest("divergence", 4, k, kind), **fields)
+    batch = make_batch(PROMPTS, 1, packed, HeadRequest("divergence", False, 4, k, kind), **fields)
     value, output = engine.forward_step(batch, loss_function=loss, forward_only=False)
     value.backward()
 
@@ -203,14 +208,12 @@ def test_values_and_gradients_are_those_of_plain_passes(tied: bool, kind: str, k
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-def full_step(engine: FSDPEngineWithLMHead, teacher_engine: FSDPEngineWithLMHead) -> torch.Tensor:
+def full_step(engine: Engine, teacher_engine: Engine) -> torch.Tensor:
     """Teacher pass and update with reverse KL over the whole vocabulary; the loss."""
-    HeadTap.attach(engine)
-    tap = HeadTap.attach(teacher_engine)
-    outputs = forward(teacher_engine, make_batch(TEACHER_PROMPTS, 2, True, HeadRequest("hidden", 4)))
-    tap.hand_head_to(engine)
+    outputs = forward(teacher_engine, make_batch(TEACHER_PROMPTS, 2, True, HeadRequest("hidden", True, 4)))
+    hand_head(teacher_engine, engine)
     fields = {TEACHER_HIDDEN: outputs[TEACHER_HIDDEN]}
-    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", 4, 0, "reverse_kl"), **fields)
+    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", False, 4, 0, "reverse_kl"), **fields)
     value, _ = engine.forward_step(batch, loss_function=loss, forward_only=False)
     value.backward()
     return value.detach()
@@ -244,9 +247,7 @@ def test_half_precision_as_verl_trains_in_it(tied: bool):
 
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = make_model(0, tied=tied)
-    engines = [make_engine(shard(m, mp_policy=half)) for m in (model, teacher_model)]
-    for engine in engines:
-        engine._autocast_dtype = torch.bfloat16
+    engines = [make_engine(shard(m, mp_policy=half), torch.bfloat16) for m in (model, teacher_model)]
     value = full_step(*engines)
     assert value.item() == pytest.approx(expected.item(), rel=0.05)
     got = torch.cat([parameter.grad.full_tensor().flatten() for parameter in model.parameters()])
@@ -278,24 +279,65 @@ def test_an_adapter_on_the_layers_is_trained_through_a_frozen_head():
 
 def test_a_batch_without_a_request_goes_through_untouched():
     model = make_model(0)
+    before = forward(make_engine(model, kind=Bare), make_batch(PROMPTS, 1, True, None))
     engine = make_engine(model)
-    before = forward(engine, make_batch(PROMPTS, 1, True, None))
-    HeadTap.attach(engine)
-    forward(engine, make_batch(PROMPTS, 1, True, HeadRequest("top_k_ids", 4, 3)))
+    forward(engine, make_batch(PROMPTS, 1, True, HeadRequest("top_k_ids", False, 4, 3)))
     after = forward(engine, make_batch(PROMPTS, 1, True, None))
     assert list(after) == list(before) == ["log_probs"]
     assert torch.equal(after["log_probs"].values(), before["log_probs"].values())
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("what", ["log_probs", "top_k", "hidden"])
+def test_a_teacher_pass_has_log_probs_of_the_responses_alone(what: str, packed: bool, sharded: bool):
+    model = make_model(0)
+    with torch.no_grad():
+        logits = plain_logits(model, TEACHER_PROMPTS, 2)
+    expected = logits.log_softmax(-1).gather(1, torch.cat(make_rows(TEACHER_PROMPTS, 2)[1])[:, None])[:, 0]
+    engine = make_engine(shard(model) if sharded else model)
+    request = HeadRequest(what, True, 4, 3 if what == "top_k" else 0)
+    log_probs = forward(engine, make_batch(TEACHER_PROMPTS, 2, packed, request))["log_probs"]
+    assert log_probs.offsets().diff().tolist() == list(RESPONSES)
+    torch.testing.assert_close(log_probs.values(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_teacher_pass_makes_no_logits_of_prompts(packed: bool):
+    """A prompt may be a hundred times as long as the answer, and a row of logits as wide as the vocabulary."""
+    model = make_model(0)
+    engine = make_engine(model)
+    seen: list[tuple[int, ...]] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    prompts = (60, 40, 50)
+    forward(engine, make_batch(prompts, 2, packed, HeadRequest(teacher=True)))
+    forward(engine, make_batch(prompts, 2, packed, None))
+    whole = (1, sum(prompts) + sum(RESPONSES), 31) if packed else (3, 64, 31)
+    assert seen == [(1, sum(RESPONSES), 31), whole]
+
+
+def test_with_sequence_parallelism_verl_makes_all_logits_and_the_response_is_taken_out_of_them():
+    """Its ranks hold parts of rows; what comes back is the same."""
+    model = make_model(0)
+    engine = make_engine(model)
+    batches = [make_batch(TEACHER_PROMPTS, 2, True, HeadRequest(teacher=True)) for _ in range(2)]
+    tu.assign_non_tensor(batches[1], sp_size=2)
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    selected, whole = (forward(engine, batch)["log_probs"] for batch in batches)
+    assert seen == [sum(RESPONSES), sum(TEACHER_PROMPTS) + sum(RESPONSES)]
+    assert whole.offsets().tolist() == selected.offsets().tolist()
+    torch.testing.assert_close(whole.values(), selected.values())
+
+
 def test_rows_without_a_teacher_have_zero_columns():
     engine = make_engine(make_model(0))
-    tap = HeadTap.attach(engine)
-    tap.teacher_head = (torch.zeros(31, 16), None)
+    engine.heads.teacher = (torch.zeros(31, 16), None)
     fields = {
         TEACHER_MASK: nested([torch.zeros(n, dtype=torch.int64) for n in RESPONSES]),
         TEACHER_HIDDEN: nested([torch.zeros(n, 16) for n in RESPONSES]),
     }
-    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", 4, 0, "jsd"), **fields)
+    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", False, 4, 0, "jsd"), **fields)
     value, output = engine.forward_step(batch, loss_function=loss, forward_only=False)
     value.backward()
     assert not output["model_output"][f"{COLUMN_PREFIX}divergence"].values().any()
@@ -305,18 +347,18 @@ def test_logits_that_change_after_the_head_are_refused():
     model = make_model(0)
     model.register_forward_hook(lambda module, args, output: type(output)(logits=output.logits / 4))
     engine = make_engine(model)
-    HeadTap.attach(engine).teacher_head = (torch.zeros(31, 16), None)
+    engine.heads.teacher = (torch.zeros(31, 16), None)
     fields = {TEACHER_HIDDEN: nested([torch.zeros(n, 16) for n in RESPONSES])}
-    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", 4, 0, "jsd"), **fields)
+    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", False, 4, 0, "jsd"), **fields)
     with pytest.raises(RuntimeError, match="changes its logits after the head"):
         engine.forward_step(batch, loss_function=loss, forward_only=False)
 
 
 def test_another_vocabulary_is_refused():
     engine = make_engine(make_model(0))
-    HeadTap.attach(engine).teacher_head = (torch.zeros(30, 16), None)
+    engine.heads.teacher = (torch.zeros(30, 16), None)
     fields = {TEACHER_HIDDEN: nested([torch.zeros(n, 16) for n in RESPONSES])}
-    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", 4, 0, "jsd"), **fields)
+    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", False, 4, 0, "jsd"), **fields)
     with pytest.raises(RuntimeError, match="vocabulary has 31 tokens, the teacher's 30"):
         engine.forward_step(batch, loss_function=loss, forward_only=False)
 
@@ -324,12 +366,11 @@ def test_another_vocabulary_is_refused():
 def test_a_teachers_token_that_the_student_does_not_have_is_named():
     """On a GPU, reading beyond the logits would end the process with an assertion of the device."""
     engine = make_engine(make_model(0))
-    HeadTap.attach(engine)
     fields = {
         SUPPORT_IDS: nested([torch.tensor([[3, 31]] * n, dtype=torch.int32) for n in RESPONSES]),
         SUPPORT_LOG_PROBS: nested([torch.full((n, 3), -1.1) for n in RESPONSES]),
     }
-    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", 4, 2, "forward_kl"), **fields)
+    batch = make_batch(PROMPTS, 1, True, HeadRequest("divergence", False, 4, 2, "forward_kl"), **fields)
     with pytest.raises(RuntimeError, match="hold number 31, and the student's vocabulary has 31 tokens"):
         engine.forward_step(batch, loss_function=loss, forward_only=False)
 
@@ -337,7 +378,6 @@ def test_a_teachers_token_that_the_student_does_not_have_is_named():
 def test_a_head_that_is_not_called_is_named():
     model = make_model(0)
     engine = make_engine(model)
-    HeadTap.attach(engine)
     weight = model.lm_head.weight
     model.lm_head.forward = None  # as fused kernels do, the model makes its logits without the head
     original = model.model
@@ -356,4 +396,4 @@ def test_a_head_that_is_not_called_is_named():
 
     engine.module = WithoutHead()
     with pytest.raises(RuntimeError, match="use_fused_kernels=False"):
-        forward(engine, make_batch(PROMPTS, 1, True, HeadRequest("top_k_ids", 4, 3)))
+        forward(engine, make_batch(PROMPTS, 1, True, HeadRequest("top_k_ids", False, 4, 3)))

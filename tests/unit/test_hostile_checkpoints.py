@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError, TeacherError
-from sdar_verl.observe.base import STATE_FILE, load_parts
+from sdar_verl.observe.base import STATE_FILE, load_states
 from sdar_verl.observe.skill_statistics import SkillStatistics
 from sdar_verl.teacher.weights import ShadowWeights
 from sdar_verl.verl.resume import RUN_FILE, claim_checkpoints
@@ -79,7 +79,7 @@ STATE = {"skill_statistics": {"by_type": {"pick": {"queries": 2, "supplied": {"a
 def test_a_state_with_wrong_parts_is_read_or_named(tmp_path: Path, state: Any) -> None:
     (tmp_path / STATE_FILE).write_text(json.dumps(state))
     try:
-        load_parts([SkillStatistics(SdarConfig())], tmp_path)
+        load_states([SkillStatistics(SdarConfig())], tmp_path)
     except ConfigError as error:
         assert STATE_FILE in str(error)
 
@@ -88,7 +88,7 @@ def test_a_state_with_wrong_parts_is_read_or_named(tmp_path: Path, state: Any) -
 def test_a_damaged_state_is_named_with_the_remedy(tmp_path: Path, content: str) -> None:
     (tmp_path / STATE_FILE).write_text(content)
     with pytest.raises(ConfigError, match=rf"{STATE_FILE}.*damaged.*resume from an earlier checkpoint"):
-        load_parts([SkillStatistics(SdarConfig())], tmp_path)
+        load_states([SkillStatistics(SdarConfig())], tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "[" * 100_000])

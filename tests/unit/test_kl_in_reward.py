@@ -15,6 +15,7 @@ from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
+from tests.support.table import make_table
 
 COEF, PENALTY, TOKENS = 0.2, 0.1, 5
 # Episode -> turns; two groups of three rollouts.
@@ -46,7 +47,7 @@ def test_an_episodes_return_is_its_reward_minus_the_mean_penalty_of_its_rows():
     algorithm = OmegaConf.create({"use_kl_in_reward": True, "norm_adv_by_std_in_grpo": True})
 
     data, metrics = apply_kl_penalty(data, FixedKLController(COEF), kl_penalty="kl")
-    with advantage_rows(AdvantageRows.from_batch(settings, keys, infos)) as rows:
+    with advantage_rows(AdvantageRows.of(settings, make_table(keys, infos))) as rows:
         data = compute_advantage_for_multi_trajectories(data, keys, "sdar", num_repeat=3, config=algorithm)
 
     assert metrics["actor/reward_kl_penalty_coeff"] == COEF

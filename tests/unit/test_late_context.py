@@ -6,16 +6,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from sdar_verl.config import load_config
 from sdar_verl.context import registry
 from sdar_verl.context.registry import register_context
 from sdar_verl.envs.base import Task
+from sdar_verl.errors import RolloutError
+from sdar_verl.fields import TEACHER_PROMPTS
 from sdar_verl.local import start_policy
 from sdar_verl.rollout.late_context import late_contexts
 from sdar_verl.rollout.rows import RowInfo
 from tests.support.scripted import GOOD, LOST, MUTE, TASK, WRONG, play_episode, scripted_config
+from tests.support.table import make_table, stored
 
 LIMITS = {"teacher__max_prompt_length": 2000}
 
@@ -39,7 +43,12 @@ def step(tokenizer, monkeypatch):
             infos += records
         late = late_contexts(config, load_config(config.sdar), tokenizer)
         if late is not None:
-            late.fill([*keys, "pad_0_0"], [*infos, None])
+            table = make_table([*keys, "pad_0_0"], [*infos, None])
+            late.fill(table)
+            columns = stored(table)[TEACHER_PROMPTS]
+            for info, column in zip([*infos, None], columns, strict=True):
+                ids = [] if info is None or info.teacher_prompt_ids is None else info.teacher_prompt_ids.tolist()
+                assert column.tolist() == ids and column.dtype == torch.int32
         return dict(zip(keys, infos, strict=True))
 
     return run
@@ -136,5 +145,5 @@ def test_empty_gives_the_teacher_the_students_prompt_and_a_say(step):
 
 
 def test_a_late_teacher_prompt_that_is_too_long_is_an_error(step):
-    rows = step(GROUP, context__sources=["sibling"], teacher__max_prompt_length=40)
-    assert "sdar.teacher.max_prompt_length=40 is too small" in rows["u0_0_0"].error
+    with pytest.raises(RolloutError, match=r"sdar\.teacher\.max_prompt_length=40 is too small"):
+        step(GROUP, context__sources=["sibling"], teacher__max_prompt_length=40)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sdar_verl.algorithm.gates import _GATES, register_gate
-from sdar_verl.algorithm.loss import distillation_terms, gated_distillation_loss
+from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.objectives import _OBJECTIVES, get_objective, register_objective
 from sdar_verl.algorithm.stats import add_stats, finalize_stats, stats_sums
+from sdar_verl.verl.loss import gated_distillation_loss
 
 ROWS, LENGTH, VOCAB = 6, 5, 7
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]

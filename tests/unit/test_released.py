@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdar_verl.algorithm.advantages import rlsd_advantages
-from sdar_verl.algorithm.loss import gated_distillation_loss
+from sdar_verl.verl.loss import gated_distillation_loss
 from sdar_verl.algorithm.schedules import Scheduled, make_schedule
 from sdar_verl.algorithm.stats import finalize_stats
 

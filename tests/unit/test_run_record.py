@@ -10,17 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import OmegaConf
-from transfer_queue import KVBatchMeta
 
 from sdar_verl.config import LossConfig, load_config
-from sdar_verl.observe.base import StepRows
-from sdar_verl.observe.record import RunRecord, plain, write_outcomes
-from sdar_verl.observe.step_tokens import StepTokens, gaps_and_gates
+from sdar_verl.fields import TEACHER_LOG_PROBS
+from sdar_verl.method import Method
+from sdar_verl.observe.record import RunRecord, distilled_tokens, plain, trace_rows, write_outcomes
 from sdar_verl.panels import PanelError
 from sdar_verl.report import layout
 from sdar_verl.report.distributions import reward_statistics
-from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, StepValues
+from sdar_verl.rollout.rows import RowInfo, TurnNote
+from sdar_verl.table import StepTable, joined
+from tests.support.table import make_table
 from tests.support.toy_panel import write_toy_panels
 
 
@@ -48,12 +48,13 @@ def config(tmp_path):
 
 
 def record(config, **trace) -> RunRecord:
-    return RunRecord(load_config({"trace": trace}), config)
+    run = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: " ".join(map(str, ids))))
+    return RunRecord(load_config({"trace": trace}), config, run)
 
 
 def test_a_record_says_what_the_run_is(config):
     part = record(config)
-    part.on_step_end(1, {"a": np.float32(0.5), "bad": float("nan")})
+    part.after_step(1, {"a": np.float32(0.5), "bad": float("nan")})
     run = json.loads((part.folder / layout.RUN_FILE).read_text())
     assert run["schema"] == layout.SCHEMA and run["experiment"] == "e" and run["gpus"] == 2
     assert len(run["panels"]["val_files"][0]) == 64 and run["panels"]["val_files"] != run["panels"]["train_files"]
@@ -62,7 +63,7 @@ def test_a_record_says_what_the_run_is(config):
 
 def test_a_new_run_moves_the_record_of_an_earlier_one_out_of_the_way(config):
     for value in (1.0, 2.0):
-        record(config).on_step_end(1, {"a": value})
+        record(config).after_step(1, {"a": value})
     folder = record(config).folder
     assert layout.read_lines(folder / layout.METRICS_FILE)[0]["data"] == {"a": 2.0}
     assert layout.read_lines(folder.with_name("record.1") / layout.METRICS_FILE)[0]["data"] == {"a": 1.0}
@@ -71,7 +72,7 @@ def test_a_new_run_moves_the_record_of_an_earlier_one_out_of_the_way(config):
 def test_a_resumed_run_goes_on_and_forgets_what_is_played_again(config):
     first = record(config, every=1)
     for step in (1, 2, 3):
-        first.on_step_end(step, {"a": step})
+        first.after_step(step, {"a": step})
     for name in (layout.TRACES, layout.OUTCOMES):
         for step in (2, 3):
             path = layout.step_file(first.folder / name, step)
@@ -79,7 +80,7 @@ def test_a_resumed_run_goes_on_and_forgets_what_is_played_again(config):
             path.touch()
     resumed = record(config, every=1)
     resumed.load_state_dict({"step": 2, "every": 4})
-    resumed.on_step_end(3, {"a": 30})
+    resumed.after_step(3, {"a": 30})
     lines = layout.read_lines(resumed.folder / layout.METRICS_FILE)
     assert [(line["step"], line["data"]["a"]) for line in lines] == [(1, 1), (2, 2), (3, 30)]
     assert list(layout.step_files(resumed.folder / layout.TRACES)) == [2]
@@ -87,22 +88,28 @@ def test_a_resumed_run_goes_on_and_forgets_what_is_played_again(config):
     assert not resumed.folder.with_name("record.1").exists()
 
 
-def test_the_updates_of_a_step_are_one_step_of_the_record(config, monkeypatch):
+def judged(keys: list[str], infos: list[RowInfo | None], **columns) -> StepTable:
+    """A table whose method has been asked."""
+    table = make_table(keys, infos, columns)
+    terms = Method(LossConfig(beta=2.0)).judge(table, 0.0, 2.0).terms
+    table.columns |= {"gap": terms.gap, "gate": terms.gate}
+    return table
+
+
+def test_the_updates_of_a_step_are_one_step_of_the_record(config):
     part = record(config, every=1)
-    tokens = [
-        StepTokens({"rm_scores": [np.array([0.0, score])], "responses": [np.array([5, 6])], "gap": [gap]}, [2])
-        for score, gap in ((1.0, np.array([0.5, np.nan])), (0.0, np.array([1.5, 2.5])))
+    tables = [
+        judged(
+            [f"s1p{number}_0_0", f"s1p{number}_1_0"],
+            [RowInfo(0, "t", teacher_prompt_tokens=4), None],
+            response_mask=[[1] * length, [0]],
+            rm_scores=[[0.0] * (length - 1) + [score], [0.0]],
+            old_log_probs=[[-1.0] * length, [0.0]],
+            **{TEACHER_LOG_PROBS: [[-0.5] * length, [0.0]]},
+        )
+        for number, (length, score) in enumerate(((1, 1.0), (2, 0.0)))
     ]
-    for one in tokens:
-        one.columns["gate"], one.columns["old_log_probs"] = one.columns["gap"], one.columns["gap"]
-    pending = iter(tokens)
-    monkeypatch.setattr("sdar_verl.observe.record.read_tokens", lambda rows: next(pending))
-    trainer = SimpleNamespace(logger=None)
-    for number in range(2):
-        assert not part.latest, "before the last update of a step there is nothing to say of it"
-        batch = KVBatchMeta(partition_id="train", keys=[f"s1p{number}_0_0"], tags=[{}])
-        infos = [RowInfo(turn=0, task_type="t")]
-        part.on_advantages(StepRows(1, batch, infos, {}, load_config({}), trainer, number, 2))
+    assert part.after_updates(joined(tables), {}) == {}
     lines = layout.read_lines(part.folder / layout.DISTRIBUTIONS_FILE)
     assert len(lines) == 1
     assert lines[0] == {"step": 1, **part.latest}
@@ -130,18 +137,76 @@ def test_plain_values():
     assert plain({"a": (np.int64(1), torch.tensor(2.0), None, True, object)})["a"][:4] == [1, 2.0, None, True]
 
 
-def test_gaps_and_gates_are_the_losss_own_and_nan_without_a_teacher():
-    student, teacher = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-0.5, -2.5, -0.5])
-    columns = {
-        "old_log_probs": [student, student[:2]],
-        TEACHER_LOG_PROBS: [teacher, teacher[:2]],
-        TEACHER_MASK: [torch.ones(3), torch.zeros(2)],
-        "response_mask": [torch.tensor([1.0, 1.0, 0.0]), torch.ones(2)],
-    }
-    found = gaps_and_gates(columns, LossConfig(), StepValues(coef=0.0, beta=2.0))
-    torch.testing.assert_close(found["gap"][0][:2], torch.tensor([0.5, -0.5]))
-    torch.testing.assert_close(found["gate"][0][:2], torch.sigmoid(torch.tensor([1.0, -1.0])))
-    assert found["gap"][0][2].isnan() and found["gate"][1].isnan().all() and len(found["gap"][1]) == 2
+def test_gaps_and_gates_are_the_losss_own_and_of_tokens_with_a_teacher():
+    table = judged(
+        ["u_0_0", "u_0_1", "u_1_0"],
+        [RowInfo(0, "t", teacher_prompt_tokens=4), RowInfo(1, "t"), None],
+        response_mask=[[1, 1, 0], [1, 1], [0]],
+        old_log_probs=[[-1.0, -2.0, -0.5], [-1.0, -2.0], [0.0]],
+        ref_log_prob=[[-1.5, -2.0, -0.5], [-1.0, -2.0], [0.0]],
+        **{TEACHER_LOG_PROBS: [[-0.5, -2.5, -0.5], [-0.5, -2.5], [0.0]]},
+    )
+    found = distilled_tokens(table)
+    assert found.gap.tolist() == [0.5, -0.5]
+    np.testing.assert_allclose(found.gate, 1 / (1 + np.exp([-1.0, 1.0])), rtol=1e-6)
+    assert (found.turn.tolist(), found.position.tolist()) == ([0, 0], [0, 1])
+    np.testing.assert_allclose(found.kl, [np.expm1(-0.5) + 0.5, 0.0], atol=1e-7)
+    table.silence([0], "no answer")
+    assert distilled_tokens(table) is None
+    del table.columns["gap"]  # of a run without a teacher
+    assert distilled_tokens(table) is None
+
+
+def test_tokens_of_a_conversation_are_counted_by_turn():
+    notes = (TurnNote(0, 2), TurnNote(3, 5))
+    table = judged(
+        ["u_0_0"],
+        [RowInfo(0, "t", turns=notes, teacher_prompt_tokens=4)],
+        response_mask=[[1, 1, 0, 1, 1]],
+        old_log_probs=[[-1.0] * 5],
+        **{TEACHER_LOG_PROBS: [[-0.5] * 5]},
+    )
+    found = distilled_tokens(table)
+    assert (found.turn.tolist(), found.position.tolist()) == ([0, 0, 1, 1], [0, 1, 0, 1])
+
+
+def words(turn: int) -> dict:
+    return {"task": "put", "observation": f"you see {turn}", "action": None, "result": "no", "reward": 0.0}
+
+
+def decode(ids) -> str:
+    return " ".join(map(str, ids))
+
+
+def test_a_trace_shows_the_turns_of_whole_episodes():
+    """Two episodes, one of two rows, one a conversation in a single row; the first has no teacher on its last row."""
+    notes = (TurnNote(0, 2, text=words(0)), TurnNote(3, 4, inadmissible=True, text=words(1)))
+    infos = [
+        RowInfo(1, "t", text=words(1)),
+        RowInfo(0, "t", teacher_prompt_tokens=4, text=words(0), success=True),
+        RowInfo(0, "t", teacher_prompt_tokens=4, turns=notes, text=None),
+    ]
+    table = judged(
+        ["a_0_1", "a_0_0", "b_0_0"],
+        infos,
+        prompts=[[1, 2], [3], [4]],
+        responses=[[5], [6, 7], [8, 9, 10, 11]],
+        response_mask=[[1], [1, 1], [1, 1, 0, 1]],
+        rm_scores=[[1.0], [0.0, 1.0], [0.0] * 4],
+        old_log_probs=[[-1.0], [-1.0, -2.0], [-1.0] * 4],
+        advantages=[[0.5], [0.5, 0.5], [-0.5, -0.5, 0.0, -0.5]],
+        **{TEACHER_LOG_PROBS: [[0.0], [-0.5, -2.5], [-0.5] * 4]},
+    )
+    turns = trace_rows(table, 10, SimpleNamespace(decode=decode))
+    assert [(turn["episode"], turn["turn"]) for turn in turns] == [("a_0", 0), ("a_0", 1), ("b_0", 0), ("b_0", 1)]
+    first, second, third, fourth = turns
+    assert first["gap"] == [0.5, -0.5] and first["teacher_log_prob"] == [-0.5, -2.5]
+    assert first["advantage"] == [0.5, 0.5] and first["episode_reward"] == 1.0 and first["success"]
+    assert (first["prompt"], first["token_ids"], first["group"], first["step"]) == ("3", [6, 7], "a", 1)
+    assert second["gap"] == [None] and second["teacher_log_prob"] is None and second["student_log_prob"] == [-1.0]
+    assert (fourth["prompt"], fourth["token_ids"]) == ("4 8 9 10", [11]) and fourth["inadmissible"]
+    assert third["observation"] == "you see 0" and third["entropy"] is None
+    assert trace_rows(make_table(["a_0_0"], [RowInfo(0, "t")]), 10, SimpleNamespace(decode=decode)) == []
 
 
 def test_a_panel_without_a_hash_is_not_taken_for_one(config, tmp_path):
@@ -149,4 +214,4 @@ def test_a_panel_without_a_hash_is_not_taken_for_one(config, tmp_path):
 
     pq.write_table(pa.table({"a": [1]}), tmp_path / "train.parquet")
     with pytest.raises(PanelError, match="prepare"):
-        record(config).on_step_end(1, {})
+        record(config).after_step(1, {})

@@ -11,6 +11,7 @@ import pytest
 from sdar_verl.config import load_config
 from sdar_verl.observe.warnings import COLLAPSE_STEPS, FLAT_STEPS, RunWarnings
 from sdar_verl.report.distributions import Tokens, token_distributions
+from tests.support.table import make_table
 
 SOUND = {
     "sdar/success": 0.5,
@@ -46,8 +47,12 @@ class Run:
         )
         self.record.latest = token_distributions(tokens, 100)
         seen = {**SOUND, **metrics}
-        self.part.on_trained(self.step, seen)
-        return {k.removeprefix("sdar/warnings/"): v for k, v in seen.items() if k.startswith("sdar/warnings/")}
+        counts = self.look(seen)
+        return {name.removeprefix("sdar/warnings/"): count for name, count in counts.items()}
+
+    def look(self, metrics: dict) -> dict:
+        """What the part says of a step with these metrics."""
+        return dict(self.part.after_updates(make_table([], [], step=self.step), metrics))
 
 
 ARMS = {
@@ -78,9 +83,7 @@ def test_a_warning_is_told_once_and_counted_from_then_on(run):
 
 def test_a_step_on_which_the_teacher_sees_nothing_at_all(run):
     run.record.latest = {"reward": {}}  # no distilled token, no distribution
-    metrics = {**SOUND, "sdar/context_share": 0.0}
-    run.part.on_trained(1, metrics)
-    assert metrics["sdar/warnings/no_context"] == 1
+    assert run.look({**SOUND, "sdar/context_share": 0.0}) == {"sdar/warnings/no_context": 1}
     assert "sdar/context_empty_share" in run.said[0]
 
 
@@ -126,9 +129,7 @@ def test_a_large_gap_that_does_not_grow(run):
 def test_turns_with_few_tokens_say_nothing(run):
     tokens = Tokens(np.linspace(0, -3, 30), np.full(30, 0.3), np.repeat(np.arange(3), 10), np.tile(np.arange(10), 3))
     run.record.latest = token_distributions(tokens, 10)
-    metrics = dict(SOUND)
-    run.part.on_trained(1, metrics)
-    assert not any("warnings" in name for name in metrics)
+    assert run.look(SOUND) == {}
 
 
 def test_a_server_that_drifts_away_from_the_trainer(run):
@@ -185,13 +186,13 @@ def outcomes(student: list[float], teacher: list[float]) -> dict:
 
 
 def test_a_teacher_below_its_student_on_its_own_context(run):
-    run.part.on_validated(0, {}, outcomes([1.0] * 20 + [0.0] * 20, [0.0] * 30 + [0.0] * 10))
+    run.part.after_validation(0, {}, outcomes([1.0] * 20 + [0.0] * 20, [0.0] * 30 + [0.0] * 10))
     assert len(run.said) == 1 and "teacher_worse" in run.said[0] and "0.500 less" in run.said[0]
 
 
 @pytest.mark.parametrize("teacher", [[1.0] * 40, [1.0] * 19 + [0.0] * 21])
 def test_a_teacher_that_is_better_or_worse_by_chance(run, teacher):
-    run.part.on_validated(0, {}, outcomes([1.0] * 20 + [0.0] * 20, teacher))
+    run.part.after_validation(0, {}, outcomes([1.0] * 20 + [0.0] * 20, teacher))
     assert run.said == []
 
 
@@ -199,13 +200,13 @@ SOLVED, LOST = [1.0] * 36 + [0.0] * 4, [1.0] * 20 + [0.0] * 20
 
 
 def test_a_teacher_that_falls_with_the_policy(run, tmp_path):
-    run.part.on_validated(0, {}, outcomes(LOST, LOST))
-    run.part.on_validated(10, {}, outcomes(LOST, SOLVED))
+    run.part.after_validation(0, {}, outcomes(LOST, LOST))
+    run.part.after_validation(10, {}, outcomes(LOST, SOLVED))
     assert run.said == []
     resumed = Run(tmp_path)
     resumed.part.load_state_dict(json.loads(json.dumps(run.part.state_dict())))
     for step in (20, 30):
-        resumed.part.on_validated(step, {}, outcomes(LOST, LOST))
+        resumed.part.after_validation(step, {}, outcomes(LOST, LOST))
     assert len(resumed.said) == 1 and "teacher_falls" in resumed.said[0]
     assert "0.500 of the panel, and 0.900 at step 10 (arm teacher" in resumed.said[0]
     assert resumed.play() == {"teacher_falls": 2}
@@ -215,13 +216,13 @@ def test_a_teacher_that_falls_with_the_policy(run, tmp_path):
 def test_a_teacher_that_holds_still_or_teaches_nothing_does_not_fall_with_the_policy(tmp_path, source, coef):
     run = Run(tmp_path, teacher={"source": source}, loss={"coef": coef})
     for step, teacher in enumerate((SOLVED, LOST)):
-        run.part.on_validated(step, {}, outcomes(LOST, teacher))
+        run.part.after_validation(step, {}, outcomes(LOST, teacher))
     assert run.said == [] and run.part.state_dict() == {}
 
 
 def test_a_fall_of_the_teacher_within_noise(run):
     for step, teacher in enumerate((SOLVED, SOLVED[4:] + [0.0] * 4)):
-        run.part.on_validated(step, {}, outcomes(LOST, teacher))
+        run.part.after_validation(step, {}, outcomes(LOST, teacher))
     assert run.said == []
 
 

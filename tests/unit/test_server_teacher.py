@@ -219,19 +219,6 @@ def test_cancelled_requests_end():
     assert info.teacher_log_probs is None and info.teacher_failure is None
 
 
-def test_a_record_survives_the_queue():
-    info = RowInfo(
-        turn=0,
-        task_type="t",
-        teacher_prompt_ids=np.asarray([1, 2], dtype=np.int32),
-        teacher_log_probs=np.asarray([-1.0, -0.5], dtype=np.float32),
-        student_log_probs=np.asarray([-2.0, -0.25], dtype=np.float32),
-    )
-    read = RowInfo.from_extra_fields({"sdar": info.as_dict()})
-    torch.testing.assert_close(read.teacher_log_probs, info.teacher_log_probs)
-    torch.testing.assert_close(read.student_log_probs, info.student_log_probs)
-
-
 def test_the_cpu_servers_answers_are_a_plain_forward_passs(tmp_path):
     """From the request to the row's record, at the run's temperature, while the server samples for others."""
     model = make_tiny_model(tmp_path, scale=3.0)

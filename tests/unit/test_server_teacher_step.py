@@ -7,21 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transfer_queue as tq
-from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from sdar_verl.config import SdarConfig, TeacherConfig
+from sdar_verl.config import TeacherConfig
+from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
 from sdar_verl.local import start_policy
+from sdar_verl.requests import StepRequests
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.teacher.privileged import PrivilegedTeacher
-from sdar_verl.teacher.rows import nested
-from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.verl.teacher import PrivilegedTeacher
 from tests.support.cpu_server import make_server
 from tests.support.plain import plain_logits
 from tests.support.scripted import play_episode
+from tests.support.table import make_table, stored
 
+TEACHER_COLUMNS = (TEACHER_PROMPTS, TEACHER_LOG_PROBS, TEACHER_MASK)
 TEMPERATURE = 0.8  # that of tests.support.scripted
 NATS = 1e-5
 ROWS = {
@@ -45,13 +44,6 @@ class InProcess:
         # As verl's worker samples: at the run's temperature, with log-probs (rollout.calculate_log_probs).
         sampling_params = {"logprobs": True, **sampling_params, "temperature": TEMPERATURE}
         return await self.server.generate(prompt_ids, sampling_params, request_id)
-
-
-class Batch(SimpleNamespace):
-    """What the trainer reads of TransferQueue's KVBatchMeta."""
-
-    def __len__(self):
-        return len(self.keys)
 
 
 @pytest.fixture(scope="module")
@@ -82,32 +74,24 @@ def test_a_step_has_the_log_probs_of_plain_forward_passes(monkeypatch, server, k
         teacher__placement="rollout_server",
         **ROWS[kind],
     )
-    # As verl's agent loop puts them into its queue, and as the trainer takes them out.
-    queued = list_of_dict_to_tensordict([{"extra_fields": output.extra_fields} for output in outputs])
-    infos = [RowInfo.from_extra_fields(extra) for extra in list(queued["extra_fields"])]
     assert len(outputs) == 1 if kind == "trajectory" else len(outputs) > 1
-    prompts, responses = [row.prompt_ids for row in outputs], [row.response_ids for row in outputs]
-    stored = {
-        "prompts": nested([torch.tensor(ids) for ids in prompts]),
-        "responses": nested([torch.tensor(ids) for ids in responses]),
-        "response_mask": nested([torch.tensor(row.response_mask) for row in outputs]),
-        "rollout_log_probs": nested([torch.tensor(row.response_logprobs) for row in outputs]),
-        "old_log_probs": nested(plain(prompts, responses)),
-    }
-    monkeypatch.setattr(tq, "kv_batch_get", lambda keys, partition_id, select_fields: stored)
-    monkeypatch.setattr(tq, "kv_batch_put", lambda keys, partition_id, fields: stored.update(fields.items()))
+    # As verl's agent loop puts them into its queue, and as the trainer takes them out.
+    rows = [output.as_dict() for output in outputs]
+    infos = [RowInfo.from_extra_fields(output.extra_fields) for output in outputs]
+    names = ("prompts", "responses", "response_mask", "rollout_log_probs", *TEACHER_COLUMNS)
+    columns = {name: [row[name] for row in rows] for name in names}
+    columns["old_log_probs"] = plain(columns["prompts"], columns["responses"])
+    table = make_table([f"u_0_{i}" for i in range(len(rows))], infos, columns)
+    trainer = SimpleNamespace(global_steps=1, config=None, tokenizer=tokenizer)
     settings = TeacherConfig(source="actor", placement="rollout_server")
-    config = OmegaConf.create({"actor_rollout_ref": {"model": {}}})
-    trainer = SimpleNamespace(global_steps=1, config=config, tokenizer=tokenizer, sdar=SdarConfig())
-    batch = Batch(keys=[f"u_0_{i}" for i in range(len(outputs))], partition_id="train", tags=[{}] * len(outputs))
-    metrics = PrivilegedTeacher(settings, trainer).score(batch, infos)
+    metrics = PrivilegedTeacher(settings, StepRequests(), trainer).verify(table)
 
-    expected = plain([info.teacher_prompt_ids for info in infos], responses)
+    expected = plain(columns[TEACHER_PROMPTS], columns["responses"])
     for i, row in enumerate(outputs):
-        mask = stored[TEACHER_MASK].unbind()[i].bool()
+        mask = stored(table)[TEACHER_MASK][i].bool()
         assert mask.tolist() == [bool(sampled) for sampled in row.response_mask]
-        difference = (stored[TEACHER_LOG_PROBS].unbind()[i] - expected[i])[mask].abs().max().item()
-        assert difference < NATS
-        assert (expected[i] - stored["old_log_probs"].unbind()[i])[mask].abs().max().item() > 0.01, "no context"
+        assert torch.equal(table.mask[i, : len(mask)], mask)
+        assert (stored(table)[TEACHER_LOG_PROBS][i] - expected[i])[mask].abs().max().item() < NATS
+        assert (expected[i] - columns["old_log_probs"][i])[mask].abs().max().item() > 0.01, "no context"
     assert metrics["sdar/server_check/trainer"] < NATS and metrics["sdar/server_check/rollout"] < NATS
     assert metrics["sdar/teacher_failed_share"] == 0.0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sdar_verl.algorithm.advantages import rlsd_advantages
-from sdar_verl.algorithm.loss import gated_distillation_loss
+from sdar_verl.verl.loss import gated_distillation_loss
 from sdar_verl.algorithm.signals import (
     _SIGNALS,
     SignalRows,

@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from sdar_verl.compose import compose_config
 from sdar_verl.config import SdarConfig, SkillsConfig, load_config
 from sdar_verl.envs.base import Task
-from sdar_verl.observe.assemble import make_parts
+from sdar_verl.observe import observers
 from sdar_verl.observe.skill_statistics import SkillStatistics, learns
 from sdar_verl.rollout.rows import EVIDENCE_COLUMN, EpisodeNote, RowInfo
 from sdar_verl.skills import registry
 from sdar_verl.skills.bank import Skill, SkillBank
 from sdar_verl.skills.retrieval import RetrievalError, check_rules, fit_budget, register_retriever, retrieve
 from sdar_verl.skills.ucb import Evidence, TypeStatistics
+from sdar_verl.table import StepTable
+from tests.support.table import make_table
 
 BANK = SkillBank(
     [
@@ -246,7 +248,7 @@ def settings(**skills) -> SdarConfig:
     return SdarConfig(skills=SkillsConfig(**skills))
 
 
-def step_rows(rewards: dict[str, list[float]], skills: tuple[str, ...], task_type: str = "bake") -> SimpleNamespace:
+def step_rows(rewards: dict[str, list[float]], skills: tuple[str, ...], task_type: str = "bake") -> StepTable:
     """One task per entry, an episode of two rows per reward; verl's padding row at the end."""
     keys, infos = [], []
     for uid, group in rewards.items():
@@ -255,21 +257,21 @@ def step_rows(rewards: dict[str, list[float]], skills: tuple[str, ...], task_typ
                 note = EpisodeNote({}, reward=reward) if turn == 0 else None
                 keys.append(f"{uid}_{session}_{turn}")
                 infos.append(RowInfo(turn, task_type, skills=skills, episode=note))
-    return SimpleNamespace(batch=SimpleNamespace(keys=[*keys, "pad_0_0"]), infos=[*infos, None], metrics={})
+    return make_table([*keys, "pad_0_0"], [*infos, None])
 
 
 def test_only_rules_that_learn_bring_the_part(tmp_path) -> None:
     assert learns(settings(retrieval=["ucb"])) and not learns(settings(retrieval=["keyword"]))
     folder = f"trainer.default_local_dir={tmp_path}"
     config = compose_config("sdar_quickstart", [folder, "sdar.skills.retrieval=[keyword,ucb]"])
-    assert make_parts(load_config(config.sdar), config)[0].name == "skill_statistics"
+    assert observers(load_config(config.sdar), config, None)[0].name == "skill_statistics"
 
 
 def test_a_task_counts_once_with_its_episodes_mean_reward() -> None:
     part = SkillStatistics(settings())
-    part.on_rows(step_rows({"a": [1.0, 0.0], "b": [1.0, 1.0]}, ("oven", "manners")))
-    part.on_rows(step_rows({"c": [0.0]}, ("tap",)))
-    part.on_rows(step_rows({"d": [5.0]}, (), "wash"))
+    part.after_updates(step_rows({"a": [1.0, 0.0], "b": [1.0, 1.0]}, ("oven", "manners")), {})
+    part.after_updates(step_rows({"c": [0.0]}, ("tap",)), {})
+    part.after_updates(step_rows({"d": [5.0]}, (), "wash"), {})
     state = part.state_dict()["by_type"]
     assert state == {"bake": {"queries": 3, "supplied": {"oven": 2, "manners": 2, "tap": 1},
                               "reward": {"oven": 1.5, "manners": 1.5, "tap": 0.0}}}  # fmt: skip
@@ -279,7 +281,7 @@ def test_failed_episodes_do_not_count() -> None:
     part, rows = SkillStatistics(settings()), step_rows({"a": [1.0], "b": [0.0]}, ("oven",))
     for info in rows.infos[:2]:
         info.failed = True
-    part.on_rows(rows)
+    part.after_updates(rows, {})
     assert part.state_dict()["by_type"]["bake"] == {"queries": 1, "supplied": {"oven": 1}, "reward": {"oven": 0.0}}
 
 
@@ -287,14 +289,14 @@ def test_the_statistics_survive_a_checkpoint_and_reach_the_prompts() -> None:
     from tensordict import NonTensorData, NonTensorStack, TensorDict
 
     part = SkillStatistics(settings())
-    part.on_rows(step_rows({"a": [1.0]}, ("oven",)))
+    part.after_updates(step_rows({"a": [1.0]}, ("oven",)), {})
     resumed = SkillStatistics(settings())
     resumed.load_state_dict(json.loads(json.dumps(part.state_dict())))
     tasks = [json.dumps({"task_type": name}) for name in ("bake", "wash", "bake")]
     columns = []
     for one in (part, resumed):
         prompts = TensorDict({"task": NonTensorStack.from_list([NonTensorData(text) for text in tasks])}, [3])
-        one.on_prompts(1, prompts)
+        one.before_rollout(prompts)
         columns.append(list(prompts[EVIDENCE_COLUMN]))
     assert columns[0] == columns[1]
     evidence = [Evidence.from_dict(json.loads(text)) for text in columns[0]]
@@ -302,6 +304,6 @@ def test_the_statistics_survive_a_checkpoint_and_reach_the_prompts() -> None:
     assert [item.statistics.queries for item in evidence] == [1, 0, 1]
     assert all(item.explore for item in evidence)
     panel = SimpleNamespace(columns=None)
-    resumed.on_validation(panel)
+    resumed.before_validation(panel)
     shown = Evidence.from_dict(json.loads(panel.columns({"task": tasks[0]})[EVIDENCE_COLUMN]))
     assert not shown.explore and shown.statistics.supplied == {"oven": 1}

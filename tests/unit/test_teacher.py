@@ -8,28 +8,48 @@ from typing import Any
 
 import pytest
 import torch
-import transfer_queue as tq
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from sdar_verl.config import TeacherConfig
-from sdar_verl.errors import TeacherError
+from sdar_verl.errors import NonFiniteError, TeacherError
+from sdar_verl.fields import SUPPORT_IDS, TEACHER_LOG_PROBS, TEACHER_PROMPTS
+from sdar_verl.finite import leave_out_broken_teacher
+from sdar_verl.requests import HEAD_REQUEST, HeadRequest, StepRequests
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.teacher.privileged import PrivilegedTeacher, check_not_lost
-from sdar_verl.teacher.rows import TeacherRows, nested, response_part, stop_without_contexts
-from sdar_verl.fields import TEACHER_ENTROPY, TEACHER_LOG_PROBS
+from sdar_verl.table import StepTable
+from sdar_verl.teacher.rows import deal, scored_rows, stop_without_contexts, teacher_row
+from sdar_verl.verl.teacher import PrivilegedTeacher, check_not_lost
+from sdar_verl.verl.worker import EMPTY_CONTEXT, MESH
+from tests.support.fuzzing import quick
+from tests.support.table import make_table, stored
 
 VOCABULARY = 1000
 CHANCE = -math.log(VOCABULARY)
 
 
 def teacher(
-    step: int = 1, adapter: str | None = None, precision: str | None = None, **settings: Any
+    step: int = 1,
+    adapter: str | None = None,
+    precision: str | None = None,
+    requests: StepRequests | None = None,
+    **settings: Any,
 ) -> PrivilegedTeacher:
     fsdp = {"mixed_precision": precision and {"param_dtype": precision}}
     config = OmegaConf.create(
-        {"actor_rollout_ref": {"model": {"lora_adapter_path": adapter}, "actor": {"fsdp_config": fsdp}}}
+        {
+            "actor_rollout_ref": {
+                "model": {"lora_adapter_path": adapter},
+                "actor": {"fsdp_config": fsdp},
+                "rollout": {"temperature": 0.8},
+            }
+        }
     )
-    return PrivilegedTeacher(TeacherConfig(**settings), SimpleNamespace(global_steps=step, config=config))
+    trainer = SimpleNamespace(
+        global_steps=step, config=config, tokenizer=range(VOCABULARY), bypasses=False, actor_rollout_wg=None
+    )
+    return PrivilegedTeacher(TeacherConfig(**settings), requests or StepRequests(), trainer)
 
 
 @pytest.mark.parametrize("mean", [CHANCE, 1.3 * CHANCE, 0.99 * CHANCE, float("nan")])
@@ -71,106 +91,214 @@ def test_the_tolerance_is_stated_or_the_default_of_engine_and_precision():
     assert teacher(source="reference", sanity_tolerance=0.5).tolerance == 0.5
 
 
-class Queue:
-    """TransferQueue's functions over a dict."""
-
-    def __init__(self, monkeypatch, **fields):
-        self.fields = fields
-        monkeypatch.setattr(tq, "kv_batch_get", lambda keys, partition_id, select_fields: self.fields)
-
-
-def batch() -> Any:
-    return SimpleNamespace(keys=["a_0_0", "b_0_0"], partition_id="train", tags=[{}, {}])
+def test_a_teachers_row_is_its_prompt_and_the_sampled_ids():
+    row = teacher_row(torch.tensor([5, 5, 1], dtype=torch.int32), torch.tensor([7, 8]), torch.tensor([1, 0]))
+    assert row["input_ids"].tolist() == [5, 5, 1, 7, 8] and row["input_ids"].dtype == torch.int64
+    assert row["position_ids"].tolist() == list(range(5))
+    assert row["loss_mask"].tolist() == row["response_mask"].tolist() == [1, 0]
 
 
-def test_rows_without_a_context_keep_the_students_prompt_and_get_a_mask_of_zeros(monkeypatch):
-    Queue(
-        monkeypatch,
-        prompts=nested([torch.tensor([1, 2]), torch.tensor([3])]),
-        responses=nested([torch.tensor([7, 8, 9]), torch.tensor([6])]),
-        response_mask=nested([torch.tensor([1, 0, 1]), torch.tensor([1])]),
-    )
-    seen = RowInfo(turn=0, task_type="t", teacher_prompt_ids=torch.tensor([5, 5, 1, 2]).numpy())
-    rows = TeacherRows.read(batch(), [seen, None])
-    inputs = rows.inputs()
-    assert inputs[0]["input_ids"].tolist() == [5, 5, 1, 2, 7, 8, 9]
-    assert inputs[0]["position_ids"].tolist() == list(range(7))
-    assert inputs[1]["input_ids"].tolist() == [3, 6]
-    assert [mask.tolist() for mask in rows.teacher_masks()] == [[1, 0, 1], [0]]
-    own = TeacherRows.read(batch(), None)
-    assert [row["input_ids"].tolist() for row in own.inputs()] == [[1, 2, 7, 8, 9], [3, 6]]
+# ---------------------------------------------------------------- the pass
 
 
-class PoolOfOne:
-    """A teacher's workers: the log-prob of every token is minus the length of its row's prompt."""
+class Workers:
+    """A group of workers; the log-prob of every token is minus the length of its row's prompt.
 
-    def __init__(self, queue: dict[str, Any]):
-        self.queue = queue
-        self.calls = 0
+    Attributes:
+        asked: what each pass was sent.
+    """
+
+    def __init__(self, table: StepTable, ranks: int = 1, *, waits: bool = True) -> None:
+        self.table = table
+        self.waits = waits
+        self.asked: list[Any] = []
+        self._dispatch_info = {MESH: [rank for rank in range(ranks) for _ in range(2)]}  # two in each rank's group
+        self._query_dispatch_info = lambda mesh: self._dispatch_info[mesh]
 
     def compute_teacher_log_prob(self, meta: Any) -> Any:
-        self.calls += 1
-        rows = self.queue[meta.partition_id]
-        lengths = zip(rows["prompts"].unbind(), rows["responses"].unbind(), strict=True)
-        values = nested([-len(prompt) * torch.ones(len(response)) for prompt, response in lengths])
-        self.queue[meta.partition_id] = {TEACHER_LOG_PROBS: values, TEACHER_ENTROPY: values}
-        return SimpleNamespace(futures=[Rows(fields=["prompts", TEACHER_LOG_PROBS, TEACHER_ENTROPY])])
+        self.asked.append(meta)
+        rows = stored(self.table)
+        prompts = rows["prompts" if meta.extra_info[EMPTY_CONTEXT] else TEACHER_PROMPTS]
+        values = [-len(prompt) * torch.ones(len(row)) for prompt, row in zip(prompts, rows["responses"], strict=True)]
+        rows[TEACHER_LOG_PROBS] = values
+        done = Done(fields=[TEACHER_LOG_PROBS], keys=meta.keys)
+        return done if self.waits else SimpleNamespace(futures=[done])
 
 
-class Rows(SimpleNamespace):
-    """verl's description of two rows: some of its attributes."""
+class Done(SimpleNamespace):
+    """verl's description of rows: some of its attributes."""
 
     def __len__(self) -> int:
-        return 2
+        return len(self.keys)
 
     @classmethod
-    def concat(cls, parts: list[Rows]) -> Rows:
+    def concat(cls, parts: list[Done]) -> Done:
         return parts[0]
 
 
-def test_a_pool_scores_while_the_student_is_scored(monkeypatch):
-    """The early pass is the one that counts, whatever other pass comes in between."""
-    queue: dict[str, Any] = {
-        "train": {
-            "prompts": nested([torch.tensor([1, 2]), torch.tensor([3])]),
-            "responses": nested([torch.tensor([7, 8]), torch.tensor([6])]),
-            "response_mask": nested([torch.tensor([1, 1]), torch.tensor([1])]),
-            "old_log_probs": nested([torch.tensor([-2.0, -2.0]), torch.tensor([-1.0])]),
-        }
+def step(prompts: list[int], *, fields: list[str] | None = None) -> StepTable:
+    """Rows with one, two, ... sampled tokens; ``prompts`` are the lengths of the teacher's, 0 where it has no say."""
+    count = len(prompts)
+    columns = {
+        "prompts": [torch.arange(2) for _ in prompts],
+        "responses": [torch.arange(i + 1) for i in range(count)],
+        "response_mask": [torch.ones(i + 1, dtype=torch.long) for i in range(count)],
+        "old_log_probs": [-2.0 * torch.ones(i + 1) for i in range(count)],
+        TEACHER_PROMPTS: [torch.arange(length) for length in prompts],
     }
+    infos = [RowInfo(turn=0, task_type="t", teacher_prompt_tokens=length or None) for length in prompts]
+    tags = [{"response_len": i + 1} for i in range(count)]
+    return make_table([f"u_{i}_0" for i in range(count)], infos, columns, tags=tags, fields=fields)
+
+
+def test_the_pass_is_asked_for_with_the_teachers_prompts():
+    one, table = teacher(source="actor", sanity_check=False), step([4, 0], fields=["prompts", "responses"])
+    one._trainer.actor_rollout_wg = workers = Workers(table)
+    one.begin(table)
+    assert workers.asked == [], "the actor's devices are busy with the student"
+    assert one.score(table) == {}
+    (meta,) = workers.asked
+    assert meta.fields == [TEACHER_PROMPTS, "responses", "response_mask"]
+    assert meta.extra_info == {
+        "temperature": 0.8,
+        HEAD_REQUEST: HeadRequest(teacher=True).to_json(),
+        EMPTY_CONTEXT: False,
+    }
+    assert table.rows.batch.fields == ["prompts", "responses", TEACHER_LOG_PROBS], "the update gets them"
+    table.read([TEACHER_LOG_PROBS])
+    assert one.verify(table) == {"sdar/teacher_log_prob": -4.0, "sdar/teacher_staleness": 0.0}
+
+
+def test_a_pool_scores_while_the_student_is_scored(monkeypatch):
+    """The check's answers go where those of the pass go, so the pass comes after it."""
     monkeypatch.setattr("ray.get", lambda futures: futures)
-    monkeypatch.setattr(tq, "kv_batch_get", lambda keys, partition_id, select_fields: queue[partition_id])
-    monkeypatch.setattr(tq, "kv_clear", lambda keys, partition_id: queue.pop(partition_id))
-
-    def put(keys, partition_id, fields, tags=None):
-        queue[partition_id] = {**queue.get(partition_id, {}), **{name: fields[name] for name in fields.keys()}}  # noqa: SIM118
-
-    monkeypatch.setattr(tq, "kv_batch_put", put)
-    one = teacher(source="reference", placement="pool", pool_gpus_per_node=1)
-    one._trainer.config.actor_rollout_ref.rollout = {"temperature": 1.0}
-    one._trainer.tokenizer = range(VOCABULARY)
-    one._trainer.sdar = SimpleNamespace(on_nonfinite="error")
-    one._pool = PoolOfOne(queue)
-    step = Rows(keys=["a_0_0", "b_0_0"], partition_id="train", tags=[{}, {}])
-    seen = RowInfo(turn=0, task_type="t", teacher_prompt_ids=torch.tensor([5, 5, 5, 5]).numpy())
-
-    one.begin(step, [seen, None])
-    assert one._pool.calls == 1
-    assert one.check_empty_context(step) == 0.0  # on the student's prompts: minus their lengths
-    assert one.score(step, [seen, None])["sdar/teacher_log_prob"] == -4.0
-    assert one._pool.calls == 2
-    assert [row.tolist() for row in queue["train"][TEACHER_LOG_PROBS].unbind()] == [[-4.0, -4.0], [-1.0]]
-    assert set(queue) == {"train"}, "rows are left behind"
-
-    one.begin(step, [seen, None], carry=["sdar_support_ids"])
-    assert one._pool.calls == 2, "a pass that reads the student's numbers cannot start before them"
+    one, table = teacher(source="reference", placement="pool", pool_gpus_per_node=1), step([4, 0])
+    one.pool = workers = Workers(table, waits=False)
+    one.begin(table)
+    assert len(workers.asked) == 1
+    assert one.score(table) == {"sdar/empty_context_gap": 0.0}  # on the student's prompts: minus their lengths
+    assert [meta.extra_info[EMPTY_CONTEXT] for meta in workers.asked] == [False, True, False]
+    assert workers.asked[1].fields == ["prompts", "responses", "response_mask"]
+    table.read([TEACHER_LOG_PROBS])
+    assert one.verify(table)["sdar/teacher_log_prob"] == -4.0
+    one.begin(table)
+    assert one.score(table) == {}, "the context is checked once"
+    assert len(workers.asked) == 4, "what was begun is what counts"
 
 
-def test_the_response_part_is_what_predicts_the_response():
-    """Position i of a sequence is about token i + 1; the response is the sequence's end."""
-    about = nested([torch.arange(1, length + 1) for length in (5, 3, 7)])  # the index of the token it is about
-    part = response_part(about, (2, 1, 4))
-    assert [row.tolist() for row in part.unbind()] == [[3, 4], [2], [3, 4, 5, 6]]
+def test_a_pass_that_reads_the_students_numbers_cannot_start_before_them(monkeypatch):
+    monkeypatch.setattr("ray.get", lambda futures: futures)
+    requests = StepRequests(teacher=HeadRequest("on_support", True, 4, 2), carry=(SUPPORT_IDS,))
+    one = teacher(requests=requests, source="reference", placement="pool", pool_gpus_per_node=1, sanity_check=False)
+    table = step([4, 0])
+    one.pool = workers = Workers(table, waits=False)
+    one.begin(table)
+    assert workers.asked == []
+    one.score(table)
+    assert workers.asked[0].fields == [TEACHER_PROMPTS, "responses", "response_mask", SUPPORT_IDS]
+
+
+def test_a_teacher_that_is_not_the_student_without_a_context_stops_the_first_step():
+    one, table = teacher(source="actor"), step([4, 3])
+    stored(table)["old_log_probs"][1][1] = -3.0
+    one._trainer.actor_rollout_wg = Workers(table)
+    with pytest.raises(TeacherError, match=r"differs by 0\.333 nats .*\(largest 1\); sdar\.teacher\.sanity_tolerance"):
+        one.score(table)
+
+
+def test_under_bypass_there_is_nothing_to_compare_the_empty_context_with():
+    one, table = teacher(source="actor"), step([4, 3])
+    one._trainer.actor_rollout_wg, one._trainer.bypasses = Workers(table), True
+    assert one.score(table) == {}
+
+
+@pytest.mark.parametrize("settings", [{"source": "actor_fresh"}, {"source": "actor", "placement": "rollout_server"}])
+def test_a_teacher_that_is_scored_elsewhere_is_not_asked(settings):
+    one, table = teacher(**settings, sanity_check=False), step([4, 3])
+    one._trainer.actor_rollout_wg = workers = Workers(table)
+    one.begin(table)
+    assert one.score(table) == {} and workers.asked == []
+
+
+def test_rows_that_went_missing_are_a_fault_of_the_engine():
+    one, table = teacher(source="actor", sanity_check=False), step([4, 3])
+    one._trainer.actor_rollout_wg = workers = Workers(table)
+    workers.compute_teacher_log_prob = lambda meta: Done(keys=meta.keys[:1], fields=[])
+    with pytest.raises(TeacherError, match="returned 1 rows for 2"):
+        one.score(table)
+
+
+def test_a_teacher_that_says_nan_is_left_out_before_it_is_looked_at():
+    table = step([4, 3])
+    stored(table)[TEACHER_LOG_PROBS] = [torch.tensor([float("nan")]), torch.tensor([-1.0, -2.0])]
+    table.read([TEACHER_LOG_PROBS])
+    with pytest.raises(NonFiniteError):
+        leave_out_broken_teacher(table, "error")
+    leave_out_broken_teacher(table, "drop")
+    assert teacher(source="actor").verify(table)["sdar/teacher_log_prob"] == -1.5
+
+
+# ---------------------------------------------------------------- who scores which rows
+
+LENGTHS = st.integers(1, 4).flatmap(
+    lambda ranks: st.tuples(
+        st.just(ranks),
+        st.integers(1, 8).flatmap(
+            lambda share: st.lists(
+                st.one_of(st.just(0), st.integers(1, 400)), min_size=share * ranks, max_size=share * ranks
+            )
+        ),
+    )
+)
+
+
+@quick(100)
+@given(LENGTHS)
+def test_every_rank_scores_as_many_rows_and_no_row_is_lost(drawn):
+    ranks, lengths = drawn
+    scored = scored_rows(lengths, ranks)
+    assert len(scored) % ranks == 0 and len(set(scored)) == len(scored)
+    assert {row for row, length in enumerate(lengths) if length} <= set(scored)
+    if not scored:
+        return
+    balanced = [list(range(len(scored)))[rank::ranks] for rank in range(ranks)]
+    order = deal(lengths, ranks, balanced)
+    assert sorted(order) == list(range(len(lengths)))
+    share = len(lengths) // ranks
+    mine = [order[rank * share : (rank + 1) * share] for rank in range(ranks)]
+    for rank, rows in enumerate(mine):
+        assert [row for row in rows if row in set(scored)] == [scored[place] for place in balanced[rank]]
+
+
+@quick(60)
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=6).map(lambda prompts: prompts * 4))
+def test_the_ranks_tokens_are_balanced(prompts):
+    """The rows come in a row, as those of an episode do; dealt out in that order, one rank could get all long ones."""
+    prompts, ranks = sorted(prompts, reverse=True), 4
+    one, table = teacher(source="actor", sanity_check=False), step(prompts)
+    one._trainer.actor_rollout_wg = workers = Workers(table, ranks)
+    one.score(table)
+    lengths = [
+        length and length + tag["response_len"] for length, tag in zip(prompts, table.rows.batch.tags, strict=True)
+    ]
+    (meta,) = workers.asked
+    order = [table.rows.keys.index(key) for key in meta.keys]
+    assert [table.rows.batch.tags[row] for row in order] == meta.tags
+    assert sorted(order) == list(range(len(prompts)))
+    share = len(prompts) // ranks
+    dealt = [[lengths[row] for row in order[rank * share : (rank + 1) * share]] for rank in range(ranks)]
+    counts = [sum(length > 0 for length in mine) for mine in dealt]
+    assert max(counts) <= math.ceil(sum(counts) / ranks), "nobody scores more than its share"
+    if any(lengths):
+        assert max(map(sum, dealt)) - min(map(sum, dealt)) <= max(lengths)
+
+
+def test_an_empty_context_is_scored_on_all_rows_in_their_order():
+    one, table = teacher(source="actor"), step([300, 0, 0, 4])
+    stored(table)["old_log_probs"] = [-2.0 * torch.ones(i + 1) for i in range(4)]
+    one._trainer.actor_rollout_wg = workers = Workers(table, ranks=2)
+    assert one.score(table) == {"sdar/empty_context_gap": 0.0}
+    assert list(workers.asked[0].keys) == list(table.rows.keys)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +308,7 @@ def test_the_response_part_is_what_predicts_the_response():
         ({"context_empty": True}, "no context on any row", None),
         ({"truncated": True}, "not one teacher prompt of this step fits sdar.teacher.max_prompt_length", None),
         ({"context_missing": True}, None, None),
-        ({"teacher_prompt_ids": torch.ones(2).numpy()}, None, None),
+        ({"teacher_prompt_tokens": 2}, None, None),
     ],
 )
 def test_a_step_without_any_context_is_an_error_when_it_is_the_set_ups_fault(info, at_first, later):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from transfer_queue import KVBatchMeta
+
 from sdar_verl.rollout.uids import PromptUids, seed_part
-from sdar_verl.verl.read_rows import row_order
+from sdar_verl.verl.queue import in_order, row_id
 
 
 def test_names_sort_as_they_were_submitted_and_start_anew_with_each_step():
@@ -13,7 +15,16 @@ def test_names_sort_as_they_were_submitted_and_start_anew_with_each_step():
     assert len(set(names)) == 5
     assert not any("_" in name for name in names)
     assert uids.name(12, ["a"]) == PromptUids().name(12, ["a"]), "a resumed run names as the one that went on"
-    assert row_order(f"{names[2]}_10_3") == (names[2], 10, 3)
+    assert row_id(f"{names[2]}_10_3") == (names[2], 10, 3)
+
+
+def test_rows_come_in_one_order_whichever_ended_first():
+    keys = ["s2p0_0_0", "s1p10_0_0", "s1p2_10_0", "s1p2_9_10", "s1p2_9_9"]
+    batch = in_order(KVBatchMeta(partition_id="train", keys=list(keys), tags=[{"key": key} for key in keys]))
+    assert [tag["key"] for tag in batch.tags] == batch.keys == sorted(keys, key=row_id)
+    assert batch.keys.index("s1p2_9_9") < batch.keys.index("s1p2_9_10") < batch.keys.index("s1p2_10_0")
+    assert row_id("a_b_1_0") == ("a_b", 1, 0), "a uid of somebody else's may hold the separator"
+    assert row_id("s1p2_9_10").episode == "s1p2_9"
 
 
 def test_a_task_that_a_step_draws_again_gets_other_seeds():

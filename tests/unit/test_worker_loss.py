@@ -18,7 +18,6 @@ from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.masking import NonFiniteValues
 from sdar_verl.config import LossConfig
 from sdar_verl.errors import ConfigError, NonFiniteError
-from sdar_verl.rollout.rows import ROW_KEY, RowInfo
 from sdar_verl.fields import (
     GAP_POOLED,
     GAP_SHIFT,
@@ -27,8 +26,9 @@ from sdar_verl.fields import (
     SUMS_PREFIX,
     TEACHER_LOG_PROBS,
     TEACHER_MASK,
-    StepValues,
 )
+from sdar_verl.method import Method, StepValues
+from sdar_verl.rollout.rows import ROW_KEY, RowInfo
 from sdar_verl.verl.loss import sdar_loss
 
 PROMPTS, RESPONSES = [2, 3, 1, 2, 2, 1], [3, 2, 4, 1, 2, 5]
@@ -121,7 +121,7 @@ def actor(**options: Any) -> ActorConfig:
 
 def run(step: Step, settings: LossConfig, rows: Sequence[int] = range(ROWS), **kwargs: Any) -> tuple[Any, dict]:
     output, data = step.micro_batch(rows, settings, coef=settings.coef, **kwargs)
-    return sdar_loss(actor(), settings, output, data)
+    return sdar_loss(actor(), Method(settings), output, data)
 
 
 def gradient(loss: torch.Tensor, step: Step) -> torch.Tensor:
@@ -208,7 +208,7 @@ def test_lambda_and_beta_are_the_steps_not_the_settings() -> None:
     step, settings = Step(), LossConfig(coef=0.0)
     output, data = step.micro_batch(range(ROWS), settings, coef=0.0)
     tu.assign_non_tensor(data, **{STEP_VALUES: StepValues(coef=0.7, beta=1.0).as_dict()})
-    loss, _ = sdar_loss(actor(), settings, output, data)
+    loss, _ = sdar_loss(actor(), Method(settings), output, data)
     expected, _ = run(step, LossConfig(coef=0.7, beta=1.0))
     torch.testing.assert_close(loss, expected)
 
@@ -220,7 +220,7 @@ def test_a_measurement_differentiates_one_loss_at_a_time() -> None:
     for part in ("rl", "distillation"):
         output, data = step.micro_batch(range(ROWS), settings, coef=0.7)
         tu.assign_non_tensor(data, **{STEP_VALUES: StepValues(0.7, 5.0, measure=1, only=part).as_dict()})
-        parts[part] = gradient(sdar_loss(actor(), settings, output, data)[0], step)
+        parts[part] = gradient(sdar_loss(actor(), Method(settings), output, data)[0], step)
     torch.testing.assert_close(parts["rl"] + 0.7 * parts["distillation"], gradient(both, step))
     squares = sums(metrics)
     assert parts["rl"].square().sum().item() == pytest.approx(squares["grad_rl_squared"])
@@ -261,11 +261,11 @@ def test_a_log_prob_that_broke_within_the_update_is_named() -> None:
         tu.assign_non_tensor_stack(data, name, values)
     text = r"student_log_probs holds NaN .* rows: 1, 3\..* a_0 \(task task-1, turn 2\), c_0 \(task task-3, turn 4\)\."
     with pytest.raises(NonFiniteError, match=text):
-        sdar_loss(actor(), LossConfig(coef=0.5), output, data)
+        sdar_loss(actor(), Method(LossConfig(coef=0.5)), output, data)
     _, bare = step.micro_batch([0, 1], LossConfig(), coef=0.5)
     output, _ = step.micro_batch([0, 1], LossConfig(), coef=0.5)
     with pytest.raises(NonFiniteError, match="rows: 1"):
-        sdar_loss(actor(), LossConfig(coef=0.5), output, bare)
+        sdar_loss(actor(), Method(LossConfig(coef=0.5)), output, bare)
     assert pickle.loads(pickle.dumps(NonFiniteValues("x", [1]))).rows == (1,), "Ray sends it to the trainer"
 
 

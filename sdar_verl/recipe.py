@@ -1,0 +1,13 @@
+"""Whose recipe a run is: one of our text environments, or one with agent loops of verl's or the user's."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+AGENT_LOOP = "sdar_agent"
+"""The agent loop of the text environments."""
+
+
+def plays_environments(config: DictConfig) -> bool:
+    """Whether the run's prompts are tasks of a text environment of ours (``sdar.env``)."""
+    return config.actor_rollout_ref.rollout.agent.default_agent_loop == AGENT_LOOP

@@ -1,0 +1,36 @@
+"""The skills of a task, as retrieval finds them in the run's bank."""
+
+from __future__ import annotations
+
+import json
+
+from sdar_verl.config import SdarConfig
+from sdar_verl.context.base import Passage
+from sdar_verl.context.builder import ContextBuilder
+from sdar_verl.envs.base import Task
+from sdar_verl.skills.loading import load_run_bank
+from sdar_verl.skills.retrieval import fit_budget, render_skills, retrieve
+from sdar_verl.skills.ucb import Evidence
+
+
+class SkillFinder:
+    """The run's bank and its rules.
+
+    Args:
+        sdar: the ``sdar`` node.
+        contexts: of the run; they count tokens for ``sdar.skills.max_tokens``.
+    """
+
+    def __init__(self, sdar: SdarConfig, contexts: ContextBuilder):
+        self._settings = sdar.skills
+        self._bank = load_run_bank(sdar.skills, sdar.env.name)
+        self._contexts = contexts
+
+    def find(self, task: Task, evidence: str | None = None) -> Passage:
+        """The skills for ``task``; ``evidence`` is the prompt's column for rules that learn."""
+        settings = self._settings
+        known = Evidence.from_dict(json.loads(evidence)) if evidence else None
+        found = retrieve(self._bank, task, settings.retrieval, settings.seed, settings.options, known)
+        if settings.max_tokens is not None:
+            found = fit_budget(found, settings.max_tokens, self._contexts.count_tokens)
+        return Passage(render_skills(found.skills), found.names, found.no_match, len(found.dropped))

@@ -1,0 +1,360 @@
+"""Any of verl's agent loops, with the teacher's prompt beside its rows.
+
+A training row of a recipe that is not ours goes to this loop (:func:`teach`), which runs the loop that the row names
+and adds to each of its outputs the same prompt with the privileged context in it. The loop's own messages and tools are
+taken as it gave them to verl's tokenisation, and go through the same one again. The response stays as it is: sampled
+tokens and tool answers, verbatim.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import hydra
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDict
+from verl.experimental.agent_loop import agent_loop as verl_loops
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
+from verl.utils import tensordict_utils as tu
+
+from sdar_verl.config import SdarConfig, load_config
+from sdar_verl.context.base import ContextRequest, Passage
+from sdar_verl.context.builder import ContextBuilder
+from sdar_verl.context.registry import ContextError
+from sdar_verl.envs.base import Task
+from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
+from sdar_verl.modules import import_modules
+from sdar_verl.rollout.messages import ContextPlace, MessagesError
+from sdar_verl.rollout.prompts import PromptTemplateError
+from sdar_verl.rollout.recipe_rows import record_of, task_of
+from sdar_verl.rollout.rows import ROW_KEY, TRACED_COLUMN, RowInfo
+from sdar_verl.rollout.runtime import request_seed
+from sdar_verl.rollout.server_teacher import ServerTeacher
+from sdar_verl.rollout.skills_of import SkillFinder
+from sdar_verl.rollout.uids import seed_part
+from sdar_verl.skills.retrieval import RetrievalError
+from sdar_verl.verl.outputs import RowOutput
+
+NAME = "sdar_taught"
+INNER_COLUMN = "sdar_inner_agent"
+"""Column of a prompt: the loop that plays it."""
+
+FOREIGN = (
+    "agent loop {loop} makes a prompt that verl's own tokenisation does not make of its messages ({why}), so the "
+    "teacher's cannot be made of them; let the loop give it as extra_fields['teacher_prompt_ids'] of its outputs, or "
+    "leave such rows out of the distillation term with sdar.context.on_foreign_prompt=mask"
+)
+
+
+def teach(batch: TensorDict, default: str) -> None:
+    """Send the prompts of ``batch`` through :class:`TaughtLoop`, to the loops that they name or the ``default`` one."""
+    names = list(batch["agent_name"]) if "agent_name" in batch else [default] * len(batch)
+    tu.assign_non_tensor_stack(batch, INNER_COLUMN, names)
+    tu.assign_non_tensor_stack(batch, "agent_name", [NAME] * len(batch))
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a loop gave to verl's tokenisation, and what came back."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    ids: list[int]
+
+
+class _Recording:
+    """In front of an agent loop's class: notes each prompt that verl's tokenisation makes."""
+
+    built: list[Built]
+
+    async def ct_build_initial_tokens(self, messages: Any, tools: Any = None, **kwargs: Any) -> list[int]:
+        said = copy.deepcopy(list(messages))
+        ids = await super().ct_build_initial_tokens(messages, tools=tools, **kwargs)  # type: ignore[misc]
+        self.built.append(Built(said, tools, list(ids)))
+        return ids
+
+    async def apply_chat_template(self, messages: Any, tools: Any = None, **kwargs: Any) -> list[int]:
+        """verl 0.9.0's name of it."""
+        said = copy.deepcopy(list(messages))
+        ids = await super().apply_chat_template(messages, tools=tools, **kwargs)  # type: ignore[misc]
+        self.built.append(Built(said, tools, list(ids)))
+        return ids
+
+
+def prompt_maker(
+    config: DictConfig, tokenizer: Any, model_type: str | None, **further: Any
+) -> Callable[..., list[int]]:
+    """``(messages, tools) -> ids`` as verl's agent loops make them of text, without their limit of length.
+
+    Args:
+        config: verl's whole config.
+        tokenizer: of the policy.
+        model_type: of its Hugging Face config.
+        **further: arguments of the chat template beyond ``data.apply_chat_template_kwargs``.
+    """
+    given: Any = config.data.get("apply_chat_template_kwargs", None) or {}
+    options = {**(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given), **further}
+    try:
+        from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+    except ImportError:  # verl 0.9.0
+        from verl.utils.tokenizer import normalize_token_ids
+
+        def plain(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
+            return normalize_token_ids(
+                tokenizer.apply_chat_template(
+                    messages, tools=tools, add_generation_prompt=True, tokenize=True, **options
+                )
+            )
+
+        return plain
+    builder = create_continuous_token_builder(tokenizer, hf_model_type=model_type, chat_template_kwargs=options)
+
+    def make(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
+        return list(builder.build_initial_tokens(messages, tools=tools))
+
+    return make
+
+
+class TeacherPrompts:
+    """Makes teacher prompts of a recipe's rows; agent loops and, for late contexts, the trainer have one.
+
+    Args:
+        config: verl's whole config.
+        sdar: the ``sdar`` node.
+        tokenizer: of the policy.
+        model_type: of its Hugging Face config.
+    """
+
+    def __init__(self, config: DictConfig, sdar: SdarConfig, tokenizer: Any, model_type: str | None):
+        further = sdar.context.chat_template_kwargs
+        self._settings = sdar
+        self._plain = prompt_maker(config, tokenizer, model_type)
+        self._make = prompt_maker(config, tokenizer, model_type, **further) if further else self._plain
+        self.place = ContextPlace(sdar.context.place, tokenizer, config.data.get("apply_chat_template_kwargs", None))
+
+    def repeats(self, built: Built) -> bool:
+        """Whether our call of verl's tokenisation gives what the loop's gave, token by token."""
+        return self._plain(built.messages, built.tools) == built.ids
+
+    def add(
+        self, info: RowInfo, messages: list[dict[str, Any]], tools: Any, rest: Sequence[int], passage: Passage
+    ) -> None:
+        """Fill in the teacher's prompt of a row.
+
+        Args:
+            info: the row's record.
+            messages: the student's.
+            tools: schemas in its system prompt, or None.
+            rest: token ids of the student's prompt behind those of ``messages``.
+            passage: the context; an empty text gives the student's own prompt.
+        """
+        limit = self._settings.teacher.max_prompt_length
+        ids = [*self._make(self.place.put(messages, passage.text), tools), *rest]
+        if len(ids) > limit:
+            info.truncated = True
+            if self._settings.teacher.on_long_prompt != "mask":
+                info.error = (
+                    f"the teacher's prompt of {info.task_id} has {len(ids)} tokens, more than "
+                    f"sdar.teacher.max_prompt_length={limit}; raise it, shorten the context, or leave such rows out of "
+                    "the distillation term with sdar.teacher.on_long_prompt=mask"
+                )
+            return
+        if passage.text and ids == [*self._plain(messages, tools), *rest]:
+            info.error = (
+                f"the chat template shows nothing of a context at sdar.context.place={self._settings.context.place}: "
+                f"the teacher's prompt of {info.task_id} is the student's. Use another place"
+            )
+            return
+        info.context_tokens = len(ids) - info.prompt_tokens
+        info.teacher_prompt_ids, info.teacher_prompt_tokens = np.asarray(ids, dtype=np.int32), len(ids)
+
+
+class LateTeacherPrompts:
+    """Of a recipe's rows, made by the trainer from what the agent loop has kept."""
+
+    def __init__(self, prompts: TeacherPrompts):
+        self._prompts = prompts
+
+    def add(self, task: Task, infos: Sequence[RowInfo], index: int, passage: Passage) -> None:
+        """Of :class:`sdar_verl.rollout.late_context.LatePrompts`."""
+        info = infos[index]
+        if info.built is not None:
+            self._prompts.add(info, info.built["messages"], info.built["tools"], info.built["rest"], passage)
+
+
+class _Runtime:
+    """What all rows of one process share."""
+
+    def __init__(self, config: DictConfig, tokenizer: Any, model_type: str | None):
+        self.sdar = load_config(config.sdar)
+        import_modules(self.sdar.all_modules)
+        self.contexts = ContextBuilder(self.sdar.context, tokenizer)
+        self.prompts = TeacherPrompts(config, self.sdar, tokenizer, model_type)
+        self.skills = SkillFinder(self.sdar, self.contexts) if "skills" in self.sdar.context.sources else None
+
+    def request(self, task: Task) -> ContextRequest:
+        """What contexts may read before an episode ends."""
+        skills = self.skills
+        return ContextRequest(
+            task, self.sdar.context.seed, skills=None if skills is None else lambda: skills.find(task)
+        )
+
+
+_runtimes: dict[int, _Runtime] = {}
+
+
+@register(NAME)
+class TaughtLoop(AgentLoopBase):
+    """Runs the loop that the row names, and adds the teacher's prompt to its outputs."""
+
+    def __init__(self, **given: Any):  # verl's own initialiser is the inner loop's affair
+        self._given = given
+        self.config = given["trainer_config"].config
+        self.tokenizer: Any = given["tokenizer"]
+
+    async def run(  # type: ignore[override]
+        self, sampling_params: dict[str, Any], **columns: Any
+    ) -> AgentLoopOutput | list[AgentLoopOutput]:
+        """Play one row of the user's data.
+
+        Args:
+            sampling_params: verl's; a validation arm replaces the temperature.
+            **columns: the row's.
+        """
+        name, arm_name = columns.pop(INNER_COLUMN), columns.pop("sdar_arm", None)
+        traced = bool(columns.pop(TRACED_COLUMN, False))
+        runtime = self._runtime()
+        task = task_of(columns)
+        if arm_name is not None:
+            arm = runtime.sdar.validation.arms[arm_name]
+            shown = self._early(runtime, task)
+            columns["raw_prompt"] = runtime.prompts.place.put(list(columns["raw_prompt"]), shown.text if shown else "")
+            sampling_params = {**sampling_params, "temperature": arm.temperature}
+        loop = self._loop(name)
+        submitted = seed_part(columns.get("uid"), columns.get("global_steps"))
+        seed = request_seed(runtime.sdar.rollout.seed, task.task_id, arm_name, submitted, columns.get("session_id"))
+        output = await loop.run({**sampling_params, **({} if seed is None else {"seed": seed})}, **columns)
+        if arm_name is not None:
+            return output
+        outputs = output if isinstance(output, list) else [output]
+        scores = self._server(runtime, columns)
+        rows, turn = [], 0
+        for one in outputs:
+            late = runtime.contexts.late
+            words = self.tokenizer if traced or late else None
+            info = record_of(
+                task, turn, len(one.prompt_ids), one.response_ids, one.response_mask, words, keep_data=late
+            )
+            turn += max(1, len(info.steps))
+            if not traced:
+                for step in info.steps:
+                    step.text = None
+            try:
+                self._teach(runtime, name, loop.built, one, info, task)
+            except (ContextError, RetrievalError, MessagesError, PromptTemplateError) as error:
+                info.error = f"row {columns.get('index')} ({task.task_id}): {error}"
+            if scores is not None:
+                scores.ask(info, one.prompt_ids, one.response_ids)
+            rows.append((one, info))
+        if scores is not None:
+            waited = await scores.collect()
+            if rows[0][1].episode is not None:
+                rows[0][1].episode.teacher_wait_s = waited
+        return [self._row(runtime.sdar, one, info) for one, info in rows]
+
+    def _runtime(self) -> _Runtime:
+        key = id(self.config)
+        if key not in _runtimes:
+            _runtimes[key] = _Runtime(self.config, self.tokenizer, self._given.get("hf_model_type"))
+        return _runtimes[key]
+
+    def _loop(self, name: str) -> Any:
+        registry = verl_loops._agent_loop_registry
+        if name not in registry:
+            raise ValueError(f"agent loop {name!r} is not registered; known: {', '.join(sorted(registry))}")
+        entry = dict(registry[name])
+        kind = hydra.utils.get_class(entry["_target_"])
+        entry["_target_"] = type(f"Taught{kind.__name__}", (_Recording, kind), {})
+        loop = hydra.utils.instantiate(entry, **self._given, _convert_="partial")
+        loop.built = []
+        return loop
+
+    def _server(self, runtime: _Runtime, columns: Mapping[str, Any]) -> ServerTeacher | None:
+        teacher, rollout = runtime.sdar.teacher, self.config.actor_rollout_ref.rollout
+        if teacher.placement != "rollout_server":
+            return None
+        checks = columns.get("session_id") == 0 and teacher.sanity_check
+        return ServerTeacher(self._given["server_manager"], rollout.name, rollout.temperature, checks=checks)
+
+    def _early(self, runtime: _Runtime, task: Task) -> Passage | None:
+        request = runtime.request(task)
+        found = runtime.contexts.passage(request, runtime.contexts.early_passages(request))
+        return runtime.contexts.controlled(found, task.task_id)
+
+    def _teach(
+        self, runtime: _Runtime, loop: str, built: Sequence[Built], one: AgentLoopOutput, info: RowInfo, task: Task
+    ) -> None:
+        """The teacher's prompt of one output, or why there is none."""
+        given = one.extra_fields.pop("teacher_prompt_ids", None)
+        if given is not None:
+            info.teacher_prompt_ids = np.asarray(given, dtype=np.int32)
+            info.teacher_prompt_tokens = len(given)
+            info.context_tokens = len(given) - info.prompt_tokens
+            return
+        if one.multi_modal_data:
+            kinds = ", ".join(name for name, values in one.multi_modal_data.items() if values is not None)
+            if kinds:
+                raise MessagesError(f"the prompt has {kinds}; a privileged teacher reads text alone")
+        ids = list(one.prompt_ids)
+        found = max((b for b in built if ids[: len(b.ids)] == b.ids), key=lambda b: len(b.ids), default=None)
+        why = "" if found is not None else "its prompt is none of those that it had tokenised"
+        if found is not None and not runtime.prompts.repeats(found):
+            why = "another tokenisation, or a prompt cut to data.max_prompt_length"
+        if why:
+            if runtime.sdar.context.on_foreign_prompt == "error":
+                info.error = f"row of {task.task_id}: " + FOREIGN.format(loop=loop, why=why)
+            info.foreign = True
+            return
+        assert found is not None
+        rest = ids[len(found.ids) :]
+        if runtime.contexts.late:
+            info.built = {"messages": found.messages, "tools": found.tools, "rest": rest}
+            if info.episode is not None:
+                early = runtime.contexts.early_passages(runtime.request(task))
+                info.episode.passages = {name: vars(passage) for name, passage in early.items()}
+            return
+        passage = self._early(runtime, task)
+        info.context_empty = passage is None
+        if passage is None:
+            if runtime.sdar.context.on_empty == "error":
+                raise ContextError(
+                    f"sdar.context.sources={runtime.sdar.context.sources} find nothing to show the teacher; leave such "
+                    "rows out of the distillation term with sdar.context.on_empty=mask"
+                )
+            return
+        info.skills, info.no_match = passage.skills, passage.no_match
+        info.skills_dropped = passage.dropped
+        runtime.prompts.add(info, found.messages, found.tools, rest, passage)
+        if info.episode is not None and info.teacher_prompt_tokens is not None:
+            info.episode.context = passage.text
+        for step in info.steps:
+            if step.text is not None:
+                step.text["context"] = passage.text
+
+    @staticmethod
+    def _row(sdar: SdarConfig, one: AgentLoopOutput, info: RowInfo) -> AgentLoopOutput:
+        columns: dict[str, np.ndarray] = {}
+        if sdar.teacher.source != "none":
+            ids = info.teacher_prompt_ids
+            columns[TEACHER_PROMPTS] = np.zeros(0, dtype=np.int32) if ids is None else ids
+        if sdar.teacher.placement == "rollout_server":
+            mask = np.asarray(one.response_mask, dtype=np.int64) * info.has_teacher
+            answer = info.teacher_log_probs
+            columns[TEACHER_MASK] = mask if answer is not None else np.zeros_like(mask)
+            columns[TEACHER_LOG_PROBS] = (np.zeros(len(mask)) if answer is None else answer).astype(np.float32)
+        fields = {**one.__dict__, "extra_fields": {**one.extra_fields, ROW_KEY: info.as_dict()}, "columns": columns}
+        return RowOutput.model_construct({*one.model_fields_set, "extra_fields", "columns"}, **fields)
