@@ -124,7 +124,7 @@ class OutputMaker:
             extra_fields={
                 "min_global_steps": step,
                 "max_global_steps": step,
-                "reward_extra_info": _outcome(task, arm, None, error),
+                "reward_extra_info": _outcome(task, arm, None, error, failure),
                 ROW_KEY: info.as_dict(),
             },
         )
@@ -179,7 +179,9 @@ def _conversation(episode: Episode) -> _Row:
     return _Row(first.prompt_ids, tokens[len(first.prompt_ids) :], mask, log_probs, info)
 
 
-def _outcome(task: Task, arm: str | None, episode: Episode | None, error: str | None = None) -> dict[str, Any]:
+def _outcome(
+    task: Task, arm: str | None, episode: Episode | None, error: str | None = None, failure: str | None = None
+) -> dict[str, Any]:
     """The episode's result, for verl's validation tables; ``acc`` is the name verl looks for."""
     turns = episode.turns if episode else []
     return {
@@ -192,4 +194,5 @@ def _outcome(task: Task, arm: str | None, episode: Episode | None, error: str | 
         "task_id": task.task_id,
         "arm": arm or "train",
         "error": error or "",
+        "failure": failure or "",
     }

@@ -45,7 +45,7 @@ from sdar_verl.training.metrics import reduce_loss_sums, row_metrics
 from sdar_verl.training.panel_tasks import panel_files
 from sdar_verl.training.parts.assemble import make_parts
 from sdar_verl.training.parts.base import StepRows, load_parts, save_parts
-from sdar_verl.training.read_rows import read_infos, row_order, stop_on_errors
+from sdar_verl.training.read_rows import episode_failures, read_infos, row_order, stop_on_errors, stop_on_losses
 from sdar_verl.training.resume import claim_checkpoints, from_scratch, resumed_folder
 from sdar_verl.training.step_metrics import step_metrics
 from sdar_verl.training.teacher.privileged import PrivilegedTeacher
@@ -189,12 +189,12 @@ class SdarTraining(PPOTrainer):
         batch.reorder(sorted(range(len(batch.keys)), key=lambda i: row_order(batch.keys[i])))
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
         self._infos = read_infos(batch)
+        wanted = self.config.data.train_batch_size // self.parameter_sync_step * self.config.actor_rollout_ref.rollout.n
+        stop_on_losses(episode_failures(batch.keys, self._infos), wanted)
         if self._late_contexts is not None:
             self._late_contexts.fill(batch.keys, self._infos)
             stop_on_errors([info.error for info in self._infos if info is not None])
         metrics.update(row_metrics(batch.keys, self._infos))
-        tasks = self.config.data.train_batch_size // self.parameter_sync_step
-        wanted = tasks * self.config.actor_rollout_ref.rollout.n
         metrics["sdar/crashed_episodes"] = wanted - metrics["sdar/episodes"]
         rows = self._step_rows(batch, metrics)
         for part in self.parts:
@@ -273,6 +273,7 @@ class SdarTraining(PPOTrainer):
     ) -> dict[str, float]:
         metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
         stop_on_errors(reward_extra_infos_dict.get("error", []))
+        stop_on_losses([failure or None for failure in reward_extra_infos_dict.get("failure", [])], asked=0)
         asked = validation_counts(kwargs)
         rollouts = self.config.actor_rollout_ref.rollout.val_kwargs.n
         expected = expected_episodes(asked) if asked else self.val_dataset.asked(rollouts)
