@@ -56,7 +56,7 @@ def forms_of(field: str, value: Any) -> tuple[str, ...]:
 
 def number_of(field: str, value: Any) -> float:
     """``value`` as a finite float; numbers of numpy and torch without dimensions are numbers, too."""
-    number = _plain(value)
+    number: Any = _plain(value)
     if not isinstance(number, Real):
         raise StepError(f"a step's {field} must be a number, not {shorten(value)}")
     if not abs(number) <= _LARGEST:  # NaN is not, either

@@ -40,8 +40,8 @@ class Started:
 
 
 class EnvRaised(Exception):
-    """What an environment raised, told in plain text: exceptions of its own need not survive the way to another process,
-    and a TimeoutError of its own is not one of the pool's.
+    """What an environment raised, in plain text: exceptions of its own need not survive the way to another process, and
+    a TimeoutError of its own is not one of the pool's.
 
     Args:
         text: type and message.

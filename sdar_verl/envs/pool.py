@@ -40,8 +40,7 @@ class EnvProcessError(SdarError):
 
 
 class EnvError(SdarError):
-    """The environment cannot be made, refuses the task, or answers with something that is no Step; trying again does not
-    help."""
+    """The environment cannot be made, refuses the task, or answers with what is no Step; trying again does not help."""
 
 
 @dataclass

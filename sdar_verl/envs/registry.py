@@ -174,7 +174,7 @@ def _check_options(name: str, factory: Callable[..., TextEnv], options: dict[str
 
 @contextlib.contextmanager
 def _authors_faults(name: str, what: str) -> Iterator[None]:
-    """Errors that an environment raises on purpose pass; others, such as a TypeError for an abstract method, are named."""
+    """Errors that an environment raises on purpose pass; others (a TypeError for an abstract method) are named."""
     try:
         yield
     except (ValueError, ImportError, OSError):
