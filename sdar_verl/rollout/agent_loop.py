@@ -320,10 +320,10 @@ class SdarAgentLoop(AgentLoopBase):
 
     def _read_answer(self, runtime: Runtime, turn: Turn, state: Step) -> str | None:
         """The action to send, None where there is none; what was wrong with the answer is noted in its record."""
-        text = self.tokenizer.decode(turn.response_ids, skip_special_tokens=True)
-        tags = runtime.prompts.action_tags
-        answer = parse_action(text, think=runtime.sdar.prompt.think, tags=tags)
-        turn.info.unparsed = answer.action is None
+        prompts, tags = runtime.prompts, runtime.prompts.action_tags
+        text = prompts.reader.text(turn.response_ids)
+        answer = parse_action(text, think=runtime.sdar.prompt.think, tags=tags, opened=prompts.opens_thought)
+        turn.info.unparsed, turn.info.parse_error = answer.action is None, answer.error
         if answer.action is None:
             return last_line(text, tags) if runtime.sdar.env.invalid_action == "last_line" else None
         if not (state.admissible_actions or state.action_forms):

@@ -171,11 +171,14 @@ def _conversation(episode: Episode) -> _Row:
                 observation=turn.info.observation,
                 action=turn.info.action,
                 unparsed=turn.info.unparsed,
+                parse_error=turn.info.parse_error,
                 inadmissible=turn.info.inadmissible,
                 text=turn.info.text,
             )
         )
-    info = replace(first.info, turns=tuple(notes), cut=episode.cut, unparsed=False, inadmissible=False)
+    info = replace(
+        first.info, turns=tuple(notes), cut=episode.cut, unparsed=False, parse_error=None, inadmissible=False
+    )
     return _Row(first.prompt_ids, tokens[len(first.prompt_ids) :], mask, log_probs, info)
 
 

@@ -88,12 +88,12 @@ def make_prompts(config: DictConfig, sdar: SdarConfig, tokenizer: Any) -> Prompt
     """The run's prompts; agent loop and trainer make the same.
 
     Raises:
-        PromptTemplateError: see :meth:`PromptTemplate.load` and :meth:`PromptBuilder.check_forging`.
+        PromptTemplateError: see :meth:`PromptTemplate.load` and :meth:`PromptBuilder.check`.
     """
     arguments = config.data.get("apply_chat_template_kwargs", {})
     template = PromptTemplate.load(sdar.prompt.template, control_strings_of(tokenizer, arguments))
     prompts = PromptBuilder(tokenizer, template, arguments, sdar.prompt.skill_position)
-    prompts.check_forging(conversation=sdar.rollout.rows == "trajectory")
+    prompts.check(conversation=sdar.rollout.rows == "trajectory")
     return prompts
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from sdar_verl.skills.formats_json import MAPPING_FILE, read_json_bank
 from sdar_verl.skills.skill import MAX_FILE_BYTES, Skill, SkillBankError
-from sdar_verl.skills.text_files import read_text
+from sdar_verl.text_files import read_text
 from sdar_verl.untrusted import shorten
 
 AGENT_SKILLS = "Agent Skills"
@@ -89,7 +89,7 @@ def _read_bank(path: Path, shipped: bool) -> tuple[str, dict[Skill, Path]]:
 def _read_skill(path: Path, folder: Path | None) -> Skill:
     if not path.is_file():
         raise SkillBankError(f"{path} is missing; every folder of a skill bank holds a {SKILL_FILE}")
-    content = read_text(path, MAX_FILE_BYTES, folder)
+    content = read_text(path, MAX_FILE_BYTES, folder, SkillBankError)
     match = _FRONT_MATTER.fullmatch(content)
     if match is None:
         raise SkillBankError(f"{path} has no front matter; begin it with '---', name, description, '---'")

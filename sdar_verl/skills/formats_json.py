@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.skills.skill import MAX_FILE_BYTES, Skill, SkillBankError
-from sdar_verl.skills.text_files import read_text
+from sdar_verl.text_files import read_text
 from sdar_verl.untrusted import parse_json, shorten
 
 MAPPING_FILE = "skill_mapping.json"
@@ -44,7 +44,7 @@ def read_json_bank(path: Path) -> tuple[str, dict[Skill, Path]]:
         return dict(pairs)
 
     try:
-        content = parse_json(read_text(path, MAX_JSON_BYTES), unique)
+        content = parse_json(read_text(path, MAX_JSON_BYTES, fault=SkillBankError), unique)
     except SkillBankError:
         raise
     except ValueError as error:
@@ -91,7 +91,7 @@ def _read_mapping(path: Path, content: Mapping[str, Any]) -> dict[Skill, Path]:
         source = path.parent / file
         if not source.is_file():
             raise SkillBankError(f"{source} is missing; {path} names it as the skill {key!r}")
-        text = read_text(source, MAX_FILE_BYTES, path.parent).strip()
+        text = read_text(source, MAX_FILE_BYTES, path.parent, SkillBankError).strip()
         if not text:
             raise SkillBankError(f"{source} has no text; a teacher would learn nothing from it")
         first = text.splitlines()[0].lstrip("# ").strip()

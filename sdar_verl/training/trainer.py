@@ -31,6 +31,7 @@ from sdar_verl.config import load_config
 from sdar_verl.modules import Importing
 from sdar_verl.panels import panel_digest
 from sdar_verl.rollout.rows import TRACED_COLUMN, RowInfo
+from sdar_verl.rollout.runtime import make_prompts
 from sdar_verl.rollout.uids import PromptUids
 from sdar_verl.training.advantage import AdvantageRows, advantage_rows
 from sdar_verl.training.checks.run import check_run
@@ -93,6 +94,10 @@ class SdarTraining(PPOTrainer):
 
     def _build_replay_buffer(self) -> Any:
         return watched(super()._build_replay_buffer(), self._liveness)
+
+    def _init_tokenizer(self) -> None:
+        super()._init_tokenizer()
+        make_prompts(self.config, self.sdar, self.tokenizer)  # its checks, before the models are loaded
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()

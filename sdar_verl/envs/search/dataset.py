@@ -12,6 +12,7 @@ from typing import Any
 
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
+from sdar_verl.text_files import TextFileError, numbered_lines
 from sdar_verl.untrusted import parse_json, whole_characters
 
 PANELS = ("train", "validation", "test")
@@ -155,10 +156,8 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
+    try:
+        for number, line in numbered_lines(path):
             try:
                 row = parse_json(line)
             except ValueError as error:
@@ -168,3 +167,5 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
             if not isinstance(row, dict):
                 raise QuestionFileError(f"{path}, line {number} is no JSON object; needed are {_FORMS}")
             yield row
+    except TextFileError as error:
+        raise QuestionFileError(str(error)) from error

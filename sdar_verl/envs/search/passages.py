@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.errors import SdarError
+from sdar_verl.text_files import TextFileError, numbered_lines
 from sdar_verl.untrusted import parse_json, whole_characters
 
 _TAIL_BYTES = 1 << 20
@@ -129,14 +130,9 @@ def corpus_digest(passages: Iterable[Passage]) -> str:
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
     try:
-        with Path(path).open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, line
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 text ({error}); unpack it first if it is compressed") from error
-    except OSError as error:
-        raise CorpusError(f"corpus {Path(path).absolute()} cannot be read here ({error.strerror or error})") from error
+        yield from numbered_lines(Path(path))
+    except TextFileError as error:
+        raise CorpusError(f"corpus {error}") from error
 
 
 def _parse(path: str | Path, number: int | str, line: str) -> Passage:

@@ -7,6 +7,7 @@ docs/metrics.md lists them.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.report import layout
-from sdar_verl.training.parts.base import TrainerPart
+from sdar_verl.training.parts.base import StepRows, TrainerPart
 from sdar_verl.training.parts.record import RunRecord
 from sdar_verl.training.parts.teacher_arms import STANDARD_ERRORS, BestOfArms, worse_teacher
 from sdar_verl.training.tolerance import ROUNDED
@@ -34,6 +35,7 @@ NAMES = (
     "engines_apart",
     "teacher_unanswered",
     "episodes_lost",
+    "unparsed",
     "update_skipped",
 )
 
@@ -61,6 +63,8 @@ UNANSWERED_SHARE = 0.01
 """Rows with a context to which the rollout server gave no answer, as a share."""
 LOST_SHARE = 0.05
 """Episodes of a step that could not be played, as a share."""
+UNPARSED_SHARE = 0.9
+"""Turns of a step whose answer held no action, as a share."""
 
 
 class RunWarnings(TrainerPart):
@@ -79,15 +83,22 @@ class RunWarnings(TrainerPart):
         self._record = record
         self._say = say or (lambda text: print(text, flush=True))
         self._counts: dict[str, int] = {}
+        self._parse_errors: Counter[str] = Counter()
         self._flat: list[tuple[float, float]] = []
         self._successes: list[tuple[float, float]] = []
         self._best = 0.0
         self._arms = BestOfArms(settings)
 
+    def on_rows(self, rows: StepRows) -> None:
+        if rows.part == 0:
+            self._parse_errors.clear()
+        steps = [step for info in rows.infos if info is not None for step in info.steps]
+        self._parse_errors.update(step.parse_error for step in steps if step.parse_error)
+
     def on_trained(self, step: int, metrics: dict[str, Any]) -> None:
         seen = {**_teacher(self._settings, metrics, self._record.latest), **_turns(self._record.latest)}
         seen |= self._over_steps(metrics)
-        seen |= {**_server(self._settings, metrics), **_lost(metrics)}
+        seen |= {**_server(self._settings, metrics), **_lost(metrics), **_unparsed(metrics, self._parse_errors)}
         for name, text in seen.items():
             self._count(name, text, step)
         metrics.update({f"sdar/warnings/{name}": count for name, count in self._counts.items()})
@@ -241,6 +252,22 @@ def _lost(metrics: Mapping[str, Any]) -> dict[str, str]:
             f"in {failed:.0f} the environment or the rollout server failed, in {crashed:.0f} the agent loop raised; "
             "their logs say why. An inference engine that died behind its server fails all its requests: then "
             "start again, trainer.resume_mode=auto goes on from the last checkpoint"
+        )
+    }
+
+
+def _unparsed(metrics: Mapping[str, Any], errors: Counter[str]) -> dict[str, str]:
+    """Whether the answers of a step hold actions at all."""
+    share = metrics.get("sdar/unparsed_share", 0.0)
+    if share < UNPARSED_SHARE:
+        return {}
+    most = ", ".join(f"{error!r} {count} times" for error, count in errors.most_common(3)) or "no reason is known"
+    return {
+        "unparsed": (
+            f"{share:.0%} of the answers of this step hold no action that can be read: {most}. 'not closed' means that "
+            "answers are cut off (data.max_response_length, sdar.rollout.turn_length) or that the model thinks on; 'no "
+            "think block' that it writes none (sdar.prompt.think=optional); 'no ... block' that it does not write the "
+            "tags that sdar.prompt.template asks for: look at the answers in the trace (sdar.trace.every)"
         )
     }
 
