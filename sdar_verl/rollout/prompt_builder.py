@@ -106,9 +106,9 @@ class PromptBuilder:
         """
         if lost := self.reader.lost_tags():
             raise PromptTemplateError(
-                f"the tokenizer of actor_rollout_ref.model.path cannot write {', '.join(lost)}: decoded, "
-                f"{'it is' if len(lost) == 1 else 'they are'} gone, and no answer could be read; use another tokenizer, "
-                "or a prompt template (and environment) with other action tags"
+                f"the tokenizer of actor_rollout_ref.model.path cannot write the tags {', '.join(lost)}: encoded and "
+                "decoded they are gone, and no answer could be read; use another tokenizer, or a prompt template (and "
+                "environment) with other action tags"
             )
         self._check_shown()
         self.check_forging(conversation=conversation)
