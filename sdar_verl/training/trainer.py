@@ -232,6 +232,7 @@ class SdarTraining(PPOTrainer):
             batch = super()._compute_advantage(batch, metrics)
         if rows.counts is not None:
             metrics["sdar/groups_without_variance"] = rows.counts.groups_without_variance
+            metrics["sdar/groups_of_one"] = rows.counts.groups_of_one
             metrics["sdar/groups"] = rows.counts.groups
         step_rows = self._step_rows(batch, metrics)
         check_student(step_rows, self.tokenizer.eos_token_id, ADVANTAGES)

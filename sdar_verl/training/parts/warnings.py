@@ -47,6 +47,7 @@ CONTEXT_SHARE = 0.5
 FLAT_SHARE = 0.9
 """Share of groups without reward variance, over the last steps together."""
 FLAT_STEPS = 3
+FLAT_KINDS = ("without_variance", "of_one")
 TURN_GAP = 1.0
 """Nats, mean |gap| of an episode's late turns; and at least TURN_GROWTH times that of its first turns."""
 TURN_KL = 0.5
@@ -151,13 +152,13 @@ class RunWarnings(TrainerPart):
         if metrics.get("sdar/groups"):
             self._flat = [
                 *self._flat[1 - FLAT_STEPS :],
-                (float(metrics["sdar/groups_without_variance"]), float(metrics["sdar/groups"])),
+                (sum(metrics.get(f"sdar/groups_{kind}", 0.0) for kind in FLAT_KINDS), float(metrics["sdar/groups"])),
             ]
             flat, groups = np.sum(self._flat, axis=0)
             if len(self._flat) == FLAT_STEPS and flat / groups >= FLAT_SHARE:
                 seen["flat_rewards"] = (
                     f"{flat:.0f} of {groups:.0f} groups of the last {FLAT_STEPS} steps have one and the same reward on "
-                    "all rollouts, so that their advantage is 0: tasks too hard or too easy for the policy, rollouts "
+                    "all rollouts (or one rollout left), so that their advantage is 0: tasks too hard or too easy for the policy, rollouts "
                     "that are copies of each other, or a reward that never comes. Look at sdar/success, and at "
                     "actor_rollout_ref.rollout.temperature, actor_rollout_ref.rollout.n and sdar.env.max_steps"
                 )
