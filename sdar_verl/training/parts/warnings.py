@@ -158,9 +158,10 @@ class RunWarnings(TrainerPart):
             if len(self._flat) == FLAT_STEPS and flat / groups >= FLAT_SHARE:
                 seen["flat_rewards"] = (
                     f"{flat:.0f} of {groups:.0f} groups of the last {FLAT_STEPS} steps have one and the same reward on "
-                    "all rollouts (or one rollout left), so that their advantage is 0: tasks too hard or too easy for the policy, rollouts "
-                    "that are copies of each other, or a reward that never comes. Look at sdar/success, and at "
-                    "actor_rollout_ref.rollout.temperature, actor_rollout_ref.rollout.n and sdar.env.max_steps"
+                    "all rollouts (or one rollout left), so that their advantage is 0: tasks too hard or too easy for "
+                    "the policy, rollouts that are copies of each other, or a reward that never comes. Look at "
+                    "sdar/success, and at actor_rollout_ref.rollout.temperature, actor_rollout_ref.rollout.n and "
+                    "sdar.env.max_steps"
                 )
         if "sdar/success" in metrics:
             episodes = float(metrics["sdar/episodes"])
