@@ -34,7 +34,7 @@ class _Builtin:
 
 _BUILTINS = {
     "alfworld": _Builtin("sdar_verl.envs.alfworld.env", "alfworld", ("alfworld", "textworld")),
-    "search": _Builtin("sdar_verl.envs.search.env", "search", ("bm25s", "urllib3")),
+    "search": _Builtin("sdar_verl.envs.search.env", "search", ("bm25s", "icu4py", "regex", "urllib3")),
     "webshop": _Builtin("sdar_verl.envs.webshop.env", "webshop", ("bm25s", "rapidfuzz", "Stemmer")),
 }
 _registered: dict[str, Callable[..., TextEnv]] = {}
