@@ -75,7 +75,7 @@ def check_prompts(config: DictConfig, sdar: SdarConfig, resets: int) -> Iterator
             yield Finding("fail", "context", f"{type(error).__name__}: {error}")
             return
         longest_context = found.longest[0]
-        yield from _about_contexts(found, sdar)
+        yield from _about_contexts(found, sdar, runtime.bank.notes)
         yield from _bound(config, sdar, found)
     elif sdar.teacher.source != "none":
         yield Finding("ok", "context", f"{', '.join(sdar.context.sources)}: known only when a group has ended")
@@ -108,7 +108,7 @@ def _contexts(runtime: Runtime, tasks: Sequence[Task]) -> _Contexts:
     return _Contexts(len(tasks), max(lengths), without, unmatched, dropped)
 
 
-def _about_contexts(found: _Contexts, sdar: SdarConfig) -> Iterator[Finding]:
+def _about_contexts(found: _Contexts, sdar: SdarConfig, notes: Sequence[str]) -> Iterator[Finding]:
     tokens, task = found.longest
     if found.without:
         yield Finding(
@@ -130,6 +130,8 @@ def _about_contexts(found: _Contexts, sdar: SdarConfig) -> Iterator[Finding]:
         )
     else:
         yield Finding("ok", "skills", f"bank {sdar.skills.bank}: every task finds a skill of its own")
+    if notes:
+        yield Finding("ok", "skills", f"bank {sdar.skills.bank}: {'; '.join(notes)}")
     if found.dropped:
         yield Finding(
             "warn",

@@ -33,7 +33,7 @@ class Runtime:
         self.max_response_length = int(config.data.max_response_length)
         self.whole = self.sdar.rollout.rows == "trajectory"
         self.max_answer_length = (self.sdar.rollout.turn_length if self.whole else None) or self.max_response_length
-        self._bank = load_run_bank(self.sdar.skills, self.sdar.env.name)
+        self.bank = load_run_bank(self.sdar.skills, self.sdar.env.name)
         self.prompts = make_prompts(config, self.sdar, tokenizer)
         self.contexts = ContextBuilder(self.sdar.context, tokenizer)
 
@@ -55,7 +55,7 @@ class Runtime:
         """The skills that retrieval finds for ``task``; ``evidence`` is the prompt's column for rules that learn."""
         settings = self.sdar.skills
         known = Evidence.from_dict(json.loads(evidence)) if evidence else None
-        found = retrieve(self._bank, task, settings.retrieval, settings.seed, settings.options, known)
+        found = retrieve(self.bank, task, settings.retrieval, settings.seed, settings.options, known)
         if settings.max_tokens is not None:
             found = fit_budget(found, settings.max_tokens, self.contexts.count_tokens)
         return Passage(render_skills(found.skills), found.names, found.no_match, len(found.dropped))
