@@ -34,9 +34,10 @@ def local_update(run: SdarTraining, metrics: dict[str, Any], size: int) -> Any:
     batch = run._balance_batch(batch, metrics=metrics)
 
     table = run.read_table(batch)
+    metrics |= run.count_crashed(table)
     if run.late_contexts is not None:
         run.late_contexts.fill(table)
-    metrics |= row_metrics(table) | run.count_crashed(table)
+    metrics |= row_metrics(table)
     run.first_checks(table, metrics)
 
     if run.teacher is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +13,9 @@ from tensordict import TensorDict
 
 from sdar_verl.errors import RolloutError
 from sdar_verl.rollout.rows import RowId, RowInfo
+
+LOST_LIMIT = 0.5
+"""Episodes of a step or a validation that may be lost, as a share; more stop the run."""
 
 
 class Rows(Protocol):
@@ -114,6 +118,11 @@ class StepTable:
                 found.setdefault(row.episode, []).append((number, info))
         return found
 
+    def failures(self) -> list[str | None]:
+        """Of each episode, why it was lost; None where it was not."""
+        last = [rows[-1][1] for rows in self.episodes().values()]
+        return [(info.failure or "for no known reason") if info.failed else None for info in last]
+
     # ---------------------------------------------------------------- their tokens
 
     @cached_property
@@ -166,6 +175,30 @@ def stop_on_errors(errors: Sequence[str | None]) -> None:
     faults = [error for error in errors if error]
     if faults:
         raise RolloutError(f"{faults[0]}\n({len(faults)} of {len(errors)} rows of this step have such a fault)")
+
+
+def stop_on_losses(failures: Sequence[str | None], asked: int) -> None:
+    """Stop a run that loses most of its episodes: those that are left are no sample of what the policy does.
+
+    Args:
+        failures: of each episode that came back, why it was lost; None where it was not.
+        asked: episodes asked for; the agent loop crashed in those that did not come back.
+
+    Raises:
+        RolloutError: more than :data:`LOST_LIMIT` of them are lost.
+    """
+    reasons = [reason for reason in failures if reason is not None]
+    crashed = max(0, asked - len(failures))
+    lost, asked = len(reasons) + crashed, len(failures) + crashed
+    if lost <= LOST_LIMIT * asked:
+        return
+    told = [f"{count} times: {reason}" for reason, count in Counter(reasons).most_common(3)]
+    told += [f"{crashed} times: nothing came back from the agent loop, whose log says why"] if crashed else []
+    raise RolloutError(
+        f"{lost} of {asked} episodes could not be played; those that are left say little of the policy, so the run "
+        "stops before it learns from them. Mend the cause and start again: trainer.resume_mode=auto goes on from the "
+        "last checkpoint.\n" + "\n".join(told)
+    )
 
 
 def _widened(values: torch.Tensor, width: int) -> torch.Tensor:

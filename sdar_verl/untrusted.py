@@ -38,6 +38,8 @@ def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] 
         ValueError: it is no JSON, holds a number of thousands of digits, or is nested too deeply.
     """
     try:
+        # A file that was put together of others may hold their byte-order marks; bytes are decoded without.
+        text = text.lstrip("\ufeff") if isinstance(text, str) else text
         return json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None

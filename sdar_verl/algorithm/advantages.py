@@ -34,7 +34,8 @@ class GroupCounts:
         groups: prompts with at least one valid row.
         groups_without_variance: groups of two samples or more that all have the same score: their outcome advantage
             is 0 and they teach nothing.
-        groups_of_one: groups with a single sample, which has nothing to be compared with.
+        groups_of_one: groups of which a single episode is left, which has nothing to be compared with: its outcome
+            advantage is 0, too.
     """
 
     rows: int
@@ -68,8 +69,9 @@ def trajectory_group_advantages(
     fail, the penalty is all the variance there is, and dividing by it makes it an advantage of order 1 however small
     it was.
 
-    A group with one sample follows verl's GRPO: mean 0, std 1, so its advantage is its score. A group without
-    variance gets exactly 0 (verl's formula gives rounding error / epsilon there).
+    A group of which one episode is left, the others having failed, knows of no other and gets 0, less its own penalty
+    (verl's GRPO takes mean 0 and std 1 there, so that its advantage is its raw score). A group without variance gets
+    exactly 0 (verl's formula gives rounding error / epsilon there).
 
     Args:
         scores: (rows,), return of the row's episode, the same on all rows of the episode. Anything where ``valid``
@@ -106,8 +108,9 @@ def trajectory_group_advantages(
     penalty = torch.zeros_like(row_scores)
     if invalid_action is not None:
         penalty = invalid_action_penalty * invalid_action.to(penalty)
+    within = torch.zeros_like(penalty)
     if group_stats == "turn":
-        row_scores, penalty = row_scores - penalty, torch.zeros_like(penalty)
+        within = penalty
         samples = _samples_per_row(rows, groups)
     else:
         samples = _samples_per_episode(rows, groups, episodes, row_scores)
@@ -115,13 +118,18 @@ def trajectory_group_advantages(
     advantages = torch.zeros_like(row_scores)
     flat_groups = single_groups = 0
     for members in samples.values():
-        values = row_scores[[sample[0] for sample in members]]
-        flat = len(members) > 1 and bool((values == values[0]).all())
+        first = [sample[0] for sample in members]
+        if len({episodes[row] for row in first}) == 1:
+            single_groups += 1
+            for sample in members:
+                advantages[sample] = -penalty[sample]
+            continue
+        values = row_scores[first] - within[first]
+        flat = bool((values == values[0]).all())
         flat_groups += flat
-        single_groups += len(members) == 1
         normalised = torch.zeros_like(values) if flat else _normalise(values, norm_by_std, epsilon)
         for sample, advantage in zip(members, normalised, strict=True):
-            advantages[sample] = advantage - penalty[sample]
+            advantages[sample] = advantage - (penalty - within)[sample]
 
     counts = GroupCounts(
         rows=len(rows),
@@ -196,12 +204,8 @@ def rlsd_advantages(
 
 
 def _normalise(values: torch.Tensor, norm_by_std: bool, epsilon: float) -> torch.Tensor:
-    alone = len(values) == 1
-    centred = values if alone else values - values.mean()
-    if not norm_by_std:
-        return centred
-    std = torch.ones_like(values[0]) if alone else values.std(unbiased=True)
-    return centred / (std + epsilon)
+    centred = values - values.mean()
+    return centred / (values.std(unbiased=True) + epsilon) if norm_by_std else centred
 
 
 def _samples_per_row(rows: list[int], groups: list[Hashable]) -> dict[Hashable, list[list[int]]]:

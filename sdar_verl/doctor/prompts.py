@@ -13,7 +13,8 @@ from sdar_verl.checks.panel_tasks import panel_tasks
 from sdar_verl.checks.skills import spread
 from sdar_verl.config import SdarConfig
 from sdar_verl.doctor.findings import Finding
-from sdar_verl.envs.base import Task
+from sdar_verl.envs.base import NO_ACTION, Task
+from sdar_verl.envs.host import checked
 from sdar_verl.envs.registry import make_env
 from sdar_verl.rollout.control import role_marks_of
 from sdar_verl.rollout.prompt_builder import TurnContext
@@ -74,7 +75,7 @@ def check_prompts(config: DictConfig, sdar: SdarConfig, resets: int) -> Iterator
             yield Finding("fail", "context", f"{type(error).__name__}: {error}")
             return
         longest_context = found.longest[0]
-        yield from _about_contexts(found, sdar)
+        yield from _about_contexts(found, sdar, runtime.bank.notes)
         yield from _bound(config, sdar, found)
     elif sdar.teacher.source != "none":
         yield Finding("ok", "context", f"{', '.join(sdar.context.sources)}: known only when a group has ended")
@@ -107,7 +108,7 @@ def _contexts(runtime: Runtime, tasks: Sequence[Task]) -> _Contexts:
     return _Contexts(len(tasks), max(lengths), without, unmatched, dropped)
 
 
-def _about_contexts(found: _Contexts, sdar: SdarConfig) -> Iterator[Finding]:
+def _about_contexts(found: _Contexts, sdar: SdarConfig, notes: Sequence[str]) -> Iterator[Finding]:
     tokens, task = found.longest
     if found.without:
         yield Finding(
@@ -129,6 +130,8 @@ def _about_contexts(found: _Contexts, sdar: SdarConfig) -> Iterator[Finding]:
         )
     else:
         yield Finding("ok", "skills", f"bank {sdar.skills.bank}: every task finds a skill of its own")
+    if notes:
+        yield Finding("ok", "skills", f"bank {sdar.skills.bank}: {'; '.join(notes)}")
     if found.dropped:
         yield Finding(
             "warn",
@@ -164,13 +167,13 @@ def _first_prompts(
 ) -> Iterator[Finding]:
     student: list[tuple[int, str]] = []
     teacher: list[tuple[int, str]] = []
-    started = "none yet"
+    started, method = "none yet", "reset"
     try:
         env = make_env(sdar.env.name, **sdar.env.options)
         try:
             for task in tasks:
-                started = task.task_id
-                state = env.reset(task)
+                started, method = task.task_id, "reset"
+                state = checked(env.reset(task))
                 shown = TurnContext(
                     task=task.description,
                     history=(),
@@ -184,16 +187,18 @@ def _first_prompts(
                     request = runtime.request(task)
                     text = runtime.contexts.passage(request, runtime.contexts.early_passages(request)).text
                     teacher.append((len(runtime.prompts.encode(shown, text, ())), task.task_id))
+                method = "step"  # with what an answer without an action sends
+                checked(env.step(NO_ACTION))
         finally:
             env.close()
     except Exception as error:  # an engine raises what it likes
         yield Finding(
             "fail",
             "environment",
-            f"{sdar.env.name} cannot start a task ({started}): {type(error).__name__}: {error}",
+            f"{sdar.env.name} fails in a {method} of task {started}: {type(error).__name__}: {error}",
         )
         return
-    yield Finding("ok", "environment", f"{len(tasks)} tasks of {sdar.env.name} were started")
+    yield Finding("ok", "environment", f"{len(tasks)} tasks of {sdar.env.name} were started, and answered a step")
     limits = [("student", student, "data.max_prompt_length", runtime.max_prompt_length)]
     if teacher:
         limits.append(("teacher", teacher, "sdar.teacher.max_prompt_length", sdar.teacher.max_prompt_length))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from sdar_verl.envs.fields import flag_of, forms_of, mapping_of, number_of, share_of, text_of, texts_of
 from sdar_verl.untrusted import shorten, whole_characters
 
 DEFAULT_ACTION_TAGS = ("action",)
 """An answer carries its action between ``<action>`` and ``</action>``, unless the environment says otherwise."""
+
+NO_ACTION = "none"
+"""Sent to the environment, which does not know it, where an answer held no action."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Task:
 @dataclass(frozen=True)
 class Step:
     """What the environment answers to a reset or an action. Halves of surrogate pairs in its texts become U+FFFD, since
-    neither a tokenizer nor a trace takes them.
+    neither a tokenizer nor a trace takes them; numbers of numpy and torch become Python's.
 
     Attributes:
         observation: text shown to the agent.
@@ -53,13 +56,13 @@ class Step:
         done: True when the episode is over for the environment's own reasons.
         success: True when the task is solved.
         admissible_actions: actions that the environment accepts now, in a stable order; empty when it cannot tell.
-        action_forms: further actions that it accepts, with a free part in angle brackets: ``search[<query>]``.
+        action_forms: further actions that it accepts, with one free part in angle brackets: ``search[<query>]``.
         score: how well the task was done, 0 to 1, where the environment grades it; None: success is all there is.
-        info: anything else worth logging.
+        info: anything else worth logging; it must be picklable.
 
     Raises:
-        TypeError: a text is none, or a number is none.
-        ValueError: reward or score is NaN or infinite: it would spoil the advantages of its whole group.
+        StepError: (a TypeError and a ValueError) a field is of another kind, or a number is NaN, infinite or out of its
+            range: it would spoil the advantages of its whole group.
     """
 
     observation: str
@@ -72,17 +75,20 @@ class Step:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("admissible_actions", "action_forms"):
-            actions = getattr(self, name)
-            if isinstance(actions, str) or not all(isinstance(action, str) for action in actions):
-                raise TypeError(f"a step's {name} must be a tuple of texts, not {shorten(actions)}")
-            object.__setattr__(self, name, tuple(map(whole_characters, actions)))
-        if not isinstance(self.observation, str):
-            raise TypeError(f"a step's observation must be text, not {shorten(self.observation)}")
-        object.__setattr__(self, "observation", whole_characters(self.observation))
-        for name, value in (("reward", self.reward), ("score", self.score)):
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"a step's {name} is {value}; it must be a finite number")
+        for name, plain in _FIELDS.items():
+            object.__setattr__(self, name, plain(name, getattr(self, name)))
+
+
+_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
+    "observation": text_of,
+    "reward": number_of,
+    "done": flag_of,
+    "success": flag_of,
+    "admissible_actions": texts_of,
+    "action_forms": forms_of,
+    "score": share_of,
+    "info": mapping_of,
+}
 
 
 class TextEnv(ABC):

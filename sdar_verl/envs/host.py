@@ -5,14 +5,16 @@ Imports neither verl nor torch, so that the process starts fast.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sdar_verl.envs.base import Step, Task, TextEnv
+from sdar_verl.envs.fields import StepError, not_a_step
 from sdar_verl.envs.registry import make_env
 
 
@@ -37,6 +39,40 @@ class Started:
     thread_safe: bool
 
 
+class EnvRaised(Exception):
+    """What an environment raised, in plain text: exceptions of its own need not survive the way to another process, and
+    a TimeoutError of its own is not one of the pool's.
+
+    Args:
+        text: type and message.
+        authors: the environment's author must mend it (:class:`StepError`).
+    """
+
+    def __init__(self, text: str, authors: bool) -> None:
+        super().__init__(text, authors)
+        self.text, self.authors = text, authors
+
+
+def checked(answer: Any) -> Step:
+    """``answer`` of an environment, which must be a Step; the Step has checked its own fields.
+
+    Raises:
+        StepError: it is none.
+    """
+    if not isinstance(answer, Step):
+        raise not_a_step(answer)
+    return answer
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        text = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
+        raise EnvRaised(" ".join(text.split())[:800], isinstance(error, StepError)) from error
+
+
 class EnvHost:
     """Environments of one process, by slot; made when a slot is first used, and used again for later episodes.
 
@@ -59,25 +95,26 @@ class EnvHost:
         """Import the modules and make the first environment.
 
         Raises:
-            Exception: whatever the imports or the environment's constructor raise.
+            EnvRaised: the imports or the environment's constructor raised.
         """
-        for module in self._modules:
-            importlib.import_module(module)
-        return Started(os.getpid(), self._env(0).thread_safe)
+        with _told():
+            for module in self._modules:
+                importlib.import_module(module)
+            return Started(os.getpid(), bool(self._env(0).thread_safe))
 
     def reset(self, slot: int, task: Task) -> Timed:
-        """Start ``task`` in the environment of ``slot``."""
+        """Start ``task`` in the environment of ``slot``; an :class:`EnvRaised` for whatever goes wrong there."""
         return self._timed(slot, "reset", task)
 
     def step(self, slot: int, action: str) -> Timed:
-        """Apply ``action`` in the environment of ``slot``."""
+        """Apply ``action`` in the environment of ``slot``; an :class:`EnvRaised` for whatever goes wrong there."""
         return self._timed(slot, "step", action)
 
     def _timed(self, slot: int, method: str, argument: Any) -> Timed:
         started = time.perf_counter()
-        env = self._env(slot)
         try:
-            step = getattr(env, method)(argument)
+            with _told():
+                step = checked(getattr(self._env(slot), method)(argument))
         except BaseException:
             self._envs.pop(slot, None)  # its state is unknown: the next episode gets a new one
             raise

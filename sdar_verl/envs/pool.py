@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sdar_verl.envs.base import Step, Task
-from sdar_verl.envs.host import EnvHost, Started, Timed
+from sdar_verl.envs.host import EnvHost, EnvRaised, Started, Timed
 from sdar_verl.errors import SdarError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class EnvProcessError(SdarError):
 
 
 class EnvError(SdarError):
-    """The environment cannot be made, or refuses the task; trying again does not help."""
+    """The environment cannot be made, refuses the task, or answers with what is no Step; trying again does not help."""
 
 
 @dataclass
@@ -245,7 +245,15 @@ class EnvPool:
             self.stats.timeouts += 1
             self._stop(process, f"a {method} took more than {method}_timeout_s={limit:g}")
         except RayTaskError as error:
-            reason = f"environment {self._host_arguments[0]!r} raised in a {method}: {_first_line(error.cause)}"
+            name, cause = f"environment {self._host_arguments[0]!r}", error.cause
+            if not isinstance(cause, EnvRaised):  # the host told everything else: only its answer could not be sent
+                raise EnvError(
+                    f"{name}, method {method}: a field of its Step cannot be sent to another process "
+                    f"({_first_line(cause)}); what Step.info holds must be picklable"
+                ) from error
+            if cause.authors:
+                raise EnvError(f"{name}, method {method}: {cause.text}") from error
+            reason = f"{name} raised in a {method}: {cause.text}"
             if method == "step":
                 logger.warning("%s\n%s", reason, error)
                 raise EnvProcessError(reason) from error
@@ -302,6 +310,7 @@ class EnvSession:
 
         Raises:
             EnvProcessError: the process died or hung, or the environment raised; the episode is lost.
+            EnvError: the environment's answer is no Step, or a field of it is wrong.
             RuntimeError: no reset before.
         """
         if self._process is None:

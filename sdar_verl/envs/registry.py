@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import util
+from numbers import Real
 from typing import Any, TypeVar
 
 from sdar_verl.envs.base import Task, TextEnv
+from sdar_verl.untrusted import shorten
 
 Factory = TypeVar("Factory", bound=Callable[..., TextEnv])
 
@@ -31,7 +34,7 @@ class _Builtin:
 
 _BUILTINS = {
     "alfworld": _Builtin("sdar_verl.envs.alfworld.env", "alfworld", ("alfworld", "textworld")),
-    "search": _Builtin("sdar_verl.envs.search.env", "search", ("bm25s", "urllib3")),
+    "search": _Builtin("sdar_verl.envs.search.env", "search", ("bm25s", "icu4py", "regex", "urllib3")),
     "webshop": _Builtin("sdar_verl.envs.webshop.env", "webshop", ("bm25s", "rapidfuzz", "Stemmer")),
 }
 _registered: dict[str, Callable[..., TextEnv]] = {}
@@ -74,12 +77,16 @@ def make_env(name: str, **options: Any) -> TextEnv:
         **options: keyword arguments of the environment.
 
     Raises:
-        ValueError: unknown name, unknown option, or a value that the environment refuses.
+        ValueError: unknown name, unknown option, a value that the environment refuses, or something that is no
+            :class:`TextEnv`.
         ImportError: the environment needs an extra that is not installed; the message names the pip command.
     """
     factory = _factory(name)
     _check_options(name, factory, options)
-    return factory(**options)
+    with _authors_faults(name, "cannot be made"):
+        env = factory(**options)
+    _check_class(name, env)
+    return env
 
 
 def demonstration_of(task: Task) -> list[str]:
@@ -92,10 +99,15 @@ def demonstration_of(task: Task) -> list[str]:
         OSError: a file that the environment needs for it is not there.
     """
     stored = task.data.get("demonstration")
-    if stored:
-        return [stored] if isinstance(stored, str) else [str(action) for action in stored]
-    expert = getattr(_factory(task.env), "demonstration", None)
-    return list(expert(task)) if expert is not None else []
+    expert = getattr(_factory(task.env), "demonstration", None) if not stored else None
+    actions = stored or (expert(task) if expert is not None else None) or ()
+    actions = [actions] if isinstance(actions, str) else list(actions)
+    if not all(isinstance(action, str) for action in actions):
+        raise ValueError(
+            f"environment {task.env!r}, demonstration of task {shorten(task.task_id)}: it must be a list of actions, "
+            f"each a text, not {shorten(actions)}"
+        )
+    return actions
 
 
 def task_types_of(name: str) -> tuple[tuple[str, ...], Mapping[str, tuple[str, ...]]]:
@@ -113,7 +125,8 @@ def check_env(name: str, options: dict[str, Any]) -> None:
     """Raise what :func:`make_env` and the environment's own :meth:`TextEnv.check` would, and leave nothing open."""
     env = make_env(name, **options)
     try:
-        env.check()
+        with _authors_faults(name, "raised in its check"):
+            env.check()
     finally:
         env.close()
 
@@ -157,6 +170,37 @@ def _check_options(name: str, factory: Callable[..., TextEnv], options: dict[str
     missing = [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in options]
     if missing:
         raise ValueError(f"environment {name!r} needs the option {', '.join(map(repr, missing))}")
+
+
+@contextlib.contextmanager
+def _authors_faults(name: str, what: str) -> Iterator[None]:
+    """Errors that an environment raises on purpose pass; others (a TypeError for an abstract method) are named."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(f"environment {name!r} {what}: {type(error).__name__}: {error}") from error
+
+
+def _check_class(name: str, env: Any) -> None:
+    """Raise ValueError when ``env`` is no environment, or says something about itself in the wrong form."""
+    if not isinstance(env, TextEnv):
+        raise ValueError(f"environment {name!r} is {shorten(env)}; it must be a sdar_verl.envs.base.TextEnv")
+    for attribute in ("action_tags", "task_types"):
+        texts = getattr(env, attribute)
+        if not isinstance(texts, tuple | list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"environment {name!r}: {attribute} must be a tuple of names, such as ('search', 'answer') or "
+                f"('action',), not {shorten(texts)}"
+            )
+    if not env.action_tags:
+        raise ValueError(f"environment {name!r}: action_tags is empty; ('action',) is the default")
+    if not isinstance(env.longest_step_s, Real):
+        raise ValueError(
+            f"environment {name!r}: longest_step_s must be a number of seconds, 0 for no limit of its own, "
+            f"not {shorten(env.longest_step_s)}"
+        )
 
 
 def _origin(factory: Callable[..., TextEnv]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ _COUNTS = (
     "sdar/cut_episodes",
     "sdar/rows",
     "sdar/groups",
+    "sdar/groups_of_one",
     "sdar/groups_without_variance",
     "sdar/nonfinite_",
     "sdar/skill_episodes/",

@@ -7,6 +7,7 @@ docs/metrics.md lists them.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ NAMES = (
     "engines_apart",
     "teacher_unanswered",
     "episodes_lost",
+    "unparsed",
     "update_skipped",
 )
 
@@ -46,6 +48,7 @@ CONTEXT_SHARE = 0.5
 FLAT_SHARE = 0.9
 """Share of groups without reward variance, over the last steps together."""
 FLAT_STEPS = 3
+FLAT_KINDS = ("without_variance", "of_one")
 TURN_GAP = 1.0
 """Nats, mean |gap| of an episode's late turns; and at least TURN_GROWTH times that of its first turns."""
 TURN_KL = 0.5
@@ -62,6 +65,8 @@ UNANSWERED_SHARE = 0.01
 """Rows with a context to which the rollout server gave no answer, as a share."""
 LOST_SHARE = 0.05
 """Episodes of a step that could not be played, as a share."""
+UNPARSED_SHARE = 0.9
+"""Turns of a step whose answer held no action, as a share."""
 
 
 class RunWarnings(Observer):
@@ -86,9 +91,11 @@ class RunWarnings(Observer):
         self._arms = BestOfArms(settings)
 
     def after_updates(self, table: StepTable, metrics: Mapping[str, Any]) -> Mapping[str, float]:
+        turns = [step for info in table.infos if info is not None for step in info.steps]
+        errors = Counter(turn.parse_error for turn in turns if turn.parse_error)
         seen = {**_teacher(self._settings, metrics, self._record.latest), **_turns(self._record.latest)}
         seen |= self._over_steps(metrics)
-        seen |= {**_server(self._settings, metrics), **_lost(metrics)}
+        seen |= {**_server(self._settings, metrics), **_lost(metrics), **_unparsed(metrics, errors)}
         for name, text in seen.items():
             self._count(name, text, table.step)
         return {f"sdar/warnings/{name}": count for name, count in self._counts.items()}
@@ -141,15 +148,16 @@ class RunWarnings(Observer):
         if metrics.get("sdar/groups"):
             self._flat = [
                 *self._flat[1 - FLAT_STEPS :],
-                (float(metrics["sdar/groups_without_variance"]), float(metrics["sdar/groups"])),
+                (sum(metrics.get(f"sdar/groups_{kind}", 0.0) for kind in FLAT_KINDS), float(metrics["sdar/groups"])),
             ]
             flat, groups = np.sum(self._flat, axis=0)
             if len(self._flat) == FLAT_STEPS and flat / groups >= FLAT_SHARE:
                 seen["flat_rewards"] = (
                     f"{flat:.0f} of {groups:.0f} groups of the last {FLAT_STEPS} steps have one and the same reward on "
-                    "all rollouts, so that their advantage is 0: tasks too hard or too easy for the policy, rollouts "
-                    "that are copies of each other, or a reward that never comes. Look at sdar/success, and at "
-                    "actor_rollout_ref.rollout.temperature, actor_rollout_ref.rollout.n and sdar.env.max_steps"
+                    "all rollouts (or one rollout left), so that their advantage is 0: tasks too hard or too easy for "
+                    "the policy, rollouts that are copies of each other, or a reward that never comes. Look at "
+                    "sdar/success, and at actor_rollout_ref.rollout.temperature, actor_rollout_ref.rollout.n and "
+                    "sdar.env.max_steps"
                 )
         if "sdar/success" in metrics:
             episodes = float(metrics["sdar/episodes"])
@@ -242,6 +250,22 @@ def _lost(metrics: Mapping[str, Any]) -> dict[str, str]:
             f"in {failed:.0f} the environment or the rollout server failed, in {crashed:.0f} the agent loop raised; "
             "their logs say why. An inference engine that died behind its server fails all its requests: then "
             "start again, trainer.resume_mode=auto goes on from the last checkpoint"
+        )
+    }
+
+
+def _unparsed(metrics: Mapping[str, Any], errors: Counter[str]) -> dict[str, str]:
+    """Whether the answers of a step hold actions at all."""
+    share = metrics.get("sdar/unparsed_share", 0.0)
+    if share < UNPARSED_SHARE:
+        return {}
+    most = ", ".join(f"{error!r} {count} times" for error, count in errors.most_common(3)) or "no reason is known"
+    return {
+        "unparsed": (
+            f"{share:.0%} of the answers of this step hold no action that can be read: {most}. 'not closed' means that "
+            "answers are cut off (data.max_response_length, sdar.rollout.turn_length) or that the model thinks on; 'no "
+            "think block' that it writes none (sdar.prompt.think=optional); 'no ... block' that it does not write the "
+            "tags that sdar.prompt.template asks for: look at the answers in the trace (sdar.trace.every)"
         )
     }
 

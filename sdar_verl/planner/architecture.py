@@ -6,13 +6,13 @@ key-value heads * head size, T tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdar_verl.errors import ConfigError
+from sdar_verl.untrusted import parse_json
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Architecture:
         """
         file = Path(path).expanduser() / "config.json"
         if file.is_file():
-            return cls.from_config(json.loads(file.read_text()), name=Path(path).name)
+            return cls.from_config(parse_json(file.read_bytes()), name=Path(path).name)
         known = KNOWN.get(path.rsplit("/", 1)[-1].lower())
         if known is None:
             raise ConfigError(

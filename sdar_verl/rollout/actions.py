@@ -37,24 +37,32 @@ class ParsedAction:
 
 
 def parse_action(
-    text: str, *, think: Literal["required", "optional"] = "optional", tags: tuple[str, ...] = DEFAULT_ACTION_TAGS
+    text: str,
+    *,
+    think: Literal["required", "optional"] = "optional",
+    tags: tuple[str, ...] = DEFAULT_ACTION_TAGS,
+    opened: bool = False,
 ) -> ParsedAction:
     """Read thought and action; a response it cannot read is an error in the result, never an exception.
 
     The thought ends at the first ``</think>``; it may have been opened by the chat template, so ``<think>`` need not
-    be there. Action tags inside the thought belong to the thought. After it comes one block in one of the tags, with
-    any text around. Several blocks are an error unless they agree: taking the first or the last would reward guessing.
+    be there. Action tags inside the thought belong to the thought, and a thought that was cut off holds no action.
+    After it comes one block in one of the tags, with any text around. Several blocks are an error unless they agree:
+    taking the first or the last would reward guessing.
 
     Args:
         text: the response, decoded with its tags kept.
         think: ``required`` makes a missing think block an error. Qwen3 with thinking off writes none: the default.
         tags: names of the action tags, see :attr:`sdar_verl.envs.base.TextEnv.action_tags`.
+        opened: the prompt ended within a thought, so that the answer begins in it.
     """
     thought, answer = None, text
     if close := _THINK_CLOSE.search(text):
         start = _THINK_OPEN.search(text, 0, close.start())
         thought = _squeeze(text[start.end() if start else 0 : close.start()])
         answer = text[close.end() :]
+    elif opened:
+        return ParsedAction(None, None, "think block not closed")
     elif think == "required" and not _THINK_OPEN.search(text):
         return ParsedAction(None, None, "no think block")
     if _THINK_OPEN.search(answer) or _THINK_CLOSE.search(answer):

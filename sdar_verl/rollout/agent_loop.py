@@ -21,7 +21,7 @@ from sdar_verl.config import ValidationArm
 from sdar_verl.context.base import Passage
 from sdar_verl.context.builder import join
 from sdar_verl.context.registry import ContextError
-from sdar_verl.envs.base import Step, Task
+from sdar_verl.envs.base import NO_ACTION, Step, Task
 from sdar_verl.envs.pool import EnvError, EnvProcessError
 from sdar_verl.panels import task_from_json
 from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
@@ -36,9 +36,6 @@ from sdar_verl.rollout.uids import seed_part
 from sdar_verl.skills.retrieval import RetrievalError
 
 logger = logging.getLogger(__name__)
-
-NO_ACTION = "none"
-"""Sent to the environment, which does not know it, where an answer held no action."""
 
 NO_TEXT = Passage("")
 NO_TASK = Task("", "", "", "")
@@ -104,8 +101,8 @@ class SdarAgentLoop(AgentLoopBase):
 
         Returns:
             One output per turn, the episode's reward on each, or one for the whole conversation. An episode comes back
-            as one masked row, so that its group goes on without it, when its environment process failed twice or the
-            rollout server raised.
+            as one masked row, so that its group goes on without it, when its environment process failed twice, the
+            rollout server raised, or anything else did.
         """
         arm_name = kwargs.get("sdar_arm")
         # The weights at hand: a training step's prompts are played with those of the step before.
@@ -142,6 +139,12 @@ class SdarAgentLoop(AgentLoopBase):
                 # Not this episode's bad luck but a fault of the set-up. An exception here would only cost the group;
                 # the trainer reads this text and stops.
                 return [self.outputs.failed_row(task, arm_name, version, error=f"task {task.task_id}: {error}")]
+            except Exception as error:
+                # Raised, it would cost the group, and verl would offer to draw groups again for ever. As a lost episode
+                # it is counted, and a run that loses most of them stops.
+                logger.exception("task %s", task.task_id)
+                failure = f"{type(error).__name__} in the agent loop: {error}"
+                return [self.outputs.failed_row(task, arm_name, version, failure=failure)]
             finally:
                 if scores is not None:
                     scores.cancel()
@@ -323,10 +326,10 @@ class SdarAgentLoop(AgentLoopBase):
 
     def _read_answer(self, runtime: Runtime, turn: Turn, state: Step) -> str | None:
         """The action to send, None where there is none; what was wrong with the answer is noted in its record."""
-        text = self.tokenizer.decode(turn.response_ids, skip_special_tokens=True)
-        tags = runtime.prompts.action_tags
-        answer = parse_action(text, think=runtime.sdar.prompt.think, tags=tags)
-        turn.info.unparsed = answer.action is None
+        prompts, tags = runtime.prompts, runtime.prompts.action_tags
+        text = prompts.reader.text(turn.response_ids)
+        answer = parse_action(text, think=runtime.sdar.prompt.think, tags=tags, opened=prompts.opens_thought)
+        turn.info.unparsed, turn.info.parse_error = answer.action is None, answer.error
         if answer.action is None:
             return last_line(text, tags) if runtime.sdar.env.invalid_action == "last_line" else None
         if not (state.admissible_actions or state.action_forms):

@@ -134,7 +134,7 @@ class OutputMaker:
             extra_fields={
                 "min_global_steps": step,
                 "max_global_steps": step,
-                "reward_extra_info": _outcome(task, arm, None, error),
+                "reward_extra_info": _outcome(task, arm, None, error, failure),
                 ROW_KEY: info.as_dict(),
             },
         )
@@ -198,15 +198,20 @@ def _conversation(episode: Episode) -> _Row:
                 observation=turn.info.observation,
                 action=turn.info.action,
                 unparsed=turn.info.unparsed,
+                parse_error=turn.info.parse_error,
                 inadmissible=turn.info.inadmissible,
                 text=turn.info.text,
             )
         )
-    info = replace(first.info, turns=tuple(notes), cut=episode.cut, unparsed=False, inadmissible=False)
+    info = replace(
+        first.info, turns=tuple(notes), cut=episode.cut, unparsed=False, parse_error=None, inadmissible=False
+    )
     return _Row(first.prompt_ids, tokens[len(first.prompt_ids) :], mask, log_probs, info)
 
 
-def _outcome(task: Task, arm: str | None, episode: Episode | None, error: str | None = None) -> dict[str, Any]:
+def _outcome(
+    task: Task, arm: str | None, episode: Episode | None, error: str | None = None, failure: str | None = None
+) -> dict[str, Any]:
     """The episode's result, for verl's validation tables; ``acc`` is the name verl looks for."""
     turns = episode.turns if episode else []
     return {
@@ -219,4 +224,5 @@ def _outcome(task: Task, arm: str | None, episode: Episode | None, error: str | 
         "task_id": task.task_id,
         "arm": arm or "train",
         "error": error or "",
+        "failure": failure or "",
     }

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 
+from sdar_verl.rollout.answers import AnswerReader, leaves_thought_open, shows
 from sdar_verl.rollout.control import RESPONSE_TAGS, control_ids_of, disguised
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError
 
 _ANSWER_MARK = "(the sampled answer)"
+_QUESTION_MARK = "(the question)"
+_MARKED_LINES = 20
 SYSTEM_INTRODUCTION = "Know-how for this task:"
 """Line above the context where it stands in a system message."""
 
@@ -77,6 +81,60 @@ class PromptBuilder:
     def clean(self, text: str) -> str:
         """``text`` as a slot shows it: control strings in it are broken (``sdar_verl/rollout/control.py``)."""
         return self._template.clean(text)
+
+    @cached_property
+    def reader(self) -> AnswerReader:
+        """Reads what the model samples."""
+        return AnswerReader(self._tokenizer, self.action_tags)
+
+    @cached_property
+    def opens_thought(self) -> bool:
+        """Whether the chat template opens a thought, so that answers begin in it."""
+        text = self._apply([{"role": "user", "content": _QUESTION_MARK}], tokenize=False)
+        return leaves_thought_open(text.rpartition(_QUESTION_MARK)[2])
+
+    def check(self, *, conversation: bool = False) -> None:
+        """Make sure, with this very tokenizer and chat template, that what is written is read and what is put into a
+        prompt is in it, and nothing else.
+
+        Args:
+            conversation: look at later messages of one conversation, too.
+
+        Raises:
+            PromptTemplateError: a tag does not survive the tokenizer; task, observation or context is not in the
+                encoded prompt; or see :meth:`check_forging`.
+        """
+        if lost := self.reader.lost_tags():
+            raise PromptTemplateError(
+                f"the tokenizer of actor_rollout_ref.model.path cannot write the tags {', '.join(lost)}: encoded and "
+                "decoded they are gone, and no answer could be read; use another tokenizer, or a prompt template (and "
+                "environment) with other action tags"
+            )
+        self._check_shown()
+        self.check_forging(conversation=conversation)
+
+    def _check_shown(self) -> None:
+        marked = {
+            slot: [f"marked {slot}, line {i}" for i in range(_MARKED_LINES)]
+            for slot in ("task", "observation", "context")
+        }
+        task, observation, context = ("\n".join(lines) for lines in marked.values())
+        for history in ((), (("earlier", "look"),)):
+            turn = TurnContext(task, history, observation, ("look",), step=len(history) + 1, max_steps=9)
+            ids, without = (self.encode(turn, skills, history) for skills in (context, ""))
+            hidden = [slot for slot, lines in marked.items() if not all(shows(self._tokenizer, ids, x) for x in lines)]
+            if ids == without and "context" not in hidden:
+                hidden.append("context")
+            if hidden:
+                option = (
+                    f"sdar.prompt.skill_position={self._position}: the chat template drops or changes what stands "
+                    "there; use sdar.prompt.skill_position=user"
+                    if hidden == ["context"] and self._position != "user"
+                    else "look at sdar.prompt.template and at the chat template of actor_rollout_ref.model.path"
+                )
+                raise PromptTemplateError(
+                    f"the encoded prompt does not show the whole {' and '.join(hidden)} at turn {turn.step}; {option}"
+                )
 
     def check_forging(self, *, conversation: bool = False) -> None:
         """Make sure, with this very tokenizer and chat template, that no slot becomes a control token.

@@ -20,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sdar_verl.envs.base import DEFAULT_ACTION_TAGS
 from sdar_verl.rollout.control import RESPONSE_TAGS, completes, control_pattern, disguised, joints, neutralise
+from sdar_verl.text_files import TextFileError, read_text
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 # A template that asks for other action tags says so: {% set action_tags = ['search', 'answer'] %}
@@ -111,12 +112,12 @@ class PromptTemplate:
         path = _find(name_or_path)
         environment = _environment()
         try:
-            source = path.read_text(encoding="utf-8")
+            source = read_text(path)
             parsed = environment.parse(source)
             slots = meta.find_undeclared_variables(parsed)
             unknown = slots - {*SLOTS, *environment.globals}
             compiled = environment.from_string(source)
-        except (OSError, UnicodeDecodeError, TemplateError) as error:
+        except (TextFileError, TemplateError) as error:
             raise PromptTemplateError(f"prompt template {path}: {error}") from error
         if unknown:
             raise PromptTemplateError(f"prompt template {path}: unknown slots {sorted(unknown)}; known: {list(SLOTS)}")

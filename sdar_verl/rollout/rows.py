@@ -104,6 +104,7 @@ class TurnNote:
     observation: str = ""
     action: str | None = None
     unparsed: bool = False
+    parse_error: str | None = None
     inadmissible: bool = False
     text: dict[str, Any] | None = None
 
@@ -143,6 +144,7 @@ class RowInfo:
         history_dropped: (observation, action) pairs left out so that the student's prompt fits.
         truncated: the teacher's prompt was too long for ``sdar.teacher.max_prompt_length`` as it was.
         unparsed: the answer held no action.
+        parse_error: why not (:attr:`~sdar_verl.rollout.actions.ParsedAction.error`); None where it held one.
         inadmissible: it held one, but the environment does not offer it.
         success: the episode solved its task.
         score: how well it did, 0 to 1, where the environment grades it; else 1 for success.
@@ -179,6 +181,7 @@ class RowInfo:
     history_dropped: int = 0
     truncated: bool = False
     unparsed: bool = False
+    parse_error: str | None = None
     inadmissible: bool = False
     success: bool = False
     score: float = 0.0

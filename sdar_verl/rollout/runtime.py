@@ -32,7 +32,8 @@ class Runtime:
         self.max_answer_length = (self.sdar.rollout.turn_length if self.whole else None) or self.max_response_length
         self.prompts = make_prompts(config, self.sdar, tokenizer)
         self.contexts = ContextBuilder(self.sdar.context, tokenizer)
-        self.skills = SkillFinder(self.sdar, self.contexts).find
+        finder = SkillFinder(self.sdar, self.contexts)
+        self.bank, self.skills = finder.bank, finder.find
 
     @cached_property
     def pool(self) -> EnvPool:
@@ -81,12 +82,12 @@ def make_prompts(config: DictConfig, sdar: SdarConfig, tokenizer: Any) -> Prompt
     """The run's prompts; agent loop and trainer make the same.
 
     Raises:
-        PromptTemplateError: see :meth:`PromptTemplate.load` and :meth:`PromptBuilder.check_forging`.
+        PromptTemplateError: see :meth:`PromptTemplate.load` and :meth:`PromptBuilder.check`.
     """
     arguments = config.data.get("apply_chat_template_kwargs", {})
     template = PromptTemplate.load(sdar.prompt.template, control_strings_of(tokenizer, arguments))
     prompts = PromptBuilder(tokenizer, template, arguments, sdar.prompt.skill_position)
-    prompts.check_forging(conversation=sdar.rollout.rows == "trajectory")
+    prompts.check(conversation=sdar.rollout.rows == "trajectory")
     return prompts
 
 

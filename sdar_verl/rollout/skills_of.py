@@ -14,7 +14,7 @@ from sdar_verl.skills.ucb import Evidence
 
 
 class SkillFinder:
-    """The run's bank and its rules.
+    """The run's bank (``bank``) and its rules.
 
     Args:
         sdar: the ``sdar`` node.
@@ -23,14 +23,14 @@ class SkillFinder:
 
     def __init__(self, sdar: SdarConfig, contexts: ContextBuilder):
         self._settings = sdar.skills
-        self._bank = load_run_bank(sdar.skills, sdar.env.name)
+        self.bank = load_run_bank(sdar.skills, sdar.env.name)
         self._contexts = contexts
 
     def find(self, task: Task, evidence: str | None = None) -> Passage:
         """The skills for ``task``; ``evidence`` is the prompt's column for rules that learn."""
         settings = self._settings
         known = Evidence.from_dict(json.loads(evidence)) if evidence else None
-        found = retrieve(self._bank, task, settings.retrieval, settings.seed, settings.options, known)
+        found = retrieve(self.bank, task, settings.retrieval, settings.seed, settings.options, known)
         if settings.max_tokens is not None:
             found = fit_budget(found, settings.max_tokens, self._contexts.count_tokens)
         return Passage(render_skills(found.skills), found.names, found.no_match, len(found.dropped))

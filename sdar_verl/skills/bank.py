@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from sdar_verl.skills.skill import MAX_FILE_BYTES, Skill, SkillBankError
+from sdar_verl.skills.skill import MAX_FILE_BYTES, Skill, SkillBankError, collecting
 
 __all__ = ["MAX_FILE_BYTES", "Skill", "SkillBank", "SkillBankError", "bank_names"]
 
@@ -28,14 +28,20 @@ class SkillBank:
         name: of the bank, for messages.
         origin: where it was read from: a folder or a file.
         format: which of the formats it is in.
+        notes: what its files hold that means nothing here.
     Raises:
         SkillBankError: no skill, or two of one name.
     """
 
     def __init__(
-        self, skills: Sequence[Skill], name: str = "bank", origin: Path | None = None, format: str = ""
+        self,
+        skills: Sequence[Skill],
+        name: str = "bank",
+        origin: Path | None = None,
+        format: str = "",
+        notes: Sequence[str] = (),
     ) -> None:
-        self.name, self.origin, self.format = name, origin, format
+        self.name, self.origin, self.format, self.notes = name, origin, format, tuple(notes)
         self._skills = tuple(sorted(skills, key=lambda skill: skill.name))
         if not self._skills:
             raise SkillBankError(f"skill bank {name!r} is empty; add folders <skill-name>/SKILL.md")
@@ -78,21 +84,26 @@ class SkillBank:
                 (``sdar.skills.task_types``).
             aliases: other names for task types, as the environment knows them; used where a name is none of its own.
         Raises:
-            SkillBankError: unknown bank, a file that is missing or invalid, an unknown task type, or a name in
-                ``renamed`` that no skill has.
+            SkillBankError: every fault that was found: unknown bank, files that are missing or invalid, unknown task
+                types, or a name in ``renamed`` that no skill has.
         """
         from sdar_verl.skills.formats import read_bank
 
         path = _find(name_or_path)
-        format, found = read_bank(path, shipped=path.parent == BANKS_DIR)
-        bank = cls(list(found), name=str(name_or_path), origin=path, format=format)
-        if renamed:
-            bank = bank._rename(renamed)
-        if task_types and aliases:
-            own = {task_type for skill in bank for task_type in skill.task_types} - set(task_types)
-            bank = bank._rename({name: aliases[name] for name in own if name in aliases})
-        if task_types is not None:
-            bank._check_task_types({skill.name: file for skill, file in found.items()}, task_types)
+        found = read_bank(path, shipped=path.parent == BANKS_DIR)
+        faults, readable = list(found.faults), [skill for skill, _ in found.skills]
+        if readable or not faults:
+            with collecting(faults):
+                bank = cls(readable, name=str(name_or_path), origin=path, format=found.format, notes=found.notes)
+                if renamed:
+                    bank = bank._rename(renamed)
+                if task_types and aliases:
+                    own = {task_type for skill in bank for task_type in skill.task_types} - set(task_types)
+                    bank = bank._rename({name: aliases[name] for name in own if name in aliases})
+                if task_types is not None:
+                    bank._check_task_types({skill.name: file for skill, file in found.skills}, task_types)
+        if faults:
+            raise SkillBankError(*faults)
         return bank
 
     def _rename(self, renamed: Mapping[str, Sequence[str]]) -> SkillBank:
@@ -108,19 +119,22 @@ class SkillBank:
             if skill.task_types and not types and not skill.keywords:
                 continue  # renamed to nothing: the environment has no such task, and the skill must not become general
             skills.append(replace(skill, task_types=types))
-        return SkillBank(skills, self.name, self.origin, self.format)
+        return SkillBank(skills, self.name, self.origin, self.format, self.notes)
 
     def _check_task_types(self, files: Mapping[str, Path], known: Collection[str]) -> None:
         types = {task_type for skill in self for task_type in skill.task_types}
+        faults = []
         for skill in self:
             unknown = sorted(set(skill.task_types) - set(known))
             if not unknown:
                 continue
             other = "" if types & set(known) else " (not one of its types is known: a bank for another environment?)"
-            raise SkillBankError(
+            faults.append(
                 f"{files[skill.name]}: skill {skill.name!r} has unknown task types {unknown}{other}; the environment "
                 f"has {sorted(known)}. Correct them, or translate them: +sdar.skills.task_types.{unknown[0]}=[...]"
             )
+        if faults:
+            raise SkillBankError(*faults)
 
 
 def bank_names() -> list[str]:

@@ -89,7 +89,8 @@ def _check(arguments: argparse.Namespace) -> int:
     try:
         bank = _load(arguments)
     except SkillBankError as error:
-        _print(arguments, {"sound": False, "fault": str(error)}, [f"not sound: {error}"])
+        faults = error.faults
+        _print(arguments, {"sound": False, "faults": faults}, [f"not sound, {len(faults)} to mend:", *faults])
         return 1
     types = sorted({task_type for skill in bank for task_type in skill.task_types})
     uncovered = sorted(set(_known_types(arguments)) - set(types))
@@ -101,6 +102,7 @@ def _check(arguments: argparse.Namespace) -> int:
         "general": len(bank) - len(bank.specific),
         "task_types": types,
         "task_types_without_skill": uncovered,
+        "notes": list(bank.notes),
     }
     lines = [
         f"sound: {len(bank)} skills ({report['general']} general), format {bank.format}, digest {bank.digest[:16]}",
@@ -108,6 +110,7 @@ def _check(arguments: argparse.Namespace) -> int:
     ]
     if uncovered:
         lines.append(f"without a skill of their own: {', '.join(uncovered)}")
+    lines += [f"note: {note}" for note in bank.notes]
     _print(arguments, report, lines)
     return 0
 

@@ -9,26 +9,32 @@ The two JSON formats are read by ``formats_json.py``.
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sdar_verl.skills.formats_json import MAPPING_FILE, read_json_bank
-from sdar_verl.skills.skill import MAX_FILE_BYTES, Skill, SkillBankError
-from sdar_verl.skills.text_files import read_text
+from sdar_verl.skills.skill import MAX_FILE_BYTES, Skill, SkillBankError, collecting
+from sdar_verl.text_files import read_text
 from sdar_verl.untrusted import shorten
 
 AGENT_SKILLS = "Agent Skills"
 SKILL_FILE = "SKILL.md"
 REQUIRED_KEYS = ("name", "description")
-# The last four belong to the Agent Skills format; they are accepted so that such folders load, and mean nothing here.
-KNOWN_KEYS = (*REQUIRED_KEYS, "task-types", "keywords", "license", "compatibility", "metadata", "allowed-tools")
+OUR_KEYS = ("task-types", "keywords")
+# The last four belong to the Agent Skills format, and mean nothing here; others that are found are told.
+KNOWN_KEYS = (*REQUIRED_KEYS, *OUR_KEYS, "license", "compatibility", "metadata", "allowed-tools")
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(?P<yaml>.*?)^---[ \t]*(\n|\Z)(?P<text>.*)", re.DOTALL | re.MULTILINE)
 
 MAX_DEPTH = 8
 """Of the front matter's nesting; skills need two levels."""
+MAX_FRONT_MATTER = 20_000
+"""Characters; YAML is read slowly."""
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -48,15 +54,32 @@ class _PlainLoader(yaml.SafeLoader):
             self._depth -= 1
 
 
-def read_bank(path: Path, *, shipped: bool = False) -> tuple[str, dict[Skill, Path]]:
-    """Name of the format, and each skill with the file that it stands in.
+@dataclass
+class BankFiles:
+    """What a bank's files hold.
+
+    Attributes:
+        format: name of the format.
+        skills: each readable skill, and the file that it stands in.
+        faults: what must be mended before the bank can be used.
+        notes: what means nothing here.
+    """
+
+    format: str
+    skills: list[tuple[Skill, Path]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_bank(path: Path, *, shipped: bool = False) -> BankFiles:
+    """Everything that a bank holds, and everything that is wrong with it.
 
     Args:
         path: a folder of Agent Skills, a folder with ``skill_mapping.json``, or a JSON file in either JSON format.
         shipped: it comes with this package, whose files an installer may have made of links to its cache; the files of
             other banks must lie in their folder.
     Raises:
-        SkillBankError: a file that is missing, unreadable, empty, or in no known format.
+        SkillBankError: it cannot be read at all, or is in no known format.
     """
     try:
         return _read_bank(path, shipped)
@@ -64,9 +87,9 @@ def read_bank(path: Path, *, shipped: bool = False) -> tuple[str, dict[Skill, Pa
         raise SkillBankError(f"skill bank {path} cannot be read ({error})") from error
 
 
-def _read_bank(path: Path, shipped: bool) -> tuple[str, dict[Skill, Path]]:
+def _read_bank(path: Path, shipped: bool) -> BankFiles:
     if path.is_file():
-        return read_json_bank(path)
+        return _read_json(path)
     # Files beside the skills (README, LICENSE) and hidden folders belong to whoever keeps the bank.
     entries = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith((".", "_")))
     if (path / MAPPING_FILE).is_file():
@@ -76,60 +99,94 @@ def _read_bank(path: Path, shipped: bool) -> tuple[str, dict[Skill, Path]]:
                 f"{path} holds both {MAPPING_FILE} and {doubtful[0]}/{SKILL_FILE}: it is not clear which bank is "
                 "meant; move one of them"
             )
-        return read_json_bank(path / MAPPING_FILE)
+        return _read_json(path / MAPPING_FILE)
     if not entries and (loose := sorted(path.glob("*.json"))):
         raise SkillBankError(
             f"{path} holds no <name>/{SKILL_FILE} and no {MAPPING_FILE}; if one of its JSON files is the bank, name "
             f"that file: sdar.skills.bank={loose[0]}"
         )
-    files = [entry / SKILL_FILE for entry in entries]
-    return AGENT_SKILLS, {_read_skill(file, None if shipped else path): file for file in files}
+    found = BankFiles(AGENT_SKILLS)
+    unknown: Counter[str] = Counter()
+    for file in (entry / SKILL_FILE for entry in entries):
+        with collecting(found.faults):
+            skill = _read_skill(file, None if shipped else path, unknown)
+            if skill.name != file.parent.name and _is_name(file.parent.name):
+                found.notes.append(
+                    f"{file}: name {skill.name!r} differs from the folder's, which is the one that counts"
+                )
+                skill = replace(skill, name=file.parent.name)
+            found.skills.append((skill, file))
+    found.notes += [_about_key(key, count) for key, count in sorted(unknown.items())]
+    return found
 
 
-def _read_skill(path: Path, folder: Path | None) -> Skill:
+def _read_json(path: Path) -> BankFiles:
+    found = BankFiles("")
+    found.format = read_json_bank(path, found.skills, found.faults)
+    return found
+
+
+def _about_key(key: str, count: int) -> str:
+    bare = re.sub(r"[^a-z]", "", key.lower()).removesuffix("s")
+    ours = next((own for own in OUR_KEYS if own.replace("-", "").removesuffix("s") == bare), None)
+    meant = f"; {ours} is meant?" if ours else ""
+    return f"front matter: key {shorten(key)} of {count} skill{'s'[: count > 1]} means nothing here{meant}"
+
+
+def _read_skill(path: Path, folder: Path | None, unknown: Counter[str]) -> Skill:
     if not path.is_file():
         raise SkillBankError(f"{path} is missing; every folder of a skill bank holds a {SKILL_FILE}")
-    content = read_text(path, MAX_FILE_BYTES, folder)
+    content = read_text(path, MAX_FILE_BYTES, folder, SkillBankError)
     match = _FRONT_MATTER.fullmatch(content)
     if match is None:
         raise SkillBankError(f"{path} has no front matter; begin it with '---', name, description, '---'")
+    if len(match["yaml"]) > MAX_FRONT_MATTER:
+        raise SkillBankError(f"{path}: front matter has more than {MAX_FRONT_MATTER} characters; put text below it")
     try:
         front = yaml.load(match["yaml"], Loader=_PlainLoader)  # a SafeLoader: it makes plain values only
     # A date or number that is none (2024-13-45) is a ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SkillBankError(f"{path}: front matter is not valid YAML: {error}") from error
+        told = " ".join(str(error).split())
+        raise SkillBankError(f"{path}: front matter is not valid YAML: {told}") from error
+    if not isinstance(front, dict):
+        raise SkillBankError(f"{path}: front matter must be 'key: value' lines, not {shorten(front)}")
+    unknown.update(str(key) for key in front if key not in KNOWN_KEYS)
     return _build_skill(path, front, match["text"].strip())
 
 
-def _build_skill(path: Path, front: Any, text: str) -> Skill:
-    if not isinstance(front, dict):
-        raise SkillBankError(f"{path}: front matter must be 'key: value' lines, not {shorten(front)}")
-    unknown = sorted(str(key) for key in front if key not in KNOWN_KEYS)
-    if unknown:
-        raise SkillBankError(f"{path}: unknown keys {unknown} in the front matter; known are {list(KNOWN_KEYS)}")
-    for key in REQUIRED_KEYS:
-        value = front.get(key)
-        if not isinstance(value, str) or not value.strip():
-            raise SkillBankError(
-                f"{path}: {key!r} must be text, not {shorten(value)}; add '{key}: ...' to the front matter"
-            )
-    name = front["name"]
-    if not _NAME.fullmatch(name) or len(name) > 64:
-        raise SkillBankError(f"{path}: name {name!r} must be at most 64 lower-case letters, digits and single hyphens")
-    if name != path.parent.name:
-        raise SkillBankError(f"{path}: name {name!r} differs from the folder {path.parent.name!r}; make them equal")
+def _build_skill(path: Path, front: Mapping[str, Any], text: str) -> Skill:
+    faults = [
+        f"{path}: {key!r} must be text, not {shorten(front.get(key))}; add '{key}: ...' to the front matter"
+        for key in REQUIRED_KEYS
+        if not isinstance(front.get(key), str) or not front[key].strip()
+    ]
+    name = front.get("name")
+    if isinstance(name, str) and name.strip() and not _is_name(name):
+        faults.append(f"{path}: name {shorten(name)} must be at most 64 lower-case letters, digits and single hyphens")
     if not text:
-        raise SkillBankError(f"{path} has no text below the front matter; a teacher would learn nothing from it")
+        faults.append(f"{path} has no text below the front matter; a teacher would learn nothing from it")
+    lists: dict[str, tuple[str, ...]] = dict.fromkeys(OUR_KEYS, ())
+    for key in OUR_KEYS:
+        with collecting(faults):
+            lists[key] = _strings(path, key, front.get(key, []))
+    if faults:
+        raise SkillBankError(*faults)
     return Skill(
-        name=name,
+        name=str(name),
         description=front["description"].strip(),
         text=text,
-        task_types=_strings(path, "task-types", front.get("task-types", [])),
-        keywords=_strings(path, "keywords", front.get("keywords", [])),
+        task_types=lists["task-types"],
+        keywords=lists["keywords"],
     )
 
 
+def _is_name(text: str) -> bool:
+    return len(text) <= 64 and bool(_NAME.fullmatch(text))
+
+
 def _strings(path: Path, key: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) and value.strip():  # as others write it
+        value = value.split(",")
     if not isinstance(value, list) or not all(isinstance(item, str) and re.search(r"[^\W_]", item) for item in value):
         raise SkillBankError(
             f"{path}: {key!r} must be a list of words, not {shorten(value)}; quote numbers, yes, no, on, off"

@@ -11,6 +11,7 @@ from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.registry import RetrievalError, register_retriever
 from sdar_verl.skills.rules import general_skills
 from sdar_verl.skills.skill import Skill
+from sdar_verl.words import REQUIRED, search_words
 
 BM25 = "bm25"
 
@@ -64,15 +65,15 @@ def _scorer(bank: SkillBank, model: str) -> Scorer:
 
 
 def _bm25(texts: Sequence[str]) -> Scorer:
-    _require("bm25s")
+    for module in REQUIRED:
+        _require(module)
     import bm25s
 
     index = bm25s.BM25()
-    index.index(bm25s.tokenize(list(texts), show_progress=False), show_progress=False)
+    index.index([search_words(text) for text in texts], show_progress=False)
 
     def score(query: str) -> Sequence[float]:
-        tokens = bm25s.tokenize([query], return_ids=False, show_progress=False)[0]
-        known = [token for token in tokens if token in index.vocab_dict]
+        known = [word for word in search_words(query) if word in index.vocab_dict]
         return [float(value) for value in index.get_scores(known)] if known else [0.0] * len(texts)
 
     return score

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-# A skill lies in every teacher prompt: more than this (about 5,000 tokens) is a wrong file, not a skill.
-MAX_FILE_BYTES = 20_000
+MAX_FILE_BYTES = 1_000_000
+"""More is a wrong file. How much of a bank a prompt can hold, tokens say: ``sdar.skills.max_tokens``,
+``sdar.teacher.max_prompt_length``."""
 
 
 class SkillBankError(ValueError):
-    """A bank or one of its files that cannot be used; the message names the file and the remedy."""
+    """A bank or files of it that cannot be used; the message names each with its remedy, one a line.
+
+    Args:
+        *faults: one text each.
+    """
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__("\n".join(faults))
+
+    @property
+    def faults(self) -> list[str]:
+        """One text each."""
+        return str(self).split("\n")
+
+
+@contextlib.contextmanager
+def collecting(faults: list[str]) -> Iterator[None]:
+    """Add the faults of a SkillBankError to ``faults`` instead of raising it: a bank is told all of them at once."""
+    try:
+        yield
+    except SkillBankError as error:
+        faults.extend(error.faults)
 
 
 @dataclass(frozen=True)

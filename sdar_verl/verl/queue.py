@@ -10,7 +10,6 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from sdar_verl.errors import RolloutError
 from sdar_verl.rollout.rows import RowId, RowInfo
 from sdar_verl.table import StepTable, stop_on_errors
 
@@ -66,7 +65,7 @@ def read_table(batch: KVBatchMeta, step: int) -> StepTable:
     """The table of a batch with the agent loop's records; tokens are read later.
 
     Raises:
-        RolloutError: a row says that the run must stop, or no episode could be played.
+        RolloutError: a row says that the run must stop.
     """
     rows = QueueRows(batch)
     stored = rows.read(["extra_fields", "rm_scores"])
@@ -78,10 +77,7 @@ def read_table(batch: KVBatchMeta, step: int) -> StepTable:
     for info, extra, scores in zip(infos, extras, stored["rm_scores"].unbind(), strict=True):
         if info is not None and info.rewarded:
             _reward(info, float(scores.sum()), extra.get("reward_extra_info") or {})
-    real = [info for info in infos if info is not None]
-    stop_on_errors([info.error for info in real])
-    if all(info.failed for info in real):
-        raise RolloutError(f"not one episode of this step could be played; the last reason: {real[-1].failure}")
+    stop_on_errors([info.error for info in infos if info is not None])
     return StepTable(step, rows, [row_id(key) for key in batch.keys], infos)
 
 

@@ -25,6 +25,7 @@ NEEDED: Mapping[str, Mapping[str, str]] = {
         f"{_TRAINER}:PPOTrainer.step": "metrics timing_raw",
         f"{_TRAINER}:PPOTrainer._step_once": "metrics timing_raw sample_batch_size",
         f"{_TRAINER}:PPOTrainer._build_replay_buffer": "",
+        f"{_TRAINER}:PPOTrainer._init_tokenizer": "",
         f"{_TRAINER}:PPOTrainer._init_dataloader": "",
         f"{_TRAINER}:PPOTrainer._init_resource_pool_mgr": "",
         f"{_TRAINER}:PPOTrainer._next_train_batch": "num_prompts",

@@ -42,9 +42,10 @@ from sdar_verl.panels import panel_digest
 from sdar_verl.recipe import plays_environments
 from sdar_verl.requests import StepRequests, asked
 from sdar_verl.rollout.rows import TRACED_COLUMN
+from sdar_verl.rollout.runtime import make_prompts
 from sdar_verl.rollout.uids import PromptUids
 from sdar_verl.step import local_update
-from sdar_verl.table import StepTable, joined, stop_on_errors
+from sdar_verl.table import StepTable, joined, stop_on_errors, stop_on_losses
 from sdar_verl.verl import symbols
 from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
 from sdar_verl.verl.late import late_contexts
@@ -120,6 +121,11 @@ class SdarTraining(PPOTrainer):
 
     def _build_replay_buffer(self) -> Any:
         return watched(super()._build_replay_buffer(), self._liveness)
+
+    def _init_tokenizer(self) -> None:
+        super()._init_tokenizer()
+        if self._environments:
+            make_prompts(self.config, self.sdar, self.tokenizer)  # its checks, before the models are loaded
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
@@ -218,9 +224,11 @@ class SdarTraining(PPOTrainer):
         return read_table(batch, self.global_steps)
 
     def count_crashed(self, table: StepTable) -> dict[str, float]:
-        """Episodes that were asked for and left no row."""
+        """Episodes that were asked for and left no row; too many stop the run."""
         tasks = self.config.data.train_batch_size // self.parameter_sync_step
-        return {"sdar/crashed_episodes": tasks * self.config.actor_rollout_ref.rollout.n - len(table.episodes())}
+        asked, failures = tasks * self.config.actor_rollout_ref.rollout.n, table.failures()
+        stop_on_losses(failures, asked)
+        return {"sdar/crashed_episodes": asked - len(failures)}
 
     def first_checks(self, table: StepTable, metrics: dict[str, Any]) -> None:
         """What can only be seen on rows and workers, once."""
@@ -249,6 +257,7 @@ class SdarTraining(PPOTrainer):
         table.rows.batch = batch
         if rows.counts is not None:
             metrics["sdar/groups_without_variance"] = rows.counts.groups_without_variance
+            metrics["sdar/groups_of_one"] = rows.counts.groups_of_one
             metrics["sdar/groups"] = rows.counts.groups
         if rows.tokens is not None:
             table.columns["advantages"] = rows.tokens
@@ -318,6 +327,7 @@ class SdarTraining(PPOTrainer):
     ) -> dict[str, float]:
         metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
         stop_on_errors(reward_extra_infos_dict.get("error", []))
+        stop_on_losses([failure or None for failure in reward_extra_infos_dict.get("failure", [])], asked=0)
         counts = validation_counts(kwargs)
         rollouts = self.config.actor_rollout_ref.rollout.val_kwargs.n
         expected = expected_episodes(counts) if counts else self.val_dataset.asked(rollouts)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from sdar_verl.cli import main
+from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.local import start_policy
 from sdar_verl.report.layout import RECORD, TRACES, step_file
 from sdar_verl.report.trace import read_trace
-from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
 from tests.support.plain import plain_log_probs
 from tests.support.toy_run import train
 from tests.support.verl_run import Run

@@ -28,6 +28,10 @@ import ctypes, os, signal, sys, threading, time
 from sdar_verl.envs.base import Step, TextEnv
 from sdar_verl.envs.registry import register_env
 
+class TwoParts(Exception):  # cannot be unpickled
+    def __init__(self, code, what):
+        super().__init__(f"{code} {what}")
+
 @register_env("toy")
 class Toy(TextEnv):
     def __init__(self, greeting="hello"):
@@ -52,6 +56,16 @@ class Toy(TextEnv):
             ctypes.PyDLL(None).sleep(600)  # in C, and without giving up the interpreter lock
         elif verb == "raise":
             raise KeyError("a bug")
+        elif verb == "late":
+            raise TimeoutError("of its own")
+        elif verb == "odd":
+            raise TwoParts(503, "busy")
+        elif verb == "gym":
+            return "observation", 1.0, False, {}
+        elif verb == "unpaid":
+            return Step("o", reward=None)
+        elif verb == "lock":
+            return Step("o", info={"lock": threading.Lock()})
         self.count += 1
         return Step(f"{self.task.task_id} {self.count}", reward=1.0, info={"thread": threading.get_ident()})
 
@@ -267,6 +281,42 @@ def test_a_step_that_raises_costs_one_episode_and_no_process() -> None:
             assert (await good.step("go")).observation == "good 1"
             assert (await bad.reset()).info["pid"] == pid
             assert (await bad.step("go")).observation == "bad 1"
+        pool.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ("gym", r"environment 'toy', method step: it returned \('observation', 1.0, False, .*Return Step\("),
+        ("unpaid", "environment 'toy', method step: a step's reward must be a number, not None"),
+        ("lock", r"environment 'toy', method step: .* cannot be sent .*Step\.info holds must be picklable"),
+    ],
+)
+def test_an_answer_that_is_no_step_is_never_an_unlucky_episode(action: str, message: str) -> None:
+    async def run() -> None:
+        pool = toy_pool(processes=1)
+        async with pool.session(task("t")) as session:
+            await session.reset()
+            with pytest.raises(EnvError, match=message):
+                await session.step(action)
+        assert (pool.stats.failures, pool.stats.restarts) == (0, 0)
+        pool.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("action", "told"), [("late", "TimeoutError: of its own"), ("odd", "TwoParts: 503 busy")])
+def test_an_exception_of_its_own_kind_costs_no_process(action: str, told: str) -> None:
+    async def run() -> None:
+        pool = toy_pool(processes=1)
+        async with pool.session(task("t")) as session:
+            pid = (await session.reset()).info["pid"]
+            with pytest.raises(EnvProcessError, match=f"environment 'toy' raised in a step: {told}"):
+                await session.step(action)
+            assert (await session.reset()).info["pid"] == pid
+        assert (pool.stats.timeouts, pool.stats.failures, pool.stats.restarts) == (0, 1, 0)
         pool.close()
 
     asyncio.run(run())

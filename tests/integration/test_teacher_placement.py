@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdar_verl.local import start_policy
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.local import start_policy
 from tests.support.plain import plain_logits
 from tests.support.toy_run import train
 from tests.support.verl_run import Run

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdar_verl.local import start_policy
 from sdar_verl.fields import TEACHER_LOG_PROBS
+from sdar_verl.local import start_policy
 from tests.support.plain import padded, plain_log_probs
 from tests.support.toy_run import SAME, train
 from tests.support.verl_run import Run

@@ -21,12 +21,12 @@ FAULTS = "sdar_verl.plugin,tests.support.faults"
 def _register(_) -> None:
     import torch
     import transfer_queue as tq
+    from sdar_verl.teacher.privileged import PrivilegedTeacher
     from tensordict import TensorDict
     from verl.trainer.ppo.v1.trainer_base import register_trainer
 
-    from sdar_verl.teacher.privileged import PrivilegedTeacher
-    from sdar_verl.teacher.rows import nested
     from sdar_verl.fields import TEACHER_LOG_PROBS
+    from sdar_verl.teacher.rows import nested
     from sdar_verl.verl.trainer import SdarTrainer
 
     def poisoned(values: torch.Tensor, infos: list) -> torch.Tensor:

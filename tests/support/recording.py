@@ -13,8 +13,8 @@ def _register(_) -> None:
     import transfer_queue as tq
     from verl.trainer.ppo.v1.trainer_base import register_trainer
 
-    from sdar_verl.verl.async_modes import SdarColocateAsync, SdarSeparateAsync
     from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
+    from sdar_verl.verl.async_modes import SdarColocateAsync, SdarSeparateAsync
     from sdar_verl.verl.trainer import SdarTrainer
 
     fields = [

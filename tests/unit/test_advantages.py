@@ -50,7 +50,9 @@ def test_one_row_per_episode_is_verls_grpo(group_stats: str, norm_by_std: bool) 
     advantages, counts = trajectory_group_advantages(
         scores, groups, range(13), group_stats=group_stats, norm_by_std=norm_by_std
     )
-    torch.testing.assert_close(advantages, verl_grpo(scores, groups, norm_by_std), rtol=1e-5, atol=1e-6)
+    expected = verl_grpo(scores, groups, norm_by_std)
+    expected[groups.index("alone")] = 0.0  # verl: its raw score
+    torch.testing.assert_close(advantages, expected, rtol=1e-5, atol=1e-6)
     assert (counts.rows, counts.episodes, counts.groups, counts.groups_of_one) == (13, 13, 4, 1)
 
 
@@ -123,10 +125,35 @@ def test_a_group_without_variance_is_exactly_zero_and_counted(group_stats: str, 
     assert (counts.groups, counts.groups_without_variance) == (2, 1)
 
 
-def test_a_single_episode_follows_verl_and_is_counted() -> None:
-    advantages, counts = trajectory_group_advantages(torch.tensor([10.0, 10.0]), ["a", "a"], [0, 0])
-    torch.testing.assert_close(advantages, verl_grpo(torch.tensor([10.0]), ["a"]).expand(2))
-    assert (counts.groups_of_one, counts.groups_without_variance) == (1, 0)
+@pytest.mark.parametrize("group_stats", ["episode", "turn"])
+@pytest.mark.parametrize("norm_by_std", [True, False])
+@pytest.mark.parametrize("score", [10.0, -3.0, 0.0])
+def test_a_survivor_of_its_group_has_nothing_to_be_compared_with(
+    group_stats: str, norm_by_std: bool, score: float
+) -> None:
+    """Two turns of one rollout, whose three fellows failed; the other group is whole."""
+    scores = torch.tensor([score, score, 0.0, 99.0, 7.0, 10.0, 0.0])
+    advantages, counts = trajectory_group_advantages(
+        scores,
+        [*"aaaaa", *"bb"],
+        [0, 0, 1, 2, 3, 4, 5],
+        torch.tensor([True, True, False, False, False, True, True]),
+        group_stats=group_stats,
+        norm_by_std=norm_by_std,
+    )
+    assert not advantages[:5].any()
+    assert advantages[5] > 0 > advantages[6]
+    assert (counts.groups, counts.groups_of_one, counts.groups_without_variance) == (2, 1, 0)
+    punished, _ = trajectory_group_advantages(
+        scores[:2],
+        ["a", "a"],
+        [0, 0],
+        group_stats=group_stats,
+        norm_by_std=norm_by_std,
+        invalid_action=torch.tensor([True, False]),
+        invalid_action_penalty=0.1,
+    )
+    torch.testing.assert_close(punished, torch.tensor([-0.1, 0.0]))
 
 
 # the penalty for invalid actions

@@ -258,3 +258,13 @@ def test_rows_keep_what_a_trace_or_a_late_context_needs(play):
     note = infos[0].episode
     assert (note.task["task_id"], note.reward, note.last_observation) == ("task-1", 10.0, "you win .")
     assert "apple in" in note.context
+
+
+def test_whatever_else_goes_wrong_in_an_episode_is_a_counted_loss(play, monkeypatch):
+    """Raised, it would cost the group, and verl would advise to draw groups again, for ever."""
+    monkeypatch.setattr("sdar_verl.rollout.agent_loop.parse_action", lambda *_, **__: {}["a bug"])
+    rows, infos, _, _ = play([GOOD])
+    assert len(rows) == 1 and rows[0].response_mask == [0]
+    assert infos[0].failed and infos[0].error is None
+    assert infos[0].failure == "KeyError in the agent loop: 'a bug'"
+    assert rows[0].extra_fields["reward_extra_info"]["failure"] == infos[0].failure

@@ -13,9 +13,9 @@ from hydra import compose, initialize_config_module
 from verl.trainer.ppo.utils import Role
 
 from sdar_verl.config import load_config
-from sdar_verl.verl.continuing import ContinuingClient
 from sdar_verl.requests import StepRequests
 from sdar_verl.verl.async_modes import SdarColocateAsync, SdarSeparateAsync
+from sdar_verl.verl.continuing import ContinuingClient
 from sdar_verl.verl.detach import DetachWorker, _own_copies, _storages
 from sdar_verl.verl.teacher import PrivilegedTeacher
 from tests.support.verl_version import IS_VERL_090

@@ -11,6 +11,7 @@ import pytest
 from sdar_verl.config import load_config
 from sdar_verl.observe.warnings import COLLAPSE_STEPS, FLAT_STEPS, RunWarnings
 from sdar_verl.report.distributions import Tokens, token_distributions
+from sdar_verl.rollout.rows import RowInfo
 from tests.support.table import make_table
 
 SOUND = {
@@ -234,3 +235,14 @@ def test_counts_and_memory_come_back_on_resume(run, tmp_path):
     counts = [resumed.play(**{"sdar/success": 0.0}) for _ in range(COLLAPSE_STEPS)][-1]
     assert counts["no_context"] == COLLAPSE_STEPS and counts["collapse"] >= 1
     assert not any("no_context" in text for text in resumed.said)
+
+
+def test_answers_without_an_action_are_told_with_the_reasons(run):
+    errors = ["no action block"] * 18 + ["think block not closed"] * 1 + [None]
+    infos = [RowInfo(turn=0, task_type="", unparsed=error is not None, parse_error=error) for error in errors]
+    for part in (0, 0):  # of two steps: the second one's reasons are its own
+        run.part.on_rows(SimpleNamespace(infos=[*infos, None], part=part))
+    assert run.play(**{"sdar/unparsed_share": 0.95}) == {"unparsed": 1}
+    assert "95% of the answers of this step hold no action" in run.said[0]
+    assert "'no action block' 18 times, 'think block not closed' 1 times" in run.said[0]
+    assert run.play(**{"sdar/unparsed_share": 0.89}) == {"unparsed": 1}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdar_verl.envs.search.passages import (
+    NOTE_SUFFIX,
     CorpusError,
     Passage,
     check_corpus,
@@ -82,10 +83,39 @@ def test_a_file_that_is_missing_or_packed_says_so(tmp_path):
         read_corpus(tmp_path / "packed")
 
 
-def test_the_quick_check_finds_a_cut_off_end_far_behind_the_first_lines(tmp_path):
+def test_the_check_reads_the_whole_file_once(tmp_path, monkeypatch):
     lines = [{"id": str(i), "contents": "word " * 100} for i in range(5000)]
     path = write_lines(tmp_path, *lines)
-    check_corpus(path)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(CorpusError, match="last line is not JSON"):
-        check_corpus(path)
+    found = check_corpus(path)
+    assert (found.passages, found.empty, found.digest) == (5000, 0, corpus_digest(read_corpus(path)))
+    with monkeypatch.context() as patched:
+        patched.setattr("sdar_verl.envs.search.passages._read", lambda path: pytest.fail("read again"))
+        assert check_corpus(path) == found
+    for damaged, message in (
+        (path.read_bytes()[:-20], "line 5000 is not JSON"),
+        (path.read_bytes().replace(b'"id": "2500"', b'"id": 25"00"'), "line 2501 is not JSON"),
+        (path.read_bytes().replace(b'"id": "2500"', b'"id": "2499"'), "line 2501: the id '2499' comes twice"),
+    ):
+        broken = tmp_path / "broken.jsonl"
+        broken.write_bytes(damaged)
+        with pytest.raises(CorpusError, match=message):
+            check_corpus(broken)
+    note = tmp_path / f"corpus.jsonl{NOTE_SUFFIX}"
+    for spoilt in ("", "[]", '{"file": 1}', note.read_text().replace('"passages"', '"other"')):
+        note.write_text(spoilt)
+        assert check_corpus(path) == found
+    path.write_text('{"id": "1", "contents": "another"}')
+    assert check_corpus(path).passages == 1
+
+
+EMPTY = ({"contents": ""}, {"contents": " \u200b\u3000 "}, {"title": "t", "text": "..."}, {"contents": '"t"\n'})
+
+
+def test_an_empty_passage_is_no_passage(tmp_path):
+    lines = [{"id": str(i), **line} for i, line in enumerate(EMPTY)]
+    for read in (read_corpus, check_corpus):
+        with pytest.raises(CorpusError, match="none of its 4 passages has a text"):
+            read(write_lines(tmp_path, *lines))
+    path = write_lines(tmp_path, *lines, {"id": "5", "contents": "42"})
+    assert [passage.text for passage in read_corpus(path)] == ["42"]
+    assert (check_corpus(path).passages, check_corpus(path).empty) == (1, 4)

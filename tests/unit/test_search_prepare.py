@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from sdar_verl.cli import main
 from sdar_verl.envs.registry import make_env
 from sdar_verl.envs.search.client import HttpRetriever, RetrieverError
-from sdar_verl.envs.search.passages import Passage, write_corpus
+from sdar_verl.envs.search.dataset import QuestionFile, _task, read_questions
+from sdar_verl.envs.search.passages import Passage, corpus_digest, read_corpus, write_corpus
 from sdar_verl.panels import read_panel
 
 
@@ -314,3 +315,69 @@ def test_a_port_that_is_taken_is_named_before_the_corpus_is_read(tmp_path, capsy
         port = str(taken.getsockname()[1])
         assert main(["serve-retriever", "--corpus", str(tmp_path / "none.jsonl"), "--port", port]) == 2
     assert f"--port {port}" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- golden answers in the forms of published files
+
+
+@pytest.mark.parametrize(
+    ("found", "answers"),
+    [
+        ('["Paris", "City of Light"]', ["Paris", "City of Light"]),
+        (['["Paris", "City of Light"]'], ["Paris", "City of Light"]),
+        ("['Paris', 'City of Light']", ["Paris", "City of Light"]),
+        ('  ["Paris"]\n', ["Paris"]),
+        ('[["Paris"], ["Lutetia"]]', ["Paris", "Lutetia"]),
+        ({"target": '["Paris"]'}, ["Paris"]),
+        ('{"target": ["Paris", "Paris"]}', ["Paris"]),
+        ("{'target': ['Paris']}", ["Paris"]),
+        ("[1998, 1999.5]", ["1998", "1999.5"]),
+        (b"Paris", ["Paris"]),
+        (["Paris", None, float("nan"), ""], ["Paris"]),
+        ("Paris", ["Paris"]),
+        ("[sic]", ["[sic]"]),
+        ('"Heroes"', ['"Heroes"']),
+        ("{sic}", ["{sic}"]),
+    ],
+)
+def test_answers_in_the_text_of_a_list_are_read(found, answers):
+    task, reason = _task({"question": "q", "golden_answers": found, "data_source": "nq"})
+    assert (reason, list(task.data["answers"])) == ("", answers)
+    nested = {"question": "q", "reward_model": json.dumps({"ground_truth": found}, default=str), "data_source": "nq"}
+    if not isinstance(found, bytes) and found == found and "NaN" not in nested["reward_model"]:
+        assert list(_task(nested)[0].data["answers"]) == answers
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        "['Paris' 'City of Light']",
+        '["Paris", "City',
+        "['Paris', os.remove('x')]",
+        '{"text": ["Paris"]}',
+        "[]",
+        "[null]",
+    ],
+)
+def test_answers_that_cannot_be_told_are_left_out_and_counted(tmp_path, found, capsys):
+    good = [{"question": f"q{i}", "golden_answers": ["a"], "data_source": "nq"} for i in range(9)]
+    rows = [*good, {"question": "bad", "golden_answers": found, "data_source": "nq"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = read_questions([QuestionFile("train", tmp_path / "train.jsonl")])
+    assert len(read.tasks) == 9 and sum(read.skipped.values()) == 1
+    assert next(iter(read.skipped)).startswith(("golden answers", "no golden answers"))
+
+
+def test_a_corpus_is_read_whole_when_the_panels_are_made(files, tmp_path, capsys):
+    corpus = tmp_path / "mine.jsonl"
+    lines = [json.dumps({"id": str(i), "contents": "" if i == 7 else f"text {i}"}) for i in range(5000)]
+    corpus.write_text("\n".join([*lines[:2500], "{broken", *lines[2500:]]))
+    options = ("--source", *map(str, files), "--validation", 2, "--corpus", corpus, "--out", tmp_path / "out")
+    assert prepare(*options) == 2
+    assert "line 2501 is not JSON" in capsys.readouterr().err
+    corpus.write_text("\n".join(lines))
+    assert prepare(*options) == 0
+    assert "4999 passages" in (told := capsys.readouterr().err) and "1 without a text are left out" in told
+    assert described(tmp_path / "out")["settings"]["corpus"] == corpus_digest(read_corpus(corpus))
+    assert prepare("--corpus", corpus, "--out", tmp_path / "other") == 2
+    assert "only has an effect with --source" in capsys.readouterr().err

@@ -14,11 +14,14 @@ import pytest
 
 pytest.importorskip("bm25s")
 
+import bm25s
+
 from sdar_verl.envs.search.bm25 import K1, B, Bm25Retriever
 from sdar_verl.envs.search.client import HttpRetriever, RetrieverError
 from sdar_verl.envs.search.passages import CorpusError, Passage, write_corpus
 from sdar_verl.envs.search.retrievers import RetrieverSettings, get_retriever
 from sdar_verl.envs.search.server import make_app
+from sdar_verl.words import first_words, search_words
 from tests.support.retrieval_server import ScriptedServer, good, serving
 
 TEXTS = (
@@ -324,3 +327,86 @@ def test_a_corpus_that_is_missing_or_too_large_is_refused_before_the_start(tmp_p
     monkeypatch.setattr("sdar_verl.envs.search.retrievers.MAX_EMBEDDED_BYTES", 10)
     with pytest.raises(CorpusError, match=r"more than the .*serve-retriever --corpus .*corpus.jsonl"):
         RetrieverSettings.of(str(tmp_path / "corpus.jsonl")).check()
+
+
+# ---------------------------------------------------------------- scripts without spaces, passages without text
+
+SCRIPTS = {
+    "zh": ("北京大学的校长是蔡元培。", "上海是中国最大的城市之一。", "村上春树写了《挪威的森林》。"),
+    "ja": ("東京都知事は小池百合子です。", "大阪は日本の都市で、たこ焼きが有名だ。", "宮崎駿監督の映画は人気がある。"),
+    "th": ("กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย", "เชียงใหม่อยู่ทางภาคเหนือ", "ภาษาไทยมีวรรณยุกต์"),
+    "hi": ("दिल्ली भारत की राजधानी है।", "मुंबई एक बड़ा शहर है।", "गंगा एक नदी है।"),
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "query", "best"),
+    [
+        *(("zh", query, 0) for query in ("蔡元培", "北京大学校长是谁？", "大学", "校长")),
+        *(("zh", query, 1) for query in ("上海", "最大的城市", "中国城市")),
+        *(("zh", query, 2) for query in ("村上春树", "春树", "挪威的森林 的作者")),
+        *(("ja", query, 0) for query in ("東京都知事", "小池百合子とは誰ですか", "百合子")),
+        *(("ja", query, 1) for query in ("大阪", "たこ焼き")),
+        *(("ja", query, 2) for query in ("宮崎駿", "映画の監督")),
+        ("th", "เมืองหลวงของไทย", 0),
+        ("th", "เชียงใหม่", 1),
+        ("hi", "भारत की राजधानी", 0),
+        ("hi", "नदी", 2),
+    ],
+)
+def test_a_script_without_spaces_is_searched_by_its_words(script, query, best):
+    retriever = Bm25Retriever([Passage(str(i), "", text) for i, text in enumerate(SCRIPTS[script])])
+    assert [hit.passage.passage_id for hit in retriever.search(query, 1)] == [str(best)]
+
+
+def test_words_of_spaced_scripts_are_bm25s_own():
+    texts = [
+        "Don’t stop: café-bar naïve I a é",
+        "foo_bar x86 3.14 AT&T",
+        "Привет, я мир",
+        "Zürich Straße 서울의 The of",
+    ]
+    [*ours] = map(search_words, texts)
+    assert ours == bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
+    assert search_words("ＡＢＣ ｶﾀｶﾅ") == search_words("abc カタカナ")
+
+
+def test_a_long_passage_is_cut_at_words_in_any_script():
+    assert first_words("one two  three", 2) == "one two"
+    assert first_words("one two  three", 3) is None
+    assert first_words("北京大学的校长是蔡元培。他是教育家。", 4) == "北京大学的校长"
+    assert first_words("see 北京大学。 now", 3) == "see 北京大学。"
+    assert first_words("서울은 수도이다", 2) is None
+
+
+def test_a_corpus_without_a_word_is_refused():
+    with pytest.raises(ValueError, match="none of the 2 passages holds a word to search for"):
+        Bm25Retriever([Passage("1", "", "the of"), Passage("2", "", "a")])
+
+
+def answering(*texts):
+    documents = [{"document": {"id": str(i), "contents": text}, "score": 1.0} for i, text in enumerate(texts)]
+    return 200, json.dumps({"result": [documents]}).encode(), 0.0
+
+
+def test_a_server_of_empty_passages_is_refused_at_the_start():
+    with ScriptedServer(lambda number, body: answering("", " ", '"Title"\n')) as server:
+        with pytest.raises(RetrieverError, match=r"3 passages without a text.*mend the corpus"):
+            HttpRetriever([server.url]).check()
+        assert HttpRetriever([server.url]).search("x", 3) == []
+
+
+def test_an_empty_passage_is_not_among_a_servers_hits():
+    with ScriptedServer(lambda number, body: answering("", "A city.", "\u200b")) as server:
+        client = HttpRetriever([server.url])
+        client.check()
+        assert [hit.passage.text for hit in client.search("x", 3)] == ["A city."]
+
+
+def test_the_start_asks_until_a_server_finds_something():
+    empty = 200, b'{"result": [[]]}', 0.0
+    script = lambda number, body: answering("") if number == 2 else empty  # noqa: E731
+    with ScriptedServer(script) as server, pytest.raises(RetrieverError, match="without a text"):
+        HttpRetriever([server.url]).check()
+    with ScriptedServer(lambda number, body: empty) as server:
+        HttpRetriever([server.url]).check()

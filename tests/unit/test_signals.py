@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sdar_verl.algorithm.advantages import rlsd_advantages
-from sdar_verl.verl.loss import gated_distillation_loss
 from sdar_verl.algorithm.signals import (
     _SIGNALS,
     SignalRows,
@@ -23,6 +22,7 @@ from sdar_verl.algorithm.signals import (
     signal_reads,
     teacher_value,
 )
+from sdar_verl.verl.loss import gated_distillation_loss
 
 EPISODES = ["a", "b", "a", "b", "a", "c"]
 GROUPS = ["g", "g", "g", "g", "g", "h"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from sdar_verl.cli import main
 from sdar_verl.envs.base import Task
 from sdar_verl.envs.search.questions import TASK_TYPES as WORLD_TASK_TYPES
 from sdar_verl.skills.bank import MAX_FILE_BYTES, Skill, SkillBank, SkillBankError, bank_names
+from sdar_verl.skills.formats import MAX_FRONT_MATTER
 from sdar_verl.skills.retrieval import retrieve
 
 ALFWORLD_TASK_TYPES = {
@@ -59,11 +62,10 @@ def test_load(tmp_path: Path) -> None:
         (GOOD.replace("name: heat\n", ""), "'name' must be text, not None"),
         (GOOD.replace("Heat things.", ""), "'description' must be text, not None"),
         (GOOD.replace("Heat things.", "7"), "'description' must be text, not 7"),
-        (GOOD.replace("task-types", "task_types"), r"unknown keys \['task_types'\].*task-types"),
-        (GOOD.replace("name: heat", "name: cool"), "name 'cool' differs from the folder 'heat'"),
         (GOOD.replace("name: heat", "name: Heat it"), "lower-case"),
         (GOOD.replace("[warm]", "[warm"), "not valid YAML"),
-        (GOOD.replace("[hot, AlarmClock]", "hot"), "'keywords' must be a list of words, not 'hot'"),
+        (GOOD.replace("[hot, AlarmClock]", "7"), "'keywords' must be a list of words, not 7"),
+        ("---\nname: heat\nnotes: " + "x" * MAX_FRONT_MATTER + "\n---\ntext", "more than 20000 characters"),
         (GOOD.replace("[hot, AlarmClock]", "[no]"), r"not \[False\]; quote"),
         (GOOD.replace("[hot, AlarmClock]", "['--']"), "'keywords' must be a list of words"),
         ("---\n- name\n---\ntext", "front matter must be"),
@@ -77,6 +79,79 @@ def test_faulty_files_are_refused_by_name(tmp_path: Path, content: str | bytes, 
     with pytest.raises(SkillBankError, match=message) as error:
         SkillBank.load(tmp_path)
     assert str(path) in str(error.value)
+
+
+WILD = """---
+name: heat-things
+description: Heat.
+homepage: https://example.org
+when_to_use: always
+user-invocable: true
+keyword: hot
+Task_Types: [warm]
+keywords: hot, Alarm Clock
+---
+"""
+
+
+def test_a_bank_of_others_loads_and_says_what_means_nothing(tmp_path: Path) -> None:
+    """Keys as skills in the wild have them, a name that is not the folder's, 300,000 characters of text."""
+    write_skill(tmp_path, WILD + "Use the microwave. " * 16_000)
+    write_skill(tmp_path, GOOD.replace("name: heat", "name: cool\nhomepage: x"), "cool")
+    bank = SkillBank.load(tmp_path)
+    cool, heat = bank
+    assert (heat.name, heat.keywords, heat.task_types) == ("heat", ("hot", "Alarm Clock"), ())
+    assert len(heat.text) > 300_000
+    assert cool.task_types == ("warm",)
+    assert [note.partition("front matter: ")[2] or note for note in bank.notes] == [
+        f"{tmp_path}/heat/SKILL.md: name 'heat-things' differs from the folder's, which is the one that counts",
+        "key 'Task_Types' of 1 skill means nothing here; task-types is meant?",
+        "key 'homepage' of 2 skills means nothing here",
+        "key 'keyword' of 1 skill means nothing here; keywords is meant?",
+        "key 'user-invocable' of 1 skill means nothing here",
+        "key 'when_to_use' of 1 skill means nothing here",
+    ]
+    assert SkillBank.load(tmp_path, renamed={"warm": ["hot"]}).notes == bank.notes
+
+
+def test_every_fault_of_a_bank_is_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_skill(tmp_path, "no front matter", "a")
+    write_skill(tmp_path, "---\nname: B b\nkeywords: [no]\n---\n", "b")
+    write_skill(tmp_path, GOOD, "heat")
+    write_skill(tmp_path, GOOD.replace("heat", "cool").replace("warm", "cold"), "cool")
+    (tmp_path / "gone").mkdir()
+    with pytest.raises(SkillBankError) as error:
+        SkillBank.load(tmp_path, task_types={"other"})
+    expected = [
+        r"a/SKILL\.md has no front matter",
+        r"b/SKILL\.md: 'description' must be text",
+        r"b/SKILL\.md: name 'B b' must be at most 64 lower-case",
+        r"b/SKILL\.md has no text",
+        r"b/SKILL\.md: 'keywords' must be a list of words",
+        r"gone/SKILL\.md is missing",
+        r"cool/SKILL\.md: skill 'cool' has unknown task types \['cold'\]",
+        r"heat/SKILL\.md: skill 'heat' has unknown task types \['warm'\]",
+    ]
+    assert len(error.value.faults) == len(expected)
+    for fault, pattern in zip(error.value.faults, expected, strict=True):
+        assert re.search(pattern, fault)
+    assert main(["skills", "check", "--bank", str(tmp_path), "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["faults"]) == 6
+
+
+def test_every_fault_of_a_json_bank_is_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "fine.md").write_text("text")
+    mapping = {"skill_files": {"a": "gone.md", "b": "none.md", "general_skills": "fine.md", "c": "fine.md"}}
+    mapping |= {"task_to_skill": {"x": "a", "y": "b", "z": "nowhere"}, "task_keywords": {"w": []}}
+    (tmp_path / "skill_mapping.json").write_text(json.dumps(mapping))
+    with pytest.raises(SkillBankError) as error:
+        SkillBank.load(tmp_path)
+    assert len(error.value.faults) == 5  # names a skill, names a type, two files, one that is for nothing
+    principles = {"general_skills": [{"title": "T"}, {"skill_id": "g", "title": "T", "principle": "P"}, 7]}
+    (tmp_path / "principles.json").write_text(json.dumps(principles))
+    with pytest.raises(SkillBankError) as error:
+        SkillBank.load(tmp_path / "principles.json")
+    assert len(error.value.faults) == 2
 
 
 def test_unknown_task_type_names_file_and_known_ones(tmp_path: Path) -> None:

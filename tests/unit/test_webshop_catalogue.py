@@ -178,7 +178,7 @@ def test_a_catalogue_half_made_is_refused(tmp_path):
     (tmp_path / "catalogue.json").write_text('{"format": 99}')
     with pytest.raises(CatalogueError, match="format 99"):
         Catalogue(tmp_path)
-    (tmp_path / "catalogue.json").write_text('{"format": 1, "digest": "x", "products": 1}')
+    (tmp_path / "catalogue.json").write_text('{"format": 2, "digest": "x", "products": 1, "nouns": "rules"}')
     with pytest.raises(CatalogueError, match="is damaged"):
         Catalogue(tmp_path)
 

@@ -173,10 +173,11 @@ def test_bad_options_are_named(option):
         check_env("webshop", option)
 
 
-def test_spacy_is_asked_for_by_name(monkeypatch):
-    monkeypatch.setattr("sdar_verl.envs.webshop.nouns.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="python -m spacy download en_core_web_sm"):
-        check_env("webshop", {"nouns": "spacy"})
+def test_a_catalogue_without_spacys_nouns_is_told_apart(task):
+    with pytest.raises(ValueError, match=r"keeps none of spaCy's nouns; make it again .*--nouns spacy"):
+        make_env("webshop", nouns="spacy").reset(task)
+    for rule in ("catalogue", "rules"):
+        make_env("webshop", nouns=rule).reset(task)
 
 
 def test_step_before_reset_is_an_error(env):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdar_verl.envs.search.passages import Passage, corpus_digest
+from sdar_verl.words import search_words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +30,7 @@ class Hit:
 
 
 class Bm25Retriever:
-    """Ranks passages by BM25; may be used from several threads.
+    """Ranks passages by BM25, in any script (``sdar_verl/words.py``); may be used from several threads.
 
     Args:
         passages: the corpus; titles are indexed with the texts.
@@ -37,7 +39,7 @@ class Bm25Retriever:
         keep: folder in which the index is kept; read from there when it was made of these passages and settings.
 
     Raises:
-        ValueError: no passages, or the folder holds something else.
+        ValueError: no passages, none with a word to search for, or the folder holds something else.
     """
 
     def __init__(
@@ -50,12 +52,17 @@ class Bm25Retriever:
         self.passages = list(passages)
         self.digest = corpus_digest(self.passages)
         settings = {"corpus": self.digest, "k1": k1, "b": b, "bm25s": bm25s.__version__}
+        settings["words"] = f"icu4py {metadata.version('icu4py')}"
         if keep is not None and _check_kept(Path(keep), settings):
             self._index = bm25s.BM25.load(str(keep), mmap=True, show_progress=False)
             return
         self._index = bm25s.BM25(method="lucene", k1=k1, b=b)
-        texts = [f"{passage.title}\n{passage.text}" for passage in self.passages]
-        self._index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+        words = [search_words(f"{passage.title}\n{passage.text}") for passage in self.passages]
+        if not any(words):
+            raise ValueError(
+                f"none of the {len(words)} passages holds a word to search for, beyond 'the', 'of' and the like"
+            )
+        self._index.index(words, show_progress=False)
         if keep is not None:
             self._index.save(str(keep), show_progress=False)
             # Last: without it the index is unfinished.
@@ -63,10 +70,7 @@ class Bm25Retriever:
 
     def search(self, query: str, topk: int) -> list[Hit]:
         """The best passages, best first; equal ones in the corpus's order; none that share no word with the query."""
-        import bm25s
-
-        [tokens] = bm25s.tokenize(query, stopwords="en", return_ids=False, show_progress=False)
-        known = [token for token in tokens if token in self._index.vocab_dict]
+        known = [word for word in search_words(query) if word in self._index.vocab_dict]
         if not known:
             return []
         scores = self._index.get_scores(known)

@@ -35,6 +35,9 @@ APIS = tuple(_BODIES)
 _TRANSIENT = (429, 500, 502, 503, 504)
 _LONGEST_PAUSE_S = 10.0
 
+# Asked at the start, in turn, until one of them finds something: a corpus need not hold any one word.
+_PROBES = ("test", "who", "city", "year", "中国", "日本")
+
 
 class RetrieverError(SdarError, ValueError):
     """The retrieval server is away, refuses the request or answers something else; the message says which and why."""
@@ -102,7 +105,7 @@ class HttpRetriever:
         return self._failed.is_set()
 
     def search(self, query: str, topk: int) -> list[Hit]:
-        """The server's best passages, best first.
+        """The server's best passages, best first; one without a text is none.
 
         Raises:
             RetrieverError: no server answered within all attempts, or one answered what cannot be used.
@@ -116,15 +119,24 @@ class HttpRetriever:
         return hits
 
     def check(self) -> None:
-        """Ask each server once.
+        """Ask each server until it shows a passage, whose text must not be empty.
 
         Raises:
             RetrieverError: naming the first server that does not answer as it should.
         """
         for url in self.urls:
-            answer = self._ask(url, self._body("test", 1))
-            if isinstance(answer, str):
-                raise RetrieverError(f"the retrieval server {url} {answer}; {_START}")
+            for query in _PROBES:
+                answer = self._ask(url, self._body(query, 3))
+                if isinstance(answer, str):
+                    raise RetrieverError(f"the retrieval server {url} {answer}; {_START}")
+                if answer and all(hit.passage.empty for hit in answer):
+                    raise RetrieverError(
+                        f"the retrieval server {url} answered {query!r} with {len(answer)} passages without a text, "
+                        f"such as {answer[0].passage}: its corpus is empty, or names its texts otherwise than "
+                        "`contents`, or `title` and `text`; mend the corpus"
+                    )
+                if answer:
+                    break
 
     def close(self) -> None:
         """Close the connections."""
@@ -138,7 +150,7 @@ class HttpRetriever:
             url = self.urls[(first + attempt) % len(self.urls)]
             result = self._ask(url, body)
             if not isinstance(result, str):
-                return result[:topk]
+                return [hit for hit in result[:topk] if not hit.passage.empty]
             answer = f"{url} {result}"
         raise RetrieverError(
             f"no answer from the retrieval server in {self._attempts} attempts; the last: {answer}; {_START}"

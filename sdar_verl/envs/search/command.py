@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from sdar_verl.envs.prepared import show_panels
 from sdar_verl.envs.search.dataset import PANELS, QuestionFile
+from sdar_verl.envs.search.passages import check_corpus
 from sdar_verl.envs.search.prepare import CORPUS_FILE, GENERATED_COUNTS, HELD_OUT, Source, prepare
 from sdar_verl.envs.search.world import MAX_SCALE
 from sdar_verl.errors import SdarError
@@ -53,6 +55,12 @@ def add_parser(environments: Any) -> None:
         default=argparse.SUPPRESS,
         help=f"size of the invented world, 1 to {MAX_SCALE}; 1 has 338 passages (default: 1)",
     )
+    parser.add_argument(
+        "--corpus",
+        metavar="FILE.jsonl",
+        default=argparse.SUPPRESS,
+        help="with --source: the corpus that will be searched; it is read whole, and its hash is kept with the panels",
+    )
     parser.add_argument("--force", action="store_true", help="replace panels that were made with other options")
 
 
@@ -60,18 +68,21 @@ def run(arguments: argparse.Namespace) -> int:
     """Make the panels and show them.
 
     Raises:
-        SdarError: an option has no effect beside the others, or see :func:`prepare`.
+        SdarError: an option has no effect beside the others, the corpus is damaged, or see :func:`prepare`.
     """
     given = vars(arguments)
     if "source" in given and arguments.generate:
         raise SdarError("--generate has no effect with --source; leave one of them out")
     if "source" in given and "scale" in given:
         raise SdarError(f"--scale {given['scale']} only has an effect without --source; leave one of them out")
+    if "corpus" in given and "source" not in given:
+        raise SdarError(f"--corpus {given['corpus']} only has an effect with --source; the invented world has its own")
     source = Source(
         counts={panel: given[panel] for panel in PANELS if panel in given},
         seed=arguments.seed,
         scale=given.get("scale", 1),
         files=tuple(QuestionFile.of(name) for name in given.get("source", ())),
+        corpus=check_corpus(Path(given["corpus"]).expanduser()) if "corpus" in given else None,
     )
     show_panels(arguments.out, prepare(source, arguments.out, force=arguments.force))
     return 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ from typing import Any
 
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
+from sdar_verl.text_files import TextFileError, numbered_lines
 from sdar_verl.untrusted import parse_json, whole_characters
 
 PANELS = ("train", "validation", "test")
@@ -22,6 +26,10 @@ _FORMS = (
     "columns `question` and `golden_answers` (Search-R1, FlashRAG), or `extra_info`/`env_kwargs` with a `question` and "
     "`reward_model` with a `ground_truth` (SkyRL, SDAR), and `data_source`"
 )
+
+# The text of a list or an object, whole or cut off; "[sic]" is an answer.
+_LISTED = re.compile(r"""(?s)[\[{]\s*["']|\[\s*[\[{]|\[\s*(None|null|-?\d[\d.]*)\s*[,\]]|\[\s*\]\Z""")
+_SIDE_BY_SIDE = re.compile(r"""["']\s+["']""")
 
 
 class QuestionFileError(SdarError, ValueError):
@@ -101,7 +109,10 @@ def read_questions(files: Sequence[QuestionFile]) -> Questions:
 
 
 def _task(row: Mapping[str, Any]) -> tuple[Task | None, str]:
-    question, answers = _question(row), _answers(row)
+    try:
+        question, answers = _question(row), _answers(row)
+    except ValueError as error:
+        return None, str(error)
     source = str(row.get("data_source") or "").strip().removeprefix("searchR1_").replace("/", "_")
     if not question:
         return None, "no question"
@@ -116,7 +127,7 @@ def _task(row: Mapping[str, Any]) -> tuple[Task | None, str]:
 
 
 def _question(row: Mapping[str, Any]) -> str:
-    for place in (row, row.get("extra_info"), row.get("env_kwargs")):
+    for place in (row, _parsed(row.get("extra_info")), _parsed(row.get("env_kwargs"))):
         if isinstance(place, Mapping) and isinstance(place.get("question"), str):
             return " ".join(place["question"].split())
     return ""
@@ -125,13 +136,49 @@ def _question(row: Mapping[str, Any]) -> str:
 def _answers(row: Mapping[str, Any]) -> list[str]:
     found = row.get("golden_answers")
     for name in ("reward_model", "reward_spec", "env_kwargs"):
-        if found is None and isinstance(row.get(name), Mapping):
-            found = row[name].get("ground_truth")
-    if isinstance(found, Mapping):
-        found = found.get("target")
-    listed = found if isinstance(found, list | tuple) else [found] if isinstance(found, str) else []
-    answers = (whole_characters(str(answer)).strip() for answer in listed if answer is not None)
-    return [answer for answer in answers if answer]
+        holder = _parsed(row.get(name))
+        if found is None and isinstance(holder, Mapping):
+            found = holder.get("ground_truth")
+    return list(dict.fromkeys(_texts(found)))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Answers in a value of a published file, which may hold a list as its JSON text or as Python prints it.
+
+    Raises:
+        ValueError: it looks like a list, but which answers it holds cannot be told.
+    """
+    value = _parsed(value)
+    if isinstance(value, Mapping):
+        if "target" not in value:
+            raise ValueError("golden answers are an object without a `target`")
+        value = value["target"]
+        yield from _texts(value)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts(one)
+    elif isinstance(value, bytes):
+        yield from _texts(value.decode("utf-8", "replace"))
+    elif value is not None and value == value:  # NaN, which stands for nothing in a table, is not
+        yield from filter(None, [whole_characters(str(value)).strip()])
+
+
+def _parsed(value: Any) -> Any:
+    """``value``, or the list or object that it is the text of.
+
+    Raises:
+        ValueError: see :func:`_texts`.
+    """
+    text = value.strip() if isinstance(value, str) else ""
+    if not _LISTED.match(text):
+        return value
+    with contextlib.suppress(ValueError):
+        return parse_json(text)
+    # Of strings side by side, as NumPy prints them, Python would make one.
+    if not _SIDE_BY_SIDE.search(text):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return ast.literal_eval(text)
+    raise ValueError("golden answers look like a list, but are none that can be read")
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -155,10 +202,8 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
+    try:
+        for number, line in numbered_lines(path):
             try:
                 row = parse_json(line)
             except ValueError as error:
@@ -168,3 +213,5 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
             if not isinstance(row, dict):
                 raise QuestionFileError(f"{path}, line {number} is no JSON object; needed are {_FORMS}")
             yield row
+    except TextFileError as error:
+        raise QuestionFileError(str(error)) from error

@@ -11,6 +11,7 @@ from sdar_verl.envs.search.bm25 import Bm25Retriever, Hit
 from sdar_verl.envs.search.client import HttpRetriever
 from sdar_verl.envs.search.retrievers import Retriever, RetrieverSettings, get_retriever
 from sdar_verl.envs.search.scoring import exact_match
+from sdar_verl.words import first_words
 
 NOTHING_YET = "Nothing has been searched for yet."
 NOTHING_FOUND = "No passage was found for this query. Try other words."
@@ -145,8 +146,8 @@ class SearchEnv(TextEnv):
     def _shown(self, hits: Sequence[Hit]) -> str:
         lines = []
         for rank, hit in enumerate(hits, 1):
-            words = hit.passage.text.split()
-            text = " ".join(words[: self._max_words]) + (" [cut here]" if len(words) > self._max_words else "")
+            cut = first_words(hit.passage.text, self._max_words)
+            text = " ".join(hit.passage.text.split()) if cut is None else f"{cut} [cut here]"
             lines.append(f"[{rank}] {hit.passage.title}: {text}" if hit.passage.title else f"[{rank}] {text}")
         return "\n".join(lines) or NOTHING_FOUND
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.atomic import write_text_atomically
 from sdar_verl.errors import SdarError
+from sdar_verl.text_files import TextFileError, numbered_lines
 from sdar_verl.untrusted import parse_json, whole_characters
 
-_TAIL_BYTES = 1 << 20
-_HEAD_LINES = 100
+NOTE_SUFFIX = ".checked.json"
+"""Behind a corpus's name: what was found when it was read whole."""
 
 
 class CorpusError(SdarError, ValueError):
@@ -33,6 +36,11 @@ class Passage:
     passage_id: str
     title: str
     text: str
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to read in its text: no letter, no digit."""
+        return not any(letter.isalnum() for letter in self.text)
 
     @property
     def contents(self) -> str:
@@ -60,52 +68,88 @@ def passage_from(document: Mapping[str, Any], default_id: str = "") -> Passage:
         return Passage(passage_id, title if isinstance(title, str) else "", text.strip())
     if not isinstance(contents, str):
         raise ValueError("a passage needs `contents`, or `title` and `text`")
-    head, line_break, rest = contents.strip().partition("\n")
+    head, line_break, rest = contents.lstrip().partition("\n")
+    head, rest = head.strip(), rest.strip()
     quoted = len(head) > 1 and head.startswith('"') and head.endswith('"')
-    if line_break and (quoted or isinstance(title, str)):
-        return Passage(passage_id, head.strip('"').strip(), rest.strip())
+    if line_break and (quoted or (rest and isinstance(title, str))):
+        return Passage(passage_id, head.strip('"').strip(), rest)
     return Passage(passage_id, title if isinstance(title, str) else "", contents.strip())
 
 
 def read_corpus(path: str | Path) -> list[Passage]:
-    """All passages of a file, in its order.
+    """All passages of a file, in its order; those without text are none, and are left out.
 
     Raises:
-        CorpusError: the file is missing or empty, a line is not a passage (of a half-made file, the last one), or an
-            id comes twice.
+        CorpusError: the file is missing or empty, a line is not a passage (of a half-made file, the last one), an id
+            comes twice, or no passage has a text.
     """
-    passages = []
+    return _read(Path(path))[0]
+
+
+@dataclass(frozen=True)
+class CheckedCorpus:
+    """What a corpus file holds.
+
+    Attributes:
+        passages: passages with a text.
+        empty: lines whose passage has none; they are left out.
+        digest: :func:`corpus_digest` of the passages.
+    """
+
+    passages: int
+    empty: int
+    digest: str
+
+
+def check_corpus(path: str | Path) -> CheckedCorpus:
+    """Read a corpus whole, once: what was found is kept beside it (:data:`NOTE_SUFFIX`) as long as it does not change.
+
+    Raises:
+        CorpusError: see :func:`read_corpus`.
+    """
+    path = Path(path)
+    note = path.with_name(path.name + NOTE_SUFFIX)
+    state = _state(path)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = parse_json(note.read_bytes())
+        if kept["file"] == state:
+            return CheckedCorpus(**kept["found"])
+    passages, empty = _read(path)
+    found = CheckedCorpus(len(passages), empty, corpus_digest(passages))
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs the reading again, no more
+        write_text_atomically(note, json.dumps({"file": state, "found": asdict(found)}, indent=1) + "\n")
+    return found
+
+
+def _state(path: Path) -> dict[str, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CorpusError(f"corpus {path.absolute()} cannot be read here ({error.strerror or error})") from error
+    return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+def _read(path: Path) -> tuple[list[Passage], int]:
+    passages: list[Passage] = []
     seen: set[str] = set()
+    empty = 0
     for number, line in _lines(path):
         passage = _parse(path, number, line)
         if passage.passage_id in seen:
             raise CorpusError(f"{path}, line {number}: the id {passage.passage_id!r} comes twice; ids must be unique")
         seen.add(passage.passage_id)
-        passages.append(passage)
+        if passage.empty:
+            empty += 1
+        else:
+            passages.append(passage)
+    if empty and not passages:
+        raise CorpusError(
+            f"{path}: none of its {empty} passages has a text (contents, or text): the agent would be shown nothing; "
+            "make it again with the texts in it"
+        )
     if not passages:
         raise CorpusError(f"{path} holds no passages")
-    return passages
-
-
-def check_corpus(path: str | Path) -> None:
-    """Look at the first and the last lines only, so that it is quick whatever the size.
-
-    Raises:
-        CorpusError: see :func:`read_corpus`.
-    """
-    number = 0
-    for number, line in _lines(path):
-        _parse(path, number, line)
-        if number >= _HEAD_LINES:
-            break
-    if number == 0:
-        raise CorpusError(f"{path} holds no passages")
-    with Path(path).open("rb") as stream:
-        size = stream.seek(0, 2)
-        stream.seek(max(0, size - _TAIL_BYTES))
-        tail = stream.read().rstrip().rsplit(b"\n", 1)
-    if len(tail) == 2 or size <= _TAIL_BYTES:  # else: one line longer than the tail
-        _parse(path, "last", tail[-1].decode("utf-8", "replace"))
+    return passages, empty
 
 
 def write_corpus(passages: Iterable[Passage], path: str | Path) -> None:
@@ -127,20 +171,15 @@ def corpus_digest(passages: Iterable[Passage]) -> str:
     return digest.hexdigest()
 
 
-def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        with Path(path).open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, line
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 text ({error}); unpack it first if it is compressed") from error
-    except OSError as error:
-        raise CorpusError(f"corpus {Path(path).absolute()} cannot be read here ({error.strerror or error})") from error
+        yield from numbered_lines(path)
+    except TextFileError as error:
+        raise CorpusError(f"corpus {error}") from error
 
 
-def _parse(path: str | Path, number: int | str, line: str) -> Passage:
-    where = f"{path}, {number} line" if isinstance(number, str) else f"{path}, line {number}"
+def _parse(path: Path, number: int, line: str) -> Passage:
+    where = f"{path}, line {number}"
     try:
         document = parse_json(line)
     except ValueError as error:

@@ -13,7 +13,7 @@ from sdar_verl.envs.base import Task
 from sdar_verl.envs.prepared import Prepared, check_counts, finished_panels, versions
 from sdar_verl.envs.search.bm25 import Bm25Retriever
 from sdar_verl.envs.search.dataset import PANELS, QuestionFile, read_questions
-from sdar_verl.envs.search.passages import corpus_digest, read_corpus, write_corpus
+from sdar_verl.envs.search.passages import CheckedCorpus, corpus_digest, read_corpus, write_corpus
 from sdar_verl.envs.search.questions import make_questions, make_tasks
 from sdar_verl.envs.search.world import make_world
 from sdar_verl.panels import PANEL_FILE, PanelError, choose, write_panels
@@ -33,12 +33,14 @@ class Source:
         seed: of the world, and of the choice among questions.
         scale: size of the world; 1 has 338 passages.
         files: question files; empty for the world.
+        corpus: what was found in the corpus that will be searched, or None.
     """
 
     counts: Mapping[str, int]
     seed: int = 0
     scale: int = 1
     files: tuple[QuestionFile, ...] = ()
+    corpus: CheckedCorpus | None = None
 
     def settings(self) -> dict[str, Any]:
         """What decides which tasks the panels hold, as JSON gives it back."""
@@ -48,7 +50,8 @@ class Source:
         prints: dict[str, list[str]] = {}
         for file in self.files:
             prints.setdefault(file.panel, []).append(file.fingerprint())
-        return {**common, "files": {panel: sorted(found) for panel, found in sorted(prints.items())}}
+        settings = {**common, "files": {panel: sorted(found) for panel, found in sorted(prints.items())}}
+        return settings if self.corpus is None else {**settings, "corpus": self.corpus.digest}
 
 
 def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared:
@@ -75,6 +78,11 @@ def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared
     if source.files and made_here:
         # The recipe would find it there and search it for answers that it does not hold.
         (out / CORPUS_FILE).unlink(missing_ok=True)
+    if source.corpus is not None:
+        notes += (
+            f"the corpus has {source.corpus.passages} passages (hash {source.corpus.digest[:16]}); "
+            f"{source.corpus.empty} without a text are left out",
+        )
     described = write_panels(panels, out, settings, versions(("sdar-verl", "bm25s")))
     return Prepared(described, made=True, skipped=skipped, notes=notes)
 

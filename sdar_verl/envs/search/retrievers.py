@@ -6,6 +6,7 @@ A process makes each retriever once and shares it among its environments.
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 from sdar_verl.envs.search.bm25 import Bm25Retriever
 from sdar_verl.envs.search.client import HttpRetriever
 from sdar_verl.envs.search.passages import CorpusError, check_corpus, read_corpus
+
+logger = logging.getLogger(__name__)
 
 MAX_EMBEDDED_BYTES = 200_000_000
 """Every environment process holds the index of an embedded corpus: a larger one should be served once instead."""
@@ -75,7 +78,7 @@ class RetrieverSettings:
         return 0.0 if self.embedded else self.make_client().longest_s
 
     def check(self) -> None:
-        """Look for the corpus, or ask the servers.
+        """Read the corpus whole (once, :func:`check_corpus`), or ask the servers.
 
         Raises:
             CorpusError: the file is missing, damaged or too large for every process to hold.
@@ -101,7 +104,9 @@ class RetrieverSettings:
                 f"every environment process should hold; serve it (`sdar-verl serve-retriever --corpus {self.where}`) "
                 "and set sdar.env.options.retriever=http://..."
             )
-        check_corpus(path)
+        found = check_corpus(path)
+        if found.empty:
+            logger.warning("corpus %s: %d of its passages have no text and are left out", path, found.empty)
 
 
 _making = threading.Lock()

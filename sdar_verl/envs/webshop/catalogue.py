@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.errors import SdarError
+from sdar_verl.text_files import open_text
 from sdar_verl.untrusted import parse_json, shorten, whole_characters
 
 PRODUCTS_FILES = {"full": "items_shuffle.json", "1000": "items_shuffle_1000.json"}
@@ -171,7 +172,7 @@ def stream_array(path: Path) -> Iterator[Any]:
 
 def _elements(path: Path) -> Iterator[Any]:
     decode = json.JSONDecoder().raw_decode
-    with path.open(encoding="utf-8") as stream:
+    with open_text(path) as stream:
         text = stream.read(_CHUNK).lstrip()
         if not text.startswith("["):
             raise CatalogueError(f"{path} is not a JSON array: it begins with {text[:20]!r}; download it again")

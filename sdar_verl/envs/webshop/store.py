@@ -7,6 +7,7 @@ the processes of a node share one copy, whatever the size of the catalogue.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 import sqlite3
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.envs.webshop.catalogue import CatalogueError, Product
+from sdar_verl.envs.webshop.nouns import RULES, NounRule, nouns_by_rules, nouns_by_spacy, tagger
+from sdar_verl.envs.webshop.reward import Nouns
 from sdar_verl.envs.webshop.search import SearchIndex
+from sdar_verl.untrusted import shorten
 
 PRODUCTS_FILE = "products.sqlite"
 INDEX_FOLDER = "index"
 META_FILE = "catalogue.json"
-FORMAT = 1
+FORMAT = 2
 
 _REMEDY = "make it again with `sdar-verl prepare webshop --out DIR`"
 
@@ -33,6 +37,11 @@ class Catalogue:
     Args:
         folder: what :func:`write_catalogue` filled.
 
+    Attributes:
+        digest: SHA-256 of the products.
+        tagger: what found the nouns of their titles, see :func:`~sdar_verl.envs.webshop.nouns.tagger`.
+        nouns: the nouns of a product's title.
+
     Raises:
         CatalogueError: the folder is missing or not finished.
     """
@@ -42,6 +51,7 @@ class Catalogue:
         meta = read_meta(self.folder)
         self.digest: str = meta["digest"]
         self._count: int = meta["products"]
+        self.tagger: str = meta["nouns"]
         # immutable: SQLite locks nothing, so read-only and network file systems will do.
         uri = f"{(self.folder / PRODUCTS_FILE).resolve().as_uri()}?mode=ro&immutable=1"
         try:
@@ -52,6 +62,7 @@ class Catalogue:
             raise CatalogueError(f"{self.folder} is damaged ({error}); {_REMEDY}") from error
         self._read = functools.lru_cache(maxsize=4096)(self._read_row)
         self._found = functools.lru_cache(maxsize=4096)(self._search)
+        self.nouns: Nouns = nouns_by_rules if self.tagger == RULES else functools.lru_cache(maxsize=4096)(self._nouns)
 
     def __len__(self) -> int:
         return self._count
@@ -77,6 +88,12 @@ class Catalogue:
     def _search(self, query: str) -> tuple[int, ...]:
         return tuple(self._index.search(query))
 
+    def _nouns(self, title: str) -> tuple[str, ...]:
+        found = self._products.execute("SELECT nouns FROM nouns WHERE title = ?", (title,)).fetchone()
+        if found is None:
+            raise CatalogueError(f"{self.folder} has no product with the title {shorten(title)}; {_REMEDY}")
+        return tuple(json.loads(found[0]))
+
     def _read_row(self, column: str, key: int | str) -> Product:
         found = self._products.execute(f"SELECT data FROM products WHERE {column} = ?", (key,)).fetchone()
         if found is None:
@@ -94,12 +111,19 @@ def open_catalogue(folder: str) -> Catalogue:
     return Catalogue(folder)
 
 
-def write_catalogue(products: Iterable[Product], folder: str | Path) -> Catalogue:
+def write_catalogue(products: Iterable[Product], folder: str | Path, nouns: NounRule = RULES) -> Catalogue:
     """Write ``products`` and their index to ``folder``, in place of what is there; :data:`META_FILE` comes last.
+
+    Args:
+        products: all of them, in the order of the data.
+        folder: made when missing.
+        nouns: how the nouns of their titles are found; with ``spacy`` they are kept with the products.
 
     Raises:
         CatalogueError: there is no product.
+        ImportError: ``nouns="spacy"`` without spaCy or its model.
     """
+    used = tagger(nouns)  # now, and not after a large file was read
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / META_FILE).unlink(missing_ok=True)
@@ -125,14 +149,24 @@ def write_catalogue(products: Iterable[Product], folder: str | Path) -> Catalogu
         if first is None:
             raise CatalogueError("the data files hold no product")
         SearchIndex.build(_chain(first, texts), folder / INDEX_FOLDER)
+        if nouns != RULES:
+            _write_nouns(connection)
     connection.close()
-    meta = {"format": FORMAT, "digest": digest.hexdigest(), "products": count}
+    meta = {"format": FORMAT, "digest": digest.hexdigest(), "products": count, "nouns": used}
     (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
     return Catalogue(folder)
 
 
+def _write_nouns(connection: sqlite3.Connection) -> None:
+    connection.execute("CREATE TABLE nouns (title TEXT PRIMARY KEY, nouns TEXT NOT NULL) WITHOUT ROWID")
+    titles = (json.loads(data)["title"] for (data,) in connection.execute("SELECT data FROM products ORDER BY row"))
+    titles, again = itertools.tee(titles)
+    rows = ((title, json.dumps(found)) for title, found in zip(again, nouns_by_spacy(titles), strict=True))
+    connection.executemany("INSERT OR IGNORE INTO nouns VALUES (?, ?)", rows)
+
+
 def read_meta(folder: str | Path) -> dict[str, Any]:
-    """``format``, ``digest`` (SHA-256 of the products) and ``products`` (their number).
+    """``format``, ``digest`` (SHA-256 of the products), ``products`` (their number) and ``nouns`` (what found them).
 
     Raises:
         CatalogueError: the folder is missing, not finished, or of another version.

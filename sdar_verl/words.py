@@ -1,0 +1,101 @@
+"""Words of texts in any script, for search and for counting.
+
+Where a script writes no spaces (Chinese, Japanese, Thai, ...), ICU's dictionaries say where a word ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+REQUIRED = ("bm25s", "icu4py", "regex")
+"""Modules of the extras ``search`` and ``embedding``."""
+
+
+def search_words(text: str) -> list[str]:
+    """Words to index and to search by: lower case, English stop words and single letters left out.
+
+    Of a word in ideographs its single ones are words, too: ICU may cut the same name differently in a query and in a
+    sentence.
+    """
+    return [word for word in _words(text) if word not in _stop_words()]
+
+
+def _words(text: str) -> list[str]:
+    if text.isascii():
+        return [run for run in _runs()(text.lower()) if len(run) > 1]
+    found: list[str] = []
+    for run in _runs()(unicodedata.normalize("NFKC", text).lower()):
+        if run.isascii():
+            found += [run] if len(run) > 1 else []
+            continue
+        for word in segments(run):
+            if (
+                len(word) > 1 or unicodedata.category(word) == "Lo"
+            ):  # of an alphabet with cases, one letter says nothing
+                found.append(word)
+            found += _ideographs()(word) if len(word) > 1 else []
+    return found
+
+
+def first_words(text: str, limit: int) -> str | None:
+    """The first ``limit`` words of ``text``, single spaces between those that are apart; None when it has no more."""
+    kept: list[str] = []
+    left = limit
+    for piece in text.split():
+        parts = [piece] if piece.isascii() else _without_spaces(piece)
+        if len(parts) > left:
+            kept += ["".join(parts[:left])] if left else []
+            return " ".join(kept)
+        kept.append(piece)
+        left -= len(parts)
+    return None
+
+
+def _without_spaces(piece: str) -> list[str]:
+    """The words of a text without spaces, each with the punctuation behind it; one word in most scripts."""
+    if not any(unicodedata.category(letter) == "Lo" for letter in piece):
+        return [piece]
+    parts: list[str] = []
+    for part in segments(piece):
+        if parts and not any(letter.isalnum() for letter in part):
+            parts[-1] += part
+        else:
+            parts.append(part)
+    return parts
+
+
+def segments(text: str) -> list[str]:
+    """``text`` cut where ICU sees the boundaries of words; nothing is lost."""
+    return list(_breaker()(text, "en"))
+
+
+@functools.cache
+def _runs() -> Callable[[str], list[str]]:
+    import regex
+
+    # As bm25s and scikit-learn do; with the marks that vowels are written by in Hindi or Thai.
+    return regex.compile(r"[\w\p{M}]+").findall
+
+
+@functools.cache
+def _ideographs() -> Callable[[str], list[str]]:
+    import regex
+
+    return regex.compile(r"\p{Ideographic}").findall
+
+
+@functools.cache
+def _breaker() -> Any:
+    from icu4py.breakers import WordBreaker
+
+    return WordBreaker
+
+
+@functools.cache
+def _stop_words() -> frozenset[str]:
+    from bm25s.stopwords import STOPWORDS_EN
+
+    return frozenset(STOPWORDS_EN)
