@@ -28,6 +28,11 @@ _TEACHER = "sdar_teacher"
 _NAMED = 4
 
 
+def checkpoint_folder(config: DictConfig) -> Path:
+    """``trainer.default_local_dir`` as verl takes it: ``~`` is not expanded, a relative path is the process's."""
+    return Path(str(config.trainer.default_local_dir))
+
+
 def resume_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Why this run cannot resume as it is told to, one text each; empty when it starts from scratch."""
     mode = config.trainer.resume_mode
@@ -90,7 +95,7 @@ def _shards(folder: Path, name: str, config: DictConfig) -> list[str]:
 
 
 def _tracker_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    folder = Path(str(config.trainer.default_local_dir)).expanduser()
+    folder = checkpoint_folder(config)
     tracker = folder / TRACKER
     if not tracker.is_file():
         return []
