@@ -1,7 +1,7 @@
 """What an installation needs of the system: ALFWorld's engines have no wheels on the package index, pip compiles them.
 
-``scripts/make_env.sh`` runs this file by its path before anything is installed, so it imports the standard library alone.
-``sdar-verl doctor`` asks the same functions.
+``scripts/make_env.sh`` runs this file by its path before anything is installed, so it imports the standard library
+alone. ``sdar-verl doctor`` asks the same functions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ BUILDING_EXTRAS = {"alfworld", "local"}
 
 _FOR = "to compile ALFWorld's engines"
 # The variable and the name under which their builds look for a compiler, what it is tried on, Debian's package.
-_COMPILERS = (("CC", "gcc", "c", "#include <stdio.h>", "gcc libc6-dev"), ("CXX", "g++", "c++", "#include <vector>", "g++"))
+_COMPILERS = (
+    ("CC", "gcc", "c", "#include <stdio.h>", "gcc libc6-dev"),
+    ("CXX", "g++", "c++", "#include <vector>", "g++"),
+)
 
 
 @dataclass(frozen=True)

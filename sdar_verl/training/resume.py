@@ -12,7 +12,7 @@ from sdar_verl.atomic import write_text_atomically
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import PanelError
-from sdar_verl.training.checks.options import Defaults, flat, is_listed, verl_nodes
+from sdar_verl.training.checks.options import Defaults, find_entry, flat, is_listed, verl_nodes
 from sdar_verl.training.checks.resume import TRACKER, checkpoint_folder
 from sdar_verl.training.panel_tasks import panel_digests
 from sdar_verl.untrusted import parse_json, shorten
@@ -97,6 +97,8 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], config: DictConf
     defaults = Defaults(config)
     changes = []
     for key in sorted({*found, *wanted}):
+        if {} in (found.get(key), wanted.get(key)):
+            continue  # nothing set in that node, on one side; what is set on the other has names of its own
         if key != _PANEL and (not _counts(key) or (key in _LENGTH and not {key} <= {*found} & {*wanted})):
             continue
         there, here = found.get(key), wanted.get(key)
@@ -108,8 +110,10 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], config: DictConf
 
 
 def _counts(key: str) -> bool:
-    ours = key.split(".")[0] in {*verl_nodes(), "sdar", "model_engine"}
-    return ours and not key.endswith("_target_") and not is_listed("may_change", key)
+    if key.split(".")[0] not in {*verl_nodes(), "sdar", "model_engine"} or key.endswith("_target_"):
+        return False
+    entry = find_entry(key)  # what does nothing is at its default, which may follow an option that may change
+    return not (is_listed("may_change", key) or (entry is not None and entry.status in ("no_effect", "refused")))
 
 
 def _learning_rate_follows_length(config: DictConfig) -> bool:

@@ -125,6 +125,7 @@ def test_versions_of_python_are_the_same_everywhere():
     low, high = PYTHONS
     cfg = (ROOT / "setup.cfg").read_text()
     assert f"python_requires = >={low[0]}.{low[1]},<{high[0]}.{high[1] + 1}" in cfg
-    assert f"({low[0]}, {low[1]}) <= sys.version_info[:2] <= ({high[0]}, {high[1]})" in (
-        ROOT / "scripts" / "make_env.sh"
-    ).read_text()
+    assert (
+        f"({low[0]}, {low[1]}) <= sys.version_info[:2] <= ({high[0]}, {high[1]})"
+        in (ROOT / "scripts" / "make_env.sh").read_text()
+    )

@@ -66,7 +66,8 @@ def _steps(config: DictConfig, tasks: int) -> list[str]:
     if tasks < data.train_batch_size:
         more = "raise it" if limit == tasks else "prepare more"
         return [f"data.train_batch_size={data.train_batch_size}, but {held}; {more}, or lower the batch size"]
-    steps, epochs, wanted = tasks // data.train_batch_size, trainer.get("total_epochs", None), trainer.total_training_steps
+    steps = tasks // data.train_batch_size
+    epochs, wanted = trainer.get("total_epochs", None), trainer.total_training_steps
     if wanted is None or epochs is None or epochs * steps >= wanted:
         return []
     return [

@@ -1,4 +1,4 @@
-"""verl's options, all of them: which work here, which do nothing, which break what we promise (``verl_options.yaml``)."""
+"""verl's options, all of them: which work here, which do nothing, which break a run (``verl_options.yaml``)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def option_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         if entry is None or entry.status in ("works", "verls") or defaults.has(key, value):
             continue
         if entry.status == "needs" and not _switched(config, entry.why):
-            faults.append(f"{key}={value} has no effect without {entry.why.replace('|', ' or ')}; leave it out, or set that")
+            switch = entry.why.replace("|", " or ")
+            faults.append(f"{key}={value} has no effect without {switch}; leave it out, or set that")
         elif entry.status == "no_effect":
             faults.append(f"{key}={value} has no effect: {entry.why}")
         elif entry.status == "refused":
@@ -86,10 +87,12 @@ def number_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 def path_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """verl takes a path as it is written: a ``~`` would be a folder of that name, and the shell expands few of them."""
-    faults = []
+    written, faults = flat(OmegaConf.to_container(config, resolve=False)), []
     for key, value in flat(OmegaConf.to_container(config, resolve=True)).items():
         if key.split(".")[0] not in {*verl_nodes(), "sdar"} or value == verl_defaults().get(key):
             continue
+        if "${" in str(written.get(key)) and "oc.env" not in str(written[key]):
+            continue  # told where it is written
         for path in value if isinstance(value, list) else [value]:
             if isinstance(path, str) and path.startswith("~"):
                 faults.append(f'{key}={path}: verl does not expand ~; write "$HOME{path[1:]}", or the path from / on')
@@ -157,7 +160,8 @@ class Defaults:
     """verl's defaults and ours as they would be in one config: many of verl's follow other options of it."""
 
     def __init__(self, config: DictConfig) -> None:
-        self._config, self._copy = config, None
+        self._config = config
+        self._copy: DictConfig | None = None
 
     def has(self, key: str, value: Any) -> bool:
         """Whether the option has its default."""
@@ -177,8 +181,10 @@ class Defaults:
         if self._copy is None:
             self._copy = copy.deepcopy(self._config)
             OmegaConf.set_struct(self._copy, False)
+        set_to = OmegaConf.select(self._copy, name)
         OmegaConf.update(self._copy, name, default)
         value = OmegaConf.select(self._copy, key)
+        OmegaConf.update(self._copy, name, set_to, merge=False)  # what follows it goes on following
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
@@ -188,7 +194,7 @@ def _switched(config: DictConfig, switch: str) -> bool:
     if not wanted:
         return bool(value)
     mode = verl_mode(str(value))
-    return mode is None or mode in wanted.split("|")
+    return mode is None or mode in map(verl_mode, wanted.split("|"))
 
 
 def _shown(value: Any) -> Any:
