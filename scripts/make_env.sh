@@ -63,7 +63,7 @@ cp "$root/scripts/constraints-cpu.txt" "$constraints"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 # pip keeps what it downloads and compiles for the next environment: in the home folder, or here when that cannot be.
 cache="$("${pip[@]}" cache dir 2> /dev/null || true)"
-if [ -n "$cache" ] && ! { mkdir -p "$cache" && [ -w "$cache" ]; } 2> /dev/null; then
+if ! { [ -n "$cache" ] && mkdir -p "$cache" && [ -w "$cache" ]; } 2> /dev/null; then
   export PIP_CACHE_DIR="$root/.cache/pip"
 fi
 
