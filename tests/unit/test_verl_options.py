@@ -16,7 +16,15 @@ from sdar_verl.errors import ConfigError
 from sdar_verl.training.checks import options
 from sdar_verl.training.checks.data import data_faults
 from sdar_verl.training.checks.notes import run_notes
-from sdar_verl.training.checks.options import find_entry, flat, number_faults, option_faults, path_faults, table
+from sdar_verl.training.checks.options import (
+    choice_faults,
+    find_entry,
+    flat,
+    number_faults,
+    option_faults,
+    path_faults,
+    table,
+)
 from sdar_verl.training.checks.run import check_run
 from sdar_verl.training.panel_tasks import panel_tasks
 from tests.support.toy_panel import write_toy_panels
@@ -36,6 +44,9 @@ HIDDEN = {
     "data.need_tools_kwargs",
     "data.chat_template_func",
     "trainer.remove_previous_ckpt_in_save",
+    "trainer.wandb_proxy",
+    "algorithm.gdpo_reward_keys",
+    "algorithm.gdpo_reward_weights",
 }
 
 
@@ -163,6 +174,7 @@ FAULTS = {
     "trainer.v1.separate_async.parameter_sync_step": (2, "without trainer.v1.trainer_mode=sdar_separate_async"),
     "trainer.v1.sampler.max_off_policy_threshold": (2, "sdar_colocate_async or sdar_separate_async"),
     "skip.rollout.enable": (True, "is not supported"),
+    "trainer.resume_from_path": ("/x/global_step_2", "has no effect without trainer.resume_mode=resume_path"),
     "trainer.sav_freq": (5, "verl has no such option; is trainer.save_freq meant?"),
     "data.train_batchsize": (5, "verl has no such option; is data.train_batch_size meant?"),
 }
@@ -192,6 +204,41 @@ def test_a_default_that_follows_another_option_is_none_of_the_users(quickstart):
     OmegaConf.resolve(config)
     assert option_faults(config, load_config(quickstart.sdar)) == []
     assert config.critic.rollout_n == 6 and config.actor_rollout_ref.rollout.response_length == 33
+
+
+CHOICES = {
+    "trainer.resume_mode": ["atuo", None],
+    "trainer.logger": [["console", "wandbb"], "csv"],
+    "actor_rollout_ref.actor.optim.lr_scheduler_type": ["linear"],
+    "actor_rollout_ref.actor.kl_loss_type": ["k4"],
+}
+
+
+@pytest.mark.parametrize("option", CHOICES)
+def test_a_word_is_one_that_verl_knows(quickstart, option):
+    for value in CHOICES[option]:
+        (fault,) = choice_faults(changed(quickstart, **{option: value}), load_config(quickstart.sdar))
+        assert fault.startswith(f"{option}={'null' if value is None else value} must be of ")
+
+
+def test_the_words_are_verls_own():
+    from verl.utils.tracking import Tracking
+
+    assert set(Tracking.supported_backend) | {"tracking"} == set(options._table("choices")["trainer.logger"].split())
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"algorithm.adv_estimator": "gae"}, "needs a critic, and there is none"),
+        ({"algorithm.adv_estimator": "groop"}, "algorithm.adv_estimator=groop: verl knows "),
+        ({"actor_rollout_ref.actor.policy_loss.loss_mode": "vanila"}, "loss_mode=vanila: verl knows "),
+        ({"algorithm.gamma": 0.9}, "algorithm.gamma=0.9 has no effect with algorithm.adv_estimator=sdar"),
+    ],
+)
+def test_names_that_verl_looks_up_late_are_looked_up_early(quickstart, values, said):
+    with pytest.raises(ConfigError, match=said):
+        check_run(changed(quickstart, **values), load_config(quickstart.sdar))
 
 
 NUMBERS = {
@@ -289,6 +336,11 @@ def test_notes_before_the_start(quickstart, monkeypatch):
     assert "rollout.top_k=20" in note
     (note,) = run_notes(changed(quickstart, **{"trainer.total_epochs": 30}), sdar)
     assert "trainer.total_epochs=30 has no effect" in note
+    contents = {"actor_rollout_ref.actor.checkpoint.save_contents": ["hf_model"], "trainer.save_freq": 5}
+    (note,) = run_notes(changed(quickstart, **contents), sdar)
+    assert "leaves out model, optimizer, extra" in note
+    (note,) = run_notes(changed(quickstart, **{"trainer.max_actor_ckpt_to_keep": 1}), sdar)
+    assert "keep 2" in note
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     (note,) = run_notes(changed(quickstart, **{"trainer.default_local_dir": "ck"}), sdar)
     assert "absolute path" in note

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.config import SdarConfig
 
@@ -30,6 +30,18 @@ def run_notes(config: DictConfig, sdar: SdarConfig) -> list[str]:
     if steps is not None and epochs < NO_LIMIT:
         notes.append(
             f"trainer.total_epochs={epochs} has no effect: trainer.total_training_steps={steps} ends the run before"
+        )
+    saved = list(OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.save_contents") or ())
+    lacking = [part for part in ("model", "optimizer", "extra") if part not in saved]
+    if saved and lacking and trainer.save_freq > 0:
+        notes.append(
+            f"actor_rollout_ref.actor.checkpoint.save_contents={saved} leaves out "
+            f"{', '.join(lacking)}: no run can go on from these checkpoints as if never stopped"
+        )
+    if trainer.get("max_actor_ckpt_to_keep", None) == 1:
+        notes.append(
+            "trainer.max_actor_ckpt_to_keep=1: verl deletes a checkpoint a moment before the next is whole, and a "
+            "crash in that moment leaves none; keep 2"
         )
     elsewhere = "RAY_ADDRESS" in os.environ or trainer.nnodes > 1
     if elsewhere and not Path(str(trainer.default_local_dir)).is_absolute():

@@ -46,7 +46,7 @@ def option_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         if key.split(".")[0] not in verl_nodes() or key.endswith("_target_"):
             continue
         entry = find_entry(key)
-        if entry is None and key.startswith(_PLAIN) and key not in verl_defaults():
+        if entry is None and key.startswith(_PLAIN) and not key.startswith("trainer.v1."):
             like = get_close_matches(key, verl_defaults(), 1)
             faults.append(f"{key}={value}: verl has no such option" + (f"; is {like[0]} meant?" if like else ""))
         if entry is None or entry.status in ("works", "verls") or defaults.has(key, value):
@@ -82,6 +82,17 @@ def number_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
                 text = "" if wanted == "any" else f" {wanted}"
                 usual = "" if not isinstance(default, _NUMBER) else f" (verl's default: {default})"
                 faults.append(f"{key}={_shown(value)} must be a number{text}{null and ', or ' + null}{usual}")
+    return faults
+
+
+def choice_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Words that must be one of a few."""
+    faults = []
+    for key, words in _table("choices").items():
+        value, known = OmegaConf.select(config, key), words.split()
+        given = list(value) if OmegaConf.is_list(value) else [value]
+        if OmegaConf.select(config, key.rpartition(".")[0]) is not None and not set(given) <= {*known}:
+            faults.append(f"{key}={_shown(value)} must be of {', '.join(known)}")
     return faults
 
 
@@ -193,8 +204,11 @@ def _switched(config: DictConfig, switch: str) -> bool:
     value = OmegaConf.select(config, option)
     if not wanted:
         return bool(value)
-    mode = verl_mode(str(value))
-    return mode is None or mode in map(verl_mode, wanted.split("|"))
+    words = wanted.split("|")
+    if not option.endswith("trainer_mode") or value in words:
+        return value in words
+    mode = verl_mode(str(value))  # a subclass of somebody's
+    return mode is None or mode in map(verl_mode, words)
 
 
 def _shown(value: Any) -> Any:

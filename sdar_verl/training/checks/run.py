@@ -15,7 +15,7 @@ from sdar_verl.training.checks.data import data_faults
 from sdar_verl.training.checks.engine import engine_faults, sequence_parallel
 from sdar_verl.training.checks.loss import loss_faults
 from sdar_verl.training.checks.modes import mode_faults, parts_of_a_step
-from sdar_verl.training.checks.options import number_faults, option_faults, path_faults
+from sdar_verl.training.checks.options import choice_faults, number_faults, option_faults, path_faults
 from sdar_verl.training.checks.resume import resume_faults
 from sdar_verl.training.checks.skills import skill_faults
 from sdar_verl.training.checks.teacher import teacher_faults
@@ -103,6 +103,7 @@ def _modes(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"sdar.advantage.invalid_action_penalty={sdar.advantage.invalid_action_penalty} has no effect with "
             f"algorithm.adv_estimator={estimator}; set it to 0 or use adv_estimator=sdar"
         )
+    faults += _registered_in_verl(config)
     agent = config.actor_rollout_ref.rollout.agent.default_agent_loop
     if agent != "sdar_agent":
         faults.append(
@@ -110,6 +111,31 @@ def _modes(config: DictConfig, sdar: SdarConfig) -> list[str]:
         )
     if OmegaConf.select(config, "distillation.enabled"):
         faults.append("distillation.enabled=True is verl's own distillation with a separate teacher; set it to False")
+    return faults
+
+
+def _registered_in_verl(config: DictConfig) -> list[str]:
+    """Names that verl looks up in the first step, when the rollout is done."""
+    estimator, loss = config.algorithm.adv_estimator, config.actor_rollout_ref.actor.policy_loss.loss_mode
+    faults = []
+    if estimator == "gae":
+        faults.append("algorithm.adv_estimator=gae needs a critic, and there is none; use sdar, grpo, rloo, ...")
+    if estimator == "sdar" and config.algorithm.get("gamma", 1.0) != 1.0:
+        faults.append(
+            f"algorithm.gamma={config.algorithm.gamma} has no effect with algorithm.adv_estimator=sdar, which compares "
+            "whole episodes; leave it at 1.0"
+        )
+    if (estimator, loss) == ("sdar", "vanilla"):
+        return faults  # verl's registry takes seconds to import
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
+
+    estimators = {str(getattr(key, "value", key)) for key in ADV_ESTIMATOR_REGISTRY} | {"sdar"}
+    for option, name, known in (
+        ("algorithm.adv_estimator", estimator, estimators),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode", loss, {*POLICY_LOSS_REGISTRY}),
+    ):
+        if name not in known:
+            faults.append(f"{option}={name}: verl knows {', '.join(sorted(known))}")
     return faults
 
 
@@ -192,6 +218,7 @@ def _variant(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 _CHECKS: tuple[Any, ...] = (
     option_faults,
+    choice_faults,
     path_faults,
     _names,
     _actions,
