@@ -13,7 +13,7 @@ stamp="$venv/.sdar_verl_installed"
 verl="${SDAR_VERL:-}"
 wanted="$(cat "$root/setup.cfg" "$root/scripts/constraints-cpu.txt" | cksum) $root $extras${verl:+ verl==$verl}"
 
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+if [ -x "$venv/bin/python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
   exit 0
 fi
 

@@ -95,9 +95,20 @@ def test_a_folder_that_is_no_environment_is_left_alone(tmp_path, machine):
 
 
 def test_an_environment_whose_python_has_gone_is_made_again(tmp_path, machine):
-    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    """A finished one is taken as it is, without a look at compilers, as long as it has its interpreter."""
+    bin_ = tmp_path / "venv" / "bin"
+    bin_.mkdir(parents=True)
     (tmp_path / "venv" / "pyvenv.cfg").touch()
-    (tmp_path / "venv" / "bin" / "python").symlink_to(tmp_path / "gone")
+    files = (ROOT / "setup.cfg").read_bytes() + (ROOT / "scripts" / "constraints-cpu.txt").read_bytes()
+    total = subprocess.run(["cksum"], input=files, capture_output=True, check=True).stdout.decode().strip()
+    (tmp_path / "venv" / ".sdar_verl_installed").write_text(f"{total} {ROOT} local\n")
+    (bin_ / "python").symlink_to(sys.executable)
+    (machine / "make").unlink()
+    assert make_env(tmp_path, machine).returncode == 0
+    (bin_ / "python").unlink()
+    (bin_ / "python").symlink_to(tmp_path / "gone")
+    assert "missing: make" in make_env(tmp_path, machine).stderr
+    (machine / "make").symlink_to(machine / "gcc")
     assert "installing torch failed" in make_env(tmp_path, machine).stderr
 
 
