@@ -13,6 +13,8 @@ from sdar_verl.checks.run import check_run
 from sdar_verl.config import load_config
 from sdar_verl.errors import ConfigError
 from sdar_verl.quiet import be_quiet
+from sdar_verl.checks.notes import run_notes
+from sdar_verl.checks.run import check_run
 
 
 class CheckBeforeStart(Callback):
@@ -22,7 +24,10 @@ class CheckBeforeStart(Callback):
         """Hydra's hook, in the driver, with the composed config."""
         be_quiet()
         try:
-            check_run(config, load_config(config.get("sdar")))
+            sdar = load_config(config.get("sdar"))
+            check_run(config, sdar)
+            for note in run_notes(config, sdar):
+                print(f"sdar note: {note}", file=sys.stderr, flush=True)
         except Exception as error:
             reason = str(error) if isinstance(error, ConfigError) else traceback.format_exc()
             print(f"\nThis run cannot start:\n{reason}\n", file=sys.stderr, flush=True)

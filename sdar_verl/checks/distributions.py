@@ -122,7 +122,7 @@ def model_vocabulary(config: DictConfig) -> int | None:
 
 
 def _vocabulary(path: str) -> int | None:
-    file = Path(path).expanduser() / "config.json"
+    file = Path(path) / "config.json"
     if not file.is_file():
         try:
             return Architecture.find(path).vocabulary

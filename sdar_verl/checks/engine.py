@@ -41,7 +41,7 @@ def engine_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
 def missing_model(option: str, path: str) -> list[str]:
     """A fault where ``path`` can only be a folder of this machine and holds no model; names of a hub are not asked."""
     local = path.startswith(("/", ".", "~")) or path.count("/") > 1
-    if not local or "://" in path or (Path(path).expanduser() / "config.json").is_file():
+    if not local or "://" in path or (Path(path) / "config.json").is_file():
         return []
     return [
         f"{option}={path}: there is no model here (a folder with config.json); give the folder of one, or a name of "

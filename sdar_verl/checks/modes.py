@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.teacher.sources import uses_lora
@@ -100,6 +100,13 @@ def _separate(config: DictConfig, sdar: SdarConfig, mode: str) -> list[str]:
         faults.append(
             f"actor_rollout_ref.rollout.checkpoint_engine.backend=naive cannot reach the rollout of {named}, which has "
             "devices of its own; set it to nccl (needs cupy), another engine of verl's, or gloo on a CPU"
+        )
+    if uses_lora(config) and not OmegaConf.select(config, "actor_rollout_ref.model.lora.merge"):
+        model = config.actor_rollout_ref.model
+        faults.append(
+            f"actor_rollout_ref.model.lora_rank={model.lora_rank}, lora_adapter_path={model.lora_adapter_path}: "
+            f"{named} would send its rollout the frozen base without the adapter (verl's issue 7495), which never "
+            "learns; set actor_rollout_ref.model.lora.merge=True"
         )
     reference = sdar.teacher.source == "reference" and sdar.teacher.placement == "colocated"
     if reference and sdar.teacher.path is None and not uses_lora(config) and not config.actor_rollout_ref.hybrid_engine:

@@ -28,14 +28,27 @@ _TEACHER = "sdar_teacher"
 _NAMED = 4
 
 
+def checkpoint_folder(config: DictConfig) -> Path:
+    """``trainer.default_local_dir`` as verl takes it: ``~`` is not expanded, a relative path is the process's."""
+    return Path(str(config.trainer.default_local_dir))
+
+
 def resume_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Why this run cannot resume as it is told to, one text each; empty when it starts from scratch."""
-    mode = config.trainer.resume_mode
+    mode, going_on = config.trainer.resume_mode, False
     if mode == "resume_path":
-        return _path_faults(config, sdar)
-    if mode == "auto":
-        return _tracker_faults(config, sdar)
-    return []
+        faults, going_on = _path_faults(config, sdar), True
+    elif mode == "auto":
+        faults, going_on = _tracker_faults(config, sdar), (checkpoint_folder(config) / TRACKER).is_file()
+    else:
+        faults = []
+    contents = _contents(config)
+    if going_on and "model" not in contents:
+        faults.append(
+            f"actor_rollout_ref.actor.checkpoint.load_contents={contents} has no model: the run would go on at the "
+            "checkpoint's step with the weights that training started from; add model"
+        )
+    return faults
 
 
 def missing_parts(folder: Path, config: DictConfig, sdar: SdarConfig) -> list[str]:
@@ -48,7 +61,7 @@ def missing_parts(folder: Path, config: DictConfig, sdar: SdarConfig) -> list[st
     """
     found = []
     if config.actor_rollout_ref.actor.strategy in ("fsdp", "fsdp2"):
-        contents = OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.load_contents") or list(_SHARDS)
+        contents = _contents(config)
         names = [shard for content, shard in _SHARDS.items() if content in contents]
         source = sdar.teacher.source
         if source in list_sources() and get_source(source).own_weights:
@@ -67,6 +80,10 @@ def missing_parts(folder: Path, config: DictConfig, sdar: SdarConfig) -> list[st
         except ValueError:
             found.append(f"{STATE_FILE} is cut off")
     return found
+
+
+def _contents(config: DictConfig) -> list[str]:
+    return list(OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.load_contents") or _SHARDS)
 
 
 def _shards(folder: Path, name: str, config: DictConfig) -> list[str]:
@@ -90,7 +107,7 @@ def _shards(folder: Path, name: str, config: DictConfig) -> list[str]:
 
 
 def _tracker_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    folder = Path(str(config.trainer.default_local_dir)).expanduser()
+    folder = checkpoint_folder(config)
     tracker = folder / TRACKER
     if not tracker.is_file():
         return []

@@ -104,7 +104,7 @@ def _room(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
 def _positions(config: DictConfig) -> int | None:
     """The model's longest context as its ``config.json`` says; None when it is not on this machine or does not say."""
     model = config.actor_rollout_ref.model
-    file = Path(str(model.get("hf_config_path", None) or model.path)).expanduser() / "config.json"
+    file = Path(str(model.get("hf_config_path", None) or model.path)) / "config.json"
     if not file.is_file():
         return None
     settings = json.loads(file.read_text(encoding="utf-8"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +18,16 @@ from sdar_verl.compat import check_verl_version
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.modules import import_modules
-from sdar_verl.panels import LOCATIONS, PanelError, read_panel
+from sdar_verl.checks.context import context_faults
+from sdar_verl.checks.data import data_faults
+from sdar_verl.checks.engine import engine_faults, sequence_parallel
+from sdar_verl.checks.loss import loss_faults
+from sdar_verl.checks.modes import mode_faults, parts_of_a_step
+from sdar_verl.checks.options import choice_faults, number_faults, option_faults, path_faults
+from sdar_verl.checks.resume import resume_faults
+from sdar_verl.checks.skills import skill_faults
+from sdar_verl.checks.teacher import teacher_faults
+from sdar_verl.verl.resume import experiment_faults
 
 RELEASED_METHODS = ("grpo", "skill_grpo", "skill_prompt", "opsd", "grpo_opsd", "skill_sd", "rlsd", "sdar")
 
@@ -32,7 +39,8 @@ def check_run(config: DictConfig, sdar: SdarConfig) -> None:
         ConfigError: with every fault that was found, one per line.
     """
     check_verl_version()
-    faults = [fault for check in _CHECKS for fault in check(config, sdar)]
+    # The others calculate with these.
+    faults = number_faults(config, sdar) or [fault for check in _CHECKS for fault in check(config, sdar)]
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -103,6 +111,7 @@ def _modes(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"sdar.advantage.invalid_action_penalty={sdar.advantage.invalid_action_penalty} has no effect with "
             f"algorithm.adv_estimator={estimator}; set it to 0 or use adv_estimator=sdar"
         )
+    faults += _registered_in_verl(config)
     agent = config.actor_rollout_ref.rollout.agent.default_agent_loop
     if agent != "sdar_agent":
         faults.append(
@@ -110,6 +119,31 @@ def _modes(config: DictConfig, sdar: SdarConfig) -> list[str]:
         )
     if OmegaConf.select(config, "distillation.enabled"):
         faults.append("distillation.enabled=True is verl's own distillation with a separate teacher; set it to False")
+    return faults
+
+
+def _registered_in_verl(config: DictConfig) -> list[str]:
+    """Names that verl looks up in the first step, when the rollout is done."""
+    estimator, loss = config.algorithm.adv_estimator, config.actor_rollout_ref.actor.policy_loss.loss_mode
+    faults = []
+    if estimator == "gae":
+        faults.append("algorithm.adv_estimator=gae needs a critic, and there is none; use sdar, grpo, rloo, ...")
+    if estimator == "sdar" and config.algorithm.get("gamma", 1.0) != 1.0:
+        faults.append(
+            f"algorithm.gamma={config.algorithm.gamma} has no effect with algorithm.adv_estimator=sdar, which compares "
+            "whole episodes; leave it at 1.0"
+        )
+    if (estimator, loss) == ("sdar", "vanilla"):
+        return faults  # verl's registry takes seconds to import
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
+
+    estimators = {str(getattr(key, "value", key)) for key in ADV_ESTIMATOR_REGISTRY} | {"sdar"}
+    for option, name, known in (
+        ("algorithm.adv_estimator", estimator, estimators),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode", loss, {*POLICY_LOSS_REGISTRY}),
+    ):
+        if name not in known:
+            faults.append(f"{option}={name}: verl knows {', '.join(sorted(known))}")
     return faults
 
 
@@ -181,65 +215,6 @@ def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
     return faults
 
 
-def _data(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    lengths = {name: config.data[name] for name in ("max_prompt_length", "max_response_length")}
-    faults = [
-        f"data.{name}={value}: it is a number of tokens, at least 1" for name, value in lengths.items() if value < 1
-    ]
-    train_tasks = 0
-    for option in ("train_files", "val_files"):
-        if not config.data[option]:
-            faults.append(
-                f"data.{option} is not set; make the task panels with `sdar-verl prepare {sdar.env.name} --out DIR` "
-                "and point to its parquet files"
-            )
-            continue
-        for file in panel_files(config, option):
-            path = Path(file)
-            if not path.is_file():
-                faults.append(
-                    f"data.{option}={file} does not exist{_looked_for(path)}; make the task panels with "
-                    f"`sdar-verl prepare {sdar.env.name} --out DIR` and point to its parquet files"
-                )
-                continue
-            try:
-                tasks = read_panel(path)
-            except PanelError as error:
-                faults.append(f"data.{option}: {error}")
-                continue
-            train_tasks += len(tasks) if option == "train_files" else 0
-            others = {task.env for task in tasks} - {sdar.env.name}
-            if others:
-                faults.append(
-                    f"data.{option}={file} holds tasks of {', '.join(sorted(others))}, "
-                    f"but sdar.env.name={sdar.env.name}"
-                )
-            lost = sorted({task.data[key] for task in tasks for key in LOCATIONS if key in task.data})
-            lost = [place for place in lost if not Path(place).exists()]
-            if lost:
-                faults.append(
-                    f"data.{option}={file}: {len(lost)} of the files or folders that its tasks need are not there, "
-                    f"such as {lost[0]} (moved or deleted since); make the panel again with "
-                    f"`sdar-verl prepare {sdar.env.name} --out DIR`"
-                )
-    if not faults and 0 < train_tasks < config.data.train_batch_size:
-        faults.append(
-            f"data.train_batch_size={config.data.train_batch_size}, but data.train_files holds {train_tasks} tasks; "
-            "prepare more, or lower the batch size"
-        )
-    return faults
-
-
-def _looked_for(path: Path) -> str:
-    """Where a relative path was looked for: the processes of a Ray cluster that runs already start elsewhere."""
-    if path.is_absolute():
-        return ""
-    return (
-        f" in {Path.cwd()} on {platform.node()} (a relative path is read from the working directory of each "
-        "process, and on a Ray cluster that was started before that is another one: give an absolute path)"
-    )
-
-
 def _variant(config: DictConfig, sdar: SdarConfig) -> list[str]:
     if sdar.variant == "paper" or sdar.method in RELEASED_METHODS:
         return []
@@ -250,6 +225,9 @@ def _variant(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 
 _CHECKS: tuple[Any, ...] = (
+    option_faults,
+    choice_faults,
+    path_faults,
     _names,
     _actions,
     loss_faults,
@@ -262,6 +240,7 @@ _CHECKS: tuple[Any, ...] = (
     _batches,
     engine_faults,
     _variant,
-    _data,
+    data_faults,
     resume_faults,
+    experiment_faults,
 )

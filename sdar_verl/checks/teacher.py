@@ -149,7 +149,7 @@ def _tokenizer(config: DictConfig, path: str) -> dict[str, int]:
 
 def _positions(config: DictConfig, settings: TeacherConfig) -> list[str]:
     """A row longer than the model's positions is computed without an error, and wrong."""
-    described = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
+    described = Path(str(config.actor_rollout_ref.model.path)) / "config.json"
     try:
         limit = json.loads(described.read_text()).get("max_position_embeddings")
     except (OSError, ValueError):

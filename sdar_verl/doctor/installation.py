@@ -9,6 +9,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from sdar_verl.compat import VERL_RANGE
+from sdar_verl.doctor.build_tools import BUILDING_EXTRAS, remedy
 from sdar_verl.doctor.findings import Finding
 from sdar_verl.doctor.machine import Machine
 
@@ -143,8 +144,11 @@ def _environments(machine: Machine) -> Iterator[Finding]:
     for extra, packages in _EXTRAS.items():
         missing = [package for package in packages if machine.versions.get(package) is None]
         if missing:
-            text = f"needs {', '.join(missing)}, not installed here"
-            yield Finding("warn", f"env {extra}", text, f'if you need it: pip install "sdar-verl[{extra}]"')
+            text, install = f"needs {', '.join(missing)}, not installed here", f'pip install "sdar-verl[{extra}]"'
+            if extra in BUILDING_EXTRAS and (tools := machine.missing_tools):
+                text += "".join(f"\nmissing: {tool.text}" for tool in tools)
+                install = " && ".join(filter(None, (remedy(tools), install)))
+            yield Finding("warn", f"env {extra}", text, f"if you need it: {install}")
         else:
             yield Finding("ok", f"env {extra}", ", ".join(f"{name} {machine.versions[name]}" for name in packages))
 

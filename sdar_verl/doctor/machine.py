@@ -11,6 +11,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from sdar_verl.doctor.build_tools import Missing, missing_build_tools, missing_python
 from sdar_verl.doctor.probe import probe_fresh_process, probe_ray_worker
 
 PACKAGES = (
@@ -45,6 +46,7 @@ class Machine:
         gpu_files: whether the operating system shows NVIDIA devices.
         fresh: what verl knows in a fresh process (``probe.py``), or ``{"error": ...}``.
         worker: the same in a Ray worker; None when it was not looked at.
+        missing_tools: what pip would lack here to compile ALFWorld's engines.
     """
 
     python: tuple[int, int]
@@ -55,6 +57,7 @@ class Machine:
     gpu_files: bool = False
     fresh: Mapping[str, Any] = field(default_factory=dict)
     worker: Mapping[str, Any] | None = None
+    missing_tools: tuple[Missing, ...] = ()
 
 
 def look_around(*, ray: bool = True) -> Machine:
@@ -73,6 +76,7 @@ def look_around(*, ray: bool = True) -> Machine:
         gpu_files=bool(glob("/dev/nvidia[0-9]*")),
         fresh=probe_fresh_process(),
         worker=probe_ray_worker() if ray else None,
+        missing_tools=(*missing_build_tools(), *missing_python()),
     )
 
 

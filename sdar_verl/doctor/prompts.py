@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -223,7 +222,7 @@ def _tokenizer(config: DictConfig) -> Any:
     from transformers import AutoTokenizer
 
     model = config.actor_rollout_ref.model
-    path = os.path.expanduser(str(model.get("tokenizer_path") or model.path))
+    path = str(model.get("tokenizer_path") or model.path)
     return AutoTokenizer.from_pretrained(
         path, trust_remote_code=model.get("trust_remote_code", False), local_files_only=True
     )

@@ -19,6 +19,10 @@ from sdar_verl.doctor.findings import Finding
 from sdar_verl.doctor.machine import Machine
 from sdar_verl.doctor.prompts import check_prompts
 from sdar_verl.errors import ConfigError
+from sdar_verl.checks.modes import verl_mode
+from sdar_verl.checks.notes import run_notes
+from sdar_verl.checks.run import check_run
+from sdar_verl.checks.panel_tasks import panel_files, panel_tasks
 
 
 def check_config(config_name: str, overrides: list[str], machine: Machine, resets: int) -> list[Finding]:
@@ -54,6 +58,7 @@ def _check_run(config: DictConfig, sdar: SdarConfig) -> Iterator[Finding]:
             yield Finding("fail", "config", fault)
     else:
         yield Finding("ok", "config", "composes, and passes the checks that a run makes before it starts")
+        yield from (Finding("warn", "config", note) for note in run_notes(config, sdar))
 
 
 # ---------------------------------------------------------------- data
@@ -180,7 +185,7 @@ def _model(config: DictConfig, sdar: SdarConfig, machine: Machine) -> Iterator[F
     path = str(config.actor_rollout_ref.model.path)
     described = _read_quietly(lambda: _model_config(path, config))
     if isinstance(described, Exception):
-        if Path(path).expanduser().exists() or path.startswith(("/", ".", "~")):
+        if Path(path).exists() or path.startswith(("/", ".", "~")):
             text = f"actor_rollout_ref.model.path={path} holds no model that transformers can read: {described}"
             yield Finding("fail", "model", text.splitlines()[0], "point it to a folder with config.json")
         else:
@@ -217,7 +222,7 @@ def _model_config(path: str, config: DictConfig) -> Any:
     from transformers import AutoConfig
 
     trust = config.actor_rollout_ref.model.get("trust_remote_code", False)
-    return AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=trust, local_files_only=True)
+    return AutoConfig.from_pretrained(path, trust_remote_code=trust, local_files_only=True)
 
 
 def _read_quietly(read: Callable[[], Any]) -> Any:

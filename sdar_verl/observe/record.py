@@ -44,7 +44,7 @@ class RunRecord(Observer):
     name = "record"
 
     def __init__(self, settings: SdarConfig, config: DictConfig, run: Any):
-        self.folder = Path(str(config.trainer.default_local_dir)).expanduser() / layout.RECORD
+        self.folder = Path(str(config.trainer.default_local_dir)) / layout.RECORD
         self.latest: dict[str, Any] = {}
         self._settings = settings
         self._config = config

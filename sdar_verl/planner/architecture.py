@@ -146,7 +146,7 @@ class Architecture:
         Raises:
             ConfigError: neither.
         """
-        file = Path(path).expanduser() / "config.json"
+        file = Path(path) / "config.json"
         if file.is_file():
             return cls.from_config(parse_json(file.read_bytes()), name=Path(path).name)
         known = KNOWN.get(path.rsplit("/", 1)[-1].lower())

@@ -9,69 +9,63 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.atomic import write_text_atomically
-from sdar_verl.checks.panel_tasks import panel_digests
-from sdar_verl.checks.resume import TRACKER
+from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
+from sdar_verl.panels import PanelError
+from sdar_verl.checks.options import Defaults, find_entry, flat, is_listed, verl_nodes
+from sdar_verl.checks.resume import TRACKER, checkpoint_folder
+from sdar_verl.checks.panel_tasks import panel_digests
 from sdar_verl.untrusted import parse_json, shorten
 
 RUN_FILE = "sdar_run.json"
 _PANEL = "data.train_files (hashes)"
-
-# What makes two runs different experiments; lengths, frequencies, process counts and validation do not.
-_OPTIONS = (
-    "sdar.loss",
-    "sdar.teacher",
-    "sdar.context",
-    "sdar.skills",
-    "sdar.prompt",
-    "sdar.advantage",
-    "sdar.update",
-    "sdar.env.name",
-    "sdar.env.options",
-    "sdar.env.max_steps",
-    "sdar.env.invalid_action",
-    "sdar.rollout.rows",
-    "sdar.rollout.turn_length",
-    "sdar.rollout.seed",
-    "algorithm.adv_estimator",
-    "algorithm.norm_adv_by_std_in_grpo",
-    "actor_rollout_ref.model.path",
-    "actor_rollout_ref.rollout.n",
-    "actor_rollout_ref.actor.optim.lr",
-    "actor_rollout_ref.actor.use_kl_loss",
-    "actor_rollout_ref.actor.kl_loss_coef",
-    "actor_rollout_ref.actor.entropy_coeff",
-    "actor_rollout_ref.actor.loss_agg_mode",
-    "actor_rollout_ref.actor.clip_ratio_low",
-    "actor_rollout_ref.actor.clip_ratio_high",
-    "actor_rollout_ref.actor.clip_ratio_c",
-    "data.train_batch_size",
-    "data.seed",
-)
-
-# Of those nodes: where the teacher runs, and how closely it is watched.
-_NOT_THE_EXPERIMENT = {
-    "sdar.teacher.offload",
-    "sdar.teacher.placement",
-    "sdar.teacher.pool_gpus_per_node",
-    "sdar.teacher.pool_nodes",
-    "sdar.teacher.sanity_check",
-    "sdar.teacher.sanity_tolerance",
-}
+_LENGTH = ("trainer.total_training_steps", "trainer.total_epochs")
+_NAMED = 12
 
 
 def fingerprint(config: DictConfig) -> dict[str, Any]:
-    """Option -> value of everything that makes this experiment what it is."""
-    values: dict[str, Any] = {}
-    for option in _OPTIONS:
-        value = OmegaConf.select(config, option)
-        if OmegaConf.is_config(value):
-            nested = OmegaConf.to_container(value, resolve=True)
-            assert isinstance(nested, dict)
-            values |= {f"{option}.{key!s}": item for key, item in nested.items()}
-        else:
-            values[option] = value
-    return {option: value for option, value in values.items() if option not in _NOT_THE_EXPERIMENT}
+    """Option -> value of everything that makes this experiment what it is.
+
+    That is the resolved config, verl's nodes and ours, but for what ``verl_options.yaml`` lets a run change.
+    """
+    values = flat(OmegaConf.to_container(config, resolve=True))
+    kept = {key: value for key, value in values.items() if _counts(key)}
+    length = _LENGTH[:1] if OmegaConf.select(config, _LENGTH[0]) is not None else _LENGTH
+    dropped = {*_LENGTH} - ({*length} if _learning_rate_follows_length(config) else set())
+    kept = {key: value for key, value in kept.items() if key not in dropped}
+    # As they will be read back.
+    as_read: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    return as_read
+
+
+def experiment_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """What differs between this run and the checkpoint that ``trainer.resume_mode=auto`` would go on from; one text."""
+    folder = checkpoint_folder(config)
+    note = folder / RUN_FILE
+    if config.trainer.resume_mode != "auto" or not (folder / TRACKER).is_file() or not note.is_file():
+        return []
+    try:
+        found = parse_json(note.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {shorten(found)}, not an object")
+    except ValueError as error:
+        return [
+            f"{note} is damaged ({error}), so nobody can tell whether its checkpoints are of this experiment; "
+            "remove it when they are, or start over with trainer.resume_mode=disable"
+        ]
+    try:
+        changes = _differences(flat(found), _note(config), config)
+    except PanelError:
+        return []  # told by the checks of the data
+    if not changes:
+        return []
+    more = f"; and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
+    return [
+        f"trainer.default_local_dir={folder} holds checkpoints of another experiment "
+        f"({'; '.join(changes[:_NAMED])}{more}). Give this run its own folder (trainer.experiment_name=... or "
+        "trainer.default_local_dir=...), or start over with trainer.resume_mode=disable. To go on from them all the "
+        f"same, remove {note}"
+    ]
 
 
 def claim_checkpoints(config: DictConfig) -> None:
@@ -82,43 +76,63 @@ def claim_checkpoints(config: DictConfig) -> None:
         ConfigError: ``trainer.resume_mode=auto`` would resume an experiment with other settings, which it names; or the
             note is damaged.
     """
-    folder = Path(str(config.trainer.default_local_dir)).expanduser()
+    folder = checkpoint_folder(config)
+    if faults := experiment_faults(config, SdarConfig()):
+        raise ConfigError("\n".join(faults))
+    text = json.dumps(_note(config), indent=1) + "\n"
     note = folder / RUN_FILE
+    if config.trainer.resume_mode == "disable" and not (note.is_file() and note.read_text(encoding="utf-8") == text):
+        # Else the same command, started again before the first save, would go on from the other experiment.
+        (folder / TRACKER).unlink(missing_ok=True)
+    write_text_atomically(note, text)
+
+
+def _note(config: DictConfig) -> dict[str, Any]:
     # Where the panel lies may change, but data.pt holds a place in it.
-    wanted = {**fingerprint(config), _PANEL: panel_digests(config, "train_files")}
-    resumable = (folder / TRACKER).is_file()
-    if config.trainer.resume_mode == "auto" and resumable and note.is_file():
-        try:
-            found = parse_json(note.read_bytes())
-            if not isinstance(found, dict):
-                raise ValueError(f"it holds {shorten(found)}, not an object")
-        except ValueError as error:
-            raise ConfigError(
-                f"{note} is damaged ({error}), so nobody can tell whether its checkpoints are of this experiment; "
-                "remove it when they are, or start over with trainer.resume_mode=disable"
-            ) from error
-        read = {*found, *wanted} - _NOT_THE_EXPERIMENT
-        different = sorted(key for key in read if found.get(key) != wanted.get(key))
-        if different:
-            changes = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in different)
-            raise ConfigError(
-                f"trainer.default_local_dir={folder} holds checkpoints of another experiment ({changes}). Give this "
-                "run its own folder (trainer.experiment_name=... or trainer.default_local_dir=...), or start over with "
-                "trainer.resume_mode=disable"
-            )
-    write_text_atomically(note, json.dumps(wanted, indent=1) + "\n")
+    return {**fingerprint(config), _PANEL: panel_digests(config, "train_files")}
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any], config: DictConfig) -> list[str]:
+    """``option: value there, value here``; an option that one of the two versions did not have yet had its default."""
+    defaults = Defaults(config)
+    changes = []
+    for key in sorted({*found, *wanted}):
+        if {} in (found.get(key), wanted.get(key)):
+            continue  # nothing set in that node, on one side; what is set on the other has names of its own
+        if key != _PANEL and (not _counts(key) or (key in _LENGTH and not {key} <= {*found} & {*wanted})):
+            continue
+        there, here = found.get(key), wanted.get(key)
+        if key not in found and defaults.has(key, here):
+            continue
+        if there != here:
+            changes.append(f"{key}: {there!r} there, {here!r} here")
+    return changes
+
+
+def _counts(key: str) -> bool:
+    if key.split(".")[0] not in {*verl_nodes(), "sdar", "model_engine"} or key.endswith("_target_"):
+        return False
+    entry = find_entry(key)  # what does nothing is at its default, which may follow an option that may change
+    return not (is_listed("may_change", key) or (entry is not None and entry.status in ("no_effect", "refused")))
+
+
+def _learning_rate_follows_length(config: DictConfig) -> bool:
+    """Whether a longer run has another learning rate at the same step."""
+    optimizer = OmegaConf.select(config, "actor_rollout_ref.actor.optim") or {}
+    warmup = (optimizer.get("lr_warmup_steps", -1) or -1) < 0 and optimizer.get("lr_warmup_steps_ratio", 0)
+    return bool(warmup) or "cosine" in (optimizer.get("lr_scheduler_type", None), optimizer.get("warmup_style", None))
 
 
 def resumed_folder(config: DictConfig, step: int) -> Path:
     """The checkpoint folder that verl has just resumed from."""
     if config.trainer.resume_mode == "resume_path":
         return Path(str(config.trainer.resume_from_path))
-    return Path(str(config.trainer.default_local_dir)) / f"global_step_{step}"
+    return checkpoint_folder(config) / f"global_step_{step}"
 
 
 def from_scratch(config: DictConfig) -> str:
     """A line for a run that should have resumed and found nothing but checkpoints that were never finished."""
-    folder = Path(str(config.trainer.default_local_dir)).expanduser()
+    folder = checkpoint_folder(config)
     left = sorted(path.name for path in folder.glob("global_step_*"))
     if config.trainer.resume_mode != "auto" or not left:
         return ""

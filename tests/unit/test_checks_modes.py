@@ -51,6 +51,10 @@ CASES = {
         [*SEPARATE, "actor_rollout_ref.rollout.checkpoint_engine.backend=naive"],
         ["checkpoint_engine.backend=naive", "sdar_separate_async", "gloo"],
     ),
+    "an adapter that never arrives": (
+        [*SEPARATE, "actor_rollout_ref.model.lora_rank=8", "sdar.teacher.source=actor"],
+        ["actor_rollout_ref.model.lora_rank=8", "sdar_separate_async", "actor_rollout_ref.model.lora.merge=True"],
+    ),
     "a reference elsewhere": (
         [*SEPARATE, "actor_rollout_ref.hybrid_engine=False"],
         ["sdar.teacher.source=reference", "actor_rollout_ref.hybrid_engine=False", "sdar.teacher.path"],

@@ -227,3 +227,11 @@ def test_a_file_takes_its_place_only_when_it_is_on_the_disk(tmp_path, monkeypatc
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, fails)
     assert path.read_text() == "ä"
+
+
+def test_a_resume_without_weights_is_no_resume(tmp_path):
+    contents = {"actor_rollout_ref.actor.checkpoint.load_contents": ["hf_model"]}
+    assert resume_faults(config(tmp_path, **contents), EMA) == [], "nothing to go on from"
+    write(writes(tmp_path, 2))
+    (fault,) = resume_faults(config(tmp_path, **contents), EMA)
+    assert "load_contents=['hf_model'] has no model" in fault and "weights that training started from" in fault

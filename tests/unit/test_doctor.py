@@ -11,6 +11,7 @@ import pytest
 
 from sdar_verl.cli import main
 from sdar_verl.doctor import command, installation
+from sdar_verl.doctor.build_tools import Missing
 from sdar_verl.doctor.findings import Finding, as_json, as_text, exit_status
 from sdar_verl.doctor.installation import check_installation
 from sdar_verl.doctor.machine import PACKAGES, Machine
@@ -91,6 +92,14 @@ INSTALLATION_FAULTS = {
     "another flash-attn": (without("flash-attn", "2.7.0"), "warn", ["tested with ==2.8.3"]),
     "another torch": (without("torch", "2.10.0+cu128"), "warn", ["tested with ==2.11.0"]),
     "no ALFWorld": (without("alfworld"), "warn", ["needs alfworld", 'pip install "sdar-verl[alfworld]"']),
+    "no ALFWorld, no compiler": (
+        {
+            **without("alfworld"),
+            "missing_tools": (Missing("g++: not on PATH", "g++"), Missing("make: not on PATH", "make")),
+        },
+        "warn",
+        ["missing: make: not on PATH", "apt-get install -y g++ make", '&& pip install "sdar-verl[alfworld]"'],
+    ),
 }
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import shutil
 
 import pytest
 from omegaconf import OmegaConf
 
+from sdar_verl.compose import compose_config
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
-from sdar_verl.verl.resume import RUN_FILE, claim_checkpoints, from_scratch
+from sdar_verl.checks.options import _table, find_entry, flat, is_listed, verl_defaults
+from sdar_verl.checks.run import _CHECKS
+from sdar_verl.verl.resume import RUN_FILE, claim_checkpoints, experiment_faults, fingerprint, from_scratch
 from tests.support.toy_panel import write_toy_panels
 
 
@@ -72,10 +77,27 @@ def test_another_panel_is_another_experiment_and_another_place_of_it_is_not(fold
         ("data.seed", 1),
         ("actor_rollout_ref.model.path", "n"),
         ("actor_rollout_ref.actor.entropy_coeff", 0.1),
+        ("actor_rollout_ref.rollout.temperature", 0.7),
+        ("actor_rollout_ref.rollout.top_p", 0.9),
+        ("actor_rollout_ref.model.lora_rank", 8),
+        ("actor_rollout_ref.model.override_config.attention_dropout", 0.1),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode", "gspo"),
+        ("actor_rollout_ref.actor.optim.betas", [0.9, 0.95]),
+        ("algorithm.rollout_correction.rollout_is", "token"),
+        ("data.shuffle", False),
+        ("data.dataloader_num_workers", 3),
+        ("data.train_max_samples", 5),
+        ("data.max_response_length", 7),
+        ("data.apply_chat_template_kwargs.enable_thinking", True),
+        ("trainer.v1.trainer_mode", "sdar_colocate_async"),
+        ("sdar.context.options.sibling.choice", "first"),
+        ("sdar.env.modules", ["elsewhere"]),
+        ("sdar.on_nonfinite", "drop"),
+        ("sdar.rollout.turn_length", 9),
     ],
 )
 def test_another_experiment_is_refused_by_name(folder, option, value):
-    with pytest.raises(ConfigError, match=rf"{option}: .*{value!r} here.*resume_mode=disable"):
+    with pytest.raises(ConfigError, match=rf"{option}: .*{re.escape(repr(value))} here.*resume_mode=disable"):
         claim_checkpoints(config(folder, **{option: value}))
 
 
@@ -95,3 +117,114 @@ def test_a_run_that_died_in_its_first_checkpoint_starts_over_and_says_so(tmp_pat
     (tmp_path / "global_step_2").mkdir()
     assert "global_step_2, but no latest_checkpointed_iteration.txt" in from_scratch(config(tmp_path))
     assert from_scratch(config(tmp_path, mode="disable")) == ""
+
+
+def test_all_that_may_change_may_change(folder):
+    """Every option in that section, set to something else, in the whole config of a recipe."""
+    (folder / RUN_FILE).unlink()
+    base = whole(folder)
+    claim_checkpoints(base)
+    changed = copy.deepcopy(base)
+    for key, value in flat(OmegaConf.to_container(base, resolve=True)).items():
+        if is_listed("may_change", key) and not key.startswith(
+            ("data.train_files", "trainer.resume", "trainer.default")
+        ):
+            OmegaConf.update(changed, key, f"another {value}", force_add=True)
+    assert fingerprint(changed) == fingerprint(base)
+    claim_checkpoints(changed)
+
+
+def test_everything_else_in_a_recipes_config_makes_another_experiment(folder):
+    """Each option of verl's and ours is compared, or named in ``may_change``, or does nothing."""
+    values = flat(OmegaConf.to_container(whole(folder), resolve=True))
+    compared = fingerprint(whole(folder))
+    for key in values:
+        ours = not key.startswith("hydra.") and not key.endswith("_target_")
+        entry = find_entry(key)
+        ours &= entry is None or entry.status not in ("no_effect", "refused")
+        length = key in ("trainer.total_training_steps", "trainer.total_epochs")
+        assert (key in compared) == (ours and not length and not is_listed("may_change", key)), key
+
+
+def test_what_may_change_is_an_option_of_verls_or_ours():
+    known = {*verl_defaults(), *flat({"sdar": SdarConfig().model_dump()})}
+    for name in _table("may_change"):
+        node = name.removesuffix(".*")
+        hidden = {"actor_rollout_ref.rollout.custom", "actor_rollout_ref.rollout.enable_sleep_mode", "data.cache_dir",
+                  "trainer.remove_previous_ckpt_in_save"}  # fmt: skip
+        assert node in hidden or any(key == node or key.startswith(f"{node}.") for key in known), name
+
+
+def test_a_longer_run_is_the_same_unless_its_learning_rate_is_another(folder):
+    longer = {"trainer.total_training_steps": 20}
+    claim_checkpoints(config(folder, **longer))
+    for schedule in ({"lr_scheduler_type": "cosine"}, {"lr_warmup_steps_ratio": 0.1}, {"warmup_style": "cosine"}):
+        options = {f"actor_rollout_ref.actor.optim.{name}": value for name, value in schedule.items()}
+        (folder / RUN_FILE).unlink()
+        claim_checkpoints(config(folder, **options))
+        with pytest.raises(ConfigError, match=r"trainer\.total_training_steps: 10 there, 20 here"):
+            claim_checkpoints(config(folder, **options, **longer))
+    (folder / RUN_FILE).unlink()
+    fixed = {
+        "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": 0.1,
+        "actor_rollout_ref.actor.optim.lr_warmup_steps": 5,
+    }
+    claim_checkpoints(config(folder, **fixed))
+    claim_checkpoints(config(folder, **fixed, **longer))
+
+
+def test_an_option_that_a_later_version_brings_has_had_its_default(folder):
+    note = json.loads((folder / RUN_FILE).read_text())
+    del note["sdar.on_nonfinite"]
+    (folder / RUN_FILE).write_text(json.dumps(note))
+    claim_checkpoints(config(folder, **{"algorithm.gamma": 1.0, "actor_rollout_ref.rollout.top_p": 1}))
+    with pytest.raises(ConfigError, match=r"sdar\.on_nonfinite: None there, 'drop' here"):
+        del note["algorithm.adv_estimator"]
+        (folder / RUN_FILE).write_text(json.dumps(note))
+        claim_checkpoints(config(folder, **{"sdar.on_nonfinite": "drop"}))
+
+
+def test_an_option_that_is_no_longer_set_is_a_difference(folder):
+    claim_checkpoints(config(folder, mode="disable", **{"sdar.env.options.colour": "red"}))
+    (folder / "latest_checkpointed_iteration.txt").write_text("10")
+    with pytest.raises(ConfigError, match=r"sdar\.env\.options\.colour: 'red' there, None here"):
+        claim_checkpoints(config(folder))
+
+
+def test_what_differs_is_told_before_ray_starts(folder):
+    """By the checks that the driver makes, not only by the trainer in its process."""
+    other = config(folder, **{"data.seed": 1})
+    (fault,) = experiment_faults(other, SdarConfig())
+    assert "data.seed: 0 there, 1 here" in fault and f"remove {folder / RUN_FILE}" in fault
+    assert experiment_faults in _CHECKS
+    many = config(folder, **{f"sdar.env.options.o{i}": i for i in range(20)})
+    assert "; and 8 more" in experiment_faults(many, SdarConfig())[0]
+
+
+def test_a_run_that_started_over_and_died_does_not_go_on_from_the_other(folder):
+    """Without a checkpoint of its own yet, the same command again starts from scratch."""
+    other = {"data.seed": 1}
+    claim_checkpoints(config(folder, mode="disable", **other))
+    assert not (folder / "latest_checkpointed_iteration.txt").exists()
+    claim_checkpoints(config(folder, **other))
+
+
+def test_a_run_that_starts_itself_over_keeps_its_checkpoints_until_it_saves(folder):
+    claim_checkpoints(config(folder, mode="disable"))
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "10"
+
+
+def test_notes_and_checkpoints_lie_in_one_folder(tmp_path, monkeypatch):
+    """Relative to where the process runs, as verl's; a tilde is refused before."""
+    monkeypatch.chdir(tmp_path)
+    run = config(tmp_path)
+    run.trainer.default_local_dir = "ck"
+    claim_checkpoints(run)
+    assert (tmp_path / "ck" / RUN_FILE).is_file()
+
+
+def whole(folder):
+    overrides = [f"data.train_files={folder}/train.parquet", f"trainer.default_local_dir={folder}"]
+    recipe = compose_config("sdar_quickstart", overrides)
+    OmegaConf.set_struct(recipe, False)
+    return recipe

@@ -22,7 +22,7 @@ NETWORK = {"requests", "httpx", "aiohttp", "urllib3", "socket", "smtplib", "ftpl
 # The last one asks for its own address: the CPU default's weights go from process to process by torch.
 MAY_TALK = {"envs/search/client.py", "envs/search/serve.py", "local/weights.py"}
 CODE = {"pickle", "cloudpickle", "marshal", "shelve", "dill", "joblib"}
-MAY_START_PROCESSES = {"doctor/probe.py", "report/sweep_command.py"}
+MAY_START_PROCESSES = {"doctor/build_tools.py", "doctor/probe.py", "report/sweep_command.py"}
 
 
 def imports(tree: ast.Module) -> Iterator[str]:

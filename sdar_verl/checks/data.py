@@ -1,0 +1,87 @@
+"""Checks of the task panels, and of the steps they are enough for, before Ray starts."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from sdar_verl.config import SdarConfig
+from sdar_verl.panels import LOCATIONS, PanelError, read_panel
+from sdar_verl.checks.panel_tasks import panel_files
+
+
+def data_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Every fault of panels and steps, one text each."""
+    faults = []
+    train_tasks = 0
+    for option in ("train_files", "val_files"):
+        if not config.data[option]:
+            faults.append(
+                f"data.{option} is not set; make the task panels with `sdar-verl prepare {sdar.env.name} --out DIR` "
+                "and point to its parquet files"
+            )
+            continue
+        for file in panel_files(config, option):
+            path = Path(file)
+            if not path.is_file():
+                faults.append(
+                    f"data.{option}={file} does not exist{_looked_for(path)}; make the task panels with "
+                    f"`sdar-verl prepare {sdar.env.name} --out DIR` and point to its parquet files"
+                )
+                continue
+            try:
+                tasks = read_panel(path)
+            except PanelError as error:
+                faults.append(f"data.{option}: {error}")
+                continue
+            train_tasks += len(tasks) if option == "train_files" else 0
+            others = {task.env for task in tasks} - {sdar.env.name}
+            if others:
+                faults.append(
+                    f"data.{option}={file} holds tasks of {', '.join(sorted(others))}, "
+                    f"but sdar.env.name={sdar.env.name}"
+                )
+            lost = sorted({task.data[key] for task in tasks for key in LOCATIONS if key in task.data})
+            lost = [place for place in lost if not Path(place).exists()]
+            if lost:
+                faults.append(
+                    f"data.{option}={file}: {len(lost)} of the files or folders that its tasks need are not there, "
+                    f"such as {lost[0]} (moved or deleted since); make the panel again with "
+                    f"`sdar-verl prepare {sdar.env.name} --out DIR`"
+                )
+    return faults or (_steps(config, train_tasks) if train_tasks else [])
+
+
+def _steps(config: DictConfig, tasks: int) -> list[str]:
+    """verl starts an epoch of ``tasks // train_batch_size`` steps, drops the rest of the panel, and ends with the last
+    of ``total_epochs``, whatever ``total_training_steps`` says: then without a checkpoint or a validation."""
+    data, trainer = config.data, config.trainer
+    limit = data.get("train_max_samples", -1)
+    if 0 < limit < tasks:
+        tasks, held = limit, f"data.train_max_samples={limit} leaves {limit} tasks of data.train_files"
+    else:
+        held = f"data.train_files holds {tasks} tasks"
+    if tasks < data.train_batch_size:
+        more = "raise it" if limit == tasks else "prepare more"
+        return [f"data.train_batch_size={data.train_batch_size}, but {held}; {more}, or lower the batch size"]
+    steps = tasks // data.train_batch_size
+    epochs, wanted = trainer.get("total_epochs", None), trainer.total_training_steps
+    if wanted is None or epochs is None or epochs * steps >= wanted:
+        return []
+    return [
+        f"trainer.total_epochs={epochs} ends the run after {epochs * steps} steps, before "
+        f"trainer.total_training_steps={wanted} and without a last checkpoint: {held}, {steps} steps of "
+        f"data.train_batch_size={data.train_batch_size} an epoch. Set total_epochs to at least {-(-wanted // steps)}"
+    ]
+
+
+def _looked_for(path: Path) -> str:
+    """Where a relative path was looked for: the processes of a Ray cluster that runs already start elsewhere."""
+    if path.is_absolute():
+        return ""
+    return (
+        f" in {Path.cwd()} on {platform.node()} (a relative path is read from the working directory of each "
+        "process, and on a Ray cluster that was started before that is another one: give an absolute path)"
+    )

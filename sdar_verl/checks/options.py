@@ -1,0 +1,220 @@
+"""verl's options, all of them: which work here, which do nothing, which break a run (``verl_options.yaml``)."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from sdar_verl.config import SdarConfig
+from sdar_verl.checks.modes import verl_mode
+
+Status = Literal["works", "verls", "needs", "no_effect", "refused"]
+
+# Nodes that verl reads as they are, so that a misspelt key in them would be passed over without a word.
+_PLAIN = ("algorithm.", "data.", "trainer.")
+_NUMBER = (int, float)
+_BOUNDS = {
+    "at least 1": [(operator.ge, 1)],
+    "at least 0": [(operator.ge, 0)],
+    "above 0": [(operator.gt, 0)],
+    "above 0 and at most 1": [(operator.gt, 0), (operator.le, 1)],
+    "any": [],
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an option does here; ``why``: a test, a reason with a remedy, or (``needs``) the switch."""
+
+    status: Status
+    why: str
+
+
+def option_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Every option of verl's that is set to something that does nothing here, or breaks a run; one text each."""
+    values, defaults, faults = flat(OmegaConf.to_container(config, resolve=True)), Defaults(config), []
+    for key, value in values.items():
+        if key.split(".")[0] not in verl_nodes() or key.endswith("_target_"):
+            continue
+        entry = find_entry(key)
+        if entry is None and key.startswith(_PLAIN) and not key.startswith("trainer.v1."):
+            like = get_close_matches(key, verl_defaults(), 1)
+            faults.append(f"{key}={value}: verl has no such option" + (f"; is {like[0]} meant?" if like else ""))
+        if entry is None or entry.status in ("works", "verls") or defaults.has(key, value):
+            continue
+        if entry.status == "needs" and not _switched(config, entry.why):
+            switch = entry.why.replace("|", " or ")
+            faults.append(f"{key}={value} has no effect without {switch}; leave it out, or set that")
+        elif entry.status == "no_effect":
+            faults.append(f"{key}={value} has no effect: {entry.why}")
+        elif entry.status == "refused":
+            faults.append(f"{key}={value} is not supported: {entry.why}")
+    return faults
+
+
+def number_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Numbers and flags of verl's that are none, or out of range. The other checks calculate with them."""
+    values, defaults, faults = flat(OmegaConf.to_container(config, resolve=True)), verl_defaults(), []
+    bounds = _table("numbers")
+    for key, value in values.items():
+        if key.split(".")[0] not in verl_nodes():
+            continue
+        bound = bounds.get(key)
+        default = defaults.get(key)
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                faults.append(f"{key}={_shown(value)} must be True or False (verl's default: {default})")
+        elif bound is not None or isinstance(default, _NUMBER):
+            wanted, _, null = (bound or "any").partition(", or ")
+            if value is None and null:
+                continue
+            number = isinstance(value, _NUMBER) and not isinstance(value, bool)
+            if not number or not all(compare(value, limit) for compare, limit in _BOUNDS[wanted]):
+                text = "" if wanted == "any" else f" {wanted}"
+                usual = "" if not isinstance(default, _NUMBER) else f" (verl's default: {default})"
+                faults.append(f"{key}={_shown(value)} must be a number{text}{null and ', or ' + null}{usual}")
+    return faults
+
+
+def choice_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Words that must be one of a few."""
+    faults = []
+    for key, words in _table("choices").items():
+        value, known = OmegaConf.select(config, key), words.split()
+        given = list(value) if OmegaConf.is_list(value) else [value]
+        if OmegaConf.select(config, key.rpartition(".")[0]) is not None and not set(given) <= {*known}:
+            faults.append(f"{key}={_shown(value)} must be of {', '.join(known)}")
+    return faults
+
+
+def path_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """verl takes a path as it is written: a ``~`` would be a folder of that name, and the shell expands few of them."""
+    written, faults = flat(OmegaConf.to_container(config, resolve=False)), []
+    for key, value in flat(OmegaConf.to_container(config, resolve=True)).items():
+        if key.split(".")[0] not in {*verl_nodes(), "sdar"} or value == verl_defaults().get(key):
+            continue
+        if "${" in str(written.get(key)) and "oc.env" not in str(written[key]):
+            continue  # told where it is written
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, str) and path.startswith("~"):
+                faults.append(f'{key}={path}: verl does not expand ~; write "$HOME{path[1:]}", or the path from / on')
+    return faults
+
+
+def find_entry(key: str) -> Entry | None:
+    """What the table says of an option: by its name, else by the longest node that it is in."""
+    return next((entry for name in _names(key) if (entry := table().get(name)) is not None), None)
+
+
+def is_listed(section: str, key: str) -> bool:
+    """Whether a section of ``verl_options.yaml`` names the option, or a node that it is in."""
+    return any(name in _table(section) for name in _names(key))
+
+
+def _names(key: str) -> list[str]:
+    parts = key.split(".")
+    return [key, *(".".join([*parts[:end], "*"]) for end in range(len(parts), 0, -1))]
+
+
+@cache
+def table() -> dict[str, Entry]:
+    """Option, or node with ``.*`` -> what it does here."""
+    statuses: tuple[Status, ...] = ("works", "verls", "needs", "no_effect", "refused")
+    return {key: Entry(status, why) for status in statuses for key, why in _table(status).items()}
+
+
+@cache
+def _table(section: str) -> dict[str, str]:
+    text = resources.files("sdar_verl.checks").joinpath("verl_options.yaml").read_text(encoding="utf-8")
+    return {
+        f"{node}.{name}": why
+        for why, nodes in yaml.safe_load(text)[section].items()
+        for node, names in nodes.items()
+        for name in names.split()
+    }
+
+
+@cache
+def verl_defaults() -> dict[str, Any]:
+    """Every option of the installed verl's ``ppo_trainer`` -> its default, interpolations unresolved."""
+    # The file that verl's own checks keep equal to its schema: reading it needs no second composition by Hydra.
+    text = resources.files("verl.trainer.config").joinpath("_generated_ppo_trainer.yaml").read_text(encoding="utf-8")
+    return flat(OmegaConf.to_container(OmegaConf.create(text), resolve=False))
+
+
+@cache
+def verl_nodes() -> frozenset[str]:
+    """The top-level nodes that are verl's."""
+    return frozenset(key.split(".")[0] for key in verl_defaults())
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> dotted name of each leaf: its value. Lists and empty mappings are leaves."""
+    if not isinstance(tree, Mapping) or not (tree or not prefix):
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
+
+
+class Defaults:
+    """verl's defaults and ours as they would be in one config: many of verl's follow other options of it."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self._config = config
+        self._copy: DictConfig | None = None
+
+    def has(self, key: str, value: Any) -> bool:
+        """Whether the option has its default."""
+        if key.startswith("sdar."):
+            return bool(value == flat({"sdar": SdarConfig().model_dump()}).get(key))
+        defaults, parts = verl_defaults(), key.split(".")
+        for end in range(len(parts), 0, -1):
+            name = ".".join(parts[:end])
+            default = defaults.get(name)
+            if isinstance(default, str) and "${" in default:
+                return bool(value == self._follow(name, default, key))
+        if key in defaults:
+            return bool(value == defaults[key])
+        return value == {} or any(known.startswith(f"{key}.") for known in defaults)
+
+    def _follow(self, name: str, default: str, key: str) -> Any:
+        if self._copy is None:
+            self._copy = copy.deepcopy(self._config)
+            OmegaConf.set_struct(self._copy, False)
+        set_to = OmegaConf.select(self._copy, name)
+        OmegaConf.update(self._copy, name, default)
+        value = OmegaConf.select(self._copy, key)
+        OmegaConf.update(self._copy, name, set_to, merge=False)  # what follows it goes on following
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _switched(config: DictConfig, switch: str) -> bool:
+    option, _, wanted = switch.partition("=")
+    value = OmegaConf.select(config, option)
+    if not wanted:
+        return bool(value)
+    words = wanted.split("|")
+    if not option.endswith("trainer_mode") or value in words:
+        return value in words
+    mode = verl_mode(str(value))  # a subclass of somebody's
+    return mode is None or mode in map(verl_mode, words)
+
+
+def _shown(value: Any) -> Any:
+    return "null" if value is None else value
+
+
+def unlisted() -> Iterator[str]:
+    """Options of the installed verl that the table does not know; a test wants none."""
+    return (key for key in verl_defaults() if not key.endswith("_target_") and find_entry(key) is None)

@@ -1,0 +1,346 @@
+"""verl's options, all of them: the table knows the installed verl's schema, and each kind of fault is told by name."""
+
+from __future__ import annotations
+
+import copy
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from sdar_verl.compose import compose_config
+from sdar_verl.config import load_config
+from sdar_verl.errors import ConfigError
+from sdar_verl.checks import options
+from sdar_verl.checks.data import data_faults
+from sdar_verl.checks.notes import run_notes
+from sdar_verl.checks.options import (
+    choice_faults,
+    find_entry,
+    flat,
+    number_faults,
+    option_faults,
+    path_faults,
+    table,
+)
+from sdar_verl.checks.run import check_run
+from sdar_verl.checks.panel_tasks import panel_tasks
+from tests.support.toy_panel import write_toy_panels
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ("sdar_alfworld", "sdar_webshop", "sdar_search", "sdar_quickstart")
+# Read by verl although its schema does not name them, or of another version than the installed one.
+HIDDEN = {
+    "actor_rollout_ref.actor.fsdp_config.mixed_precision.*",
+    "actor_rollout_ref.ref.fsdp_config.mixed_precision.*",
+    "actor_rollout_ref.rollout.custom.*",
+    "actor_rollout_ref.rollout.enable_sleep_mode",
+    "actor_rollout_ref.actor.use_rollout_log_probs",
+    "actor_rollout_ref.model.target_parameters",
+    "data.cache_dir",
+    "data.filter_prompts",
+    "data.need_tools_kwargs",
+    "data.chat_template_func",
+    "trainer.remove_previous_ckpt_in_save",
+    "trainer.wandb_proxy",
+    "algorithm.gdpo_reward_keys",
+    "algorithm.gdpo_reward_weights",
+}
+
+
+@pytest.fixture(scope="module")
+def schema():
+    """verl's own config, composed by Hydra: option -> default, interpolations unresolved."""
+    return flat(OmegaConf.to_container(compose_config("ppo_trainer"), resolve=False))
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    panels = write_toy_panels(folder)
+    overrides = [*panels, f"trainer.default_local_dir={folder}/ck", "sdar.env.modules=[tests.support.toy_env]"]
+    return compose_config("sdar_quickstart", overrides)
+
+
+def changed(config, **values):
+    config = copy.deepcopy(config)
+    OmegaConf.set_struct(config, False)
+    for option, value in values.items():
+        OmegaConf.update(config, option, value)
+    return config
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_somebody_has_looked_at_every_option_of_the_installed_verl(schema):
+    unknown = [key for key in schema if not key.endswith("_target_") and find_entry(key) is None]
+    assert unknown == [], f"verl {version('verl')} has options that verl_options.yaml does not know"
+
+
+def test_the_defaults_that_are_read_are_those_of_the_schema(schema):
+    assert options.verl_defaults() == {key: value for key, value in schema.items() if key != "model_engine"}
+
+
+def test_an_option_of_a_later_verl_is_not_passed_over():
+    for key in (
+        "trainer.new",
+        "actor_rollout_ref.actor.new",
+        "actor_rollout_ref.rollout.new",
+        "data.new",
+        "algorithm.new",
+    ):
+        assert find_entry(key) is None
+
+
+def test_what_works_is_listed_by_name_unless_verl_takes_any_name_there(schema):
+    """A later option must not slip in under a star; profilers are verl's own, and a model engine is one word."""
+    free = {key for key, value in schema.items() if value == {}}
+    starred = {key.removesuffix(".*") for key, entry in table().items() if entry.status in ("works", "verls", "needs")
+               and key.endswith(".*")}  # fmt: skip
+    held = {node for node in starred if any(key.startswith(f"{node}.") for key in schema)} - free
+    assert all("profiler" in node or node.startswith("ray_kwargs.ray_init") for node in held), held
+
+
+def test_the_table_names_nothing_else(schema):
+    names = {key.removesuffix(".*") for key in table() if key not in HIDDEN}
+    stale = {name for name in names if not any(key == name or key.startswith(f"{name}.") for key in schema)}
+    if version("verl").startswith("0.9.1"):
+        assert stale == {
+            "actor_rollout_ref.actor.router_replay",
+            "actor_rollout_ref.ref.router_replay",
+            "data.continuous_token",
+        }, "of verl 0.9.0"
+
+
+def test_tests_that_are_named_exist():
+    named = {entry.why for entry in table().values() if entry.status == "works"}
+    assert named and all((ROOT / test).is_file() for test in named)
+
+
+def test_an_option_has_one_status():
+    sections = yaml.safe_load(
+        (ROOT / "sdar_verl" / "training" / "checks" / "verl_options.yaml").read_text(encoding="utf-8")
+    )
+    names = [
+        f"{node}.{name}"
+        for status in ("works", "verls", "needs", "no_effect", "refused")
+        for nodes in sections[status].values()
+        for node, listed in nodes.items()
+        for name in listed.split()
+    ]
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("hardware", ["8gpu", "4gpu", "2gpu", "cpu"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_recipe_has_such_a_fault(recipe, hardware):
+    config = compose_config(recipe, [f"hardware={hardware}"])
+    sdar = load_config(config.sdar)
+    assert [*option_faults(config, sdar), *number_faults(config, sdar), *path_faults(config, sdar)] == []
+
+
+# ---------------------------------------------------------------- faults
+
+FAULTS = {
+    "actor_rollout_ref.actor.checkpoint.async_save": (
+        True,
+        "is not supported: verl then does not say which checkpoint",
+    ),
+    "reward.custom_reward_function.path": ("r.py", "has no effect: the environment pays the reward"),
+    "custom_reward_function.path": ("r.py", "has no effect: the environment pays the reward"),
+    "reward.reward_model.enable": (True, "the environment pays the reward"),
+    "reward.reward_manager.name": ("dapo", "the environment pays the reward"),
+    "actor_rollout_ref.actor.grad_clip": (0.1, "actor_rollout_ref.actor.optim.clip_grad"),
+    "actor_rollout_ref.actor.clip_ratio": (0.1, "clip_ratio_low and clip_ratio_high"),
+    "actor_rollout_ref.rollout.val_kwargs.temperature": (0.7, "sdar.validation.arms"),
+    "actor_rollout_ref.rollout.response_length": (99, "set data.max_prompt_length and data.max_response_length"),
+    "actor_rollout_ref.rollout.multi_turn.max_assistant_turns": (3, "turns, tools and their limits are sdar.env's"),
+    "actor_rollout_ref.model.lora.rank": (8, "verl's FSDP engine reads model.lora_rank"),
+    "actor_rollout_ref.model.mtp.enable": (True, "is not supported"),
+    "actor_rollout_ref.actor.fsdp_config.qat.enable": (True, "is not supported"),
+    "critic.optim.lr": (1e-6, "there is none"),
+    "distillation.teacher_key": ("x", "sdar.teacher"),
+    "data.truncation": ("left", "prompts are made turn by turn"),
+    "data.custom_cls.path": ("d.py", "is not supported: panels are read"),
+    "algorithm.lam": (0.95, "has no effect"),
+    "algorithm.kl_ctrl.horizon": (5, "has no effect without algorithm.use_kl_in_reward"),
+    "algorithm.filter_groups.enable": (True, "is not supported"),
+    "trainer.critic_warmup": (3, "is not supported"),
+    "trainer.default_hdfs_dir": ("hdfs://x", "does not copy checkpoints"),
+    "trainer.del_local_ckpt_after_load": (True, "deletes what it resumes from"),
+    "trainer.v1.separate_async.parameter_sync_step": (2, "without trainer.v1.trainer_mode=sdar_separate_async"),
+    "trainer.v1.sampler.max_off_policy_threshold": (2, "sdar_colocate_async or sdar_separate_async"),
+    "skip.rollout.enable": (True, "is not supported"),
+    "trainer.resume_from_path": ("/x/global_step_2", "has no effect without trainer.resume_mode=resume_path"),
+    "trainer.sav_freq": (5, "verl has no such option; is trainer.save_freq meant?"),
+    "data.train_batchsize": (5, "verl has no such option; is data.train_batch_size meant?"),
+}
+
+
+@pytest.mark.parametrize("option", FAULTS)
+def test_what_does_nothing_or_breaks_a_run_is_told(quickstart, option):
+    value, said = FAULTS[option]
+    (fault,) = option_faults(changed(quickstart, **{option: value}), load_config(quickstart.sdar))
+    assert fault.startswith((f"{option}={value} ", f"{option}={value}: "))
+    assert said in fault
+
+
+def test_a_switch_makes_its_options_work(quickstart):
+    for values in (
+        {"algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.horizon": 5},
+        {"trainer.v1.trainer_mode": "sdar_separate_async", "trainer.v1.separate_async.parameter_sync_step": 2},
+        {"trainer.v1.trainer_mode": "somebodys", "trainer.v1.separate_async.parameter_sync_step": 2},
+    ):
+        assert option_faults(changed(quickstart, **values), load_config(quickstart.sdar)) == []
+
+
+def test_a_default_that_follows_another_option_is_none_of_the_users(quickstart):
+    """Also where verl has resolved the config before the trainer checks it."""
+    config = changed(quickstart, **{"actor_rollout_ref.rollout.n": 6, "data.max_response_length": 33,
+                                    "actor_rollout_ref.model.use_remove_padding": True})  # fmt: skip
+    OmegaConf.resolve(config)
+    assert option_faults(config, load_config(quickstart.sdar)) == []
+    assert config.critic.rollout_n == 6 and config.actor_rollout_ref.rollout.response_length == 33
+
+
+CHOICES = {
+    "trainer.resume_mode": ["atuo", None],
+    "trainer.logger": [["console", "wandbb"], "csv"],
+    "actor_rollout_ref.actor.optim.lr_scheduler_type": ["linear"],
+    "actor_rollout_ref.actor.kl_loss_type": ["k4"],
+}
+
+
+@pytest.mark.parametrize("option", CHOICES)
+def test_a_word_is_one_that_verl_knows(quickstart, option):
+    for value in CHOICES[option]:
+        (fault,) = choice_faults(changed(quickstart, **{option: value}), load_config(quickstart.sdar))
+        assert fault.startswith(f"{option}={'null' if value is None else value} must be of ")
+
+
+def test_the_words_are_verls_own():
+    from verl.utils.tracking import Tracking
+
+    assert set(Tracking.supported_backend) | {"tracking"} == set(options._table("choices")["trainer.logger"].split())
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"algorithm.adv_estimator": "gae"}, "needs a critic, and there is none"),
+        ({"algorithm.adv_estimator": "groop"}, "algorithm.adv_estimator=groop: verl knows "),
+        ({"actor_rollout_ref.actor.policy_loss.loss_mode": "vanila"}, "loss_mode=vanila: verl knows "),
+        ({"algorithm.gamma": 0.9}, "algorithm.gamma=0.9 has no effect with algorithm.adv_estimator=sdar"),
+    ],
+)
+def test_names_that_verl_looks_up_late_are_looked_up_early(quickstart, values, said):
+    with pytest.raises(ConfigError, match=said):
+        check_run(changed(quickstart, **values), load_config(quickstart.sdar))
+
+
+NUMBERS = {
+    "actor_rollout_ref.rollout.temperature": [0, -1, None, "hot"],
+    "actor_rollout_ref.rollout.top_p": [0, 1.5, None],
+    "actor_rollout_ref.rollout.n": [0, None],
+    "actor_rollout_ref.rollout.gpu_memory_utilization": [0, 60],
+    "actor_rollout_ref.rollout.max_model_len": [0],
+    "actor_rollout_ref.actor.ppo_mini_batch_size": [0],
+    "actor_rollout_ref.actor.clip_ratio_c": [0],
+    "actor_rollout_ref.actor.entropy_coeff": [None, "1e-3x"],
+    "actor_rollout_ref.actor.optim.lr": [None, -1e-6, "1e-6 "],
+    "data.max_prompt_length": [None, 0],
+    "data.max_response_length": [None, -1],
+    "data.train_batch_size": [0, None],
+    "data.dataloader_num_workers": [-1],
+    "data.train_max_samples": [None],
+    "data.shuffle": [None, "yes"],
+    "trainer.n_gpus_per_node": [0, None],
+    "trainer.nnodes": [0],
+    "trainer.save_freq": [None],
+    "trainer.test_freq": [None, "never"],
+    "trainer.total_training_steps": [0, -1, "all"],
+    "trainer.total_epochs": [0, None],
+    "trainer.val_before_train": [None, 1],
+}
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+def test_a_number_is_a_number_before_anything_calculates_with_it(quickstart, option):
+    sdar = load_config(quickstart.sdar)
+    for value in NUMBERS[option]:
+        config = changed(quickstart, **{option: value})
+        shown = "null" if value is None else value
+        assert any(fault.startswith(f"{option}={shown} must be ") for fault in number_faults(config, sdar)), value
+        with pytest.raises(ConfigError, match="must be"):
+            check_run(config, sdar)
+
+
+def test_numbers_that_are_fine_are_left_alone(quickstart):
+    fine = {"trainer.total_training_steps": None, "trainer.save_freq": -1, "actor_rollout_ref.rollout.temperature": 0.7,
+            "data.train_max_samples": -1, "actor_rollout_ref.actor.optim.lr": 0}  # fmt: skip
+    assert number_faults(changed(quickstart, **fine), load_config(quickstart.sdar)) == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["trainer.default_local_dir", "trainer.resume_from_path", "actor_rollout_ref.model.path", "data.train_files",
+     "sdar.skills.bank", "sdar.prompt.template", "sdar.teacher.path", "trainer.rollout_data_dir"],
+)  # fmt: skip
+def test_a_tilde_is_nobodys_home(quickstart, option):
+    (fault,) = path_faults(changed(quickstart, **{option: "~/here"}), load_config(quickstart.sdar))
+    assert fault == f'{option}=~/here: verl does not expand ~; write "$HOME/here", or the path from / on'
+    files = changed(quickstart, **{option: ["/a", "~/b"]})
+    assert '"$HOME/b"' in path_faults(files, load_config(quickstart.sdar))[0]
+
+
+def test_a_path_from_the_environment_is_looked_at_too(quickstart, monkeypatch):
+    monkeypatch.setenv("WHERE", "~/ck")
+    (fault,) = path_faults(changed(quickstart, **{"trainer.default_local_dir": "${oc.env:WHERE}"}), None)
+    assert fault.startswith("trainer.default_local_dir=~/ck: verl does not expand ~")
+
+
+# ---------------------------------------------------------------- steps and epochs
+
+
+def test_epochs_must_be_enough_for_the_steps(quickstart):
+    config = changed(quickstart, **{"trainer.total_training_steps": 6, "trainer.total_epochs": 1})
+    sdar = load_config(config.sdar)
+    tasks = len(panel_tasks(config, "train_files"))
+    steps = tasks // config.data.train_batch_size
+    assert 0 < steps < 6
+    (fault,) = data_faults(config, sdar)
+    assert f"trainer.total_epochs=1 ends the run after {steps} steps, before trainer.total_training_steps=6" in fault
+    needed = -(-6 // steps)
+    assert f"Set total_epochs to at least {needed}" in fault
+    assert data_faults(changed(config, **{"trainer.total_epochs": needed}), sdar) == []
+    assert data_faults(changed(config, **{"trainer.total_training_steps": None}), sdar) == []
+
+
+def test_a_panel_that_is_cut_below_a_batch_is_told(quickstart):
+    batch = quickstart.data.train_batch_size
+    config = changed(quickstart, **{"data.train_max_samples": batch - 1})
+    (fault,) = data_faults(config, load_config(config.sdar))
+    assert f"data.train_batch_size={batch}, but data.train_max_samples={batch - 1} leaves {batch - 1} tasks" in fault
+
+
+def test_notes_before_the_start(quickstart, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    sdar = load_config(quickstart.sdar)
+    assert run_notes(quickstart, sdar) == []
+    (note,) = run_notes(changed(quickstart, **{"actor_rollout_ref.rollout.top_p": 0.9}), sdar)
+    assert "rollout.top_p=0.9" in note and "gap" in note
+    (note,) = run_notes(changed(quickstart, **{"actor_rollout_ref.rollout.top_k": 20}), sdar)
+    assert "rollout.top_k=20" in note
+    (note,) = run_notes(changed(quickstart, **{"trainer.total_epochs": 30}), sdar)
+    assert "trainer.total_epochs=30 has no effect" in note
+    contents = {"actor_rollout_ref.actor.checkpoint.save_contents": ["hf_model"], "trainer.save_freq": 5}
+    (note,) = run_notes(changed(quickstart, **contents), sdar)
+    assert "leaves out model, optimizer, extra" in note
+    (note,) = run_notes(changed(quickstart, **{"trainer.max_actor_ckpt_to_keep": 1}), sdar)
+    assert "keep 2" in note
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    (note,) = run_notes(changed(quickstart, **{"trainer.default_local_dir": "ck"}), sdar)
+    assert "absolute path" in note
