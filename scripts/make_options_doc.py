@@ -1,12 +1,13 @@
-"""Writes docs/options.md from the typed settings of the ``sdar:`` node.
+"""Writes docs/options.md and hydra_configs/sdar_node.yaml from the typed settings of the ``sdar:`` node.
 
-python scripts/make_options_doc.py            write the file
-python scripts/make_options_doc.py --check    exit status 1 when the file is stale
+python scripts/make_options_doc.py            write both
+python scripts/make_options_doc.py --check    exit status 1 when one is stale
 """
 
 from __future__ import annotations
 
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,8 @@ from sdar_verl.skills.bank import bank_names
 from sdar_verl.skills.retrieval import retriever_names
 from sdar_verl.teacher.sources import list_sources
 
-PATH = Path(__file__).resolve().parents[1] / "docs" / "options.md"
+ROOT = Path(__file__).resolve().parents[1]
+WIDTH = 120
 
 # Options whose values are names that a registry or a folder knows.
 NAMES: dict[str, tuple[Callable[[], typing.Iterable[str]], str]] = {
@@ -74,14 +76,73 @@ class Option(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     """Write or check; returns the exit status."""
-    text = render()
-    if "--check" not in arguments:
-        PATH.write_text(text)
-        return 0
-    if PATH.is_file() and PATH.read_text() == text:
-        return 0
-    print(f"{PATH} is stale: run python {Path(__file__).name}", file=sys.stderr)
-    return 1
+    status = 0
+    for path, text in (
+        (ROOT / "docs" / "options.md", render()),
+        (
+            ROOT / "hydra_configs" / "sdar_node.yaml",
+            NODE_HEADER + node("sdar", SdarConfig, SdarConfig(), "") + NODE_END,
+        ),
+    ):
+        if "--check" not in arguments:
+            path.write_text(text)
+        elif not path.is_file() or path.read_text() != text:
+            print(f"{path} is stale: run python scripts/{Path(__file__).name}", file=sys.stderr)
+            status = 1
+    return status
+
+
+NODE_HEADER = """\
+# @package _global_
+# The sdar node with all its options and their defaults, the trainer that reads it, and the check of a run before Ray
+# starts. Of verl's nothing else is set. Written by scripts/make_options_doc.py from sdar_verl/config.py, which holds
+# types, ranges and sources.
+
+"""
+NODE_END = """
+trainer:
+
+  v1:
+
+    # verl's synchronous trainer with a teacher pass.
+    trainer_mode: sdar
+
+# Read the config once more with all of verl's nodes in view, before Ray starts.
+hydra:
+
+  callbacks:
+
+    sdar_check:
+
+      _target_: sdar_verl.checks.callback.CheckBeforeStart
+"""
+
+
+def node(name: str, model: type[BaseModel], value: BaseModel, indent: str) -> str:
+    """A node as YAML: the model's own words above each key."""
+    lines = [*_comment(" ".join((model.__doc__ or "").split()), indent), f"{indent}{name}:"]
+    text = "\n".join(lines) + "\n"
+    inner = f"{indent}  "
+    for key, field in model.model_fields.items():
+        mine = getattr(value, key)
+        if isinstance(mine, BaseModel):
+            text += "\n" + node(key, type(mine), mine, inner)
+            continue
+        text += "\n" + "".join(f"{line}\n" for line in _comment(field.description or "", inner))
+        if isinstance(mine, dict) and any(isinstance(item, BaseModel) for item in mine.values()):
+            text += f"{inner}{key}:\n"
+            for arm, item in mine.items():
+                text += "\n" + node(arm, type(item), item, f"{inner}  ")
+            continue
+        shown = yaml.safe_dump(mine, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+        text += f"{inner}{key}: {shown}\n"
+    return text
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    plain = text.replace("``", "").strip()
+    mark = f"{indent}# "
+    return textwrap.wrap(plain[:1].upper() + plain[1:], WIDTH, initial_indent=mark, subsequent_indent=mark)
 
 
 def render() -> str:

@@ -22,6 +22,7 @@ _REGISTRATIONS = (
     ("verl.trainer.ppo.v1", "sdar_verl.verl.trainer"),
     ("verl.trainer.ppo.v1", "sdar_verl.verl.async_modes"),
     ("verl.experimental.agent_loop", "sdar_verl.rollout.agent_loop"),
+    ("verl.experimental.agent_loop", "sdar_verl.verl.taught_loop"),
     ("verl.workers.engine", "sdar_verl.verl.engines"),
     ("hydra.core.plugins", "sdar_verl.hydra_search_path"),
     ("omegaconf", "sdar_verl.resolvers"),

@@ -7,6 +7,11 @@ from omegaconf import DictConfig
 AGENT_LOOP = "sdar_agent"
 """The agent loop of the text environments."""
 
+TAUGHT = "sdar_taught"
+"""The one that runs another loop and adds the teacher's prompt (:mod:`sdar_verl.verl.taught_loop`)."""
+INNER_COLUMN = "sdar_inner_agent"
+"""Column of a prompt: the loop that plays it."""
+
 
 def plays_environments(config: DictConfig) -> bool:
     """Whether the run's prompts are tasks of a text environment of ours (``sdar.env``)."""

@@ -7,14 +7,13 @@ import traceback
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from sdar_verl.checks.notes import run_notes
 from sdar_verl.checks.run import check_run
 from sdar_verl.config import load_config
 from sdar_verl.errors import ConfigError
 from sdar_verl.quiet import be_quiet
-from sdar_verl.checks.notes import run_notes
-from sdar_verl.checks.run import check_run
 
 
 class CheckBeforeStart(Callback):
@@ -24,6 +23,8 @@ class CheckBeforeStart(Callback):
         """Hydra's hook, in the driver, with the composed config."""
         be_quiet()
         try:
+            # Hydra's own node holds what a single run never sets.
+            config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             sdar = load_config(config.get("sdar"))
             check_run(config, sdar)
             for note in run_notes(config, sdar):

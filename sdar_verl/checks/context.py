@@ -15,6 +15,7 @@ from sdar_verl.context.builder import is_late
 from sdar_verl.context.registry import ContextError, get_context
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
+from sdar_verl.recipe import plays_environments
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.loading import load_run_bank
 from sdar_verl.skills.registry import get_rule
@@ -96,7 +97,7 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 def _other_types(config: DictConfig) -> list[str]:
     types = {task.task_type for task in panel_tasks(config, "train_files")}
-    if len(types) == 1:
+    if len(types) == 1 and plays_environments(config):
         return [
             "sdar.context.control=wrong shows the context of a task of another type, but all tasks of data.train_files "
             f"are of the type {types.pop()!r}; use control=shuffled or random_text"

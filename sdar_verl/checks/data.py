@@ -7,9 +7,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from sdar_verl.checks.panel_tasks import panel_files
 from sdar_verl.config import SdarConfig
 from sdar_verl.panels import LOCATIONS, PanelError, read_panel
-from sdar_verl.checks.panel_tasks import panel_files
 
 
 def data_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:

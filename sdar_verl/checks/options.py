@@ -14,8 +14,8 @@ from typing import Any, Literal
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from sdar_verl.config import SdarConfig
 from sdar_verl.checks.modes import verl_mode
+from sdar_verl.config import SdarConfig
 
 Status = Literal["works", "verls", "needs", "no_effect", "refused"]
 

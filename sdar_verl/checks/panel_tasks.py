@@ -1,13 +1,22 @@
-"""Tasks of a run's panels, as far as they can be read here."""
+"""Tasks of a run's data, as far as they can be read here: panels of the text environments, or a recipe's own files."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from sdar_verl.envs.base import Task
 from sdar_verl.panels import PanelError, panel_digest, read_panel
+from sdar_verl.recipe import plays_environments
+from sdar_verl.rollout.recipe_rows import task_of
+
+ROWS_READ = 2000
+"""Rows of a recipe's file that are looked at before the start."""
 
 
 def panel_files(config: DictConfig, option: str) -> list[str]:
@@ -24,18 +33,62 @@ def panel_digests(config: DictConfig, option: str) -> list[str]:
     """The hash of each of :func:`panel_files`.
 
     Raises:
-        PanelError: one is missing or not a panel of ours.
+        PanelError: one is missing, or, with a text environment, not a panel of ours.
     """
-    return [panel_digest(file) for file in panel_files(config, option)]
+    digest = panel_digest if plays_environments(config) else file_digest
+    return [digest(file) for file in panel_files(config, option)]
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes. PanelError when it cannot be read."""
+    try:
+        with Path(path).open("rb") as stream:
+            found = hashlib.sha256()
+            while block := stream.read(1 << 20):
+                found.update(block)
+            return found.hexdigest()
+    except OSError as error:
+        raise PanelError(f"{path} cannot be read: {error}") from error
 
 
 def panel_tasks(config: DictConfig, option: str) -> list[Task]:
-    """All tasks of ``data.train_files`` or ``data.val_files``; what cannot be read is named by the data check."""
+    """Tasks of ``data.train_files`` or ``data.val_files``, of a recipe's files the first :data:`ROWS_READ`; what cannot
+    be read is named by the data check."""
     tasks: list[Task] = []
     for file in panel_files(config, option):
-        if Path(file).is_file():
-            try:
+        if not Path(file).is_file():
+            continue
+        try:
+            if plays_environments(config):
                 tasks += read_panel(file)
-            except PanelError:
-                continue
+            else:
+                key = config.data.get("prompt_key", "prompt")
+                tasks += [task_of({**row, "raw_prompt": row[key]}) for row in read_rows(file)]
+        except (PanelError, KeyError, TypeError, ValueError):
+            continue
     return tasks
+
+
+def read_rows(path: str | Path, limit: int = ROWS_READ) -> Iterator[dict[str, Any]]:
+    """The first rows of a file of verl's data: Parquet, JSON or JSON lines.
+
+    Raises:
+        PanelError: it cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if str(path).endswith(".parquet"):
+            file, left = pq.ParquetFile(path), limit
+            for batch in file.iter_batches(batch_size=min(limit, 512)):
+                yield from batch.to_pylist()[:left]
+                left -= batch.num_rows
+                if left <= 0:
+                    return
+        else:
+            text = Path(path).read_text(encoding="utf-8-sig").strip()
+            rows = json.loads(text) if text.startswith("[") else map(json.loads, text.splitlines())
+            yield from list(rows)[:limit]
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise PanelError(f"{path} cannot be read: {error}") from error

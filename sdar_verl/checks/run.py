@@ -7,10 +7,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.checks.context import context_faults
+from sdar_verl.checks.data import data_faults
 from sdar_verl.checks.engine import engine_faults, sequence_parallel
 from sdar_verl.checks.loss import loss_faults
 from sdar_verl.checks.modes import mode_faults, parts_of_a_step
-from sdar_verl.checks.panel_tasks import panel_files
+from sdar_verl.checks.options import choice_faults, number_faults, option_faults, path_faults
+from sdar_verl.checks.recipe import recipe_faults
 from sdar_verl.checks.resume import resume_faults
 from sdar_verl.checks.skills import skill_faults
 from sdar_verl.checks.teacher import teacher_faults
@@ -18,15 +20,7 @@ from sdar_verl.compat import check_verl_version
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.modules import import_modules
-from sdar_verl.checks.context import context_faults
-from sdar_verl.checks.data import data_faults
-from sdar_verl.checks.engine import engine_faults, sequence_parallel
-from sdar_verl.checks.loss import loss_faults
-from sdar_verl.checks.modes import mode_faults, parts_of_a_step
-from sdar_verl.checks.options import choice_faults, number_faults, option_faults, path_faults
-from sdar_verl.checks.resume import resume_faults
-from sdar_verl.checks.skills import skill_faults
-from sdar_verl.checks.teacher import teacher_faults
+from sdar_verl.recipe import plays_environments
 from sdar_verl.verl.resume import experiment_faults
 
 RELEASED_METHODS = ("grpo", "skill_grpo", "skill_prompt", "opsd", "grpo_opsd", "skill_sd", "rlsd", "sdar")
@@ -40,7 +34,10 @@ def check_run(config: DictConfig, sdar: SdarConfig) -> None:
     """
     check_verl_version()
     # The others calculate with these.
-    faults = number_faults(config, sdar) or [fault for check in _CHECKS for fault in check(config, sdar)]
+    checks = [check for check in _CHECKS if plays_environments(config) or check not in _OF_ENVIRONMENTS]
+    if not plays_environments(config) and "skills" not in sdar.context.sources:
+        checks.remove(skill_faults)
+    faults = number_faults(config, sdar) or [fault for check in checks for fault in check(config, sdar)]
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -55,11 +52,12 @@ def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
         import_modules(sdar.all_modules)
     except ConfigError as error:
         return [str(error)]
-    attempts = {
-        "sdar.env": lambda: check_env(sdar.env.name, sdar.env.options),
-        "sdar.prompt.template": lambda: PromptTemplate.load(sdar.prompt.template).check_rows(sdar.rollout.rows),
-        "sdar.context.sources": lambda: check_contexts(sdar.context.sources, sdar.context.options),
-    }
+    attempts = {"sdar.context.sources": lambda: check_contexts(sdar.context.sources, sdar.context.options)}
+    if plays_environments(config):
+        attempts |= {
+            "sdar.env": lambda: check_env(sdar.env.name, sdar.env.options),
+            "sdar.prompt.template": lambda: PromptTemplate.load(sdar.prompt.template).check_rows(sdar.rollout.rows),
+        }
     faults = []
     for option, attempt in attempts.items():
         try:
@@ -106,17 +104,12 @@ def _modes(config: DictConfig, sdar: SdarConfig) -> list[str]:
     estimator = config.algorithm.adv_estimator
     if not config.trainer.get("use_v1", True):
         faults.append("trainer.use_v1=False: SDAR runs on verl's v1 trainer; leave it at True")
-    if estimator != "sdar" and sdar.advantage.invalid_action_penalty > 0:
+    if estimator != "sdar" and sdar.advantage.invalid_action_penalty > 0 and plays_environments(config):
         faults.append(
             f"sdar.advantage.invalid_action_penalty={sdar.advantage.invalid_action_penalty} has no effect with "
             f"algorithm.adv_estimator={estimator}; set it to 0 or use adv_estimator=sdar"
         )
     faults += _registered_in_verl(config)
-    agent = config.actor_rollout_ref.rollout.agent.default_agent_loop
-    if agent != "sdar_agent":
-        faults.append(
-            f"actor_rollout_ref.rollout.agent.default_agent_loop={agent} makes no teacher prompts; set it to sdar_agent"
-        )
     if OmegaConf.select(config, "distillation.enabled"):
         faults.append("distillation.enabled=True is verl's own distillation with a separate teacher; set it to False")
     return faults
@@ -241,6 +234,8 @@ _CHECKS: tuple[Any, ...] = (
     engine_faults,
     _variant,
     data_faults,
+    recipe_faults,
     resume_faults,
     experiment_faults,
 )
+_OF_ENVIRONMENTS = (_actions, _rows, data_faults)

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.checks.modes import verl_mode
+from sdar_verl.checks.notes import run_notes
 from sdar_verl.checks.panel_tasks import panel_files, panel_tasks
 from sdar_verl.checks.run import check_run
 from sdar_verl.compose import compose_config
@@ -19,10 +20,6 @@ from sdar_verl.doctor.findings import Finding
 from sdar_verl.doctor.machine import Machine
 from sdar_verl.doctor.prompts import check_prompts
 from sdar_verl.errors import ConfigError
-from sdar_verl.checks.modes import verl_mode
-from sdar_verl.checks.notes import run_notes
-from sdar_verl.checks.run import check_run
-from sdar_verl.checks.panel_tasks import panel_files, panel_tasks
 
 
 def check_config(config_name: str, overrides: list[str], machine: Machine, resets: int) -> list[Finding]:

@@ -56,9 +56,10 @@ def forms_of(field: str, value: Any) -> tuple[str, ...]:
 
 def number_of(field: str, value: Any) -> float:
     """``value`` as a finite float; numbers of numpy and torch without dimensions are numbers, too."""
-    number: Any = _plain(value)
-    if not isinstance(number, Real):
+    plain = _plain(value)
+    if not isinstance(plain, Real):
         raise StepError(f"a step's {field} must be a number, not {shorten(value)}")
+    number: Any = plain
     if not abs(number) <= _LARGEST:  # NaN is not, either
         raise StepError(f"a step's {field} is {shorten(number)}; it must be a finite number, which float32 can hold")
     return float(number)

@@ -38,7 +38,7 @@ class ContextPlace:
     def __init__(self, place: str, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None):
         self._place = place
         self._control = control_strings_of(tokenizer, chat_template_kwargs)
-        self._template = None if place in ("user", "system") else _load(place)
+        self._template = load_place(place)
 
     def put(self, messages: Sequence[Message], context: str) -> list[dict[str, Any]]:
         """A copy of ``messages`` with ``context`` in them; the same messages where it is empty.
@@ -88,7 +88,14 @@ def _text(message: Message) -> str:
     return content
 
 
-def _load(path: str) -> Any:
+def load_place(path: str) -> Any:
+    """The template of a place; None for ``user`` and ``system``.
+
+    Raises:
+        PromptTemplateError: it cannot be read, or does not show both slots.
+    """
+    if path in ("user", "system"):
+        return None
     environment = ImmutableSandboxedEnvironment(keep_trailing_newline=False)
     try:
         source = Path(path).read_text(encoding="utf-8-sig")

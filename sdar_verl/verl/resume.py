@@ -9,12 +9,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.atomic import write_text_atomically
+from sdar_verl.checks.options import Defaults, find_entry, flat, is_listed, verl_nodes
+from sdar_verl.checks.panel_tasks import panel_digests
+from sdar_verl.checks.resume import TRACKER, checkpoint_folder
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import PanelError
-from sdar_verl.checks.options import Defaults, find_entry, flat, is_listed, verl_nodes
-from sdar_verl.checks.resume import TRACKER, checkpoint_folder
-from sdar_verl.checks.panel_tasks import panel_digests
 from sdar_verl.untrusted import parse_json, shorten
 
 RUN_FILE = "sdar_run.json"

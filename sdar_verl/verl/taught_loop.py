@@ -9,13 +9,15 @@ tokens and tool answers, verbatim.
 from __future__ import annotations
 
 import copy
+import logging
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import hydra
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from verl.experimental.agent_loop import agent_loop as verl_loops
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
@@ -28,7 +30,9 @@ from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import Task
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
 from sdar_verl.modules import import_modules
+from sdar_verl.recipe import INNER_COLUMN, TAUGHT
 from sdar_verl.rollout.messages import ContextPlace, MessagesError
+from sdar_verl.rollout.outputs import OutputMaker
 from sdar_verl.rollout.prompts import PromptTemplateError
 from sdar_verl.rollout.recipe_rows import record_of, task_of
 from sdar_verl.rollout.rows import ROW_KEY, TRACED_COLUMN, RowInfo
@@ -39,9 +43,7 @@ from sdar_verl.rollout.uids import seed_part
 from sdar_verl.skills.retrieval import RetrievalError
 from sdar_verl.verl.outputs import RowOutput
 
-NAME = "sdar_taught"
-INNER_COLUMN = "sdar_inner_agent"
-"""Column of a prompt: the loop that plays it."""
+logger = logging.getLogger(__name__)
 
 FOREIGN = (
     "agent loop {loop} makes a prompt that verl's own tokenisation does not make of its messages ({why}), so the "
@@ -54,7 +56,7 @@ def teach(batch: TensorDict, default: str) -> None:
     """Send the prompts of ``batch`` through :class:`TaughtLoop`, to the loops that they name or the ``default`` one."""
     names = list(batch["agent_name"]) if "agent_name" in batch else [default] * len(batch)
     tu.assign_non_tensor_stack(batch, INNER_COLUMN, names)
-    tu.assign_non_tensor_stack(batch, "agent_name", [NAME] * len(batch))
+    tu.assign_non_tensor_stack(batch, "agent_name", [TAUGHT] * len(batch))
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,14 @@ class _Recording:
         return ids
 
 
+def recorded(kind: str, **given: Any) -> Any:
+    """An agent loop of the class at ``kind``, which notes the prompts that it has tokenised."""
+    loop_class = hydra.utils.get_class(kind)
+    loop = type(f"Recorded{loop_class.__name__}", (_Recording, loop_class), {})(**given)
+    loop.built = []
+    return loop
+
+
 def prompt_maker(
     config: DictConfig, tokenizer: Any, model_type: str | None, **further: Any
 ) -> Callable[..., list[int]]:
@@ -97,7 +107,7 @@ def prompt_maker(
         **further: arguments of the chat template beyond ``data.apply_chat_template_kwargs``.
     """
     given: Any = config.data.get("apply_chat_template_kwargs", None) or {}
-    options = {**(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given), **further}
+    options: dict[str, Any] = dict(given) | further
     try:
         from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
     except ImportError:  # verl 0.9.0
@@ -207,7 +217,7 @@ class _Runtime:
 _runtimes: dict[int, _Runtime] = {}
 
 
-@register(NAME)
+@register(TAUGHT)
 class TaughtLoop(AgentLoopBase):
     """Runs the loop that the row names, and adds the teacher's prompt to its outputs."""
 
@@ -225,19 +235,28 @@ class TaughtLoop(AgentLoopBase):
             sampling_params: verl's; a validation arm replaces the temperature.
             **columns: the row's.
         """
-        name, arm_name = columns.pop(INNER_COLUMN), columns.pop("sdar_arm", None)
+        name, arm_name = columns.pop(INNER_COLUMN), columns.pop("sdar_arm", None) or None
         traced = bool(columns.pop(TRACED_COLUMN, False))
-        runtime = self._runtime()
         task = task_of(columns)
+        try:
+            runtime = self._runtime()
+            loop = self._loop(name)
+        except Exception as error:
+            # Every row of this process meets it. Raised, it would cost the groups alone, and say little.
+            fault = f"{type(error).__name__} in agent loop {name!r} on {platform.node()}: {error}"
+            return self._failed(task, arm_name, columns, error=fault)
         if arm_name is not None:
             arm = runtime.sdar.validation.arms[arm_name]
             shown = self._early(runtime, task)
             columns["raw_prompt"] = runtime.prompts.place.put(list(columns["raw_prompt"]), shown.text if shown else "")
             sampling_params = {**sampling_params, "temperature": arm.temperature}
-        loop = self._loop(name)
         submitted = seed_part(columns.get("uid"), columns.get("global_steps"))
         seed = request_seed(runtime.sdar.rollout.seed, task.task_id, arm_name, submitted, columns.get("session_id"))
-        output = await loop.run({**sampling_params, **({} if seed is None else {"seed": seed})}, **columns)
+        try:
+            output = await loop.run({**sampling_params, **({} if seed is None else {"seed": seed})}, **columns)
+        except Exception as error:
+            logger.exception("agent loop %s, task %s", name, task.task_id)
+            return self._failed(task, arm_name, columns, failure=f"{type(error).__name__} in {name}: {error}")
         if arm_name is not None:
             return output
         outputs = output if isinstance(output, list) else [output]
@@ -266,6 +285,18 @@ class TaughtLoop(AgentLoopBase):
                 rows[0][1].episode.teacher_wait_s = waited
         return [self._row(runtime.sdar, one, info) for one, info in rows]
 
+    def _failed(self, task: Task, arm: str | None, columns: Mapping[str, Any], **why: str) -> list[AgentLoopOutput]:
+        """The masked row of an episode that could not be played, so that its group goes on without it."""
+        sdar, rollout = load_config(self.config.sdar), self.config.actor_rollout_ref.rollout
+        outputs = OutputMaker(
+            self.tokenizer.eos_token_id,
+            log_probs=rollout.calculate_log_probs,
+            teacher=sdar.teacher.source != "none",
+            answered=sdar.teacher.placement == "rollout_server",
+        )
+        step = max(int(columns.get("global_steps") or 0) - (arm is None), 0)
+        return [outputs.failed_row(task, arm, step, **why)]
+
     def _runtime(self) -> _Runtime:
         key = id(self.config)
         if key not in _runtimes:
@@ -277,11 +308,8 @@ class TaughtLoop(AgentLoopBase):
         if name not in registry:
             raise ValueError(f"agent loop {name!r} is not registered; known: {', '.join(sorted(registry))}")
         entry = dict(registry[name])
-        kind = hydra.utils.get_class(entry["_target_"])
-        entry["_target_"] = type(f"Taught{kind.__name__}", (_Recording, kind), {})
-        loop = hydra.utils.instantiate(entry, **self._given, _convert_="partial")
-        loop.built = []
-        return loop
+        entry |= {"_target_": f"{__name__}.{recorded.__name__}", "kind": entry["_target_"]}
+        return hydra.utils.instantiate(entry, **self._given)
 
     def _server(self, runtime: _Runtime, columns: Mapping[str, Any]) -> ServerTeacher | None:
         teacher, rollout = runtime.sdar.teacher, self.config.actor_rollout_ref.rollout

@@ -25,7 +25,7 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.debug import marked_timer
 from verl.workers.utils.losses import ppo_loss
 
-from sdar_verl.checks.panel_tasks import panel_files
+from sdar_verl.checks.panel_tasks import panel_digests, panel_files
 from sdar_verl.checks.run import check_run
 from sdar_verl.compat import validation_counts
 from sdar_verl.config import load_config
@@ -38,7 +38,6 @@ from sdar_verl.observe.base import load_states, save_states
 from sdar_verl.observe.lines import step_line, validation_line
 from sdar_verl.observe.metrics import gap_metrics, reduce_loss_sums
 from sdar_verl.observe.step_metrics import step_metrics
-from sdar_verl.panels import panel_digest
 from sdar_verl.recipe import plays_environments
 from sdar_verl.requests import StepRequests, asked
 from sdar_verl.rollout.rows import TRACED_COLUMN
@@ -130,9 +129,11 @@ class SdarTraining(PPOTrainer):
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
         for option in ("train_files", "val_files"):
-            for file in panel_files(self.config, option):
-                print(f"sdar panel {file}: hash {panel_digest(file)}", flush=True)
-        self.val_dataset = ArmDataset(self.val_dataset, self.sdar.validation.arms)
+            files, digests = panel_files(self.config, option), panel_digests(self.config, option)
+            for file, digest in zip(files, digests, strict=True):
+                print(f"sdar panel {file}: hash {digest}", flush=True)
+        loop = None if self._environments else self.config.actor_rollout_ref.rollout.agent.default_agent_loop
+        self.val_dataset = ArmDataset(self.val_dataset, self.sdar.validation.arms, loop)
         self._val_types = self.val_dataset.task_types()
         self.val_dataloader = StatefulDataLoader(
             dataset=self.val_dataset,

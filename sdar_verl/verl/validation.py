@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from sdar_verl.config import ValidationArm
+from sdar_verl.recipe import INNER_COLUMN, TAUGHT
 
 
 class ArmDataset(Dataset):
@@ -17,14 +18,20 @@ class ArmDataset(Dataset):
     Args:
         panel: verl's validation data set.
         arms: the ``sdar.validation.arms`` node.
+        agent_loop: of a recipe of verl's: its rows stay as they are, and each arm that shows a context comes beside
+            them, under a data source of its own.
 
     Attributes:
         columns: row -> further columns of it; trainer parts may set it before a validation.
     """
 
-    def __init__(self, panel: Dataset, arms: Mapping[str, ValidationArm]):
+    def __init__(self, panel: Dataset, arms: Mapping[str, ValidationArm], agent_loop: str | None = None):
         self._panel = panel
-        self._arms = list(arms)
+        self._agent_loop = agent_loop
+        if agent_loop is None:
+            self._arms: list[str | None] = list(arms)
+        else:
+            self._arms = [None, *(name for name, arm in arms.items() if arm.context != "none")]
         self.columns: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_columns
 
     def __len__(self) -> int:
@@ -32,16 +39,25 @@ class ArmDataset(Dataset):
 
     def task_types(self) -> Counter[str]:
         """Task type -> tasks of the panel."""
+        if self._agent_loop is not None:
+            return Counter()
         return Counter(extra["task_type"] for extra in self._panel.dataframe["extra_info"])  # type: ignore[attr-defined]
 
     def asked(self, rollouts: int) -> dict[str, int]:
         """Arm -> episodes of one validation, with ``rollouts`` of each task."""
-        return dict.fromkeys(self._arms, len(self._panel) * rollouts)  # type: ignore[arg-type]
+        return dict.fromkeys(filter(None, self._arms), len(self._panel) * rollouts)  # type: ignore[arg-type]
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         arm_index, row_index = divmod(item, len(self._panel))  # type: ignore[arg-type]
         row = dict(self._panel[row_index])
         arm = self._arms[arm_index]
+        if self._agent_loop is not None:
+            inner = row.get("agent_name", self._agent_loop)
+            routed = {} if arm is None else {INNER_COLUMN: inner, "sdar_arm": arm}
+            row |= {INNER_COLUMN: "", "sdar_arm": "", "agent_name": TAUGHT if arm else inner, **routed}
+            if arm is not None:
+                row["data_source"] = f"{row['data_source']}/{arm}"
+            return {**row, **self.columns(row)}
         row["data_source"] = f"{row['data_source']}/{arm}"
         row["sdar_arm"] = arm
         return {**row, **self.columns(row)}

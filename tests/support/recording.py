@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import wrapt
@@ -10,10 +11,9 @@ import wrapt
 
 def _register(_) -> None:
     import torch
-    import transfer_queue as tq
     from verl.trainer.ppo.v1.trainer_base import register_trainer
 
-    from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
+    from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
     from sdar_verl.verl.async_modes import SdarColocateAsync, SdarSeparateAsync
     from sdar_verl.verl.trainer import SdarTrainer
 
@@ -27,16 +27,27 @@ def _register(_) -> None:
         "advantages",
         "entropy",
         "rm_scores",
+        TEACHER_PROMPTS,
         TEACHER_LOG_PROBS,
         TEACHER_MASK,
     ]
 
     class Recording:
+        def read_table(self, batch):
+            self._recorded = super().read_table(batch)
+            return self._recorded
+
         def _update_actor(self, batch, metrics):
-            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-            stored = [name for name in fields if name in data]
-            record = {name: [row.clone() for row in data[name].unbind()] for name in stored}
-            record |= {"keys": list(batch.keys), "infos": self._infos, "tags": list(batch.tags)}
+            table = self._recorded
+            data = table.rows.read(fields)
+            record = {name: [row.clone() for row in data[name].unbind()] for name in fields if name in data}
+            infos = [
+                info and replace(info, teacher_prompt_ids=ids.numpy() if len(ids) else None)
+                for info, ids in zip(
+                    table.infos, record.pop(TEACHER_PROMPTS, [()] * len(table.infos)), strict=True
+                )
+            ]
+            record |= {"keys": list(batch.keys), "infos": infos, "tags": list(batch.tags)}
             part = f"_{self.local_trigger_step}" if self.local_trigger_step else ""
             torch.save(record, Path(os.environ["SDAR_RECORD"]) / f"step_{self.global_steps}{part}.pt")
             return super()._update_actor(batch, metrics)

@@ -10,11 +10,11 @@ import shutil
 import pytest
 from omegaconf import OmegaConf
 
+from sdar_verl.checks.options import _table, find_entry, flat, is_listed, verl_defaults
+from sdar_verl.checks.run import _CHECKS
 from sdar_verl.compose import compose_config
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
-from sdar_verl.checks.options import _table, find_entry, flat, is_listed, verl_defaults
-from sdar_verl.checks.run import _CHECKS
 from sdar_verl.verl.resume import RUN_FILE, claim_checkpoints, experiment_faults, fingerprint, from_scratch
 from tests.support.toy_panel import write_toy_panels
 

@@ -10,9 +10,6 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from sdar_verl.compose import compose_config
-from sdar_verl.config import load_config
-from sdar_verl.errors import ConfigError
 from sdar_verl.checks import options
 from sdar_verl.checks.data import data_faults
 from sdar_verl.checks.notes import run_notes
@@ -25,8 +22,11 @@ from sdar_verl.checks.options import (
     path_faults,
     table,
 )
-from sdar_verl.checks.run import check_run
 from sdar_verl.checks.panel_tasks import panel_tasks
+from sdar_verl.checks.run import check_run
+from sdar_verl.compose import compose_config
+from sdar_verl.config import load_config
+from sdar_verl.errors import ConfigError
 from tests.support.toy_panel import write_toy_panels
 
 ROOT = Path(__file__).resolve().parents[2]
