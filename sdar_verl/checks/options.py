@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.checks.modes import verl_mode
 from sdar_verl.config import SdarConfig
+from sdar_verl.recipe import plays_environments
 
-Status = Literal["works", "verls", "needs", "no_effect", "refused"]
+Status = Literal["works", "verls", "needs", "recipes", "no_effect", "refused"]
 
 # Nodes that verl reads as they are, so that a misspelt key in them would be passed over without a word.
 _PLAIN = ("algorithm.", "data.", "trainer.")
@@ -54,7 +55,7 @@ def option_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         if entry.status == "needs" and not _switched(config, entry.why):
             switch = entry.why.replace("|", " or ")
             faults.append(f"{key}={value} has no effect without {switch}; leave it out, or set that")
-        elif entry.status == "no_effect":
+        elif entry.status == "no_effect" or (entry.status == "recipes" and plays_environments(config)):
             faults.append(f"{key}={value} has no effect: {entry.why}")
         elif entry.status == "refused":
             faults.append(f"{key}={value} is not supported: {entry.why}")
@@ -128,7 +129,7 @@ def _names(key: str) -> list[str]:
 @cache
 def table() -> dict[str, Entry]:
     """Option, or node with ``.*`` -> what it does here."""
-    statuses: tuple[Status, ...] = ("works", "verls", "needs", "no_effect", "refused")
+    statuses: tuple[Status, ...] = ("works", "verls", "needs", "recipes", "no_effect", "refused")
     return {key: Entry(status, why) for status in statuses for key, why in _table(status).items()}
 
 
