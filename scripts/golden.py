@@ -37,7 +37,10 @@ SEPARATE = [
     "actor_rollout_ref.rollout.nnodes=1",
     "actor_rollout_ref.rollout.n_gpus_per_node=1",
 ]
-FSDP1 = ["actor_rollout_ref.actor.strategy=fsdp", "actor_rollout_ref.ref.strategy=fsdp"]
+FSDP1 = [
+    *("actor_rollout_ref.actor.strategy=fsdp", "actor_rollout_ref.ref.strategy=fsdp"),
+    "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra]",
+]
 WHOLE = [
     *("sdar.rollout.rows=trajectory", "sdar.rollout.turn_length=16", "data.max_response_length=192"),
     *("sdar.prompt.history_length=0", "sdar.update.mini_batch_rows=16", "sdar.teacher.max_prompt_length=320"),
@@ -60,9 +63,12 @@ CASES: dict[str, list[str]] = {
     "forward_kl-top_k": ["sdar.loss.objective=forward_kl", "sdar.loss.support=top_k", "sdar.loss.top_k=8"],
     "jsd-top_k": ["sdar.loss.objective=jsd", "sdar.loss.support=top_k", "sdar.loss.top_k=8", *PACKED],
     "jsd-actor_fresh": ["sdar.loss.objective=jsd", "sdar.teacher.source=actor_fresh"],
-    "entropy-gate": ["sdar.loss.gate=soft_or", "sdar.loss.gate_options={norm: batch_minmax}"],
-    "statistics": ["sdar.loss.centre=trajectory", "sdar.loss.granularity=trajectory", "sdar.loss.divide_by=trajectory"],
-    "measured": ["sdar.loss.measure_every=1", "sdar.loss.coef_schedule.name=grad_share"],
+    "entropy-gate": ["sdar.loss.gate=soft_or", "+sdar.loss.gate_options.norm=batch_minmax"],
+    "statistics": ["sdar.loss.centre=batch", "sdar.loss.granularity=trajectory", "sdar.loss.divide_by=trajectory"],
+    "measured": [
+        *("sdar.loss.measure_every=1", "sdar.loss.coef_schedule.name=grad_share"),
+        "+sdar.loss.coef_schedule.options.share=0.1",
+    ],
     "packed": PACKED,
     "fsdp1": FSDP1,
     "fsdp1-revkl_frozen": ["method=revkl_frozen", *FSDP1],

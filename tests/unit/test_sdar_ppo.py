@@ -1,0 +1,115 @@
+"""SDAR for the recipe you have: what ``sdar_ppo`` changes of verl's defaults, and what is told before Ray starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from sdar_verl.checks.options import flat
+from sdar_verl.checks.run import check_run
+from sdar_verl.compose import compose_config
+from sdar_verl.config import load_config
+from sdar_verl.errors import ConfigError
+from tests.support.recipe_run import recipe_arguments, word_problems, write_data
+
+
+def composed(name: str, overrides: list[str]) -> Any:
+    return compose_config(name, overrides)
+
+
+def faults(folder: Path, *overrides: str, rows: Any = None) -> str:
+    """What stops a run with these flags; empty when nothing does."""
+    config = composed("sdar_ppo", [*recipe_arguments(folder, *overrides, rows=rows)])
+    try:
+        check_run(config, load_config(config.sdar))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_nothing_of_verls_is_changed_but_the_trainer():
+    theirs = flat(OmegaConf.to_container(composed("ppo_trainer", []), resolve=False))
+    ours = flat(OmegaConf.to_container(composed("sdar_ppo", []), resolve=False))
+    of_verl = {key: value for key, value in ours.items() if key.split(".")[0] != "sdar"}
+    different = {key for key in {*theirs, *of_verl} if theirs.get(key, "-") != of_verl.get(key, "-")}
+    assert different == {"trainer.v1.trainer_mode"}
+    assert ours["trainer.v1.trainer_mode"] == "sdar"
+
+
+def test_two_lines_add_it_to_a_config_of_ones_own(tmp_path):
+    from hydra import compose, initialize_config_dir
+
+    (tmp_path / "mine.yaml").write_text(
+        "defaults:\n  - ppo_trainer\n  - sdar_node\n  - _self_\n  - method: rlsd\n\ndata:\n  train_batch_size: 7\n"
+    )
+    with initialize_config_dir(str(tmp_path), version_base=None):
+        config = compose("mine")
+    assert (config.data.train_batch_size, config.trainer.v1.trainer_mode, config.sdar.method) == (7, "sdar", "rlsd")
+
+
+@pytest.mark.parametrize("method", ["sdar", "opsd", "rlsd", "sdpo", "revkl_frozen", "sdar_frozen", "grpo_opsd", "skill_sd"])
+def test_presets_work_on_top_of_it(tmp_path, method):
+    sources = [] if method == "sdpo" else ["sdar.context.sources=[answer]"]
+    assert faults(tmp_path, f"method={method}", *sources) == ""
+
+
+def test_grpo_needs_no_context(tmp_path):
+    assert faults(tmp_path, "method=grpo", "sdar.context.sources=[skills]") == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], "say what the teacher of this recipe shall see: sdar.context.sources=[answer]"),
+        (["sdar.context.sources=[column]"], "needs sdar.context.options.column.path"),
+        (["sdar.context.sources=[answer]", "sdar.env.max_steps=7"], "sdar.env.max_steps=7 has no effect"),
+        (["sdar.context.sources=[answer]", "sdar.prompt.history_length=1"], "sdar.prompt.history_length=1 has no effect"),
+        (["sdar.context.sources=[answer]", "sdar.skills.bank=mine"], "sdar.skills.bank=mine has no effect"),
+        (["sdar.context.sources=[answer]", "sdar.context.place=nowhere.jinja"], "sdar.context.place=nowhere.jinja"),
+        (["sdar.context.sources=[answer]", "sdar.teacher.on_long_prompt=drop_history"], "use error or mask"),
+        (["sdar.context.sources=[answer]", "data.prompt_key=question"], "has no column 'question'"),
+        (
+            ["sdar.context.sources=[column]", "+sdar.context.options.column.path=extra_info.nothing"],
+            "has nothing to show for the first 8 tasks",
+        ),
+    ],
+)
+def test_a_fault_is_told_with_its_remedy(tmp_path, overrides, told):
+    assert told in faults(tmp_path, *overrides)
+
+
+def test_a_template_that_loses_the_prompt_is_refused(tmp_path):
+    template = tmp_path / "place.jinja"
+    template.write_text("{{ context }}")
+    told = faults(tmp_path / "run", "sdar.context.sources=[answer]", f"sdar.context.place={template}")
+    assert "does not show prompt" in told
+
+
+def test_prompts_that_are_no_messages_are_told(tmp_path):
+    rows = [{**row, "prompt": "How many?"} for row in word_problems(8)]
+    assert "not a list of messages" in faults(tmp_path, "sdar.context.sources=[answer]", rows=rows)
+
+
+def test_a_missing_file_is_told(tmp_path):
+    told = faults(tmp_path, "sdar.context.sources=[answer]", "data.val_files=/nowhere/val.parquet")
+    assert "data.val_files=/nowhere/val.parquet does not exist" in told
+
+
+def test_options_for_other_loops_are_an_error_with_a_text_environment(tmp_path):
+    config = composed("sdar_quickstart", ["sdar.context.place=system"])
+    with pytest.raises(ConfigError, match="sdar.context.place=system has no effect with the text environments"):
+        check_run(config, load_config(config.sdar))
+
+
+def test_data_of_json_lines_are_read(tmp_path):
+    import json
+
+    from sdar_verl.checks.panel_tasks import read_rows
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in word_problems(3)))
+    assert [row["data_source"] for row in read_rows(path)] == ["openai/gsm8k"] * 3
+    assert write_data(tmp_path, word_problems(3)).is_file()
