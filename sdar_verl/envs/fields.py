@@ -56,10 +56,11 @@ def forms_of(field: str, value: Any) -> tuple[str, ...]:
 
 def number_of(field: str, value: Any) -> float:
     """``value`` as a finite float; numbers of numpy and torch without dimensions are numbers, too."""
-    number: Any = _plain(value)
+    number = _plain(value)
     if not isinstance(number, Real):
         raise StepError(f"a step's {field} must be a number, not {shorten(value)}")
-    if not abs(number) <= _LARGEST:  # NaN is not, either
+    magnitude: Any = abs(number)
+    if not magnitude <= _LARGEST:  # NaN is not, either
         raise StepError(f"a step's {field} is {shorten(number)}; it must be a finite number, which float32 can hold")
     return float(number)
 

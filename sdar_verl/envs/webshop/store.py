@@ -159,8 +159,8 @@ def write_catalogue(products: Iterable[Product], folder: str | Path, nouns: Noun
 
 def _write_nouns(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE TABLE nouns (title TEXT PRIMARY KEY, nouns TEXT NOT NULL) WITHOUT ROWID")
-    titles = (json.loads(data)["title"] for (data,) in connection.execute("SELECT data FROM products ORDER BY row"))
-    titles, again = itertools.tee(titles)
+    stored = connection.execute("SELECT data FROM products ORDER BY row")
+    titles, again = itertools.tee(json.loads(data)["title"] for (data,) in stored)
     rows = ((title, json.dumps(found)) for title, found in zip(again, nouns_by_spacy(titles), strict=True))
     connection.executemany("INSERT OR IGNORE INTO nouns VALUES (?, ?)", rows)
 
