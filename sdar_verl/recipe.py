@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from sdar_verl.config import SdarConfig
+
 AGENT_LOOP = "sdar_agent"
 """The agent loop of the text environments."""
 
@@ -16,3 +18,8 @@ INNER_COLUMN = "sdar_inner_agent"
 def plays_environments(config: DictConfig) -> bool:
     """Whether the run's prompts are tasks of a text environment of ours (``sdar.env``)."""
     return config.actor_rollout_ref.rollout.agent.default_agent_loop == AGENT_LOOP
+
+
+def env_of(config: DictConfig, sdar: SdarConfig) -> str | None:
+    """Name of the text environment, None for other agent loops."""
+    return sdar.env.name if plays_environments(config) else None

@@ -15,7 +15,7 @@ from sdar_verl.context.builder import is_late
 from sdar_verl.context.registry import ContextError, get_context
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
-from sdar_verl.recipe import plays_environments
+from sdar_verl.recipe import env_of, plays_environments
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.loading import load_run_bank
 from sdar_verl.skills.registry import get_rule
@@ -133,7 +133,7 @@ def _without_context(config: DictConfig, sdar: SdarConfig) -> list[str]:
     # Contexts of the environment may take long to make; skills are a look into the bank.
     tasks = spread(panel_tasks(config, "train_files"), SKILL_TASKS if sources == ["skills"] else PROBED_TASKS)
     try:
-        bank = load_run_bank(sdar.skills, sdar.env.name) if "skills" in sources else None
+        bank = load_run_bank(sdar.skills, env_of(config, sdar)) if "skills" in sources else None
         if any(get_rule(name).learns for name in sdar.skills.retrieval):
             return []  # what it finds depends on what it has learned
         without = []

@@ -35,7 +35,7 @@ def check_run(config: DictConfig, sdar: SdarConfig) -> None:
     check_verl_version()
     # The others calculate with these.
     checks = [check for check in _CHECKS if plays_environments(config) or check not in _OF_ENVIRONMENTS]
-    if not plays_environments(config) and "skills" not in sdar.context.sources:
+    if not plays_environments(config) and (sdar.teacher.source == "none" or "skills" not in sdar.context.sources):
         checks.remove(skill_faults)
     faults = number_faults(config, sdar) or [fault for check in checks for fault in check(config, sdar)]
     if faults:

@@ -10,6 +10,7 @@ from sdar_verl.checks.panel_tasks import panel_tasks
 from sdar_verl.config import SdarConfig
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
+from sdar_verl.recipe import env_of
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.loading import load_run_bank
 from sdar_verl.skills.registry import RetrievalError, check_rules, get_rule
@@ -27,7 +28,7 @@ def skill_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     except RetrievalError as error:
         faults.append(f"sdar.skills.retrieval: {error}")
     try:
-        bank = load_run_bank(settings, sdar.env.name)
+        bank = load_run_bank(settings, env_of(config, sdar))
     except (ValueError, ImportError, OSError) as error:
         # Of an unknown environment, or one that is not installed, the check of sdar.env tells.
         return faults + ([f"sdar.skills.bank: {error}"] if not _environment_fault(sdar) else _without_types(sdar))

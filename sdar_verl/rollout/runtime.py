@@ -32,7 +32,7 @@ class Runtime:
         self.max_answer_length = (self.sdar.rollout.turn_length if self.whole else None) or self.max_response_length
         self.prompts = make_prompts(config, self.sdar, tokenizer)
         self.contexts = ContextBuilder(self.sdar.context, tokenizer)
-        finder = SkillFinder(self.sdar, self.contexts)
+        finder = SkillFinder(self.sdar.skills, self.contexts, self.sdar.env.name)
         self.bank, self.skills = finder.bank, finder.find
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from sdar_verl.config import SdarConfig
+from sdar_verl.config import SkillsConfig
 from sdar_verl.context.base import Passage
 from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.envs.base import Task
@@ -17,13 +17,14 @@ class SkillFinder:
     """The run's bank (``bank``) and its rules.
 
     Args:
-        sdar: the ``sdar`` node.
-        contexts: of the run; they count tokens for ``sdar.skills.max_tokens``.
+        settings: the ``sdar.skills`` node.
+        contexts: of the run; they count tokens for ``max_tokens``.
+        env: the text environment, None where the tasks are a recipe's own.
     """
 
-    def __init__(self, sdar: SdarConfig, contexts: ContextBuilder):
-        self._settings = sdar.skills
-        self.bank = load_run_bank(sdar.skills, sdar.env.name)
+    def __init__(self, settings: SkillsConfig, contexts: ContextBuilder, env: str | None):
+        self._settings = settings
+        self.bank = load_run_bank(settings, env)
         self._contexts = contexts
 
     def find(self, task: Task, evidence: str | None = None) -> Passage:

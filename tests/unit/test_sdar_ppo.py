@@ -43,6 +43,7 @@ def test_two_lines_add_it_to_a_config_of_ones_own(tmp_path):
     from hydra import compose, initialize_config_dir
 
     (tmp_path / "mine.yaml").write_text(
+        "hydra:\n  searchpath: [pkg://verl.trainer.config]\n\n"
         "defaults:\n  - ppo_trainer\n  - sdar_node\n  - _self_\n  - method: rlsd\n\ndata:\n  train_batch_size: 7\n"
     )
     with initialize_config_dir(str(tmp_path), version_base=None):
