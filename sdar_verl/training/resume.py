@@ -12,7 +12,7 @@ from sdar_verl.atomic import write_text_atomically
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import PanelError
-from sdar_verl.training.checks.options import Defaults, find_entry, flat, is_listed, verl_nodes
+from sdar_verl.training.checks.options import Defaults, find_entry, flat, is_listed, options_of, verl_nodes
 from sdar_verl.training.checks.resume import TRACKER, checkpoint_folder
 from sdar_verl.training.panel_tasks import panel_digests
 from sdar_verl.untrusted import parse_json, shorten
@@ -28,7 +28,7 @@ def fingerprint(config: DictConfig) -> dict[str, Any]:
 
     That is the resolved config, verl's nodes and ours, but for what ``verl_options.yaml`` lets a run change.
     """
-    values = flat(OmegaConf.to_container(config, resolve=True))
+    values = options_of(config)
     kept = {key: value for key, value in values.items() if _counts(key)}
     length = _LENGTH[:1] if OmegaConf.select(config, _LENGTH[0]) is not None else _LENGTH
     dropped = {*_LENGTH} - ({*length} if _learning_rate_follows_length(config) else set())

@@ -302,6 +302,22 @@ def test_a_path_from_the_environment_is_looked_at_too(quickstart, monkeypatch):
     assert fault.startswith("trainer.default_local_dir=~/ck: verl does not expand ~")
 
 
+def test_the_config_that_hydra_hands_to_its_callback_is_read():
+    """With Hydra's own node in it, which is not whole, and a node of the user's that an option follows."""
+    import verl  # noqa: F401  loads the plugin
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("sdar_quickstart", overrides=["+mine.lr=0.5", "actor_rollout_ref.actor.optim.lr=${mine.lr}"],
+                         return_hydra_config=True)  # fmt: skip
+    assert "hydra" in config
+    values = options.options_of(config)
+    assert values["actor_rollout_ref.actor.optim.lr"] == 0.5
+    assert not any(key.startswith(("hydra", "mine")) for key in values)
+    sdar = load_config(config.sdar)
+    assert option_faults(config, sdar) + number_faults(config, sdar) + path_faults(config, sdar) == []
+
+
 # ---------------------------------------------------------------- steps and epochs
 
 
