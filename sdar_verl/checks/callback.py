@@ -7,7 +7,7 @@ import traceback
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sdar_verl.checks.notes import run_notes
 from sdar_verl.checks.run import check_run
@@ -23,8 +23,6 @@ class CheckBeforeStart(Callback):
         """Hydra's hook, in the driver, with the composed config."""
         be_quiet()
         try:
-            # Hydra's own node holds what a single run never sets.
-            config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             sdar = load_config(config.get("sdar"))
             check_run(config, sdar)
             for note in run_notes(config, sdar):

@@ -42,9 +42,9 @@ class Entry:
 
 def option_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Every option of verl's that is set to something that does nothing here, or breaks a run; one text each."""
-    values, defaults, faults = flat(OmegaConf.to_container(config, resolve=True)), Defaults(config), []
+    values, defaults, faults = options_of(config), Defaults(config), []
     for key, value in values.items():
-        if key.split(".")[0] not in verl_nodes() or key.endswith("_target_"):
+        if key.startswith("sdar.") or key.endswith("_target_"):
             continue
         entry = find_entry(key)
         if entry is None and key.startswith(_PLAIN) and not key.startswith("trainer.v1."):
@@ -64,11 +64,9 @@ def option_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 def number_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Numbers and flags of verl's that are none, or out of range. The other checks calculate with them."""
-    values, defaults, faults = flat(OmegaConf.to_container(config, resolve=True)), verl_defaults(), []
+    values, defaults, faults = options_of(config), verl_defaults(), []
     bounds = _table("numbers")
     for key, value in values.items():
-        if key.split(".")[0] not in verl_nodes():
-            continue
         bound = bounds.get(key)
         default = defaults.get(key)
         if isinstance(default, bool):
@@ -99,9 +97,9 @@ def choice_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 def path_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """verl takes a path as it is written: a ``~`` would be a folder of that name, and the shell expands few of them."""
-    written, faults = flat(OmegaConf.to_container(config, resolve=False)), []
-    for key, value in flat(OmegaConf.to_container(config, resolve=True)).items():
-        if key.split(".")[0] not in {*verl_nodes(), "sdar"} or value == verl_defaults().get(key):
+    written, faults = options_of(config, resolve=False), []
+    for key, value in options_of(config).items():
+        if value == verl_defaults().get(key):
             continue
         if "${" in str(written.get(key)) and "oc.env" not in str(written[key]):
             continue  # told where it is written
@@ -158,9 +156,18 @@ def verl_nodes() -> frozenset[str]:
     return frozenset(key.split(".")[0] for key in verl_defaults())
 
 
+def options_of(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
+    """Name -> value of every option of verl's nodes and ours; Hydra's own node is not resolved outside of Hydra."""
+    values: dict[str, Any] = {}
+    for node in {*verl_nodes(), "model_engine", "sdar"} & {*config}:
+        tree = config[node]
+        values |= flat(OmegaConf.to_container(tree, resolve=resolve) if OmegaConf.is_config(tree) else tree, node)
+    return dict(sorted(values.items()))
+
+
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings -> dotted name of each leaf: its value. Lists and empty mappings are leaves."""
-    if not isinstance(tree, Mapping) or not (tree or not prefix):
+    if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree}
     leaves: dict[str, Any] = {}
     for key, value in tree.items():

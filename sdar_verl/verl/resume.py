@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.atomic import write_text_atomically
-from sdar_verl.checks.options import Defaults, find_entry, flat, is_listed, verl_nodes
+from sdar_verl.checks.options import Defaults, find_entry, flat, is_listed, options_of, verl_nodes
 from sdar_verl.checks.panel_tasks import panel_digests
 from sdar_verl.checks.resume import TRACKER, checkpoint_folder
 from sdar_verl.config import SdarConfig
@@ -28,8 +28,7 @@ def fingerprint(config: DictConfig) -> dict[str, Any]:
 
     That is the resolved config, verl's nodes and ours, but for what ``verl_options.yaml`` lets a run change.
     """
-    values = flat(OmegaConf.to_container(config, resolve=True))
-    kept = {key: value for key, value in values.items() if _counts(key)}
+    kept = {key: value for key, value in options_of(config).items() if _counts(key)}
     length = _LENGTH[:1] if OmegaConf.select(config, _LENGTH[0]) is not None else _LENGTH
     dropped = {*_LENGTH} - ({*length} if _learning_rate_follows_length(config) else set())
     kept = {key: value for key, value in kept.items() if key not in dropped}

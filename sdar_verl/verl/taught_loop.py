@@ -204,7 +204,8 @@ class _Runtime:
         import_modules(self.sdar.all_modules)
         self.contexts = ContextBuilder(self.sdar.context, tokenizer)
         self.prompts = TeacherPrompts(config, self.sdar, tokenizer, model_type)
-        self.skills = SkillFinder(self.sdar.skills, self.contexts, None) if "skills" in self.sdar.context.sources else None
+        uses_skills = "skills" in self.sdar.context.sources
+        self.skills = SkillFinder(self.sdar.skills, self.contexts, None) if uses_skills else None
 
     def request(self, task: Task) -> ContextRequest:
         """What contexts may read before an episode ends."""

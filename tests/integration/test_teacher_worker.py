@@ -92,9 +92,7 @@ def batch(rows: list[tuple[torch.Tensor, ...]], **extra: Any) -> Any:
     return data
 
 
-def teacher_batch(
-    rows: list[tuple[torch.Tensor, ...]], request: HeadRequest | None = None, **extra: Any
-) -> Any:
+def teacher_batch(rows: list[tuple[torch.Tensor, ...]], request: HeadRequest | None = None, **extra: Any) -> Any:
     """A teacher pass over rows (the teacher's prompt, empty where it has no say; response; mask)."""
     request = request or HeadRequest(teacher=True)
     data = batch(rows, **{HEAD_REQUEST: request.to_json()}, **extra)

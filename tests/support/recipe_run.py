@@ -1,4 +1,4 @@
-"""Short runs of a recipe that is not ours: verl's own config, data, reward function and agent loops, with the two flags."""
+"""Short runs of a recipe that is not ours: verl's own config, data, reward function and loops, with the two flags."""
 
 from __future__ import annotations
 

@@ -43,9 +43,7 @@ def _register(_) -> None:
             record = {name: [row.clone() for row in data[name].unbind()] for name in fields if name in data}
             infos = [
                 info and replace(info, teacher_prompt_ids=ids.numpy() if len(ids) else None)
-                for info, ids in zip(
-                    table.infos, record.pop(TEACHER_PROMPTS, [()] * len(table.infos)), strict=True
-                )
+                for info, ids in zip(table.infos, record.pop(TEACHER_PROMPTS, [()] * len(table.infos)), strict=True)
             ]
             record |= {"keys": list(batch.keys), "infos": infos, "tags": list(batch.tags)}
             part = f"_{self.local_trigger_step}" if self.local_trigger_step else ""

@@ -1,4 +1,4 @@
-"""Requests at the head of verl's FSDP engine: the numbers and gradients of plain forward passes, with sharded weights too."""
+"""Requests at the head of verl's FSDP engine: numbers and gradients of plain passes, with sharded weights too."""
 
 from __future__ import annotations
 

@@ -115,9 +115,7 @@ def test_a_signal_changes_advantages_and_keeps_the_loss_out() -> None:
     table = table_of()
     found = judged(table, signal="advantage_weight", coef=0.5)
     before = table.advantages
-    expected = rlsd_advantages(
-        before, table.columns["old_log_probs"], table.columns[TEACHER_LOG_PROBS], table.response
-    )
+    expected = rlsd_advantages(before, table.columns["old_log_probs"], table.columns[TEACHER_LOG_PROBS], table.response)
     torch.testing.assert_close(found.columns["advantages"], expected)
     assert found.values.coef == 0.0
     change = (expected - before).abs().sum() / table.response.sum()
@@ -144,9 +142,7 @@ def test_a_signal_that_breaks_its_rows_is_named() -> None:
 
 
 def test_what_a_schedule_learned_survives_a_checkpoint(tmp_path: Any) -> None:
-    settings = LossConfig(
-        coef=1.0, coef_schedule={"name": "grad_share", "options": {"share": 0.1, "smoothing": 0.0}}
-    )
+    settings = LossConfig(coef=1.0, coef_schedule={"name": "grad_share", "options": {"share": 0.1, "smoothing": 0.0}})
     strengths = Strengths(settings)
     strengths.observe(1, {"sdar/grad_share": 2.0})
     save_states([strengths], tmp_path)

@@ -24,6 +24,10 @@ INSIDES = tuple(
 ALLOWED = {
     # Registries that these only look names up in, and verl's documented base of agent loops.
     "checks/modes.py": {"verl.trainer.ppo.v1.trainer_base.TRAINER_REGISTRY"},
+    "checks/run.py": {
+        "verl.trainer.ppo.core_algos.ADV_ESTIMATOR_REGISTRY",
+        "verl.trainer.ppo.core_algos.POLICY_LOSS_REGISTRY",
+    },
     "doctor/probe.py": {"verl.trainer.ppo.core_algos.ADV_ESTIMATOR_REGISTRY", "verl.trainer.ppo.v1.trainer_base"},
 }
 

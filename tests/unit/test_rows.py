@@ -77,7 +77,7 @@ RECORDS = st.builds(
 def test_a_record_survives_the_queue(info: RowInfo) -> None:
     """As verl's agent loop puts it in, and as the trainer takes it out."""
     queued = list_of_dict_to_tensordict([{"extra_fields": {ROW_KEY: info.as_dict()}}])
-    assert RowInfo.from_extra_fields(list(queued["extra_fields"])[0]) == info
+    assert RowInfo.from_extra_fields(next(iter(queued["extra_fields"]))) == info
 
 
 def test_every_field_of_a_record_is_drawn_above() -> None:

@@ -99,9 +99,7 @@ class Trainer:
         self.calls.append("read_table")
         tokens = None if self.late_contexts else 4
         infos = [RowInfo(0, "t", teacher_prompt_tokens=tokens if self.teacher else None) for _ in range(ROWS - 1)]
-        columns = {
-            name: [torch.ones(2, dtype=torch.long)] * ROWS for name in ("prompts", "responses", "response_mask")
-        }
+        columns = {name: [torch.ones(2, dtype=torch.long)] * ROWS for name in ("prompts", "responses", "response_mask")}
         self.table = make_table(["a_0_0", "b_0_0", "p_0_0"], [*infos, None])
         self.table.rows = StoredRows(self.table.rows.keys, {**columns, "rm_scores": [torch.zeros(2)] * ROWS})
         self.table.rows.batch = batch

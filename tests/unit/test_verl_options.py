@@ -121,12 +121,10 @@ def test_tests_that_are_named_exist():
 
 
 def test_an_option_has_one_status():
-    sections = yaml.safe_load(
-        (ROOT / "sdar_verl" / "training" / "checks" / "verl_options.yaml").read_text(encoding="utf-8")
-    )
+    sections = yaml.safe_load((ROOT / "sdar_verl" / "checks" / "verl_options.yaml").read_text(encoding="utf-8"))
     names = [
         f"{node}.{name}"
-        for status in ("works", "verls", "needs", "no_effect", "refused")
+        for status in ("works", "verls", "needs", "recipes", "no_effect", "refused")
         for nodes in sections[status].values()
         for node, listed in nodes.items()
         for name in listed.split()
@@ -164,7 +162,7 @@ FAULTS = {
     "critic.optim.lr": (1e-6, "there is none"),
     "distillation.teacher_key": ("x", "sdar.teacher"),
     "data.truncation": ("left", "prompts are made turn by turn"),
-    "data.custom_cls.path": ("d.py", "is not supported: panels are read"),
+    "data.custom_cls.path": ("d.py", "panels are read by verl's own dataset"),
     "algorithm.lam": (0.95, "has no effect"),
     "algorithm.kl_ctrl.horizon": (5, "has no effect without algorithm.use_kl_in_reward"),
     "algorithm.filter_groups.enable": (True, "is not supported"),
@@ -300,6 +298,22 @@ def test_a_path_from_the_environment_is_looked_at_too(quickstart, monkeypatch):
     monkeypatch.setenv("WHERE", "~/ck")
     (fault,) = path_faults(changed(quickstart, **{"trainer.default_local_dir": "${oc.env:WHERE}"}), None)
     assert fault.startswith("trainer.default_local_dir=~/ck: verl does not expand ~")
+
+
+def test_the_config_that_hydra_hands_to_its_callback_is_read():
+    """With Hydra's own node in it, which is not whole, and a node of the user's that an option follows."""
+    import verl  # noqa: F401  loads the plugin
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("sdar_quickstart", overrides=["+mine.lr=0.5", "actor_rollout_ref.actor.optim.lr=${mine.lr}"],
+                         return_hydra_config=True)  # fmt: skip
+    assert "hydra" in config
+    values = options.options_of(config)
+    assert values["actor_rollout_ref.actor.optim.lr"] == 0.5
+    assert not any(key.startswith(("hydra", "mine")) for key in values)
+    sdar = load_config(config.sdar)
+    assert option_faults(config, sdar) + number_faults(config, sdar) + path_faults(config, sdar) == []
 
 
 # ---------------------------------------------------------------- steps and epochs
