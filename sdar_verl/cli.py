@@ -22,13 +22,20 @@ _COMMANDS = (
     "sdar_verl.report.sweep_command",
     "sdar_verl.skills.command",
     "sdar_verl.doctor.command",
+    "sdar_verl.cloud.command",
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for errors that the user can mend)."""
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    behind: list[str] = []
+    if words[:1] == ["guard"] and "--" in words:  # argparse would read the options of the guarded command
+        at = words.index("--")
+        words, behind = words[:at], words[at + 1 :]
+    arguments, rest = parser.parse_known_args(words)
+    arguments.command_line = behind
     # argparse takes positional words in one run only; Hydra overrides may stand on both sides of an option.
     if rest and (any(word.startswith("-") for word in rest) or not hasattr(arguments, "overrides")):
         further = {"prepare": "env", "skills": "action"}.get(arguments.command)

@@ -9,6 +9,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from sdar_verl.cloud.driver import before_ray
 from sdar_verl.config import load_config
 from sdar_verl.errors import ConfigError
 from sdar_verl.quiet import be_quiet
@@ -23,8 +24,12 @@ class CheckBeforeStart(Callback):
         be_quiet()
         try:
             check_run(config, load_config(config.get("sdar")))
+            stopped = before_ray(config)
         except Exception as error:
             reason = str(error) if isinstance(error, ConfigError) else traceback.format_exc()
             print(f"\nThis run cannot start:\n{reason}\n", file=sys.stderr, flush=True)
             # Hydra turns a callback's exception into a warning; only this ends the program.
             raise SystemExit(2) from None
+        if stopped is not None:
+            print(f"\nThis run does not start, it was asked to stop: {stopped}\nThe next start goes on.\n", flush=True)
+            raise SystemExit(0)

@@ -74,6 +74,23 @@ def fingerprint(config: DictConfig) -> dict[str, Any]:
     return {option: value for option, value in values.items() if option not in _NOT_THE_EXPERIMENT}
 
 
+def experiment(config: DictConfig) -> dict[str, Any]:
+    """The note of an experiment: its fingerprint, and the training panel's hashes.
+
+    Raises:
+        PanelError: a training panel is missing or not one of ours.
+    """
+    # Where the panel lies may change, but data.pt holds a place in it.
+    return {**fingerprint(config), _PANEL: panel_digests(config, "train_files")}
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """How the noted experiment ``found`` differs from ``wanted``; empty when it is the same."""
+    read = {*found, *wanted} - _NOT_THE_EXPERIMENT
+    different = sorted(key for key in read if found.get(key) != wanted.get(key))
+    return "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in different)
+
+
 def claim_checkpoints(config: DictConfig) -> None:
     """Note this experiment in its checkpoint folder, or refuse the folder of another one.
 
@@ -84,8 +101,7 @@ def claim_checkpoints(config: DictConfig) -> None:
     """
     folder = Path(str(config.trainer.default_local_dir)).expanduser()
     note = folder / RUN_FILE
-    # Where the panel lies may change, but data.pt holds a place in it.
-    wanted = {**fingerprint(config), _PANEL: panel_digests(config, "train_files")}
+    wanted = experiment(config)
     resumable = (folder / TRACKER).is_file()
     if config.trainer.resume_mode == "auto" and resumable and note.is_file():
         try:
@@ -97,10 +113,8 @@ def claim_checkpoints(config: DictConfig) -> None:
                 f"{note} is damaged ({error}), so nobody can tell whether its checkpoints are of this experiment; "
                 "remove it when they are, or start over with trainer.resume_mode=disable"
             ) from error
-        read = {*found, *wanted} - _NOT_THE_EXPERIMENT
-        different = sorted(key for key in read if found.get(key) != wanted.get(key))
-        if different:
-            changes = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in different)
+        changes = differences(found, wanted)
+        if changes:
             raise ConfigError(
                 f"trainer.default_local_dir={folder} holds checkpoints of another experiment ({changes}). Give this "
                 "run its own folder (trainer.experiment_name=... or trainer.default_local_dir=...), or start over with "

@@ -26,6 +26,7 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.debug import marked_timer
 from verl.workers.utils.losses import ppo_loss
 
+from sdar_verl.cloud.attempt import CloudRun
 from sdar_verl.compat import validation_counts
 from sdar_verl.config import load_config
 from sdar_verl.modules import Importing
@@ -69,6 +70,7 @@ class SdarTraining(PPOTrainer):
 
     def __init__(self, config: Any):
         self.sdar = load_config(config.get("sdar"))
+        self.cloud = CloudRun(config, self.sdar)
         check_run(config, self.sdar)
         claim_checkpoints(config)
         self._queue: dict[str, Any] = {}
@@ -84,7 +86,7 @@ class SdarTraining(PPOTrainer):
         self._bypasses = bool(correction and correction.get("bypass_mode", False))
         self._teacher_checked = False
         self._infos: list[RowInfo | None] = []
-        self.parts = make_parts(self.sdar, config)
+        self.parts = [*make_parts(self.sdar, config), self.cloud]
         self._late_contexts: LateContexts | None = None
         self._uids = PromptUids()
         self._updates: list[dict] = []
@@ -153,7 +155,7 @@ class SdarTraining(PPOTrainer):
         """verl's, under watch: a dead process ends the run and is named."""
         units = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
         self._queue = queue_processes(OmegaConf.select(self.config, units) or 0)
-        with self._liveness.watching():
+        with self._liveness.watching(), self.cloud:
             super().fit(agent_loop_manager)
 
     # ---------------------------------------------------------------- a step

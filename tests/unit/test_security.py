@@ -20,9 +20,14 @@ FILES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for p
 
 NETWORK = {"requests", "httpx", "aiohttp", "urllib3", "socket", "smtplib", "ftplib", "http", "urllib.request", "zmq"}
 # The last one asks for its own address: the CPU default's weights go from process to process by torch.
-MAY_TALK = {"envs/search/client.py", "envs/search/serve.py", "local/weights.py"}
+MAY_TALK = {"cloud/notice.py", "envs/search/client.py", "envs/search/serve.py", "local/weights.py"}
 CODE = {"pickle", "cloudpickle", "marshal", "shelve", "dill", "joblib"}
-MAY_START_PROCESSES = {"doctor/probe.py", "report/sweep_command.py"}
+MAY_START_PROCESSES = {
+    "cloud/guard.py",
+    "cloud/processes.py",
+    "doctor/probe.py",
+    "report/sweep_command.py",
+}
 
 
 def imports(tree: ast.Module) -> Iterator[str]:

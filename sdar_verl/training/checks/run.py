@@ -13,6 +13,7 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.modules import import_modules
 from sdar_verl.panels import LOCATIONS, PanelError, read_panel
+from sdar_verl.training.checks.cloud import cloud_faults
 from sdar_verl.training.checks.context import context_faults
 from sdar_verl.training.checks.engine import engine_faults, sequence_parallel
 from sdar_verl.training.checks.loss import loss_faults
@@ -264,4 +265,5 @@ _CHECKS: tuple[Any, ...] = (
     _variant,
     _data,
     resume_faults,
+    cloud_faults,
 )
