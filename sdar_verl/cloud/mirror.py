@@ -125,7 +125,7 @@ class Mirror:
             try:
                 files = self._files(step)
             except StoreError as error:
-                self._say(f"{error}: passed over")
+                self._say(f"{name}: {error}: passed over")
                 continue
             self._check_room(folder, step, files)
             fault = self._download(folder, step, files)

@@ -137,12 +137,16 @@ class Store:
                 yield stream
             return
         self._fs.create_dir(os.path.dirname(path), recursive=True)
-        partial = f"{path}.{os.getpid()}{_PARTIAL}"
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial = f"{path}.{uuid.uuid4().hex}{_PARTIAL}"
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(partial)
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
