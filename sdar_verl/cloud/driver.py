@@ -44,14 +44,17 @@ def before_ray(config: DictConfig) -> str | None:
             stop.forget(stores)
             return reason
     known = [name for store in stores for name in [ledger.newest(store)] if name is not None]
-    note = os.environ.get(GUARD)
-    if note:
-        trainer = config.trainer
-        cards = int(trainer.nnodes * trainer.n_gpus_per_node)
-        facts = {"places": [store.place for store in stores], "nodes": int(trainer.nnodes), "cards": cards}
-        write_text_atomically(Path(note), json.dumps({**facts, "before": known}))
+    tell_guard(stores, known, int(config.trainer.nnodes), int(config.trainer.n_gpus_per_node))
     answer_sigterm(lambda: _stop(stores, known))
     return None
+
+
+def tell_guard(stores: list[Store], known: list[str], nodes: int, cards: int) -> None:
+    """Leave word for the guard, if there is one: where the run lies, which attempts were before it, cards per node."""
+    note = os.environ.get(GUARD)
+    if note:
+        facts = {"places": [store.place for store in stores], "nodes": nodes, "cards": nodes * cards, "before": known}
+        write_text_atomically(Path(note), json.dumps(facts))
 
 
 def opened(stores: list[Store], before: list[str]) -> str | None:

@@ -82,47 +82,49 @@ class Guard:
         self._line = ledger.Attempt("")
         self._earlier: list[ledger.Attempt] = []
         self._asked: tuple[str, int, float] | None = None  # why the run is to end, with which status, since when
+        self._refused: str | None = None
         self._terminated = 0
         self._noted = self._looked = float("-inf")
         with tempfile.TemporaryDirectory(prefix="sdar-guard-") as folder:
             self._note = Path(folder) / "run.json"
             before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+            env = {**os.environ, GUARD: str(self._note)}
+            process = subprocess.Popen(list(self.command), env=env, start_new_session=True)
             try:
-                self._process = subprocess.Popen(
-                    list(self.command), env={**os.environ, GUARD: str(self._note)}, start_new_session=True
-                )
-                status, why = self._watch()
+                status, why = self._watch(process)
             finally:
+                if process.poll() is None:
+                    processes.end(process)
                 for number, handler in before.items():
                     signal.signal(number, handler)
-        self._find_run()
+            self._hear()
         self._write(why, status)
         _say(f"{why}; exit status {status}{self._sums()}")
         return status
 
     # ---------------------------------------------------------------- the loop
 
-    def _watch(self) -> tuple[int, str]:
+    def _watch(self, process: subprocess.Popen[bytes]) -> tuple[int, str]:
         while True:
             try:
-                returned = self._process.wait(EVERY_S)
+                returned = process.wait(EVERY_S)
             except subprocess.TimeoutExpired:
                 returned = None
+            self._hear()
             if returned is not None:
                 return self._ended(returned)
-            self._find_run()
-            self._look()
-            verdict = self._must_end()
+            verdict = self._must_end(process.pid)
             if verdict is not None:
-                processes.end(self._process)
                 return verdict
             if time.monotonic() - self._noted > NOTE_EVERY_S:
                 self._noted = time.monotonic()
                 self._write(None, None)
 
-    def _must_end(self) -> tuple[int, str] | None:
+    def _must_end(self, pid: int) -> tuple[int, str] | None:
         """A status and a reason when the command is to be killed now; asks for an orderly end on its way there."""
         now = time.monotonic()
+        if self._refused is not None:
+            return DONE, self._refused
         if self._terminated:
             self._ask("SIGTERM", AGAIN)
         elif now - self._looked > NOTICE_EVERY_S:
@@ -145,7 +147,7 @@ class Guard:
         limit = max(self.limits.hang_s, SLOWER * self._line.slowest)
         if quiet > limit:
             _say(f"no step for {quiet:.0f} s (allowed: {limit:.0f}); where its processes stand:")
-            print(processes.stacks(processes.below(self._process.pid)), flush=True)
+            print(processes.stacks(processes.below(pid)), flush=True)
             return AGAIN, f"hung: no step for {quiet:.0f} s"
         return None
 
@@ -166,8 +168,6 @@ class Guard:
                 _say(str(error))
 
     def _ended(self, returned: int) -> tuple[int, str]:
-        self._find_run()
-        self._look()
         why = self._line.ended if self._id is not None else None
         if returned == 0 and why == _FINISHED:
             return DONE, "finished"
@@ -195,20 +195,22 @@ class Guard:
 
     # ---------------------------------------------------------------- the run
 
+    def _hear(self) -> None:
+        try:
+            self._find_run()
+            self._look()
+        except StoreError as error:  # the next look may work
+            _say(str(error))
+
     def _find_run(self) -> None:
         """Where the run lies, from its driver; then which attempt this is, from the run's ledger."""
         if not self._stores and self._note.is_file():
             self._facts = json.loads(self._note.read_text())
             self._stores = [Store(place) for place in self._facts["places"]]
-            self._earlier = self._read()
+            before = self._facts["before"]
+            self._earlier = [line for line in self._read() if not all(ledger.later(line.id, name) for name in before)]
             self._seen = (-1, time.monotonic())
-            spent = self._spent()
-            if self.limits.budget is not None and spent is not None:
-                _say(f"{spent:.2f} of {self.limits.budget:g} USD are spent by earlier attempts")
-                left = self.limits.budget - spent
-                slowest = max((attempt.slowest for attempt in self._earlier), default=0.0)
-                if left < (self.limits.price or 0.0) * slowest / 3600:
-                    self._ask(f"what is left of the budget, {left:.2f} USD, does not pay for one step", DONE)
+            self._refused = self._too_dear()
         if self._stores and self._id is None:
             self._id = opened(self._stores, self._facts["before"])
             if self._id is not None and self._asked is not None:
@@ -245,6 +247,19 @@ class Guard:
             for attempt in self._earlier
         )
         return earlier + price * (time.monotonic() - self._began) / 3600
+
+    def _too_dear(self) -> str | None:
+        """Why the budget does not allow this attempt at all."""
+        spent, budget = self._spent(), self.limits.budget
+        if spent is None or budget is None:
+            return None
+        _say(f"{spent:.2f} of {budget:g} USD are spent by earlier attempts")
+        if spent >= budget:
+            return f"the budget of {budget:g} USD over all attempts is spent"
+        step = (self.limits.price or 0.0) * max((line.slowest for line in self._earlier), default=0.0) / 3600
+        if budget - spent < step:
+            return f"what is left of the budget, {budget - spent:.2f} USD, does not pay for one step ({step:.2f})"
+        return None
 
     def _write(self, why: str | None, status: int | None) -> None:
         """This attempt's line, as the guard knows it; an attempt that never opened one gets it here."""
