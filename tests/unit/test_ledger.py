@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from sdar_verl.cli import main
 from sdar_verl.cloud import ledger, stop
 from sdar_verl.cloud.store import Store, StoreError
+from sdar_verl.report.document import render
+from sdar_verl.report.read import read_run
+from tests.support.recorded_run import write_run
 
 RUN = {"started": "2026-11-28T10:00:00+0000", "nodes": 2, "cards": 16, "first": 0, "step": 10, "total": 30}
 RUN |= {"tokens": 1e6, "seconds": 3600.0, "slowest": 200.0, "beats": 5, "ended": None, "host": "node-1"}
@@ -80,3 +85,40 @@ def test_stop_wants_a_run(tmp_path, capsys):
     (tmp_path / "checkpoints" / "sdar_run.json").write_text("{}")
     assert main(["stop", str(tmp_path), "--reason", "enough"]) == 0
     assert stop.asked(Store(tmp_path / "checkpoints")) == "enough"
+
+
+def run_with_ledger(folder, price, **settings):
+    write_run(folder, **settings)
+    store = Store(folder / "checkpoints")
+    ledger.write(store, "0001-aaaaaa", {**RUN, "cards": 8, "seconds": 1800.0, "step": 6})
+    ledger.write(store, "0002-bbbbbb", {**RUN, "cards": 8, "seconds": 1800.0, "first": 4, "step": 9})
+    for name in ("0001-aaaaaa", "0002-bbbbbb") if price else ():
+        ledger.write(store, name, {"price": price, "seconds": 1800.0}, guard=True)
+    return folder
+
+
+def test_report_and_compare_show_what_runs_cost(tmp_path, capsys):
+    run_with_ledger(tmp_path / "sdar", 55.0)
+    run_with_ledger(tmp_path / "grpo", None, experiment="grpo", seed=1, rate=0.02)
+    page = render(read_run(tmp_path / "sdar"))
+    assert "55.00 USD" in page and "2 attempts, 18% of the steps trained again" in page
+    assert '<div class="value">unknown</div>' in render(read_run(tmp_path / "grpo"))
+    out = tmp_path / "out"
+    assert (
+        main(["compare", *(str(tmp_path / name) for name in ("sdar", "grpo")), "--any-settings", "--out", str(out)])
+        == 0
+    )
+    sdar, grpo = json.loads((out / "comparison.json").read_text())["methods"]
+    assert sdar["cost"]["gpu_hours"] == pytest.approx(8) and sdar["cost"]["usd"] == pytest.approx(55)
+    curve = dict(read_run(tmp_path / "sdar").column("sdar-val/student/success"))
+    assert sdar["cost"]["usd_per_point"] == pytest.approx(55 / (100 * (curve[9] - curve[0])))
+    assert grpo["cost"] == {"gpu_hours": pytest.approx(8), "usd": None, "usd_per_point": None}
+    table = (out / "comparison.md").read_text()
+    assert "| USD a run | sdar | 1 | 55.00 |" in table and "|  | grpo | 1 | unknown |" in table
+
+
+def test_runs_without_a_ledger_have_no_cost(tmp_path, capsys):
+    write_run(tmp_path / "sdar")
+    assert main(["compare", str(tmp_path / "sdar")]) == 0
+    assert "USD" not in capsys.readouterr().out
+    assert "GPU-hours" not in render(read_run(tmp_path / "sdar"))
