@@ -49,7 +49,7 @@ def test_the_doctor_looks_at_both_nodes(tmp_path):
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[dict[str, str]]:
-    """A Ray cluster that exists: its head node with a dashboard, which takes jobs; environment variables to reach it."""
+    """A Ray cluster that exists, with a dashboard, which takes jobs; environment variables to reach it."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     ports = [_free_port() for _ in range(3)]
     binaries = str(Path(sys.executable).parent)
