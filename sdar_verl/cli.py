@@ -29,11 +29,7 @@ _COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for errors that the user can mend)."""
     parser = _parser()
-    words = list(sys.argv[1:] if argv is None else argv)
-    behind: list[str] = []
-    if words[:1] == ["guard"] and "--" in words:  # argparse would read the options of the guarded command
-        at = words.index("--")
-        words, behind = words[:at], words[at + 1 :]
+    words, behind = guarded(sys.argv[1:] if argv is None else argv)
     arguments, rest = parser.parse_known_args(words)
     arguments.command_line = behind
     # argparse takes positional words in one run only; Hydra overrides may stand on both sides of an option.
@@ -48,6 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SdarError, ImportError, ValueError, OSError) as error:
         print(f"sdar-verl: error: {printable(str(error))}", file=sys.stderr)
         return 2
+
+
+def guarded(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own words, and the command that a guard is to run: argparse would read its options, too."""
+    if words[:1] != ["guard"] or "--" not in words:
+        return list(words), []
+    at = list(words).index("--")
+    return list(words[:at]), list(words[at + 1 :])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -62,6 +63,9 @@ def head() -> Iterator[dict[str, str]]:
         "RAY_JOB_STOP_WAIT_TIME_S": "120",
         "VERL_PLATFORM": "cpu",
         "AWS_EC2_METADATA_DISABLED": "true",
+        # Ray's dashboard takes jobs from those alone who know it.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     command = ["ray", "start", "--head", "--block", "--num-cpus=16", "--num-gpus=0", f"--port={ports[0]}"]
     command += [f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}", f"--temp-dir={folder}"]

@@ -26,6 +26,7 @@ MAY_START_PROCESSES = {
     "cloud/guard.py",
     "cloud/processes.py",
     "doctor/probe.py",
+    "report/evaluation_run.py",
     "report/sweep_command.py",
 }
 
