@@ -19,9 +19,9 @@ from sdar_verl.cloud import ledger
 from sdar_verl.cloud.mirror import Mirror
 from sdar_verl.cloud.store import Store
 from tests.integration.test_reliability import KEEPS
-from tests.support.toy_run import toy_arguments
+from tests.support.toy_run import toy_arguments, train
 from tests.support.two_nodes import ray_cluster
-from tests.support.verl_run import main_ppo
+from tests.support.verl_run import Run, main_ppo
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -46,6 +46,36 @@ def test_the_doctor_looks_at_both_nodes(tmp_path):
     assert found["mirror"]["level"] == found["clocks"]["level"] == found["disk"]["level"] == "ok"
     assert found["all-reduce"]["level"] == "ok" and "2 ranks over gloo" in found["all-reduce"]["text"]
     assert found["cards"]["level"] == "warn" and found["cards"]["text"].count(": 0") == 2
+
+
+def test_two_nodes_mirror_their_shards_and_are_filled(tmp_path):
+    """Both raylets share this machine's disk: what both see is sent once, and the second finds the folder filled."""
+    place = f"file://{tmp_path}/mirror"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")]))
+        with ray_cluster(nodes=2) as cluster:
+
+            def run(name: str, steps: int) -> Run:
+                folder = tmp_path / name
+                return train(
+                    folder,
+                    "sdar.teacher.source=actor",
+                    "trainer.nnodes=2",
+                    "trainer.n_gpus_per_node=1",
+                    f"sdar.cloud.mirror={place}",
+                    f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH={folder / 'metrics.jsonl'}",
+                    steps=steps,
+                    timeout=560,
+                    RAY_ADDRESS=cluster.address,
+                )
+
+            run("first", 2)
+            files = (Mirror(place).store.read_json("global_step_2/manifest.json") or {})["files"]
+            assert {f"actor/model_world_size_2_rank_{rank}.pt" for rank in (0, 1)} <= files.keys()
+            second = run("second", 3)
+    assert sorted(second.metrics) == [3]
+    (first, last) = ledger.read(Store(place))
+    assert (first.nodes, first.cards, last.first, last.step) == (2, 2, 2, 3)
 
 
 @pytest.fixture(scope="module")

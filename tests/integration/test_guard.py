@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from sdar_verl.cloud import ledger
 from sdar_verl.cloud.mirror import local_step
 from sdar_verl.cloud.processes import below, end
 from sdar_verl.cloud.store import Store
-from tests.integration.test_reliability import KEEPS
+from sdar_verl.report.layout import METRICS_FILE, RECORD, read_lines
+from tests.integration.test_reliability import KEEPS, compared
 from tests.support.killing import LiveRun
 from tests.support.metadata_server import metadata_server
-from tests.support.toy_run import toy_arguments
+from tests.support.toy_run import SAME, toy_arguments, train
 from tests.support.verl_run import main_ppo
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -148,3 +150,29 @@ def test_sigterm_to_the_driver_alone_ends_the_run_in_order(tmp_path):
     (attempt,) = ledger.read(Store(tmp_path / "checkpoints"))
     assert attempt.ended == "stopped: SIGTERM"
     assert local_step(tmp_path / "checkpoints") == attempt.step >= 1
+
+
+def test_killed_three_times_at_random_it_ends_with_the_digits_of_the_run_that_was_not(tmp_path):
+    """Driver, trainer, a worker or a raylet: whichever is hit, guard asks for another start, which goes on."""
+    steps, often = 8, ("trainer.save_freq=1",)
+    whole = train(tmp_path / "whole", *KEEPS, *often, steps=steps)
+    folder, chance = tmp_path / "killed", random.Random(0)
+    statuses = []
+    for kill in (2, 4, 6, None):
+        with guarded(folder, ["--spot"], *often, steps=steps) as run:
+            if kill is not None:
+                run.wait_for(f"sdar step {kill}/")
+                time.sleep(chance.uniform(0, 2))
+                titles = ("main_ppo", "TaskRunnerV1", "WorkerDict", "AgentLoopWorker", "raylet")
+                found = [p for p in below(run.process.pid)[1:] if any(name in " ".join(p.cmdline()) for name in titles)]
+                chance.choice(found).kill()
+            statuses.append(run.status())
+    assert statuses == [75, 75, 75, 0]
+    record = {line["step"]: line["data"] for line in read_lines(folder / "checkpoints" / RECORD / METRICS_FILE)}
+    assert sorted(record) == list(range(1, steps + 1))
+    for step in record:
+        for name, value in whole.metrics[step].items():
+            if compared(name):
+                assert record[step][name] == pytest.approx(value, nan_ok=True, **SAME), (step, name)
+    found = ledger.total(run.attempts)
+    assert found.attempts == 4 and 0 <= found.redone < 0.5
