@@ -97,7 +97,7 @@ def head() -> Iterator[dict[str, str]]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
-    command = ["ray", "start", "--head", "--block", "--num-cpus=16", "--num-gpus=0", f"--port={ports[0]}"]
+    command = ["ray", "start", "--head", "--block", "--num-cpus=16", "--num-gpus=1", f"--port={ports[0]}"]
     command += [f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}", f"--temp-dir={folder}"]
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{ports[1]}"
