@@ -182,7 +182,8 @@ class Guard:
         if why is not None and why.startswith("TakenOver"):
             return CONFIGURATION, why
         if self._fruitless():
-            return CONFIGURATION, f"status {returned}, and {FRUITLESS} attempts in a row made no step: {why or 'see its log'}"
+            reason = f"status {returned}, and {FRUITLESS} attempts in a row made no step"
+            return CONFIGURATION, f"{reason}: {why or 'see its log'}"
         return AGAIN, why or f"the command ended with status {returned}"
 
     def _fruitless(self) -> bool:
