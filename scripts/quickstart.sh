@@ -20,7 +20,8 @@ echo "== 2/4 games, each proven solvable by the engine's planner"
 "$venv/bin/sdar-verl" prepare alfworld --generate --out "$out/data" --seed 0
 
 echo "== 3/4 training (full log: $out/train.log)"
-rm -rf "$out/checkpoints" "$out/metrics.jsonl"
+# Under `sdar-verl guard` another start goes on from the last checkpoint; else the quick start begins anew.
+[ -n "${SDAR_GUARD:-}" ] || rm -rf "$out/checkpoints" "$out/metrics.jsonl"
 training="$(date +%s)"
 status=0
 VERL_FILE_LOGGER_PATH="$out/metrics.jsonl" "$venv/bin/python" -m verl.trainer.main_ppo \

@@ -22,13 +22,16 @@ _COMMANDS = (
     "sdar_verl.report.sweep_command",
     "sdar_verl.skills.command",
     "sdar_verl.doctor.command",
+    "sdar_verl.cloud.command",
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for errors that the user can mend)."""
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    words, behind = guarded(sys.argv[1:] if argv is None else argv)
+    arguments, rest = parser.parse_known_args(words)
+    arguments.command_line = behind
     # argparse takes positional words in one run only; Hydra overrides may stand on both sides of an option.
     if rest and (any(word.startswith("-") for word in rest) or not hasattr(arguments, "overrides")):
         further = {"prepare": "env", "skills": "action"}.get(arguments.command)
@@ -41,6 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SdarError, ImportError, ValueError, OSError) as error:
         print(f"sdar-verl: error: {printable(str(error))}", file=sys.stderr)
         return 2
+
+
+def guarded(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own words, and the command that a guard is to run: argparse would read its options, too."""
+    if words[:1] != ["guard"] or "--" not in words:
+        return list(words), []
+    at = list(words).index("--")
+    return list(words[:at]), list(words[at + 1 :])
 
 
 def _parser() -> argparse.ArgumentParser:

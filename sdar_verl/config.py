@@ -339,6 +339,18 @@ class TraceConfig(_Node):
     )
 
 
+class CloudConfig(_Node):
+    """A run on rented machines (docs/cloud.md)."""
+
+    mirror: str | None = Field(
+        None,
+        min_length=1,
+        description="s3://BUCKET/PATH, gs://, az:// or file://: every checkpoint goes there in the background, and an "
+        "empty folder is filled from there at the start; null: nowhere",
+    )
+    keep: int = Field(2, ge=1, description="whole checkpoints in the mirror; older ones are deleted")
+
+
 class SdarConfig(_Node):
     """The whole ``sdar:`` node."""
 
@@ -370,6 +382,7 @@ class SdarConfig(_Node):
     rollout: RolloutConfig = RolloutConfig()
     update: UpdateConfig = UpdateConfig()
     trace: TraceConfig = TraceConfig()
+    cloud: CloudConfig = CloudConfig()
 
     @property
     def all_modules(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from sdar_verl.checks.cloud import cloud_faults
 from sdar_verl.checks.context import context_faults
 from sdar_verl.checks.data import data_faults
 from sdar_verl.checks.engine import engine_faults, sequence_parallel
@@ -237,5 +238,6 @@ _CHECKS: tuple[Any, ...] = (
     recipe_faults,
     resume_faults,
     experiment_faults,
+    cloud_faults,
 )
 _OF_ENVIRONMENTS = (_actions, _rows, data_faults)

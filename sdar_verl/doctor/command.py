@@ -26,6 +26,9 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="tasks that are started, to measure prompts (default: 4)",
     )
+    parser.add_argument(
+        "--cloud", action="store_true", help="also the nodes and the mirror of a run on rented machines (docs/cloud.md)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -40,12 +43,23 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"overrides {arguments.overrides} have no effect without --config-name; name the recipe")
     if arguments.resets < 0:
         raise ConfigError(f"--resets {arguments.resets}: at least 0")
+    if arguments.cloud and not arguments.config_name:
+        raise ConfigError("--cloud looks at a run's nodes and mirror: name its recipe with --config-name")
+    if arguments.cloud and arguments.no_ray:
+        raise ConfigError("--cloud looks at the nodes through Ray: leave --no-ray out")
     machine = look_around(ray=not arguments.no_ray)
     findings = check_installation(machine)
     if arguments.config_name:
         from sdar_verl.doctor.run_checks import check_config
 
         findings += check_config(arguments.config_name, arguments.overrides, machine, arguments.resets)
+    if arguments.cloud:
+        from sdar_verl.compose import compose_config
+        from sdar_verl.config import load_config
+        from sdar_verl.doctor.cloud import check_cloud
+
+        config = compose_config(arguments.config_name, arguments.overrides)
+        findings += check_cloud(config, load_config(config.sdar))
     if arguments.json:
         print(json.dumps(as_json(findings), indent=1))
     else:

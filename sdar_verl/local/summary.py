@@ -2,7 +2,8 @@
 
     python -m sdar_verl.local.summary outputs/quickstart
 
-reads what the run left: its metrics (verl's file tracker), the panel it was validated on, and its last checkpoint.
+reads what the run left: its metrics (the record, which outlives a resume, else verl's file tracker), the panel it was
+validated on, and its last checkpoint.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sdar_verl.config import SdarConfig, load_config
 from sdar_verl.errors import SdarError
 from sdar_verl.local import start_policy
 from sdar_verl.panels import panel_digest, read_panel
+from sdar_verl.report.layout import METRICS_FILE, find_record, read_lines
 
 ARMS = {"": "student", "_t04": "student_t04"}
 TEACHER_ARMS = {"": "teacher", "_t04": "teacher_t04"}
@@ -31,14 +33,17 @@ class IncompleteRun(SdarError):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of verl's file tracker: ``{"step": ..., "data": {...}}``, one per line.
+    """Lines of a run's record, or of verl's file tracker: ``{"step": ..., "data": {...}}``, those of a step as one.
 
     Raises:
         IncompleteRun: no file.
     """
     if not path.is_file():
         raise IncompleteRun(f"{path} does not exist: the run ended before its first record; see the run's log")
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    steps: dict[int, dict[str, Any]] = {}
+    for line in read_lines(path):
+        steps.setdefault(line["step"], {}).update(line["data"])
+    return [{"step": step, "data": data} for step, data in steps.items()]
 
 
 def summarise(
@@ -214,7 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Path = arguments.run
     panel = arguments.panel or run / "data" / "test.parquet"
     try:
-        records = read_metrics(run / "metrics.jsonl")
+        record = find_record(run)
+        records = read_metrics(run / METRICS_FILE if record is None else record / METRICS_FILE)
         before, after = probe(panel, [start_policy(), last_checkpoint(run / "checkpoints")])
         started = arguments.started if arguments.started is not None else time.time() - arguments.seconds_train
         summary = summarise(

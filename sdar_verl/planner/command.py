@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+from pathlib import Path
 from typing import Any
 
 
@@ -31,6 +33,18 @@ def add_parser(commands: Any) -> None:
     ):
         parser.add_argument(f"--{name}", type=float, metavar="E", help=text)
     parser.add_argument("--recommend", action="store_true", help="find the layout that fits on fewest cards")
+    cloud = parser.add_argument_group("rented machines (docs/cloud.md)")
+    cloud.add_argument("--cloud", action="store_true", help="what the run costs on the machines that it fits on")
+    cloud.add_argument("--node", metavar="NAME", help="this machine only, such as p5.48xlarge")
+    cloud.add_argument("--region", help="this region only, where the table has regions")
+    cloud.add_argument("--prices", type=Path, metavar="FILE", help="a CSV like sdar_verl/planner/prices.csv instead")
+    for name, what in (
+        ("interruption", "hours between interruptions of a spot machine (default: 4)"),
+        ("restart", "minutes from an interruption to the first step (default: 15)"),
+        ("disk-rate", "MB/s of a node's disk (default: 1000)"),
+        ("upload-rate", "MB/s from a node to the mirror (default: 300)"),
+    ):
+        cloud.add_argument(f"--{name}", type=float, metavar="X", help=what)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE", help="write the memory as stacked bars (png, svg, pdf)")
 
@@ -51,10 +65,13 @@ def run(arguments: argparse.Namespace) -> int:
         if share is not None and not 0.0 < share <= 1.0:
             raise ConfigError(f"--{name}-efficiency {share}: must lie in (0, 1]")
     efficiency = Efficiency(**{name: share for name, share in shares.items() if share is not None})
+    given = _assumptions(arguments)
     gpu = find_gpu(arguments.gpu)
     config = compose_config(arguments.config_name, arguments.overrides)
     lengths = {name: getattr(arguments, name) for name in ("turns", "prompt", "context", "response")}
     wished = Layout.from_config(config, load_config(config.sdar), **lengths)
+    if arguments.cloud:
+        return _cloud(arguments, wished, efficiency, given)
     plan = make_plan(wished, gpu, efficiency)
     notes = []
     if arguments.recommend:
@@ -75,3 +92,38 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         draw(plan, arguments.plot)
     return 0 if plan.fits else 1
+
+
+_CLOUD = {"interruption": ("interruption_h", 1.0), "restart": ("restart_s", 60.0)}
+_CLOUD |= {"disk_rate": ("disk", 1e6), "upload_rate": ("upload", 1e6)}
+
+
+def _assumptions(arguments: argparse.Namespace) -> Any:
+    from sdar_verl.errors import ConfigError
+    from sdar_verl.planner.cloud import Assumptions
+
+    given = {}
+    for name, (field, unit) in _CLOUD.items():
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be above 0")
+        if value is not None:
+            given[field] = value * unit
+    names = ["node", "region", "prices", *_CLOUD]
+    idle = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
+    if idle and not arguments.cloud:
+        raise ConfigError(f"{', '.join(idle)}: no effect without --cloud; add it")
+    return Assumptions(**given)
+
+
+def _cloud(arguments: argparse.Namespace, wished: Any, efficiency: Any, given: Any) -> int:
+    from sdar_verl.planner.cloud import offers
+    from sdar_verl.planner.cloud_show import as_dict, as_text
+    from sdar_verl.planner.prices import choose, nodes, rates
+
+    sky = None if arguments.prices else Path.home() / ".sky"
+    listed = choose(nodes(arguments.prices, sky), arguments.node, arguments.region)
+    found = offers(wished, listed, given, efficiency)
+    what = (found, given, rates(), datetime.date.today())
+    print(json.dumps(as_dict(*what), indent=1) if arguments.json else as_text(*what))
+    return 0 if found else 1

@@ -11,6 +11,8 @@ import numpy as np
 
 from sdar_verl.report.charts import Chart, lines
 from sdar_verl.report.compare import Comparison, Group
+from sdar_verl.report.cost import as_json as cost_as_json
+from sdar_verl.report.cost import rows_of_cost
 from sdar_verl.report.estimates import Estimate, Measure, Row, measures
 from sdar_verl.report.page import page
 from sdar_verl.report.stats import bootstrap
@@ -54,7 +56,7 @@ def rows_of_text(rows: Sequence[Row], threshold: float, baseline: str | None) ->
                 found = row.differences.get(measure.key)
                 line.append("" if found is None else cell(found, measure, runs=row.runs, difference=True))
             cells.append(line)
-    return head, cells
+    return head, cells + rows_of_cost([(row.method, row.runs, row.cost) for row in rows], len(head))
 
 
 def explain(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
@@ -101,6 +103,7 @@ def as_json(comparison: Comparison, rows: Sequence[Row], threshold: float, basel
             {
                 "method": row.method,
                 "runs": [str(run.folder) for run in group.runs],
+                "cost": cost_as_json(row.cost),
                 "values": {key: plain(estimate) for key, estimate in row.values.items()},
                 "differences": {
                     key: {**plain(estimate), "within_noise": estimate.within_noise}

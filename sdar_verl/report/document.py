@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.report.charts import charts
+from sdar_verl.report.cost import cards as cost_cards
 from sdar_verl.report.page import page, write_page
 from sdar_verl.report.read import RunData, episodes, read_run
 from sdar_verl.report.stats import wilson
@@ -100,6 +101,7 @@ def _cards(data: RunData) -> str:
         total = sum(seconds) / 3600
         spent = f"{total:.1f} h" if total >= 1 else f"{total * 60:.1f} min"
         cards.append(("time per step", f"{sorted(seconds)[len(seconds) // 2]:.1f} s", f"median; all steps {spent}"))
+    cards += cost_cards(data.attempts)
     return '<div class="cards">' + "".join(_card(*card) for card in cards) + "</div>"
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdar_verl.report.compare import Comparison, Group
+from sdar_verl.report.cost import Cost, cost
 from sdar_verl.report.stats import area_under_curve, bootstrap, first_reach
 
 Curve = Sequence[float]
@@ -130,12 +131,14 @@ class Row:
         runs: number of runs.
         values: key of a measure -> estimate.
         differences: the same for the difference to the baseline; empty for the baseline itself and without one.
+        cost: by the runs' ledgers.
     """
 
     method: str
     runs: int
     values: dict[str, Estimate]
     differences: dict[str, Estimate]
+    cost: Cost
 
 
 def table(comparison: Comparison, baseline: str | None, threshold: float, draws: int = 2000) -> list[Row]:
@@ -150,6 +153,7 @@ def table(comparison: Comparison, baseline: str | None, threshold: float, draws:
             {}
             if reference is None or group is reference
             else {measure.key: difference(group, reference, measure, draws) for measure in listed},
+            cost(group),
         )
         for group in comparison.groups
     ]

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.cloud.ledger import Attempt
+from sdar_verl.cloud.ledger import read as read_ledger
+from sdar_verl.cloud.store import Store, StoreError
 from sdar_verl.report import layout
 from sdar_verl.report.checked import check_run, is_number, numbers_of, sound_distributions, step_of
 from sdar_verl.report.layout import RecordError
@@ -27,6 +30,7 @@ class RunData:
         traces: step -> file.
         warnings: what was warned of.
         notes: what is missing or could not be read, in plain words.
+        attempts: the run's ledger.
     """
 
     folder: Path
@@ -37,6 +41,7 @@ class RunData:
     traces: dict[int, Path] = field(default_factory=dict)
     warnings: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -84,6 +89,7 @@ def read_run(folder: str | Path) -> RunData:
     data.warnings = _lines(record / layout.WARNINGS_FILE, data.notes, needed=False)
     data.traces = layout.step_files(record / layout.TRACES)
     data.outcomes = _outcomes(record / layout.OUTCOMES, data.notes)
+    data.attempts = _attempts(record.parent, data.notes)
     if not data.metrics and not data.traces:
         data.notes.append("The run has not finished a step: there is nothing to draw yet.")
     if not data.traces:
@@ -91,6 +97,14 @@ def read_run(folder: str | Path) -> RunData:
     if not data.outcomes:
         data.notes.append("No validation was recorded.")
     return data
+
+
+def _attempts(folder: Path, notes: list[str]) -> list[Attempt]:
+    try:
+        return read_ledger(Store(folder))
+    except StoreError as error:
+        notes.append(f"{error}; what the run cost is not shown")
+        return []
 
 
 def episodes(data: RunData, limit: int) -> Iterator[list[dict[str, Any]]]:

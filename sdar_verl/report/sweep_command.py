@@ -12,9 +12,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdar_verl.errors import ConfigError, SdarError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 FINISHED = "finished"
 
@@ -27,16 +30,21 @@ def add_parser(subparsers: Any) -> None:
         description="Starts `python -m verl.trainer.main_ppo` once per method and seed. A finished run is not run "
         "again, an unfinished one resumes from its latest checkpoint. Words that remain are verl overrides.",
     )
-    parser.add_argument("--config-name", required=True, help="the recipe, such as sdar_alfworld")
+    parser.add_argument("--config-name", help="the recipe, such as sdar_alfworld")
     parser.add_argument(
         "--methods",
-        required=True,
         type=_names,
         metavar="A,B,...",
         help="of the config group method; METHOD+CONTROL is the same with that placebo as the teacher's context",
     )
-    parser.add_argument("--seeds", default=[0], type=_seeds, metavar="0,1,...", help="default: 0")
+    parser.add_argument("--seeds", type=_seeds, metavar="0,1,...", help="default: 0")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="runs are DIR/<method>-<seed>")
+    parser.add_argument(
+        "--plan", type=Path, metavar="FILE", help="an evaluation plan instead (recipes/evaluation, docs/cloud.md)"
+    )
+    parser.add_argument("--budget", type=float, metavar="USD", help="with --plan: for all its runs")
+    parser.add_argument("--price", type=float, metavar="USD_PER_HOUR", help="with --plan: of what a run runs on")
+    parser.add_argument("--gpu", default="h100-80gb", help="with --plan: card of the estimate (default: h100-80gb)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only, if they compose")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="for all runs")
     parser.set_defaults(run=run)
@@ -58,22 +66,29 @@ def _seeds(text: str) -> list[int]:
 def command(config: str, method: str, seed: int, folder: Path, overrides: list[str]) -> list[str]:
     """What starts one run of ``method``, or ``method+control``. Later words win in Hydra: the user's stand last."""
     preset, plus, control = method.partition("+")
+    own = [f"method={preset}", *([f"sdar.context.control={control}"] if plus else [])]
+    return run_command(config, method, seed, folder, own) + overrides
+
+
+def run_command(config: str, name: str, seed: int, folder: Path, own: list[str]) -> list[str]:
+    """What starts one run called ``name`` with its ``own`` overrides."""
     return [
         *(sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", config),
-        f"method={preset}",
-        *([f"sdar.context.control={control}"] if plus else []),
+        *own,
         f"data.seed={seed}",
         f"sdar.rollout.seed={seed}",
         f"actor_rollout_ref.actor.data_loader_seed={42 + seed}",
-        f"trainer.experiment_name={method}-{seed}",
+        f"trainer.experiment_name={name}-{seed}",
         f"trainer.default_local_dir={folder}/checkpoints",
         f"hydra.run.dir={folder}/hydra",
-        *overrides,
     ]
 
 
-def check(words: list[str], *, whole: bool) -> None:
+def check(words: list[str], *, whole: bool) -> DictConfig:
     """Compose the config of a run's command; with ``whole`` make the checks that the run makes before Ray starts, too.
+
+    Returns:
+        The config.
 
     Raises:
         ConfigError: names the run and its faults.
@@ -91,6 +106,7 @@ def check(words: list[str], *, whole: bool) -> None:
         sdar = load_config(config.get("sdar"))
         if whole:
             check_run(config, sdar)
+        return config
     except SdarError as error:
         raise ConfigError(f"{name} cannot start, so nothing was started:\n{error}") from error
 
@@ -101,6 +117,12 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: see :func:`check`.
     """
+    _options(arguments)
+    if arguments.plan is not None:
+        from sdar_verl.report.evaluation_run import run_plan
+
+        given = (arguments.price, arguments.budget, arguments.gpu, arguments.dry_run)
+        return run_plan(arguments.plan, arguments.out, arguments.overrides, *given)
     out: Path = arguments.out.resolve()
     for method in arguments.methods:
         for seed in arguments.seeds if not arguments.dry_run else arguments.seeds[:1]:
@@ -126,7 +148,7 @@ def run(arguments: argparse.Namespace) -> int:
                 status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=env, check=False).returncode
             if status:
                 failed.append(folder)
-                print(f"  failed with status {status}; the end of its log:", *_tail(folder / "train.log"), sep="\n  ")
+                print(f"  failed with status {status}; the end of its log:", *tail(folder / "train.log"), sep="\n  ")
             else:
                 (folder / FINISHED).touch()
     if arguments.dry_run:
@@ -138,5 +160,23 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _tail(path: Path, lines: int = 12) -> list[str]:
+def _options(arguments: argparse.Namespace) -> None:
+    """A sweep has methods, a plan its own."""
+    of_a_sweep = {"--config-name": arguments.config_name, "--methods": arguments.methods, "--seeds": arguments.seeds}
+    of_a_plan = {"--budget": arguments.budget, "--price": arguments.price}
+    if arguments.plan is not None:
+        idle = [name for name, value in of_a_sweep.items() if value is not None]
+        if idle:
+            raise ConfigError(f"{', '.join(idle)}: no effect with --plan, whose file says it; leave it out")
+        return
+    missing = [name for name in ("--config-name", "--methods") if of_a_sweep[name] is None]
+    if missing:
+        raise ConfigError(f"sweep needs {' and '.join(missing)}, or --plan FILE")
+    idle = [name for name, value in of_a_plan.items() if value is not None]
+    if idle:
+        raise ConfigError(f"{', '.join(idle)}: no effect without --plan")
+    arguments.seeds = arguments.seeds or [0]
+
+
+def tail(path: Path, lines: int = 12) -> list[str]:
     return path.read_text(errors="replace").splitlines()[-lines:]

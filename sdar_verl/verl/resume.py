@@ -53,17 +53,15 @@ def experiment_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             "remove it when they are, or start over with trainer.resume_mode=disable"
         ]
     try:
-        changes = _differences(flat(found), _note(config), config)
+        changes = differences(found, experiment(config), config)
     except PanelError:
         return []  # told by the checks of the data
     if not changes:
         return []
-    more = f"; and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
     return [
-        f"trainer.default_local_dir={folder} holds checkpoints of another experiment "
-        f"({'; '.join(changes[:_NAMED])}{more}). Give this run its own folder (trainer.experiment_name=... or "
-        "trainer.default_local_dir=...), or start over with trainer.resume_mode=disable. To go on from them all the "
-        f"same, remove {note}"
+        f"trainer.default_local_dir={folder} holds checkpoints of another experiment ({named(changes)}). Give this "
+        "run its own folder (trainer.experiment_name=... or trainer.default_local_dir=...), or start over with "
+        f"trainer.resume_mode=disable. To go on from them all the same, remove {note}"
     ]
 
 
@@ -78,7 +76,7 @@ def claim_checkpoints(config: DictConfig) -> None:
     folder = checkpoint_folder(config)
     if faults := experiment_faults(config, SdarConfig()):
         raise ConfigError("\n".join(faults))
-    text = json.dumps(_note(config), indent=1) + "\n"
+    text = json.dumps(experiment(config), indent=1) + "\n"
     note = folder / RUN_FILE
     if config.trainer.resume_mode == "disable" and not (note.is_file() and note.read_text(encoding="utf-8") == text):
         # Else the same command, started again before the first save, would go on from the other experiment.
@@ -86,14 +84,19 @@ def claim_checkpoints(config: DictConfig) -> None:
     write_text_atomically(note, text)
 
 
-def _note(config: DictConfig) -> dict[str, Any]:
+def experiment(config: DictConfig) -> dict[str, Any]:
+    """The note of an experiment: its fingerprint, and the hashes of its training panels.
+
+    Raises:
+        PanelError: a training panel is missing or not one of ours.
+    """
     # Where the panel lies may change, but data.pt holds a place in it.
     return {**fingerprint(config), _PANEL: panel_digests(config, "train_files")}
 
 
-def _differences(found: dict[str, Any], wanted: dict[str, Any], config: DictConfig) -> list[str]:
+def differences(found: dict[str, Any], wanted: dict[str, Any], config: DictConfig) -> list[str]:
     """``option: value there, value here``; an option that one of the two versions did not have yet had its default."""
-    defaults = Defaults(config)
+    found, defaults = flat(found), Defaults(config)
     changes = []
     for key in sorted({*found, *wanted}):
         if {} in (found.get(key), wanted.get(key)):
@@ -138,3 +141,9 @@ def from_scratch(config: DictConfig) -> str:
     return (
         f"sdar: {folder} holds {', '.join(left)}, but no {TRACKER}: none was finished, training starts from scratch\n"
     )
+
+
+def named(changes: list[str]) -> str:
+    """The first of ``changes``, and how many more there are."""
+    more = f"; and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
+    return "; ".join(changes[:_NAMED]) + more

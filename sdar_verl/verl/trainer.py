@@ -27,6 +27,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from sdar_verl.checks.panel_tasks import panel_digests, panel_files
 from sdar_verl.checks.run import check_run
+from sdar_verl.cloud.attempt import CloudRun
 from sdar_verl.compat import validation_counts
 from sdar_verl.config import load_config
 from sdar_verl.fields import STEP_VALUES, TEACHER_LOG_PROBS
@@ -34,7 +35,7 @@ from sdar_verl.finite import STUDENT
 from sdar_verl.method import Method, Strengths
 from sdar_verl.modules import Importing
 from sdar_verl.observe import observers
-from sdar_verl.observe.base import load_states, save_states
+from sdar_verl.observe.base import Observer, load_states, save_states
 from sdar_verl.observe.lines import step_line, validation_line
 from sdar_verl.observe.metrics import gap_metrics, reduce_loss_sums
 from sdar_verl.observe.step_metrics import step_metrics
@@ -75,6 +76,7 @@ class SdarTraining(PPOTrainer):
 
     def __init__(self, config: Any):
         self.sdar = load_config(config.get("sdar"))
+        self.cloud = CloudRun(config, self.sdar, self)  # first: it may bring the checkpoint to go on from
         check_run(config, self.sdar)
         claim_checkpoints(config)
         self._queue: dict[str, Any] = {}
@@ -86,7 +88,7 @@ class SdarTraining(PPOTrainer):
         taught = self.sdar.teacher.source != "none"
         self.requests = StepRequests.of(self.sdar.loss)
         self.teacher = PrivilegedTeacher(self.sdar.teacher, self.requests, self) if taught else None
-        self.observers = observers(self.sdar, config, self)
+        self.observers: list[Observer] = [*observers(self.sdar, config, self), self.cloud]
         self.late_contexts: Any = None
         self.tables: list[StepTable] = []
         self.columns = ["response_mask", "rm_scores", "entropy", *STUDENT]
@@ -184,7 +186,7 @@ class SdarTraining(PPOTrainer):
         self._queue = queue_processes(OmegaConf.select(self.config, units) or 0)
         self.agent_loop_manager = agent_loop_manager  # verl's first act, too; the watch asks for its workers
         run_processes(self)
-        with self._liveness.watching():
+        with self._liveness.watching(), self.cloud:
             super().fit(agent_loop_manager)
 
     # ---------------------------------------------------------------- a step

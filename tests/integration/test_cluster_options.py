@@ -20,6 +20,7 @@ from sdar_verl.fields import (
     SUMS_PREFIX,
     TEACHER_HIDDEN,
     TEACHER_LOG_PROBS,
+    TEACHER_MASK,
     TEACHER_PROMPTS,
 )
 from sdar_verl.method import Method, StepValues
@@ -103,7 +104,8 @@ def run_case(rank: int, root: Path, fields: dict[str, list[torch.Tensor]], case:
     data = update_batch(mine, fields)
     teacher = None
     if source == "actor_fresh":
-        data[TEACHER_PROMPTS] = nested([prompt for prompt, *_ in theirs])
+        seen = [bool(fields[TEACHER_MASK][row].any()) for row in mine]
+        data[TEACHER_PROMPTS] = nested([prompt[: len(prompt) * has] for has, (prompt, *_) in zip(seen, theirs, strict=True)])
         tu.assign_non_tensor(data, **{TEACHER_REQUEST: requests.teacher.to_json()})
     else:
         teacher = worker.compute_teacher_log_prob(teacher_batch(theirs, requests.teacher))

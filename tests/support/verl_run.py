@@ -43,13 +43,9 @@ class Run:
         return {step: data[name] for step, data in self.metrics.items() if name in data}
 
 
-def start_main_ppo(
-    folder: Path, overrides: list[str], *, config: str = "sdar_quickstart", **env: str
-) -> subprocess.Popen[bytes]:
-    """``python -m verl.trainer.main_ppo --config-name CONFIG OVERRIDES`` with its files under ``folder``.
-
-    Its output goes to ``log.txt`` there; it leads a process group of its own.
-    """
+def main_ppo(folder: Path, overrides: list[str], config: str = "sdar_quickstart") -> tuple[list[str], dict[str, str]]:
+    """``python -m verl.trainer.main_ppo --config-name CONFIG OVERRIDES`` with its files under ``folder``, and the
+    environment variables that it needs."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "OMP_NUM_THREADS": "1",
@@ -66,6 +62,14 @@ def start_main_ppo(
         f"hydra.run.dir={folder / 'hydra'}",
         *overrides,
     ]
+    return command, settings
+
+
+def start_main_ppo(
+    folder: Path, overrides: list[str], *, config: str = "sdar_quickstart", **env: str
+) -> subprocess.Popen[bytes]:
+    """Start :func:`main_ppo`. Its output goes to ``log.txt`` there; it leads a process group of its own."""
+    command, settings = main_ppo(folder, overrides, config)
     with (folder / "log.txt").open("w") as stream:
         return subprocess.Popen(
             command,

@@ -24,7 +24,7 @@ from verl.trainer.ppo.v1 import PPOTrainer
 from sdar_verl.algorithm.divergences import COLUMNS
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.stats import stats_sums
-from sdar_verl.cli import _parser
+from sdar_verl.cli import _parser, guarded
 from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
 from sdar_verl.fields import NORM_PREFIX, SUMS_PREFIX, TEACHER_LOG_PROBS
@@ -226,7 +226,7 @@ def test_commands_in_the_documents_are_accepted(monkeypatch):
     assert len(found) > 15, "the documents, or the pattern that reads them, changed"
     for path, line in found:
         try:
-            arguments, rest = _parser().parse_known_args(shlex.split(line)[1:])
+            arguments, rest = _parser().parse_known_args(guarded(shlex.split(line)[1:])[0])
             if rest and not hasattr(arguments, "overrides"):
                 raise ValueError(f"unrecognized arguments: {rest}")
         except ValueError as error:

@@ -19,10 +19,17 @@ PACKAGE = Path(sdar_verl.__file__).parent
 FILES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 
 NETWORK = {"requests", "httpx", "aiohttp", "urllib3", "socket", "smtplib", "ftplib", "http", "urllib.request", "zmq"}
-# The last one asks for its own address: the CPU default's weights go from process to process by torch.
-MAY_TALK = {"envs/search/client.py", "envs/search/serve.py", "local/weights.py"}
+# The doctor's nodes and local weights ask for an address of their own: torch talks there.
+MAY_TALK = {"cloud/notice.py", "doctor/nodes.py", "envs/search/client.py", "envs/search/serve.py", "local/weights.py"}
 CODE = {"pickle", "cloudpickle", "marshal", "shelve", "dill", "joblib"}
-MAY_START_PROCESSES = {"doctor/build_tools.py", "doctor/probe.py", "report/sweep_command.py"}
+MAY_START_PROCESSES = {
+    "cloud/guard.py",
+    "cloud/processes.py",
+    "doctor/build_tools.py",
+    "doctor/probe.py",
+    "report/evaluation_run.py",
+    "report/sweep_command.py",
+}
 
 
 def imports(tree: ast.Module) -> Iterator[str]:

@@ -1,0 +1,56 @@
+"""Whether the mirror can take this run's checkpoints; known before Ray starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from sdar_verl.config import SdarConfig
+
+
+def cloud_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Why this run cannot be mirrored as it is told to, one text each; empty without a mirror."""
+    place = sdar.cloud.mirror
+    if place is None:
+        return []
+    from sdar_verl.cloud.mirror import Mirror
+    from sdar_verl.cloud.store import StoreError
+    from sdar_verl.panels import PanelError
+    from sdar_verl.verl.resume import RUN_FILE, differences, experiment, named
+
+    option, trainer = f"sdar.cloud.mirror={place}", config.trainer
+    faults = []
+    if trainer.save_freq <= 0:
+        faults.append(f"{option} has no effect with trainer.save_freq={trainer.save_freq}; save every few steps")
+    if trainer.get("max_actor_ckpt_to_keep") == 1:
+        faults.append(
+            f"{option} with trainer.max_actor_ckpt_to_keep=1: verl would delete a checkpoint that is on its way; keep 2"
+        )
+    folder = Path(str(trainer.default_local_dir)).expanduser().absolute()
+    if "://" not in place or Path(place.removeprefix("file://")).absolute().is_relative_to(folder):
+        faults.append(
+            f"{option} must be s3://, gs://, az:// or file:///, and outside of trainer.default_local_dir={folder}"
+        )
+    if faults:
+        return faults
+    try:
+        mirror = Mirror(place)
+        mirror.store.check()
+        found, newest = mirror.store.read_json(RUN_FILE), mirror.newest()
+        changes = differences(found, experiment(config), config) if found is not None else []
+    except PanelError:
+        return []  # named by the check of the data
+    except StoreError as error:
+        return [f"sdar.cloud.mirror: {error}"]
+    if changes:
+        return [
+            f"{option} holds another experiment ({named(changes)}); give this run a mirror of its own, such as "
+            f"{place}-2"
+        ]
+    if newest and trainer.resume_mode == "disable":
+        return [
+            f"{option} holds global_step_{newest}, and trainer.resume_mode=disable would start over beside it; give "
+            "this run a mirror of its own, or empty that one"
+        ]
+    return []

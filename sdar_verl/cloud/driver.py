@@ -1,0 +1,106 @@
+"""What the driver does for a run on rented machines: it answers SIGTERM, and tells a guard where the run lies.
+
+The driver is the process of ``python -m verl.trainer.main_ppo``. It waits for the trainer, which is an actor of Ray's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from sdar_verl.atomic import write_text_atomically
+from sdar_verl.cloud import ledger, stop
+from sdar_verl.cloud.store import Store
+
+GUARD = "SDAR_GUARD"
+"""Environment variable: the file in which the driver leaves, for a guard around it, where the run lies."""
+
+
+def places(config: DictConfig) -> list[Store]:
+    """The run's folder, and its mirror where it has one."""
+    folder = Path(str(config.trainer.default_local_dir)).expanduser().absolute()
+    mirror = config.sdar.cloud.mirror
+    return [Store(folder), *([Store(mirror)] if mirror else [])]
+
+
+def before_ray(config: DictConfig) -> str | None:
+    """Tell the guard, if there is one, and answer SIGTERM from now on.
+
+    Returns:
+        Why the run is not to start at all: somebody asked it to stop while it was down. That fulfils the wish.
+    """
+    stores = places(config)
+    for store in stores:
+        reason = stop.asked(store)
+        if reason is not None:
+            stop.forget(stores)
+            return reason
+    known = [name for store in stores for name in [ledger.newest(store)] if name is not None]
+    tell_guard(stores, known, int(config.trainer.nnodes), int(config.trainer.n_gpus_per_node))
+    answer_sigterm(lambda: _stop(stores, known))
+    return None
+
+
+def tell_guard(stores: list[Store], known: list[str], nodes: int, cards: int) -> None:
+    """Leave word for the guard, if there is one: where the run lies, which attempts were before it, cards per node."""
+    note = os.environ.get(GUARD)
+    if note:
+        facts = {"places": [store.place for store in stores], "nodes": nodes, "cards": nodes * cards, "before": known}
+        write_text_atomically(Path(note), json.dumps(facts))
+
+
+def opened(stores: list[Store], before: list[str]) -> str | None:
+    """The attempt that has been opened since ``before`` was the list of known ones; None when none has."""
+    for store in stores:
+        found = ledger.newest(store)
+        if found is not None and all(ledger.later(found, name) for name in before):
+            return found
+    return None
+
+
+def _stop(stores: list[Store], before: list[str]) -> bool:
+    attempt = opened(stores, before)
+    if attempt is None:
+        return False
+    print("sdar: SIGTERM: stopping after the step under way (again: at once)", flush=True)
+    stop.ask(stores, "SIGTERM", attempt)
+    return True
+
+
+def answer_sigterm(act: Callable[[], bool]) -> None:
+    """Call ``act`` at the first SIGTERM; at the next, or when it returns False, what Ray would have done.
+
+    Ray sets a handler of its own whenever it starts, so ours is set after that: a thread waits for Ray and then wakes
+    the main thread, which alone may set handlers, by a signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def install(*_: Any) -> None:
+        theirs = signal.getsignal(signal.SIGTERM)
+
+        def handle(number: int, frame: Any) -> None:
+            signal.signal(signal.SIGTERM, theirs)
+            if not act() and callable(theirs):
+                theirs(number, frame)
+
+        signal.signal(signal.SIGTERM, handle)
+
+    signal.signal(signal.SIGUSR2, install)
+    threading.Thread(target=_wake_when_ray_is_there, name="sdar-sigterm", daemon=True).start()
+
+
+def _wake_when_ray_is_there() -> None:
+    import ray
+
+    while not ray.is_initialized():
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGUSR2)

@@ -1,0 +1,221 @@
+"""Checkpoints in object storage: what is there, how it gets there, how an empty folder is filled from it.
+
+The mirror is laid out as the run's own folder (``trainer.default_local_dir``), plus ``global_step_N/manifest.json``
+with names, sizes and hashes. The manifest is written last and alone makes a checkpoint count.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sdar_verl.atomic import write_text_atomically
+from sdar_verl.checks.resume import TRACKER
+from sdar_verl.cloud.nodes import first_with, on_every_node
+from sdar_verl.cloud.store import Store, StoreError
+from sdar_verl.errors import SdarError
+from sdar_verl.report import layout
+
+MANIFEST = "manifest.json"
+RUN_FILE = "sdar_run.json"
+_SCHEMA = 1
+_FOLDER = re.compile(r"global_step_(\d+)/")
+_STREAMS = 4
+
+
+class MirrorError(SdarError):
+    """A checkpoint could not be mirrored, or the mirror holds none that can be used."""
+
+
+class Mirror:
+    """One run's mirror.
+
+    Args:
+        place: see :class:`~sdar_verl.cloud.store.Store`.
+        say: prints a line.
+    """
+
+    def __init__(self, place: str, say: Callable[[str], None] | None = None):
+        self.store = Store(place)
+        self._synced: dict[str, tuple[int, int]] = {}
+        self._say = say or (lambda text: print(f"sdar mirror: {text}", flush=True))
+
+    # ---------------------------------------------------------------- what is there
+
+    def steps(self) -> dict[int, bool]:
+        """Step -> whether its manifest is there, in the order of steps."""
+        found: dict[int, bool] = {}
+        for name in self.store.names():
+            if match := _FOLDER.match(name):
+                step = int(match[1])
+                found[step] = found.get(step, False) or name == _manifest(step)
+        return dict(sorted(found.items()))
+
+    def newest(self) -> int:
+        """Step of the newest checkpoint with a manifest; 0 when there is none."""
+        return max((step for step, whole in self.steps().items() if whole), default=0)
+
+    # ---------------------------------------------------------------- up
+
+    def upload(self, folder: Path, step: int) -> dict[str, dict[str, Any]]:
+        """Copy a checkpoint's files, each node those on its own disk; returns name -> size and hash.
+
+        Raises:
+            StoreError, OSError: it did not work.
+        """
+        self.store.delete(_manifest(step))  # of another attempt at this step, whose files are about to change
+        name = f"global_step_{step}"
+        holders = on_every_node(_list_files, folder / name)
+        jobs = [(folder / name, f"{self.store.place}/{name}", own) for own in first_with(holders)]
+        parts = on_every_node(_upload_files, each=jobs)
+        return {file: facts for part in parts for file, facts in part.items()}
+
+    def sync(self, folder: Path) -> None:
+        """Copy what changed of the run's record, and its note of what makes the experiment."""
+        paths = [path for path in (folder / RUN_FILE, *(folder / layout.RECORD).rglob("*")) if path.is_file()]
+        here = {path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+        for name, state in here.items():
+            if self._synced.get(name) != state:
+                self.store.upload(folder / name, name)
+                self._synced[name] = state
+        for name in self.store.names(layout.RECORD).keys() - here.keys():  # traces that were thinned out
+            self.store.delete(name)
+
+    def seal(self, step: int, files: Mapping[str, Mapping[str, Any]], attempt: str) -> None:
+        """Write the manifest of a checkpoint whose files are there: from now on it counts."""
+        self.store.write_json(
+            _manifest(step), {"schema": _SCHEMA, "step": step, "attempt": attempt, "files": dict(files)}
+        )
+        self.store.write(TRACKER, str(step).encode())
+
+    def keep(self, number: int) -> None:
+        """Delete all but the newest ``number`` whole checkpoints, and what uploads left that never ended."""
+        steps = self.steps()
+        whole = [step for step, sealed in steps.items() if sealed]
+        kept = set(whole[-number:])
+        for step in steps:
+            if step not in kept and step < max(whole, default=0):
+                self.store.delete(_manifest(step))  # first: what is half deleted must not count
+                self.store.delete_folder(f"global_step_{step}")
+
+    # ---------------------------------------------------------------- down
+
+    def fill(self, folder: Path) -> int:
+        """Bring the newest whole checkpoint into ``folder``, with the record, when it is newer than what is there.
+
+        Returns:
+            Its step; 0 when the folder has it, or a newer one, already, or when the mirror holds none.
+
+        Raises:
+            MirrorError: it does not fit on the disk.
+            StoreError: the mirror cannot be read.
+        """
+        have = local_step(folder)
+        for step, whole in reversed(self.steps().items()):
+            if step <= have:
+                break
+            name = f"{self.store.place}/global_step_{step}"
+            if not whole:
+                self._say(f"{name} has no {MANIFEST}, its upload never ended: passed over")
+                continue
+            try:
+                files = self._files(step)
+            except StoreError as error:
+                self._say(f"{name}: {error}: passed over")
+                continue
+            self._check_room(folder, step, files)
+            fault = self._download(folder, step, files)
+            if fault:
+                self._say(f"{name}: {fault}: passed over")
+                continue
+            for note in (RUN_FILE, *self.store.names(layout.RECORD)):
+                if note != RUN_FILE or self.store.read(note) is not None:
+                    self.store.download(_inside(note), folder / note)
+            write_text_atomically(folder / TRACKER, str(step))  # last: only now verl sees the checkpoint
+            self._say(
+                f"global_step_{step} came from {self.store.place}, {_size(files) / 1e6:.1f} MB in {len(files)} files"
+            )
+            return step
+        return 0
+
+    def _files(self, step: int) -> dict[str, dict[str, Any]]:
+        manifest = self.store.read_json(_manifest(step)) or {}
+        files = manifest.get("files")
+        sound = isinstance(files, dict) and all(
+            isinstance(facts, dict) and isinstance(facts.get("size"), int) and isinstance(facts.get("sha256"), str)
+            for facts in files.values()
+        )
+        if manifest.get("schema") != _SCHEMA or not isinstance(files, dict) or not sound:
+            raise StoreError(f"{self.store.place}/{_manifest(step)} is damaged, or of another version")
+        return {_inside(name): facts for name, facts in files.items()}
+
+    def _check_room(self, folder: Path, step: int, files: Mapping[str, Mapping[str, Any]]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        free, need = shutil.disk_usage(folder).free, _size(files)
+        if free < need:
+            raise MirrorError(
+                f"global_step_{step} of {self.store.place} has {need / 1e9:.1f} GB, and trainer.default_local_dir="
+                f"{folder} has room for {free / 1e9:.1f}: put the folder on a larger disk"
+            )
+
+    def _download(self, folder: Path, step: int, files: Mapping[str, Mapping[str, Any]]) -> str:
+        def one(name: str) -> str:
+            try:
+                found = self.store.download(f"global_step_{step}/{name}", folder / f"global_step_{step}" / name)
+            except StoreError as error:
+                return str(error)
+            return "" if found == files[name] else f"{name} is not what was uploaded (size or hash differ)"
+
+        with ThreadPoolExecutor(_STREAMS) as pool:
+            return next(filter(None, pool.map(one, files)), "")
+
+
+def local_step(folder: Path) -> int:
+    """The step that verl's tracker file in ``folder`` names; 0 without one, or with one that names none."""
+    try:
+        return int((folder / TRACKER).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def fill_every_node(place: str, folder: Path) -> None:
+    """:meth:`Mirror.fill` on the disks of all nodes, this one first: on a shared disk the others find it done."""
+    fill_here(place, folder)
+    on_every_node(fill_here, place, folder)
+
+
+def fill_here(place: str, folder: Path) -> int:
+    """:meth:`Mirror.fill` on this node."""
+    return Mirror(place).fill(folder)
+
+
+def _manifest(step: int) -> str:
+    return f"global_step_{step}/{MANIFEST}"
+
+
+def _inside(name: str) -> str:
+    """``name``, if it stays in the folder that it is written to."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not path.parts:
+        raise StoreError(f"the mirror names a file {name!r}, which lies outside of a run's folder")
+    return name
+
+
+def _size(files: Mapping[str, Mapping[str, Any]]) -> int:
+    return sum(int(facts["size"]) for facts in files.values())
+
+
+def _list_files(folder: Path) -> dict[str, int]:
+    """Name -> bytes of all files below ``folder`` on this node."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def _upload_files(folder: Path, place: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    store = Store(place)
+    with ThreadPoolExecutor(_STREAMS) as pool:
+        facts = list(pool.map(lambda name: store.upload(folder / name, name), names))
+    return dict(zip(names, facts, strict=True))

@@ -1,0 +1,52 @@
+"""The same function on every node of the Ray cluster; without one, here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def on_every_node(function: Callable[..., Any], *arguments: Any, each: Sequence[tuple[Any, ...]] = ()) -> list[Any]:
+    """Call ``function`` once per node, this one first.
+
+    Args:
+        function: a function of a module.
+        *arguments: the same for all.
+        each: or arguments per node, in the order of an earlier call's results.
+    """
+    nodes = _nodes()
+    given = list(each) or [arguments] * len(nodes)
+    here, others = given[0], list(zip(nodes[1:], given[1:], strict=True))
+    if others:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        task = ray.remote(num_cpus=0, max_retries=0)(function)
+        asked = [
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(*own)
+            for node, own in others
+        ]
+        return [function(*here), *ray.get(asked)]
+    return [function(*here)]
+
+
+def first_with(holders: Sequence[Mapping[str, int]]) -> list[list[str]]:
+    """Per node, the names that no node before it has: on a shared disk all fall to the first."""
+    seen: set[str] = set()
+    given = []
+    for names in holders:
+        own = [name for name in names if name not in seen]
+        seen.update(own)
+        given.append(own)
+    return given
+
+
+def _nodes() -> list[str]:
+    """Ids of the cluster's living nodes, this one first; one nameless node without Ray."""
+    import ray
+
+    if not ray.is_initialized():
+        return [""]
+    here = ray.get_runtime_context().get_node_id()
+    alive = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    return [here, *(node for node in alive if node != here)]

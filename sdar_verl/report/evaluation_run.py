@@ -1,0 +1,225 @@
+"""Runs an evaluation plan: one guarded run after the other, until all are done or the budget is spent."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdar_verl.cloud import ledger, stop
+from sdar_verl.cloud.guard import AGAIN
+from sdar_verl.cloud.store import Store, StoreError
+from sdar_verl.errors import ConfigError, SdarError
+from sdar_verl.report.evaluation import Plan, Planned, affordable, give_up, look, order, planned_hours, read_plan
+from sdar_verl.report.layout import RecordError, write_atomically
+from sdar_verl.report.read import RunData
+from sdar_verl.report.sweep_command import FINISHED, check, run_command, tail
+
+GIVEN_UP = "given_up.txt"
+EVERY_S = 10.0
+TRIES = 3
+
+
+@dataclass
+class Evaluation:
+    """A plan under way; a finished run is not run again, an unfinished one goes on, an arm that was given up stays so.
+
+    Args:
+        plan: what is to be run.
+        out: folder of all runs, ``<arm>-<seed>``.
+        overrides: for all runs, after the plan's.
+        price: USD an hour of what a run runs on; None: unknown.
+        budget: USD for all runs together; None: no limit.
+    """
+
+    plan: Plan
+    out: Path
+    overrides: Sequence[str]
+    price: float | None
+    budget: float | None
+
+    def words(self, arm: str, seed: int) -> list[str]:
+        """The training command of one run."""
+        own = [*self.plan.overrides, *self.plan.arms[arm], *self.overrides]
+        return run_command(self.plan.config, arm, seed, self.folder(arm, seed), own)
+
+    def folder(self, arm: str, seed: int) -> Path:
+        """Of one run."""
+        return self.out / f"{arm}-{seed}"
+
+    def spent(self) -> float:
+        """USD by the ledgers of all runs; an attempt without a price counts at this one's."""
+        found = 0.0
+        for arm in self.plan.arms:
+            for seed in self.plan.seeds:
+                for line in self._ledger(arm, seed):
+                    price = self.price if line.price is None else line.price
+                    found += (price or 0.0) * line.seconds / 3600
+        return found
+
+    def run(self, runs: Sequence[Planned]) -> int:
+        """All runs in their order; the exit status: 0, or 1 when one failed or money was short."""
+        status = 0
+        for number, planned in enumerate(runs):
+            arm, folder = planned.arm, self.folder(planned.arm, planned.seed)
+            if (folder / FINISHED).is_file():
+                print(f"{folder} is finished already")
+                continue
+            why = self.given_up(arm)
+            if why is not None:
+                print(f"{folder} is left out: {arm} was given up: {why}")
+                continue
+            left = None if self.budget is None else self.budget - self.spent()
+            if left is not None and left < (planned.usd or 0.0):
+                names = ", ".join(f"{one.arm}-{one.seed}" for one in runs[number:])
+                needs = f"{folder.name} takes about {planned.usd or 0:.2f}"
+                print(f"the budget has {left:.2f} USD left, and {needs}; not run: {names}")
+                status = 1
+                break
+            status |= self._one(arm, planned.seed, left)
+        return status
+
+    def given_up(self, arm: str) -> str | None:
+        """Why no more is run of an arm."""
+        for seed in self.plan.seeds:
+            file = self.folder(arm, seed) / GIVEN_UP
+            if file.is_file():
+                return file.read_text(encoding="utf-8").strip()
+        return None
+
+    def finished(self) -> list[str]:
+        """``ARM=FOLDER`` of every finished run, as ``sdar-verl compare`` takes them."""
+        return [
+            f"{arm}={self.folder(arm, seed)}"
+            for arm in self.plan.arms
+            for seed in self.plan.seeds
+            if (self.folder(arm, seed) / FINISHED).is_file()
+        ]
+
+    def _one(self, arm: str, seed: int, left: float | None) -> int:
+        folder = self.folder(arm, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        guard = [sys.executable, "-m", "sdar_verl.cli", "guard"]
+        if self.price is not None:
+            guard += ["--price", str(self.price)]
+            own = sum(line.seconds * self.price / 3600 for line in self._ledger(arm, seed))
+            guard += ["--budget", str(left + own)] if left is not None else []
+        env = {**os.environ, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
+        print(f"{folder} (log: train.log)", flush=True)
+        for _ in range(TRIES):
+            with (folder / "train.log").open("a") as log:
+                process = subprocess.Popen(
+                    [*guard, "--", *self.words(arm, seed)], stdout=log, stderr=subprocess.STDOUT, env=env
+                )
+            try:
+                why = self._watch(process, arm, folder)
+            except BaseException:  # Ctrl-C: the guard ends its run in order
+                process.terminate()
+                process.wait()
+                raise
+            if process.returncode != AGAIN:
+                break
+        attempts = self._ledger(arm, seed)
+        done = attempts[-1].ended == "finished" if attempts else False
+        if why is None and process.returncode == 0 and done:
+            (folder / FINISHED).touch()
+            return 0
+        if why is None and process.returncode == 0:
+            print(f"  ended before its last step: {attempts[-1].ended if attempts else 'unknown'}")
+            return 1
+        if why is None:
+            why = f"its run ended with status {process.returncode}: {attempts[-1].ended if attempts else 'see its log'}"
+            print(*tail(folder / "train.log"), sep="\n  ")
+        write_atomically(folder / GIVEN_UP, why + "\n")
+        print(f"  {arm} is given up: {why}", flush=True)
+        return 1
+
+    def _watch(self, process: subprocess.Popen[bytes], arm: str, folder: Path) -> str | None:
+        why: str | None = None
+        while True:
+            try:
+                process.wait(EVERY_S)
+                over = True
+            except subprocess.TimeoutExpired:
+                over = False
+            if why is None:
+                why = self._judge(arm, folder)
+                if why is not None and not over:
+                    store = Store(folder / "checkpoints")
+                    stop.ask([store], why, ledger.newest(store))
+            if over:
+                return why
+
+    def _judge(self, arm: str, folder: Path) -> str | None:
+        try:
+            run = look(folder)
+            return None if run is None else give_up(self.plan, arm, run, self._baselines())
+        except RecordError:  # in the middle of a write
+            return None
+
+    def _baselines(self) -> list[RunData]:
+        folders = [self.folder(self.plan.baseline, seed) for seed in self.plan.seeds]
+        return [run for folder in folders if (folder / FINISHED).is_file() and (run := look(folder)) is not None]
+
+    def _ledger(self, arm: str, seed: int) -> list[ledger.Attempt]:
+        try:
+            return ledger.read(Store(self.folder(arm, seed) / "checkpoints"))
+        except StoreError as error:
+            print(f"  {error}")
+            return []
+
+
+def run_plan(
+    file: Path, out: Path, overrides: Sequence[str], price: float | None, budget: float | None, gpu: str, dry: bool
+) -> int:
+    """``sdar-verl sweep --plan``.
+
+    Raises:
+        ConfigError: the plan, or the config of any of its runs, is at fault; nothing was started.
+    """
+    if budget is not None and price is None:
+        raise ConfigError(f"--budget {budget:g} has no effect without a price: add --price USD_PER_HOUR")
+    plan = read_plan(file)
+    evaluation = Evaluation(plan, out.resolve(), overrides, price, budget)
+    try:
+        configs = {arm: check(evaluation.words(arm, plan.seeds[0]), whole=not dry) for arm in plan.arms}
+    except SdarError as error:
+        raise ConfigError(f"--plan {file}: {error}") from error
+    below = plan.kill.below
+    if below is not None:
+        frequency = int(configs[plan.baseline].trainer.test_freq)
+        if frequency < 1 or below.at % frequency:
+            raise ConfigError(
+                f"--plan {file}: kill.below.at={below.at}: no run validates then (trainer.test_freq={frequency})"
+            )
+    runs = order(plan, planned_hours(plan, configs, gpu), price)
+    _announce(runs, budget, price)
+    if dry:
+        for one in runs:
+            print(shlex.join(evaluation.words(one.arm, one.seed)))
+        return 0
+    status = evaluation.run(runs)
+    if price is not None:
+        print(f"{evaluation.spent():.2f} USD spent")
+    finished = evaluation.finished()
+    if finished:
+        from sdar_verl.cli import main
+
+        base = ["--baseline", plan.baseline] if any(one.startswith(f"{plan.baseline}=") for one in finished) else []
+        words = ["compare", *finished, *base, "--arm", plan.validation, "--any-settings"]
+        status |= main([*words, "--out", str(evaluation.out / "comparison")])
+    return status
+
+
+def _announce(runs: Sequence[Planned], budget: float | None, price: float | None) -> None:
+    hours = sum(run.hours for run in runs)
+    print(f"{len(runs)} runs, about {hours:.1f} h" + ("" if price is None else f" and {hours * price:,.2f} USD"))
+    for run in runs:
+        print(f"  {run.arm}-{run.seed}: {run.hours:.2f} h" + ("" if run.usd is None else f", {run.usd:,.2f} USD"))
+    number = affordable(runs, budget)
+    if number < len(runs):
+        print(f"the budget of {budget:g} USD pays for the first {number} of them", flush=True)

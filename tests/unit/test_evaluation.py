@@ -1,0 +1,199 @@
+"""Evaluation plans: what is read, in which order runs come, when an arm is given up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sdar_verl.cli import main
+from sdar_verl.cloud import ledger
+from sdar_verl.cloud.store import Store
+from sdar_verl.compose import compose_config
+from sdar_verl.errors import ConfigError
+from sdar_verl.report import evaluation_run, layout
+from sdar_verl.report.evaluation import Plan, affordable, give_up, order, planned_hours, read_plan
+from sdar_verl.report.read import read_run
+from tests.support.recorded_run import write_run
+
+ROOT = Path(__file__).parents[2]
+PLAN = {
+    "config": "sdar_quickstart",
+    "baseline": "grpo",
+    "arms": {"grpo": ["method=grpo"], "sdar": ["method=sdar"], "revkl": ["method=revkl_frozen"]},
+    "seeds": [0, 1, 2],
+    "hours": 0.5,
+}
+
+
+def plan(**changes) -> Plan:
+    return Plan.model_validate({**PLAN, **changes})
+
+
+@pytest.mark.parametrize("name", ["alfworld", "quickstart"])
+def test_the_shipped_plans_are_plans_and_compose(name):
+    found = read_plan(ROOT / "recipes" / "evaluation" / f"{name}.yaml")
+    configs = {arm: compose_config(found.config, [*found.overrides, *own]) for arm, own in found.arms.items()}
+    hours = planned_hours(found, configs, "h100-80gb")
+    assert all(0.05 <= value < 24 for value in hours.values())
+    assert found.kill.below is not None
+    assert found.kill.below.at % configs[found.baseline].trainer.test_freq == 0
+    if name == "quickstart":
+        assert sum(run.hours for run in order(found, hours, None)) < 1, "in under an hour"
+
+
+def test_first_seeds_come_first_then_what_tells_most_per_hour():
+    runs = order(plan(), {"grpo": 1.0, "sdar": 2.0, "revkl": 4.0}, 10.0)
+    assert [(run.arm, run.seed) for run in runs] == [
+        ("grpo", 0),
+        ("sdar", 0),
+        ("revkl", 0),
+        ("grpo", 1),  # part of both differences
+        ("grpo", 2),
+        ("sdar", 1),
+        ("revkl", 1),
+        ("sdar", 2),
+        ("revkl", 2),
+    ]
+    assert [run.usd for run in runs][:3] == [10.0, 20.0, 40.0]
+    assert affordable(runs, 70.0) == 3 and affordable(runs, None) == 9 and affordable(runs, 5.0) == 0
+
+
+def test_an_arm_is_given_up_for_a_warning_and_for_success_far_below(tmp_path):
+    kill = {"warnings": ["zero_gap"], "below": {"by": 0.1, "at": 4}}
+    base = read_run(write_run(tmp_path / "grpo", rate=0.08))
+    low = read_run(write_run(tmp_path / "low", rate=-0.05))
+    near = read_run(write_run(tmp_path / "near", rate=0.075))
+    assert dict(base.column("sdar-val/student/success"))[4] > 0.3
+    told = give_up(plan(kill=kill), "sdar", low, [base])
+    assert told is not None and "at step 4, the baseline" in told
+    assert give_up(plan(kill=kill), "sdar", near, [base]) is None
+    assert give_up(plan(kill=kill), "sdar", low, []) is None, "nothing to compare with"
+    assert give_up(plan(kill=kill), "grpo", low, [base]) is None, "the baseline itself"
+    assert give_up(plan(kill={"below": {"by": 0.9, "at": 4}}), "sdar", low, [base]) is None
+    layout.append_line(
+        tmp_path / "near/checkpoints/record/warnings.jsonl", {"step": 2, "name": "zero_gap", "text": "x"}
+    )
+    assert give_up(plan(kill=kill), "sdar", read_run(tmp_path / "near"), [base]) == "it warns of zero_gap"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"baseline": "grpp"}, "baseline='grpp' is none of the arms: grpo, sdar, revkl"),
+        ({"arm": {}}, "arm: Extra inputs are not permitted; known: config, overrides, baseline"),
+        ({"kill": {"warnings": ["zero_gp"]}}, "no such warning: zero_gp; known: zero_gap"),
+        ({"kill": {"bellow": {}}}, "kill.bellow: Extra inputs are not permitted; known: warnings, below"),
+        ({"seeds": [0, 0]}, "names a seed twice"),
+        ({"arms": {"grpo": [], "a/b": []}}, "without spaces, slashes"),
+    ],
+)
+def test_a_faulty_plan_is_told(tmp_path, change, told):
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, **change}, sort_keys=False))
+    with pytest.raises(ConfigError) as error:
+        read_plan(tmp_path / "plan.yaml")
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arm", "words", "told"),
+    [
+        (["method=sdr"], [], "sdar-0 cannot start, so nothing was started"),
+        (["method=sdar"], ["--budget", "5"], "--budget 5 has no effect without a price"),
+        (["method=sdar"], ["--seeds", "0"], "--seeds: no effect with --plan"),
+    ],
+)
+def test_a_fault_is_told_before_anything_starts(tmp_path, capsys, monkeypatch, arm, words, told):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a run was started"))
+    (tmp_path / "plan.yaml").write_text(
+        yaml.safe_dump({**PLAN, "arms": {"grpo": ["method=grpo"], "sdar": arm}}, sort_keys=False)
+    )
+    command = ["sweep", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--dry-run", *words]
+    assert main(command) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_dear_plan_is_told_before_its_first_run(tmp_path, capsys):
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN, sort_keys=False))
+    command = ["sweep", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--dry-run"]
+    assert main([*command, "--price", "10", "--budget", "22"]) == 0
+    out = capsys.readouterr().out
+    assert "9 runs, about 4.5 h and 45.00 USD" in out and "the budget of 22 USD pays for the first 4 of them" in out
+
+
+RUN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from sdar_verl.cloud import ledger
+from sdar_verl.cloud.driver import tell_guard
+from sdar_verl.cloud.store import Store
+from tests.support.recorded_run import write_run
+root, folder, arm, seed, rate, status = sys.argv[1:7]
+write_run(Path(folder), experiment=arm, seed=int(seed), rate=float(rate))
+store = Store(folder + "/checkpoints")
+tell_guard([store], [], 1, 8)
+own = ledger.open_id(store)
+line = {"first": 0, "step": 9, "cards": 8, "beats": 1, "seconds": 3600.0, "slowest": 1.0}
+ledger.write(store, own, {**line, "ended": "finished" if status == "0" else "NonFiniteError: NaN"})
+sys.exit(int(status))
+"""
+
+
+@pytest.fixture
+def scripted(tmp_path, monkeypatch):
+    """An evaluation whose runs are scripts that leave a record and a ledger, as runs do."""
+
+    def make(**of_arm: tuple[float, int]):
+        found = plan(arms={name: [] for name in of_arm}, seeds=[0, 1], kill={"below": {"by": 0.1, "at": 4}})
+        runs = evaluation_run.Evaluation(found, tmp_path / "out", [], 7.2, None)
+
+        def words(self, arm: str, seed: int) -> list[str]:
+            rate, status = of_arm[arm]
+            folder = self.folder(arm, seed)
+            return [
+                evaluation_run.sys.executable,
+                "-c",
+                RUN,
+                str(ROOT),
+                str(folder),
+                arm,
+                str(seed),
+                str(rate),
+                str(status),
+            ]
+
+        monkeypatch.setattr(evaluation_run.Evaluation, "words", words)
+        monkeypatch.setattr(evaluation_run, "EVERY_S", 0.2)
+        return runs, order(found, dict.fromkeys(of_arm, 0.001), 7.2)
+
+    return make
+
+
+def test_a_plan_runs_gives_up_and_goes_on(scripted, capsys):
+    runs, listed = scripted(grpo=(0.08, 0), sdar=(0.075, 0), bad=(-0.05, 0), broken=(0.08, 1))
+    assert runs.run(listed) == 1
+    assert runs.finished() == [f"{arm}={runs.folder(arm, seed)}" for arm in ("grpo", "sdar") for seed in (0, 1)]
+    assert "at step 4, the baseline" in (runs.given_up("bad") or "")
+    assert "NonFiniteError: NaN" in (runs.given_up("broken") or "")
+    assert not runs.folder("bad", 1).exists() and not runs.folder("broken", 1).exists()
+    assert runs.spent() > 0
+    capsys.readouterr()
+    runs.run(listed)
+    again = capsys.readouterr().out
+    assert again.count("is finished already") == 4 and again.count("is left out") == 4
+
+
+def test_a_plan_ends_when_its_budget_is_spent(scripted, capsys):
+    runs, listed = scripted(grpo=(0.08, 0), sdar=(0.075, 0))
+    folder = runs.folder("grpo", 0) / "checkpoints"
+    folder.mkdir(parents=True)
+    ledger.write(Store(folder), "0001-aaaaaa", {"seconds": 3600.0, "step": 1})
+    runs.budget = 7.2
+    assert runs.spent() == pytest.approx(7.2)
+    assert runs.run(listed) == 1
+    assert "not run: grpo-0, sdar-0, grpo-1, sdar-1" in capsys.readouterr().out
+    assert json.loads((folder / "attempts" / "0001-aaaaaa.json").read_text())["seconds"] == 3600.0

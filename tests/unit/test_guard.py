@@ -1,0 +1,214 @@
+"""The guard's decisions, around small scripts that write a ledger as a run does. No Ray, no verl."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sdar_verl.cli import main
+from sdar_verl.cloud import guard as guards
+from sdar_verl.cloud import ledger
+from sdar_verl.cloud.guard import Guard, Limits
+from sdar_verl.cloud.notice import Ec2Notice
+from sdar_verl.cloud.store import Store
+from tests.support.metadata_server import metadata_server
+
+RUN = """
+import sys, time
+from sdar_verl.cloud import ledger, stop
+from sdar_verl.cloud.driver import tell_guard
+from sdar_verl.cloud.store import Store
+folder, steps, first, status = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+store = Store(folder)
+known = [name for name in [ledger.newest(store)] if name]
+tell_guard([store], known, 1, 8)
+if steps < 0:
+    sys.exit(status)
+own, step, ended = ledger.open_id(store), first, None
+def say(ended=None):
+    ledger.write(store, own, {"first": first, "step": step, "cards": 8, "beats": step + 1, "seconds": 1.0,
+                              "slowest": 0.05, "ended": ended})
+say()
+while step < steps:
+    time.sleep(0.05)
+    step += 1
+    say()
+    reason = stop.asked(store, own)
+    if reason is not None:
+        say(f"stopped: {reason}")
+        sys.exit(0)
+if status == 99:
+    time.sleep(600)
+say("finished" if status == 0 else f"Broken: status {status}")
+sys.exit(status)
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(guards, "EVERY_S", 0.05)
+    monkeypatch.setattr(guards, "NOTICE_EVERY_S", 0.05)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+def guard(
+    folder: Path, steps: int = 3, first: int = 0, status: int = 0, notice: Ec2Notice | None = None, **limits: float
+) -> Guard:
+    command = [sys.executable, "-c", RUN, str(folder), str(steps), str(first), str(status)]
+    return Guard(command, Limits(**limits), notice or Ec2Notice())
+
+
+def attempts(folder: Path) -> list[ledger.Attempt]:
+    return ledger.read(Store(folder))
+
+
+def test_a_run_that_ends_well_is_done(tmp_path):
+    assert guard(tmp_path, price=7.2).run() == 0
+    (line,) = attempts(tmp_path)
+    assert line.ended == "finished" and line.step == 3 and line.cards == 8
+    assert line.cost == pytest.approx(7.2 * line.seconds / 3600)
+
+
+@pytest.mark.parametrize(("status", "expected"), [(1, 75), (134, 75), (2, 2)])
+def test_exit_statuses(tmp_path, status, expected):
+    assert guard(tmp_path, status=status).run() == expected
+
+
+def test_a_run_that_dies_before_it_begins_has_a_line_too(tmp_path):
+    assert guard(tmp_path, steps=-1, status=1, price=10.0).run() == 75
+    (line,) = attempts(tmp_path)
+    assert line.step == 0 and line.cards == 8 and line.ended == "the command ended with status 1"
+    assert line.cost is not None and line.cost > 0
+
+
+def test_three_attempts_without_a_step_are_enough(tmp_path):
+    statuses = [guard(tmp_path, steps=5, first=5, status=1).run() for _ in range(3)]
+    assert statuses == [75, 75, 2]
+    assert guard(tmp_path, steps=6, first=5, status=1).run() == 75, "one that made a step may try again"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
+    signalled = threading.Thread(
+        daemon=True, target=_signal_when, args=(lambda: attempts(tmp_path)[0].step > 2, number)
+    )
+    signalled.start()
+    assert guard(tmp_path, steps=100000).run() == 75
+    signalled.join()
+    (line,) = attempts(tmp_path)
+    assert line.ended == "ended in order: SIGTERM" and line.step > 2
+
+
+def test_a_step_that_does_not_end_in_the_grace_is_cut_off(tmp_path):
+    signalled = threading.Thread(
+        daemon=True, target=_signal_when, args=(lambda: attempts(tmp_path)[0].step == 3, signal.SIGTERM)
+    )
+    signalled.start()
+    assert guard(tmp_path, status=99, grace_s=0.3).run() == 75
+    signalled.join()
+    assert "did not end in time, what was saved is kept" in (attempts(tmp_path)[0].ended or "")
+
+
+def test_a_run_without_a_step_hangs(tmp_path, capfd):
+    assert guard(tmp_path, status=99, hang_s=1.5).run() == 75
+    assert "hung: no step for" in (attempts(tmp_path)[0].ended or "")
+    assert "<module> (<string>:" in capfd.readouterr().out.split("where its processes stand")[1]
+
+
+def test_a_slow_step_is_no_hang(tmp_path):
+    """Four times the slowest step, where that is more than the limit."""
+    watch = guard(tmp_path, hang_s=0.01)
+    assert watch.run() == 75, "no step within .01 s"
+    watch = guard(tmp_path, hang_s=20.0)
+    assert watch.run() == 0
+
+
+def test_the_budget_counts_all_attempts(tmp_path):
+    ledger.write(Store(tmp_path), "0001-aaaaaa", {"first": 0, "step": 9, "seconds": 1800.0, "slowest": 1.0})
+    ledger.write(Store(tmp_path), "0001-aaaaaa", {"price": 10.0, "seconds": 3600.0}, guard=True)
+    assert guard(tmp_path, steps=12, first=9, price=10.0, budget=12.0).run() == 0
+    assert attempts(tmp_path)[1].ended == "finished"
+    assert guard(tmp_path, steps=100000, first=12, price=10.0, budget=10.0).run() == 0
+    assert "budget of 10 USD over all attempts is spent" in (attempts(tmp_path)[2].ended or "")
+
+
+def test_a_budget_that_does_not_pay_for_a_step_starts_none(tmp_path):
+    ledger.write(Store(tmp_path), "0001-aaaaaa", {"first": 0, "step": 9, "seconds": 3600.0, "slowest": 900.0})
+    ledger.write(Store(tmp_path), "0001-aaaaaa", {"price": 10.0, "seconds": 3600.0}, guard=True)
+    assert guard(tmp_path, steps=100000, first=9, price=10.0, budget=12.0).run() == 0
+    assert "does not pay for one step" in (attempts(tmp_path)[1].ended or "")
+
+
+def test_attempts_without_a_price_count_at_this_ones(tmp_path):
+    ledger.write(Store(tmp_path), "0001-aaaaaa", {"first": 0, "step": 9, "seconds": 3600.0, "slowest": 1.0})
+    assert guard(tmp_path, steps=100000, first=9, price=10.0, budget=9.0).run() == 0
+    assert attempts(tmp_path)[0].cost is None and "is spent" in (attempts(tmp_path)[1].ended or "")
+
+
+def test_a_spot_notice_is_read_with_a_token(tmp_path):
+    with metadata_server() as server:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("AWS_EC2_METADATA_DISABLED")
+            notice = Ec2Notice(f"http://127.0.0.1:{server.server_port}")
+        assert notice.there and notice.asked() is None
+        told = threading.Thread(
+            daemon=True,
+            target=_when,
+            args=(
+                lambda: attempts(tmp_path)[0].step > 2,
+                lambda: setattr(server, "notice", {"action": "stop", "time": "soon"}),
+            ),
+        )
+        told.start()
+        assert guard(tmp_path, steps=100000, notice=notice).run() == 75
+        told.join()
+    assert "spot notice" in (attempts(tmp_path)[0].ended or "")
+
+
+def test_elsewhere_nobody_is_asked(monkeypatch):
+    monkeypatch.delenv("AWS_EC2_METADATA_DISABLED")
+    assert not Ec2Notice("http://127.0.0.1:9").there
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["guard"], "guard needs a command after --"),
+        (["guard", "--"], "guard needs a command after --"),
+        (["guard", "--", "no-such-program"], "no-such-program is no program"),
+        (["guard", "--budget", "10", "--", "true"], "--budget 10 has no effect without a price"),
+        (["guard", "--price", "-1", "--", "true"], "--price -1: must be above 0"),
+        (["guard", "--hang", "0", "--", "true"], "--hang 0: must be above 0"),
+    ],
+)
+def test_bad_options_are_told(capsys, words, told):
+    assert main(words) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_options_behind_the_dashes_are_the_commands(capfd):
+    assert (
+        main(["guard", "--price", "2", "--", sys.executable, "-c", "import sys; print(sys.argv)", "--price", "x"]) == 0
+    )
+    assert "['-c', '--price', 'x']" in capfd.readouterr().out
+
+
+def _when(happened, act) -> None:
+    while True:
+        try:
+            if happened():
+                act()
+                return
+        except (IndexError, OSError):
+            pass
+        time.sleep(0.01)
+
+
+def _signal_when(happened, number: int) -> None:
+    _when(happened, lambda: os.kill(os.getpid(), number))

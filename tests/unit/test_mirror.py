@@ -1,0 +1,212 @@
+"""The mirror: what counts, what is passed over, what is kept; in a folder, and on an S3 server over HTTP. No Ray."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from sdar_verl.checks.resume import TRACKER
+from sdar_verl.cloud.mirror import MANIFEST, Mirror, MirrorError, local_step
+from sdar_verl.cloud.nodes import first_with
+from sdar_verl.cloud.store import Store, StoreError
+from tests.support.s3 import BUCKET, s3_server
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with s3_server() as server, mock.patch.dict("os.environ", server.env):
+        yield server
+
+
+@pytest.fixture(params=["file", "s3"])
+def place(request, tmp_path):
+    if request.param == "file":
+        return f"file://{tmp_path / 'mirror'}"
+    request.getfixturevalue("s3")
+    return f"s3://{BUCKET}/{tmp_path.name}"
+
+
+def checkpoint(folder: Path, step: int, text: str = "weights") -> Path:
+    """A run's folder as it is after the save of ``step``."""
+    files = {
+        f"global_step_{step}/actor/model_world_size_1_rank_0.pt": f"{text} of {step}" * 100,
+        f"global_step_{step}/data.pt": str(step),
+        "record/run.json": "{}",
+        "record/metrics.jsonl": "".join(f'{{"step": {i}}}\n' for i in range(1, step + 1)),
+        f"record/traces/step_{step:08d}.parquet": "trace",
+        "sdar_run.json": '{"lr": 1}',
+        TRACKER: str(step),
+    }
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return folder
+
+
+def put(mirror: Mirror, folder: Path, step: int, **kwargs: str) -> None:
+    checkpoint(folder, step, **kwargs)
+    files = mirror.upload(folder, step)
+    mirror.sync(folder)
+    mirror.seal(step, files, "0001-aaaaaa")
+
+
+def lines() -> tuple[list[str], dict]:
+    said: list[str] = []
+    return said, {"say": said.append}
+
+
+def test_an_empty_folder_is_filled_with_all_that_a_run_needs(place, tmp_path):
+    put(Mirror(place), tmp_path / "run", 2)
+    put(Mirror(place), tmp_path / "run", 4)
+    said, say = lines()
+    assert Mirror(place, **say).fill(tmp_path / "new") == 4
+    new, old = tmp_path / "new", tmp_path / "run"
+    for name in ("global_step_4/actor/model_world_size_1_rank_0.pt", "record/metrics.jsonl", "sdar_run.json", TRACKER):
+        assert (new / name).read_bytes() == (old / name).read_bytes()
+    assert not (new / "global_step_2").exists() and local_step(new) == 4
+    assert "global_step_4 came from" in said[-1]
+
+
+def test_a_checkpoint_without_its_manifest_is_passed_over_by_name(place, tmp_path):
+    mirror = Mirror(place)
+    put(mirror, tmp_path / "run", 2)
+    mirror.upload(checkpoint(tmp_path / "run", 4), 4)
+    said, say = lines()
+    assert Mirror(place, **say).fill(tmp_path / "new") == 2
+    assert f"{place}/global_step_4 has no {MANIFEST}" in said[0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "manifest", "escapes"])
+def test_a_damaged_checkpoint_is_passed_over_by_name(place, tmp_path, damage):
+    mirror = Mirror(place)
+    put(mirror, tmp_path / "run", 2)
+    put(mirror, tmp_path / "run", 4)
+    name = "global_step_4/actor/model_world_size_1_rank_0.pt"
+    content = mirror.store.read(name)
+    assert content is not None
+    if damage == "cut":
+        mirror.store.write(name, content[:-1])
+    elif damage == "changed":
+        mirror.store.write(name, b"X" + content[1:])
+    elif damage == "gone":
+        mirror.store.delete(name)
+    elif damage == "manifest":
+        mirror.store.write(f"global_step_4/{MANIFEST}", b"{")
+    else:
+        manifest = mirror.store.read_json(f"global_step_4/{MANIFEST}")
+        assert manifest is not None
+        manifest["files"]["../../escaped"] = {"size": 1, "sha256": "0"}
+        mirror.store.write_json(f"global_step_4/{MANIFEST}", manifest)
+    said, say = lines()
+    assert Mirror(place, **say).fill(tmp_path / "new") == 2
+    assert "passed over" in said[0] and ("global_step_4" in said[0])
+    assert not (tmp_path / "escaped").exists() and local_step(tmp_path / "new") == 2
+
+
+def test_a_folder_that_is_ahead_is_left_alone_and_one_that_is_behind_is_not(place, tmp_path):
+    put(Mirror(place), tmp_path / "run", 4)
+    ahead, behind = checkpoint(tmp_path / "ahead", 6), checkpoint(tmp_path / "behind", 2)
+    assert Mirror(place).fill(ahead) == 0 and local_step(ahead) == 6
+    assert Mirror(place).fill(behind) == 4 and local_step(behind) == 4
+    assert Mirror(place).fill(tmp_path / "run") == 0
+
+
+def test_only_the_newest_are_kept_and_unfinished_uploads_go(place, tmp_path):
+    mirror = Mirror(place)
+    for step in (2, 4, 8):
+        put(mirror, tmp_path / "run", step)
+    mirror.upload(checkpoint(tmp_path / "run", 6), 6)
+    mirror.upload(checkpoint(tmp_path / "run", 10), 10)
+    mirror.keep(2)
+    assert mirror.steps() == {4: True, 8: True, 10: False}
+
+
+def test_a_second_upload_of_a_step_does_not_count_before_it_is_whole(place, tmp_path):
+    mirror = Mirror(place)
+    put(mirror, tmp_path / "run", 2)
+    checkpoint(tmp_path / "run", 2, text="other weights")
+    files = mirror.upload(tmp_path / "run", 2)
+    assert mirror.steps() == {2: False}
+    mirror.seal(2, files, "0002-aaaaaa")
+    assert Mirror(place).fill(tmp_path / "new") == 2
+    assert "other" in (tmp_path / "new/global_step_2/actor/model_world_size_1_rank_0.pt").read_text()
+
+
+def test_the_mirrored_record_is_that_of_the_folder(place, tmp_path):
+    mirror, folder = Mirror(place), tmp_path / "run"
+    put(mirror, folder, 2)
+    (folder / "record/traces/step_00000002.parquet").unlink()
+    put(mirror, folder, 4)
+    names = set(mirror.store.names("record"))
+    assert names == {"record/run.json", "record/metrics.jsonl", "record/traces/step_00000004.parquet"}
+    # Another attempt plays the step again, to other numbers of the same length.
+    (folder / "record/metrics.jsonl").write_text('{"step": 9}\n' * 4)
+    Mirror(place).sync(folder)
+    assert mirror.store.read("record/metrics.jsonl") == b'{"step": 9}\n' * 4
+
+
+def test_a_disk_that_is_too_small_is_told_before_it_is_full(place, tmp_path):
+    put(Mirror(place), tmp_path / "run", 2)
+    with (
+        mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=1000)),
+        pytest.raises(MirrorError, match=r"has room for 0\.0: put the folder on a larger disk"),
+    ):
+        Mirror(place).fill(tmp_path / "new")
+    assert not (tmp_path / "new" / TRACKER).exists()
+
+
+def test_files_on_a_shared_disk_are_sent_once():
+    assert first_with([{"a": 1, "b": 1}, {"a": 1, "b": 1}]) == [["a", "b"], []]
+    assert first_with([{"a": 1}, {"b": 1, "a": 1}]) == [["a"], ["b"]]
+
+
+def test_an_upload_that_is_broken_off_leaves_no_object(s3, tmp_path):
+    store = Store(f"s3://{BUCKET}/broken")
+    (tmp_path / "big").write_bytes(b"x" * 30_000_000)
+    s3.refuses = lambda method, path: method == "POST" and path.endswith("/broken/big") and len(s3.seen) > 0
+    try:
+        with pytest.raises(StoreError, match="no permission"):
+            store.upload(tmp_path / "big", "big")
+    finally:
+        s3.refuses = lambda method, path: False
+    assert store.read("big") is None
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ("s3://no-such-bucket/run", "there is no such bucket"),
+        ("s3://", "no bucket is named"),
+        ("ftp://x/y", "unknown scheme ftp://; known: s3://"),
+        ("file://x", "three slashes"),
+    ],
+)
+def test_a_bad_place_is_told(s3, bad, told):
+    with pytest.raises(StoreError, match=told):
+        Store(bad).check()
+
+
+def test_a_bucket_that_may_only_be_read_is_told(s3):
+    s3.refuses = lambda method, path: method in ("PUT", "POST")
+    try:
+        with pytest.raises(StoreError, match=r"cannot write .*: no permission"):
+            Store(f"s3://{BUCKET}/run").check()
+    finally:
+        s3.refuses = lambda method, path: False
+
+
+def test_two_writers_leave_one_of_their_files(tmp_path):
+    store = Store(tmp_path)
+    texts = [json.dumps({"who": i, "pad": "x" * 10_000}).encode() for i in range(8)]
+    threads = [threading.Thread(target=store.write, args=("one", text)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.read("one") in texts and store.names() == {"one": len(texts[0])}
