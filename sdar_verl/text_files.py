@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -10,6 +11,7 @@ from sdar_verl.errors import SdarError
 from sdar_verl.untrusted import is_inside
 
 _MARK = "\ufeff"
+_ESCAPED = re.compile(r"[\udc80-\udcff]")
 
 
 class TextFileError(SdarError, ValueError):
@@ -59,11 +61,12 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         TextFileError: it is unreadable, or not UTF-8.
     """
     try:
-        with open_text(path) as stream:
+        # Bytes that are no UTF-8 come as halves of surrogate pairs, so that their line can be named.
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
             for number, line in enumerate(stream, 1):
+                if not line.isascii() and _ESCAPED.search(line):
+                    raise TextFileError(f"{path}, line {number} is not UTF-8 text; unpack it first if it is compressed")
                 if line := line.strip().lstrip(_MARK):
                     yield number, line
-    except UnicodeDecodeError as error:
-        raise TextFileError(f"{path} is not UTF-8 text ({error}); unpack it first if it is compressed") from error
     except OSError as error:
         raise TextFileError(f"{path.absolute()} cannot be read here ({error.strerror or error})") from error

@@ -122,5 +122,5 @@ def test_a_damaged_file_of_questions_is_read_or_refused(tmp_path: Path, content:
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe\xff", b'{"question": ' + b"9" * 5000 + b"}"])
 def test_lines_that_are_no_json_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "train.jsonl").write_bytes(content)
-    with pytest.raises(QuestionFileError, match=r"train\.jsonl, line 1 is not JSON"):
+    with pytest.raises(QuestionFileError, match=r"train\.jsonl, line 1 is not (JSON|UTF-8)"):
         read_questions([QuestionFile("train", tmp_path / "train.jsonl")])
