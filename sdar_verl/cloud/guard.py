@@ -29,6 +29,7 @@ EVERY_S = 2.0
 NOTICE_EVERY_S = 5.0
 NOTE_EVERY_S = 30.0
 _FINISHED = "finished"
+_SIGNALS = 128
 SLOWER = 4.0
 """A step may take this many times the slowest one so far."""
 FRUITLESS = 3
@@ -179,6 +180,8 @@ class Guard:
             return self._asked[1], f"{self._asked[0]}: the command ended with status {returned}"
         if returned == CONFIGURATION:
             return CONFIGURATION, "the command refuses its configuration"
+        if not self._stores and 0 < returned < _SIGNALS:  # Hydra could not compose, a package is missing, ...
+            return CONFIGURATION, f"the command ended with status {returned} before a run began"
         if why is not None and why.startswith("TakenOver"):
             return CONFIGURATION, why
         if self._fruitless():

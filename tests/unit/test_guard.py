@@ -87,6 +87,13 @@ def test_a_run_that_dies_before_it_begins_has_a_line_too(tmp_path):
     assert line.cost is not None and line.cost > 0
 
 
+@pytest.mark.parametrize(
+    ("code", "expected"), [("sys.exit(1)", 2), ("sys.exit(137)", 75), ("os.kill(os.getpid(), 9)", 75)]
+)
+def test_a_command_that_begins_no_run_is_not_tried_again_unless_it_was_killed(code, expected):
+    assert Guard([sys.executable, "-c", f"import os, sys; {code}"], Limits()).run() == expected
+
+
 def test_three_attempts_without_a_step_are_enough(tmp_path):
     statuses = [guard(tmp_path, steps=5, first=5, status=1).run() for _ in range(3)]
     assert statuses == [75, 75, 2]
