@@ -105,7 +105,9 @@ def run_case(rank: int, root: Path, fields: dict[str, list[torch.Tensor]], case:
     teacher = None
     if source == "actor_fresh":
         seen = [bool(fields[TEACHER_MASK][row].any()) for row in mine]
-        data[TEACHER_PROMPTS] = nested([prompt[: len(prompt) * has] for has, (prompt, *_) in zip(seen, theirs, strict=True)])
+        data[TEACHER_PROMPTS] = nested(
+            [prompt[: len(prompt) * has] for has, (prompt, *_) in zip(seen, theirs, strict=True)]
+        )
         tu.assign_non_tensor(data, **{TEACHER_REQUEST: requests.teacher.to_json()})
     else:
         teacher = worker.compute_teacher_log_prob(teacher_batch(theirs, requests.teacher))
