@@ -1,0 +1,97 @@
+"""Recipes that are not ours: verl's agent loops, data and rewards through ``sdar_ppo``; main_ppo, two steps each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.calculator import CONFIG
+from tests.support.recipe_run import recipe_arguments, train_recipe, word_problems
+from tests.support.verl_run import Run, run_main_ppo
+
+OWN_LOOPS = [
+    "sdar.modules=[tests.support.agent_loops]",
+    "actor_rollout_ref.rollout.agent.default_agent_loop={}",
+    "sdar.context.sources=[answer]",
+]
+
+
+def own(name: str) -> list[str]:
+    return [item.format(name) for item in OWN_LOOPS]
+
+
+def sound(run: Run) -> None:
+    """Two updates were made with a teacher that saw the student's rows."""
+    for step in (1, 2):
+        metrics = run.metrics[step]
+        assert metrics["sdar/context_share"] > 0
+        assert abs(metrics["sdar/gap_mean"]) > 0
+        assert 0 < metrics["sdar/gate_mean"] < 1
+        assert metrics["actor/grad_norm"] > 0
+
+
+def test_a_single_turn_script_with_two_flags(tmp_path):
+    """verl's single_turn_agent and its own reward of GSM8K; the teacher sees the answer, an arm validates with it."""
+    run = train_recipe(
+        tmp_path,
+        "sdar.context.sources=[answer]",
+        "trainer.test_freq=2",
+        "+sdar.validation.arms.teacher={context: teacher, temperature: 0.0}",
+        "sdar.trace.every=1",
+    )
+    sound(run)
+    assert run.metrics[1]["sdar/empty_context_gap"] < 1e-3
+    validated = run.metrics[2]
+    assert any(name.startswith("val-core/openai/gsm8k/") for name in validated), "verl's own are as they were"
+    assert any("teacher" in name for name in validated if name.startswith("val"))
+
+
+def test_a_tool_agent_with_tools_of_a_yaml(tmp_path):
+    """Tool schemas stand in both prompts; the context of a sibling is made when the group has ended."""
+    tools = tmp_path / "tools.yaml"
+    tools.write_text(CONFIG)
+    run = train_recipe(
+        tmp_path / "run",
+        "actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent",
+        "actor_rollout_ref.rollout.multi_turn.enable=True",
+        f"actor_rollout_ref.rollout.multi_turn.tool_config_path={tools}",
+        "sdar.context.sources=[sibling]",
+        "+sdar.context.options.sibling.threshold=-1.0",
+    )
+    assert run.metrics[2]["actor/grad_norm"] >= 0
+    assert run.metrics[1]["sdar/context_share"] > 0
+
+
+def test_a_loop_of_the_users_with_several_outputs(tmp_path):
+    run = train_recipe(tmp_path, *own("two_drafts"), "algorithm.adv_estimator=sdar")
+    sound(run)
+    assert run.metrics[1]["sdar/rows"] == 2 * 16
+
+
+def test_a_loop_that_gives_the_teachers_prompt(tmp_path):
+    sound(train_recipe(tmp_path, *own("own_teacher")))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["error", "mask"])
+def test_a_prompt_that_verls_tokenisation_does_not_make(tmp_path, masked):
+    overrides = own("own_words")
+    if masked:
+        run = train_recipe(tmp_path, *overrides, "sdar.context.on_foreign_prompt=mask")
+        assert run.metrics[1]["sdar/foreign_prompt_share"] == 1.0
+        return
+    arguments = recipe_arguments(tmp_path, *overrides)
+    with pytest.raises(AssertionError) as failed:
+        run_main_ppo(tmp_path, arguments, config="sdar_ppo")
+    assert "own_words" in str(failed.value) and "teacher_prompt_ids" in str(failed.value)
+
+
+def test_rows_that_name_their_loops(tmp_path):
+    """A data set with ``agent_name``: half of the rows go to another loop."""
+    rows: list[dict[str, Any]] = []
+    for index, row in enumerate(word_problems(16)):
+        rows.append({**row, "agent_name": ("single_turn_agent", "two_drafts")[index % 2]})
+    run = train_recipe(Path(tmp_path), "sdar.modules=[tests.support.agent_loops]", "sdar.context.sources=[column]",
+                       "+sdar.context.options.column.path=extra_info.answer", rows=rows)  # fmt: skip
+    sound(run)
