@@ -22,7 +22,7 @@ if [ "${1:-}" = "--vllm" ]; then
 fi
 
 venv="${SDAR_VENV:-.venv}"
-bash scripts/make_env.sh "$venv" local,search,webshop,test
+bash scripts/make_env.sh "$venv" "${SDAR_EXTRAS:-local,search,webshop,test}"
 selection=(-m "not slow and not vllm")
 if [ "${1:-}" = "--all" ]; then
   selection=(-m "not vllm")

@@ -23,6 +23,10 @@ def check_verl_version(installed: str | None = None) -> None:
         )
 
 
+EXPECTED = "expected_acc_counts"
+"""Argument of verl's ``_val_metrics_update``."""
+
+
 def validation_counts(told: Mapping[str, Any]) -> Mapping[tuple[str, str], int] | None:
     """How many rollouts of each task a validation asked for, ``(data source, uid) -> rollouts``.
 
@@ -32,4 +36,4 @@ def validation_counts(told: Mapping[str, Any]) -> Mapping[tuple[str, str], int] 
     Returns:
         None from verl 0.9.0, which does not tell.
     """
-    return told.get("expected_acc_counts")
+    return told.get(EXPECTED)

@@ -172,14 +172,21 @@ def _positions(config: DictConfig, settings: TeacherConfig) -> list[str]:
 
 def _budgets(config: DictConfig, settings: TeacherConfig, *, own_engine: bool) -> list[str]:
     longest = settings.max_prompt_length + config.data.max_response_length
-    nodes = {"actor_rollout_ref.rollout.log_prob": config.actor_rollout_ref.rollout}
+    # Limits of a pass over the actor's weights stand with the rollout.
+    passes = [("rollout", "actor")]
     if own_engine and not (uses_lora(config) and settings.path is None and settings.placement == "colocated"):
-        nodes["actor_rollout_ref.ref.log_prob"] = config.actor_rollout_ref.ref
-    return [
-        f"{name}_max_token_len_per_gpu={node.log_prob_max_token_len_per_gpu} is less than the longest teacher row, "
-        f"sdar.teacher.max_prompt_length + data.max_response_length = {longest}; raise it to at least {longest}"
-        for name, node in nodes.items()
-        if node.log_prob_use_dynamic_bsz
-        and node.log_prob_max_token_len_per_gpu is not None
-        and longest > node.log_prob_max_token_len_per_gpu
-    ]
+        passes.append(("ref", "ref"))
+    faults = []
+    for role, engine in passes:
+        node = config.actor_rollout_ref[role]
+        _, ranks = sequence_parallel(config.actor_rollout_ref[engine])
+        limit = node.log_prob_max_token_len_per_gpu
+        # verl multiplies the limit by the ranks that share a row.
+        if node.log_prob_use_dynamic_bsz and limit is not None and longest > limit * ranks:
+            option = f"actor_rollout_ref.{role}.log_prob_max_token_len_per_gpu"
+            shared = f" over {ranks} ranks" if ranks > 1 else ""
+            faults.append(
+                f"{option}={limit} is less than the longest teacher row, sdar.teacher.max_prompt_length + "
+                f"data.max_response_length = {longest}{shared}; raise it to at least {-(-longest // ranks)}"
+            )
+    return faults

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 from omegaconf import OmegaConf, open_dict
 from tensordict import TensorDict
-from torchdata.stateful_dataloader import StatefulDataLoader
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
@@ -28,7 +27,7 @@ from verl.workers.utils.losses import ppo_loss
 from sdar_verl.checks.panel_tasks import panel_digests, panel_files
 from sdar_verl.checks.run import check_run
 from sdar_verl.cloud.attempt import CloudRun
-from sdar_verl.compat import validation_counts
+from sdar_verl.compat import EXPECTED, validation_counts
 from sdar_verl.config import load_config
 from sdar_verl.fields import STEP_VALUES, TEACHER_LOG_PROBS
 from sdar_verl.finite import STUDENT
@@ -56,7 +55,7 @@ from sdar_verl.verl.queue import in_order, read_table
 from sdar_verl.verl.resume import claim_checkpoints, from_scratch, resumed_folder
 from sdar_verl.verl.taught_loop import teach
 from sdar_verl.verl.teacher import PrivilegedTeacher
-from sdar_verl.verl.validation import ArmDataset, arm_metrics, expected_episodes
+from sdar_verl.verl.validation import ArmDataset, ArmLoader, arm_metrics, expected_episodes
 
 symbols.check("trainer")
 
@@ -137,7 +136,7 @@ class SdarTraining(PPOTrainer):
         loop = None if self._environments else self.config.actor_rollout_ref.rollout.agent.default_agent_loop
         self.val_dataset = ArmDataset(self.val_dataset, self.sdar.validation.arms, loop)
         self._val_types = self.val_dataset.task_types()
-        self.val_dataloader = StatefulDataLoader(
+        self.val_dataloader = ArmLoader(
             dataset=self.val_dataset,
             batch_size=self.config.data.val_batch_size or len(self.val_dataset),
             num_workers=self.config.data.dataloader_num_workers,
@@ -328,10 +327,15 @@ class SdarTraining(PPOTrainer):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, float]:
+        counts = validation_counts(kwargs)
+        if not self._environments:
+            data_sources, counts = self.val_dataloader.named(data_sources, sample_uids, counts)
+            kwargs |= {EXPECTED: counts} if counts else {}
         metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
         stop_on_errors(reward_extra_infos_dict.get("error", []))
         stop_on_losses([failure or None for failure in reward_extra_infos_dict.get("failure", [])], asked=0)
-        counts = validation_counts(kwargs)
+        if not self._environments:
+            return metrics
         rollouts = self.config.actor_rollout_ref.rollout.val_kwargs.n
         expected = expected_episodes(counts) if counts else self.val_dataset.asked(rollouts)
         arms = arm_metrics(reward_extra_infos_dict, expected, self._val_types)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sdar_verl.config import ValidationArm
 from sdar_verl.recipe import INNER_COLUMN, TAUGHT
@@ -55,12 +56,46 @@ class ArmDataset(Dataset):
             inner = row.get("agent_name", self._agent_loop)
             routed = {} if arm is None else {INNER_COLUMN: inner, "sdar_arm": arm}
             row |= {INNER_COLUMN: "", "sdar_arm": "", "agent_name": TAUGHT if arm else inner, **routed}
-            if arm is not None:
-                row["data_source"] = f"{row['data_source']}/{arm}"
             return {**row, **self.columns(row)}
         row["data_source"] = f"{row['data_source']}/{arm}"
         row["sdar_arm"] = arm
         return {**row, **self.columns(row)}
+
+
+class ArmLoader(StatefulDataLoader):
+    """Loads an :class:`ArmDataset`, and remembers which prompt of the last validation belongs to which arm.
+
+    A row of a recipe of verl's keeps its data source, by which verl's reward functions choose; the arm's name is put
+    behind it (:meth:`named`) for the metrics alone.
+    """
+
+    _batches: list[dict[str, Any]]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._batches = []
+        for batch in super().__iter__():
+            self._batches.append(batch)
+            yield batch
+
+    def named(
+        self, sources: Sequence[str], uids: Sequence[str], counts: Mapping[tuple[str, str], int] | None
+    ) -> tuple[list[str], dict[tuple[str, str], int] | None]:
+        """verl's data sources and its ``(data source, uid) -> rollouts``, with the arm's name behind those of an arm.
+
+        Args:
+            sources: per episode.
+            uids: per episode; verl gives them to the batches that it has got from here.
+            counts: None from verl 0.9.0.
+        """
+        arms = {uid: arm for batch in self._batches for uid, arm in zip(batch["uid"], batch["sdar_arm"], strict=True)}
+
+        def name(source: str, uid: str) -> str:
+            return f"{source}/{arms[uid]}" if arms.get(uid) else source
+
+        named = [name(source, uid) for source, uid in zip(sources, uids, strict=True)]
+        if counts is None:
+            return named, None
+        return named, {(name(source, uid), uid): count for (source, uid), count in counts.items()}
 
 
 def _no_columns(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from sdar_verl.checks.run import check_run
+from sdar_verl.checks.teacher import teacher_faults
 from sdar_verl.compat import check_verl_version
 from sdar_verl.config import load_config
 from sdar_verl.envs import registry
@@ -328,6 +329,18 @@ def test_a_fault_is_named(recipe, case):
         run_checks(recipe, **overrides)
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(("limit", "told"), [(202, False), (201, True)])
+def test_ranks_that_share_a_row_share_its_tokens(recipe, limit, told):
+    """Two ranks take a teacher row of 404 tokens with 202 each, as verl counts."""
+    config = copy.deepcopy(recipe)
+    roles, rollout = config.actor_rollout_ref, config.actor_rollout_ref.rollout
+    roles.actor.fsdp_config.ulysses_sequence_parallel_size = 2
+    rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu = True, limit
+    config.sdar.teacher.max_prompt_length = 384
+    faults = teacher_faults(config, load_config(config.sdar))
+    assert [("404 over 2 ranks; raise it to at least 202" in fault) for fault in faults] == [True] * told
 
 
 def test_a_teacher_with_another_tokenizer_is_named(recipe, tmp_path):

@@ -14,11 +14,11 @@ from sdar_verl.config import load_config
 from sdar_verl.context.words import WORDS
 from sdar_verl.local import start_policy
 from sdar_verl.observe.metrics import row_metrics
-from sdar_verl.rollout.late_context import late_contexts
 from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError, template_names
 from sdar_verl.rollout.rows import RowInfo, TurnNote
 from sdar_verl.verl.advantage import AdvantageRows, advantage_rows, compute_sdar_advantage
+from sdar_verl.verl.late import late_contexts
 from tests.support.chatml import chatml_tokenizer
 from tests.support.scripted import GOOD, LOST, MUTE, WRONG, play_episode, scripted_config
 from tests.support.table import make_table

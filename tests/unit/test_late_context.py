@@ -16,8 +16,8 @@ from sdar_verl.envs.base import Task
 from sdar_verl.errors import RolloutError
 from sdar_verl.fields import TEACHER_PROMPTS
 from sdar_verl.local import start_policy
-from sdar_verl.rollout.late_context import late_contexts
 from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.verl.late import late_contexts
 from tests.support.scripted import GOOD, LOST, MUTE, TASK, WRONG, play_episode, scripted_config
 from tests.support.table import make_table, stored
 

@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from verl.utils.dataset.rl_dataset import collate_fn
 
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.stats import add_stats, finalize_stats, stats_sums
+from sdar_verl.config import ValidationArm
 from sdar_verl.observe.lines import step_line, validation_line
 from sdar_verl.observe.metrics import gap_metrics, reduce_loss_sums, row_metrics
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.verl.validation import ArmDataset, arm_metrics, expected_episodes
+from sdar_verl.verl.validation import ArmDataset, ArmLoader, arm_metrics, expected_episodes
 from tests.support.table import make_table
 
 
@@ -215,3 +217,22 @@ def test_the_gradient_share_is_lambda_times_a_ratio_of_norms():
     metrics = {**sums, **norms, "actor/sdar/loss": 0.0, "sdar/lambda": 0.2}
     assert reduce_loss_sums(metrics)["sdar/grad_share_weights"] == pytest.approx(0.3)
     assert not any(name.startswith("actor/sdar_norm") for name in metrics)
+
+
+def test_an_arm_of_a_recipe_keeps_the_data_source_by_which_its_reward_is_chosen():
+    """Its name stands behind the source in the metrics alone, by the uids that verl gives to the loader's batches."""
+    panel = [{"data_source": "openai/gsm8k", "raw_prompt": str(index)} for index in range(3)]
+    student, told = ValidationArm(temperature=0.4), ValidationArm(context="teacher", temperature=0.4)
+    arms = ArmDataset(panel, {"student": student, "told": told}, "single_turn_agent")
+    loader = ArmLoader(dataset=arms, batch_size=4, collate_fn=collate_fn)
+    for number, batch in enumerate(loader):
+        assert set(batch["data_source"]) == {"openai/gsm8k"}
+        batch["uid"] = [f"{number}-{index}" for index in range(len(batch["sdar_arm"]))]
+    uids = ["0-0", "1-1", "0-3"]
+    counts = {("openai/gsm8k", uid): 2 for uid in uids}
+    named = "openai/gsm8k/told"
+    assert loader.named(["openai/gsm8k"] * 3, uids, counts) == (
+        ["openai/gsm8k", named, named],
+        {("openai/gsm8k", "0-0"): 2, (named, "1-1"): 2, (named, "0-3"): 2},
+    )
+    assert loader.named(["openai/gsm8k"], ["0-0"], None) == (["openai/gsm8k"], None)

@@ -28,6 +28,7 @@ NOTES = st.builds(
     reward=st.floats(-5, 5),
     last_observation=TEXT,
     teacher_wait_s=st.floats(0, 5),
+    said=st.dictionaries(TEXT, TEXT, max_size=2),
 )
 TURNS = st.builds(
     TurnNote,
@@ -36,6 +37,7 @@ TURNS = st.builds(
     observation=TEXT,
     action=st.none() | TEXT,
     unparsed=st.booleans(),
+    parse_error=st.none() | TEXT,
     inadmissible=st.booleans(),
     text=WORDS,
 )
@@ -61,6 +63,7 @@ RECORDS = st.builds(
     history_dropped=COUNT,
     truncated=st.booleans(),
     unparsed=st.booleans(),
+    parse_error=st.none() | TEXT,
     inadmissible=st.booleans(),
     success=st.booleans(),
     score=st.floats(0, 1),
@@ -69,6 +72,9 @@ RECORDS = st.builds(
     error=st.none() | TEXT,
     text=WORDS,
     cut=st.booleans(),
+    rewarded=st.booleans(),
+    foreign=st.booleans(),
+    built=st.none() | st.dictionaries(TEXT, TEXT, max_size=2),
 )
 
 
@@ -82,8 +88,9 @@ def test_a_record_survives_the_queue(info: RowInfo) -> None:
 
 def test_every_field_of_a_record_is_drawn_above() -> None:
     arrays = {"student_log_probs", *COLUMNS}
-    drawn = set(RECORDS.wrapped_strategy.kwargs)  # type: ignore[attr-defined]
-    assert drawn | arrays == {item.name for item in fields(RowInfo)}
+    for drawn, kind in ((NOTES, EpisodeNote), (TURNS, TurnNote), (RECORDS, RowInfo)):
+        names = set(drawn.wrapped_strategy.kwargs)  # type: ignore[attr-defined]
+        assert names == {item.name for item in fields(kind)} - arrays, kind.__name__
 
 
 def test_a_record_holds_what_differs_from_the_defaults_and_nothing_that_is_a_column() -> None:

@@ -19,7 +19,8 @@ from sdar_verl.envs.host import EnvHost, EnvRaised
 from sdar_verl.envs.registry import check_env, demonstration_of, register_env
 from sdar_verl.errors import RolloutError
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.table import episode_failures, stop_on_losses
+from sdar_verl.table import stop_on_losses
+from tests.support.table import make_table
 
 TASK = Task("theirs", "t", "", "")
 
@@ -196,7 +197,7 @@ def row(failure: str | None) -> RowInfo:
 def test_a_run_that_loses_most_of_its_episodes_stops_and_says_why() -> None:
     keys = [f"p{i}_0_{turn}" for i in range(4) for turn in range(3)]
     infos = [row(None) if key < "p2" else row("KeyError: 'a bug'") for key in keys]
-    failures = episode_failures([*keys, "pad_0_0"], [*infos, None])
+    failures = make_table([*keys, "pad_0_0"], [*infos, None]).failures()
     assert failures == [None, None, "KeyError: 'a bug'", "KeyError: 'a bug'"]
     stop_on_losses(failures, 4)  # half of them
     stop_on_losses([], 0)
