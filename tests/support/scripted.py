@@ -94,7 +94,14 @@ def scripted_config(max_prompt_length=300, max_response_length=20, **settings):
         {
             "sdar": node,
             "data": {"max_prompt_length": max_prompt_length, "max_response_length": max_response_length},
-            "actor_rollout_ref": {"rollout": {"name": "transformers", "temperature": 0.8, "calculate_log_probs": True}},
+            "actor_rollout_ref": {
+                "rollout": {
+                    "name": "transformers",
+                    "temperature": 0.8,
+                    "calculate_log_probs": True,
+                    "agent": {"default_agent_loop": "sdar_agent"},
+                }
+            },
         }
     )
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from sdar_verl.config import SdarConfig, load_config
 from sdar_verl.errors import ConfigError
 
-BASE = Path(__file__).parents[2] / "hydra_configs" / "sdar_base.yaml"
+BASE = Path(__file__).parents[2] / "hydra_configs" / "sdar_node.yaml"
 
 
 def test_the_yaml_lists_every_option_with_the_typed_default():

@@ -74,6 +74,7 @@ def emitted_metrics() -> set[str]:
         turns=(TurnNote(0, 1),),
         skills=("<skill>",),
         teacher_prompt_tokens=3,
+        rewarded=True,
         context_tokens=1,
         episode=EpisodeNote({}),
     )

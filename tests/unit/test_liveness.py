@@ -162,15 +162,20 @@ def exits(monkeypatch):
     return codes
 
 
-def test_processes_are_found_as_far_as_they_have_started():
+def test_processes_are_found_by_verls_names_for_them():
     loops, servers, workers = [object(), object()], [object()], [object()]
-    trainer = SimpleNamespace()
-    assert run_processes(trainer) == {}
+    trainer = SimpleNamespace(teacher=None)
     trainer.actor_rollout_wg = trainer.ref_policy_wg = SimpleNamespace(workers=workers)  # verl: one group, two names
     trainer.llm_server_manager = SimpleNamespace(rollout_replicas=[SimpleNamespace(servers=servers)])
-    trainer.standalone_server_manager = SimpleNamespace(rollout_replicas=[SimpleNamespace(servers=[object(), 1])])
+    with pytest.raises(AttributeError, match="agent_loop_manager"):
+        run_processes(trainer)  # a verl that calls it otherwise: watching nothing would be worse
     trainer.agent_loop_manager = SimpleNamespace(agent_loop_workers=loops)
-    trainer._teacher = SimpleNamespace(pool=SimpleNamespace(workers=[object()]))
+    least = ["agent-loop worker 0", "agent-loop worker 1", "rollout server 0", "training worker 0"]
+    assert list(run_processes(trainer)) == least
+    trainer.standalone_server_manager = SimpleNamespace(rollout_replicas=[SimpleNamespace(servers=[object(), 1])])
+    trainer.teacher = SimpleNamespace(pool=None)  # colocated
+    assert "teacher worker 0" not in run_processes(trainer)
+    trainer.teacher = SimpleNamespace(pool=SimpleNamespace(workers=[object()]))
     found = run_processes(trainer)
     assert list(found) == [
         *["agent-loop worker 0", "agent-loop worker 1"],

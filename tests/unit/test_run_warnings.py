@@ -33,7 +33,7 @@ class Run:
         self.part = RunWarnings(self.settings, self.record, self.said.append)
         self.step = 0
 
-    def play(self, gaps=None, beta=5.0, kl=None, **metrics) -> dict:
+    def play(self, gaps=None, beta=5.0, kl=None, infos=(), **metrics) -> dict:
         """One step of 8 turns with 100 tokens each; ``gaps`` (8, 100) or one number per turn."""
         self.step += 1
         drawn = np.random.default_rng(self.step).normal(-0.05, 0.5, (8, 100))
@@ -48,12 +48,13 @@ class Run:
         )
         self.record.latest = token_distributions(tokens, 100)
         seen = {**SOUND, **metrics}
-        counts = self.look(seen)
+        counts = self.look(seen, infos)
         return {name.removeprefix("sdar/warnings/"): count for name, count in counts.items()}
 
-    def look(self, metrics: dict) -> dict:
-        """What the part says of a step with these metrics."""
-        return dict(self.part.after_updates(make_table([], [], step=self.step), metrics))
+    def look(self, metrics: dict, infos=()) -> dict:
+        """What the part says of a step with these metrics and rows."""
+        table = make_table([f"u_{i}_0" for i in range(len(infos))], infos, step=self.step)
+        return dict(self.part.after_updates(table, metrics))
 
 
 ARMS = {
@@ -240,9 +241,7 @@ def test_counts_and_memory_come_back_on_resume(run, tmp_path):
 def test_answers_without_an_action_are_told_with_the_reasons(run):
     errors = ["no action block"] * 18 + ["think block not closed"] * 1 + [None]
     infos = [RowInfo(turn=0, task_type="", unparsed=error is not None, parse_error=error) for error in errors]
-    for part in (0, 0):  # of two steps: the second one's reasons are its own
-        run.part.on_rows(SimpleNamespace(infos=[*infos, None], part=part))
-    assert run.play(**{"sdar/unparsed_share": 0.95}) == {"unparsed": 1}
+    assert run.play(infos=[*infos, None], **{"sdar/unparsed_share": 0.95}) == {"unparsed": 1}
     assert "95% of the answers of this step hold no action" in run.said[0]
     assert "'no action block' 18 times, 'think block not closed' 1 times" in run.said[0]
-    assert run.play(**{"sdar/unparsed_share": 0.89}) == {"unparsed": 1}
+    assert run.play(infos=infos, **{"sdar/unparsed_share": 0.89}) == {"unparsed": 1}
