@@ -19,9 +19,11 @@ class _Loop(AgentLoopBase):
             prompt_ids=prompt,
             response_ids=response,
             response_mask=[1] * len(response),
+            response_logprobs=answer.log_probs[: len(response)] if answer.log_probs else None,
             reward_score=float(len(response) % 3 == 0),
             num_turns=2,
             metrics=AgentLoopMetrics(),
+            extra_fields={"reward_extra_info": {}},
         )
 
     async def initial(self, messages: list[dict[str, Any]]) -> list[int]:

@@ -126,7 +126,9 @@ def test_wrong_is_the_context_of_another_type_at_the_real_length(step, tokenizer
     assert "apple" in plain["u0_0_0"].episode.context and "apple" not in rows["u0_0_0"].episode.context
     assert "egg" in rows["u0_0_0"].episode.context
     assert abs(rows["u0_0_0"].context_tokens - plain["u0_0_0"].context_tokens) <= 2
-    alone = step({("u0", 0): (TASK, [GOOD]), ("u2", 0): (pen, [GOOD])}, context__control="wrong")
+    one_type = step({("u0", 0): (TASK, [GOOD]), ("u2", 0): (pen, [GOOD])}, context__control="wrong")
+    assert "pen" in one_type["u0_0_0"].episode.context and "apple" not in one_type["u0_0_0"].episode.context
+    alone = step({("u0", 0): (TASK, [GOOD]), ("u1", 0): (TASK, [GOOD])}, context__control="wrong")
     assert alone["u0_0_0"].context_missing and alone["u0_0_0"].teacher_prompt_ids is None
 
 
