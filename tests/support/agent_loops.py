@@ -23,7 +23,7 @@ class _Loop(AgentLoopBase):
             reward_score=float(len(response) % 3 == 0),
             num_turns=2,
             metrics=AgentLoopMetrics(),
-            extra_fields={"reward_extra_info": {}},
+            extra_fields={**answer.extra_fields, "reward_extra_info": {}},
         )
 
     async def initial(self, messages: list[dict[str, Any]]) -> list[int]:

@@ -17,6 +17,7 @@ from benchmarks import (
     cold_start,
     common,
     counted_env,  # noqa: F401  registers it
+    driver,
     loss,
     pool,
     rollout,
@@ -102,6 +103,23 @@ def test_step_times_and_teacher_rows_on_a_real_game(
     assert [row[1:3] for row in rows] == [["step", 3], ["reset", 1], ["reset again", 1]]
     command(monkeypatch, teacher_rows, "--rows", 6, "--games", 1, "--rounds", 1, "--data", tmp_path)
     assert "| worker |" in capsys.readouterr().out
+
+
+def test_a_simulated_step_has_every_part_of_the_drivers_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, driver, "--rows", 16, "--tokens", 6, "--prompt", 20, "--rounds", 1)
+    said = capsys.readouterr().out
+    assert "| 16 | loss |" in said and "| 16 | advantage_factor |" in said
+
+
+@pytest.mark.slow
+def test_the_teacher_pass_is_measured_in_time_and_memory() -> None:
+    sizes = ["--rows", "4", "--response", "4", "--vocabulary", "512", "--rounds", "1"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks.teacher_pass", *sizes], capture_output=True, text=True, timeout=300
+    )
+    assert "| time, half of the rows" in ran.stdout and "| peak memory" in ran.stdout, ran.stderr
 
 
 def test_both_updates_and_all_divergences_run(capsys: pytest.CaptureFixture[str]) -> None:

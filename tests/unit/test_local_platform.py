@@ -13,6 +13,7 @@ import torch
 from verl.plugin.platform import PlatformRegistry
 
 from sdar_verl.local import platform as cpu
+from sdar_verl.local import register
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def lonely(monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_JOB_ID", "VERL_PLATFORM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(ray._private.utils, "read_ray_address", lambda *_: None)
-    monkeypatch.setattr(cpu, "_other_platform_available", lambda *_: False)
+    monkeypatch.setattr(PlatformRegistry, "_platforms", {"cpu": cpu.CpuPlatform})
     return monkeypatch
 
 
@@ -44,12 +45,18 @@ def test_an_accelerator_wins(lonely):
         def is_platform_available(self, use_smi_check=False):
             raise OSError("no driver")
 
-    lonely.undo()
     lonely.setattr(PlatformRegistry, "_platforms", {"cpu": cpu.CpuPlatform, "later": Unprobed})
-    assert not cpu._other_platform_available(True)
+    assert register.on_cpu() and chosen()
     # Also one that another plugin registers after ours.
     lonely.setattr(PlatformRegistry, "_platforms", {"cpu": cpu.CpuPlatform, "later": Unprobed, "latest": Gpu})
-    assert cpu._other_platform_available(True)
+    assert not register.on_cpu() and not chosen()
+
+
+@pytest.mark.parametrize(("told", "expected"), [("cpu", True), (" CPU ", True), ("cuda", False)])
+def test_what_a_process_is_told_is_not_guessed(lonely, told, expected):
+    lonely.setenv("VERL_PLATFORM", told)
+    lonely.setenv("RAY_ADDRESS", "01000000")  # as in a run's own workers
+    assert register.on_cpu() is expected
 
 
 @pytest.mark.parametrize("name", ["RAY_ADDRESS", "RAY_JOB_ID"])
@@ -79,6 +86,19 @@ def test_verl_finds_platform_engine_and_rollout_by_importing_itself():
     env = {**os.environ, "VERL_PLATFORM": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
     assert done.stdout.split() == ["cpu", "gloo", "CpuFSDPEngine", "ServerAdapter"], done.stderr[-3000:]
+
+
+def test_nothing_is_registered_where_there_is_another_device():
+    code = (
+        "import sys, verl\n"
+        "from verl.plugin.platform import PlatformRegistry\n"
+        "from verl.workers.rollout.base import _ROLLOUT_REGISTRY\n"
+        "print('cpu' in PlatformRegistry.registered_names(), ('transformers', 'async') in _ROLLOUT_REGISTRY)"
+    )
+    for told, expected in (("cuda", ["False", "False"]), ("cpu", ["True", "True"])):
+        env = {**os.environ, "VERL_PLATFORM": told}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
+        assert done.stdout.split() == expected, done.stderr[-3000:]
 
 
 def test_verls_memory_and_random_state_calls_work_on_the_device_module():
