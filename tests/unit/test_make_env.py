@@ -140,3 +140,14 @@ def test_versions_of_python_are_the_same_everywhere():
         f"({low[0]}, {low[1]}) <= sys.version_info[:2] <= ({high[0]}, {high[1]})"
         in (ROOT / "scripts" / "make_env.sh").read_text()
     )
+
+
+def test_alfworld_is_imported_without_a_home_folder():
+    """The package makes its data folder there when it is imported."""
+    script = "import sdar_verl.envs.alfworld, alfworld, os; print(os.environ['ALFWORLD_DATA'])"
+    env = {"PATH": "/usr/bin:/bin", "HOME": NO_HOME}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_dir()
