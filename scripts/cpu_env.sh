@@ -9,3 +9,4 @@ export HF_HUB_OFFLINE=1
 export RAY_worker_niceness=0
 # On a machine that has a GPU, too: the quick start and the tests run on the CPU.
 export VERL_PLATFORM=cpu
+source "$(dirname "${BASH_SOURCE[0]}")/home.sh"

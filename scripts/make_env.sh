@@ -61,11 +61,8 @@ constraints="$venv/constraints.txt"
 cp "$root/scripts/constraints-cpu.txt" "$constraints"
 [ -z "$verl" ] || sed -i "s/^verl==.*/verl==$verl/" "$constraints"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
-# pip keeps what it downloads and compiles for the next environment: in the home folder, or here when that cannot be.
-cache="$("${pip[@]}" cache dir 2> /dev/null || true)"
-if ! { [ -n "$cache" ] && mkdir -p "$cache" && [ -w "$cache" ]; } 2> /dev/null; then
-  export PIP_CACHE_DIR="$root/.cache/pip"
-fi
+# pip keeps what it downloads and compiles in the home folder, for the next environment.
+source "$root/scripts/home.sh"
 
 # Says what is installed and how long it took; $1 in words, then pip's arguments.
 install() {

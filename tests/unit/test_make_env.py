@@ -46,6 +46,15 @@ def test_with_the_tools_it_comes_to_the_first_package(tmp_path, machine):
     assert "not writable" not in done.stderr, "pip has a cache although there is no home folder"
 
 
+def test_what_runs_in_the_environment_has_a_home_that_can_be_written(tmp_path):
+    """Ray makes ``~/.ray``, matplotlib ``~/.config``; a home that can be written stays the user's."""
+    for home, expected in ((NO_HOME, str(ROOT / ".cache" / "home")), (str(tmp_path), str(tmp_path)), ("", None)):
+        script = f'set -euo pipefail; source \'{ROOT}/scripts/cpu_env.sh\'; touch "$HOME/x"; rm "$HOME/x"; echo $HOME'
+        env = {"PATH": "/usr/bin:/bin", "HOME": home}
+        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == (expected or str(ROOT / ".cache" / "home"))
+
+
 @pytest.mark.parametrize(
     ("gone", "command"),
     [(["make"], "make"), (["g++"], "g++"), (["gcc"], "gcc libc6-dev"), (["gcc", "g++", "make"], "g++ make")],
@@ -140,3 +149,14 @@ def test_versions_of_python_are_the_same_everywhere():
         f"({low[0]}, {low[1]}) <= sys.version_info[:2] <= ({high[0]}, {high[1]})"
         in (ROOT / "scripts" / "make_env.sh").read_text()
     )
+
+
+def test_alfworld_is_imported_without_a_home_folder():
+    """The package makes its data folder there when it is imported."""
+    script = "import sdar_verl.envs.alfworld, alfworld, os; print(os.environ['ALFWORLD_DATA'])"
+    env = {"PATH": "/usr/bin:/bin", "HOME": NO_HOME}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_dir()
