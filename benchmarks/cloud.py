@@ -44,7 +44,7 @@ def main() -> int:
         env = {**server.env, "VERL_USE_EXTERNAL_MODULES": f"sdar_verl.plugin,{MODULE}"}
         env["SDAR_BENCH_BLOCK"] = str(arguments.block)
         words = ("trainer.save_freq=3", f"sdar.cloud.mirror={place}")
-        run = LiveRun(folder, *words, steps=100_000, mode="sdar_cloud_bench", env=env)
+        run = LiveRun(folder, *words, steps=2000, mode="sdar_cloud_bench", env=env)
         try:
             run.wait_for(lambda: f"sdar step {arguments.steps}/" in run.output, timeout_s=540)
             store = Store(folder / "checkpoints")
