@@ -157,11 +157,16 @@ def main() -> int:
             print(f"{name}: the run failed\n{error}", flush=True)
             failed.append(name)
             continue
+        file = golden_file(name, options.folder)
+        if not options.write and not file.is_file():
+            print(f"{name}: {file} has no numbers yet; --write makes them", flush=True)
+            failed.append(name)
+            continue
         if options.write:
-            golden_file(name, options.folder).write_text(json.dumps(numbers, indent=1) + "\n")
+            file.write_text(json.dumps(numbers, indent=1) + "\n")
             print(f"{name}: written", flush=True)
             continue
-        found = list(differences(json.loads(golden_file(name, options.folder).read_text()), numbers, options.tolerance))
+        found = list(differences(json.loads(file.read_text()), numbers, options.tolerance))
         print(f"{name}: {'as it was' if not found else f'{len(found)} numbers differ'}", flush=True)
         for line in found[:12]:
             print(f"  {line}", flush=True)
