@@ -4,7 +4,7 @@
 set -euo pipefail
 
 data="${DATA:-$HOME/data/gsm8k}"
-python3 -m verl.trainer.main_ppo --config-name sdar_ppo +hardware=8gpu +model=qwen2.5-3b \
+exec python -m verl.trainer.main_ppo --config-name sdar_ppo +hardware=8gpu +model=qwen2.5-3b \
   data.train_files="$data/train.parquet" \
   data.val_files="$data/test.parquet" \
   data.train_batch_size=128 \

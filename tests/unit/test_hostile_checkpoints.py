@@ -95,7 +95,9 @@ def test_a_damaged_state_is_named_with_the_remedy(tmp_path: Path, content: str) 
 def test_a_damaged_note_of_the_experiment_is_named(tmp_path: Path, content: str) -> None:
     write_toy_panels(tmp_path)
     trainer = {"default_local_dir": str(tmp_path), "resume_mode": "auto"}
-    config = OmegaConf.create({"trainer": trainer, "data": {"train_files": str(tmp_path / "train.parquet")}})
+    data = {"train_files": str(tmp_path / "train.parquet")}
+    roles = {"rollout": {"agent": {"default_agent_loop": "sdar_agent"}}}
+    config = OmegaConf.create({"trainer": trainer, "data": data, "actor_rollout_ref": roles})
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     (tmp_path / RUN_FILE).write_text(content)
     with pytest.raises(ConfigError, match=rf"{RUN_FILE} is damaged"):

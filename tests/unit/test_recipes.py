@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
+from sdar_verl.checks.options import option_faults
+from sdar_verl.checks.recipe import recipe_faults
 from sdar_verl.checks.run import check_run
 from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
@@ -26,7 +28,8 @@ from sdar_verl.planner.layout import Layout
 from sdar_verl.planner.plan import make_plan
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SCRIPTS = sorted(RECIPES.glob("*/run_qwen*.sh"))
+ENVIRONMENTS = ("alfworld", "search", "webshop")
+SCRIPTS = sorted(path for env in ENVIRONMENTS for path in (RECIPES / env).glob("run_qwen*.sh"))
 MODELS = {
     "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
@@ -235,6 +238,19 @@ def test_scripts_fit_on_the_cards_they_ask_for(compose_recipe, script, tmp_path)
     assert plan.faults == []
     told = re.search(r"(\d+) GPUs", script.read_text())
     assert told is None or int(told[1]) == plan.cards
+
+
+def test_the_script_for_gsm8k_is_verls_with_two_flags(tmp_path):
+    command = command_of(RECIPES / "gsm8k" / "run_qwen2.5-3b.sh", tmp_path, "algorithm.adv_estimator=rloo")
+    assert command[:4] == ["-m", "verl.trainer.main_ppo", "--config-name", "sdar_ppo"]
+    config = compose_config("sdar_ppo", command[4:])
+    sdar = load_config(config.sdar)
+    assert config.actor_rollout_ref.model.path == MODELS["qwen2.5-3b"]
+    assert config.algorithm.adv_estimator == "rloo", "further arguments are not passed on"
+    assert config.data.train_files.endswith("/data/gsm8k/train.parquet")
+    assert (sdar.context.sources, sdar.context.options) == (["column"], {"column": {"path": "extra_info.answer"}})
+    told = [f for f in (*option_faults(config, sdar), *recipe_faults(config, sdar)) if "does not exist" not in f]
+    assert told == []
 
 
 def test_scripts_do_not_share_a_checkpoint_folder(compose_recipe, tmp_path):

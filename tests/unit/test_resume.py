@@ -26,7 +26,11 @@ def config(folder, mode="auto", **overrides):
             "trainer": {"default_local_dir": str(folder), "resume_mode": mode, "total_training_steps": 10},
             "algorithm": {"adv_estimator": "sdar"},
             "data": {"seed": 0, "train_batch_size": 4, "train_files": str(folder / "train.parquet")},
-            "actor_rollout_ref": {"model": {"path": "m"}, "rollout": {"n": 8}, "actor": {"optim": {"lr": 1e-6}}},
+            "actor_rollout_ref": {
+                "model": {"path": "m"},
+                "rollout": {"n": 8, "agent": {"default_agent_loop": "sdar_agent"}},
+                "actor": {"optim": {"lr": 1e-6}},
+            },
         }
     )
     for option, value in overrides.items():

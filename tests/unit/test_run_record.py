@@ -30,6 +30,7 @@ def config(tmp_path):
     return OmegaConf.create(
         {
             "sdar": {"env": {"max_steps": 3}},
+            "actor_rollout_ref": {"rollout": {"agent": {"default_agent_loop": "sdar_agent"}}},
             "trainer": {
                 "default_local_dir": str(tmp_path / "checkpoints"),
                 "project_name": "p",
