@@ -144,8 +144,12 @@ def panels(env, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def compose_recipe():
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        yield lambda env, *overrides: compose(f"sdar_{env}", overrides=list(overrides))
+    def composed(env, *overrides):
+        # Each by itself: what composes a config in between ends the one that is open.
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            return compose(f"sdar_{env}", overrides=list(overrides))
+
+    return composed
 
 
 @pytest.fixture(scope="module")
