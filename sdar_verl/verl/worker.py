@@ -77,7 +77,7 @@ class SdarTrainingWorker(TrainingWorker):
                 ``disable_auto_offload``: the weights are on the device already.
 
         Returns:
-            Nested over the responses, on the CPU: log-probs (NaN at the first token of a row that holds a number
+            Nested over the responses, on the CPU: log-probs (NaN at the sampled tokens of a row that holds a number
             anywhere that is not finite), mask, and what else was asked for.
         """
         prompt = "prompts" if options.get("empty_context") else TEACHER_PROMPTS

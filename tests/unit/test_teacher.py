@@ -301,6 +301,15 @@ def test_an_empty_context_is_scored_on_all_rows_in_their_order():
     assert list(workers.asked[0].keys) == list(table.rows.keys)
 
 
+@pytest.mark.parametrize(("broken", "told"), [((0,), 0.0), ((0, 1, 2, 3), math.nan)])
+def test_broken_numbers_of_the_student_are_not_taken_for_another_teacher(broken, told):
+    """The look at the student's numbers comes after, names the rows and may leave them out (``sdar.on_nonfinite``)."""
+    one, table = teacher(source="actor"), step([4, 4, 4, 4])
+    stored(table)["old_log_probs"] = [(math.nan if i in broken else -2.0) * torch.ones(i + 1) for i in range(4)]
+    one._trainer.actor_rollout_wg = Workers(table, ranks=2)
+    assert one.score(table)["sdar/empty_context_gap"] == pytest.approx(told, nan_ok=True)
+
+
 @pytest.mark.parametrize(
     ("info", "at_first", "later"),
     [
