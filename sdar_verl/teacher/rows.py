@@ -68,12 +68,17 @@ def stop_without_contexts(infos: Sequence[RowInfo | None], step: int) -> None:
     rows = [info for info in infos if info is not None and not info.failed]
     if any(info.teacher_prompt_tokens is not None or info.context_missing for info in rows):
         return
-    if step > 1 and all(info.truncated or info.context_empty for info in rows):
+    if step > 1 and all(info.truncated or info.context_empty or info.foreign for info in rows):
         return
     if any(info.truncated for info in rows):
         raise TeacherError(
             "not one teacher prompt of this step fits sdar.teacher.max_prompt_length, so the teacher has no say on any "
             "row; raise it, or shorten the context (sdar.skills.max_tokens)"
+        )
+    if any(info.foreign for info in rows):
+        raise TeacherError(
+            "verl's own tokenisation makes not one prompt of this step of its messages, so the teacher has no say on any "
+            "row; let the agent loop give extra_fields['teacher_prompt_ids'], or set sdar.teacher.source=none"
         )
     raise TeacherError(
         "the teacher sees no context on any row of this step, so it can only repeat the student; "

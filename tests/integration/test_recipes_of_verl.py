@@ -78,8 +78,11 @@ def test_a_loop_that_gives_the_teachers_prompt(tmp_path):
 def test_a_prompt_that_verls_tokenisation_does_not_make(tmp_path, masked):
     overrides = own("own_words")
     if masked:
-        run = train_recipe(tmp_path, *overrides, "sdar.context.on_foreign_prompt=mask")
-        assert run.metrics[1]["sdar/foreign_prompt_share"] == 1.0
+        loops = ("single_turn_agent", "own_words")
+        rows = [{**row, "agent_name": loops[index % 2]} for index, row in enumerate(word_problems(16))]
+        run = train_recipe(tmp_path, *overrides, "sdar.context.on_foreign_prompt=mask", rows=rows)
+        assert 0 < run.metrics[1]["sdar/foreign_prompt_share"] < 1
+        assert run.metrics[1]["sdar/context_share"] == 1 - run.metrics[1]["sdar/foreign_prompt_share"]
         return
     arguments = recipe_arguments(tmp_path, *overrides)
     with pytest.raises(AssertionError) as failed:
