@@ -102,7 +102,7 @@ def not_a_step(value: Any) -> StepError:
         hint = ""
     return StepError(
         f"it returned {shorten(value)}, which is no sdar_verl.envs.base.Step{hint}. "
-        "Return Step(text, reward=0.0, done=False, success=False, admissible_actions=())"
+        "Return Step(observation, reward=0.0, done=False, success=False, admissible_actions=())"
     )
 
 

@@ -145,7 +145,8 @@ def _read_skill(path: Path, folder: Path | None, unknown: Counter[str]) -> Skill
     try:
         front = yaml.load(match["yaml"], Loader=_PlainLoader)  # a SafeLoader: it makes plain values only
     # A date or number that is none (2024-13-45) is a ValueError.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    # PyYAML lets the faults of a tagged scalar (x: !!bool maybe) through as they come.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         told = " ".join(str(error).split())
         raise SkillBankError(f"{path}: front matter is not valid YAML: {told}") from error
     if not isinstance(front, dict):

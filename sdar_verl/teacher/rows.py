@@ -77,8 +77,8 @@ def stop_without_contexts(infos: Sequence[RowInfo | None], step: int) -> None:
         )
     if any(info.foreign for info in rows):
         raise TeacherError(
-            "verl's own tokenisation makes not one prompt of this step of its messages, so the teacher has no say on any "
-            "row; let the agent loop give extra_fields['teacher_prompt_ids'], or set sdar.teacher.source=none"
+            "verl's own tokenisation makes not one prompt of this step of its messages, so the teacher has no say on "
+            "any row; let the agent loop give extra_fields['teacher_prompt_ids'], or set sdar.teacher.source=none"
         )
     raise TeacherError(
         "the teacher sees no context on any row of this step, so it can only repeat the student; "

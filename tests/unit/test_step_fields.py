@@ -120,7 +120,7 @@ def test_what_is_no_step_is_its_authors_fault(method: str, answer: Any, told: st
         getattr(host, method)(0, TASK if method == "reset" else "look")
     assert caught.value.authors
     if answer not in (coroutine, generator) and "reward" not in told:
-        assert "Return Step(text, reward=0.0, done=False" in caught.value.text
+        assert "Return Step(observation, reward=0.0, done=False" in caught.value.text
 
 
 class TwoParts(Exception):
