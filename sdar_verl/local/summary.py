@@ -14,11 +14,12 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sdar_verl.config import SdarConfig, load_config
+from sdar_verl.compose import compose_config
+from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
 from sdar_verl.local import start_policy
 from sdar_verl.panels import panel_digest, read_panel
@@ -189,7 +190,7 @@ def probe(panel: Path, checkpoints: Sequence[str | Path]) -> list[float]:
     from sdar_verl.local.probe import first_turns, internalisation
     from sdar_verl.rollout.prompts import PromptTemplate
 
-    settings = load_quickstart()
+    settings = load_config(compose_config("sdar_quickstart").sdar)
     environment = make_env(settings.env.name, **settings.env.options)
     turns = first_turns(read_panel(panel), environment)
     template = PromptTemplate.load(settings.prompt.template)
@@ -197,15 +198,6 @@ def probe(panel: Path, checkpoints: Sequence[str | Path]) -> list[float]:
         internalisation(str(path), start_policy(), turns, template, max_steps=settings.env.max_steps)
         for path in checkpoints
     ]
-
-
-def load_quickstart() -> SdarConfig:
-    """The ``sdar`` node of the quick start's recipe."""
-    from omegaconf import OmegaConf
-
-    folder = resources.files("sdar_verl.hydra_configs")
-    nodes = [OmegaConf.create((folder / f"sdar_{name}.yaml").read_text()).sdar for name in ("base", "quickstart")]
-    return load_config(OmegaConf.to_container(OmegaConf.merge(*nodes)))  # type: ignore[arg-type]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
