@@ -25,7 +25,7 @@ from benchmarks.common import cost, machine, table
 
 def start(folder: Path, vocabulary: int) -> Any:
     """A teacher's worker on this process."""
-    from tests.integration.test_teacher_worker import worker_config
+    from tests.support.teacher_worker import worker_config
     from tests.support.tiny_model import make_tiny_model
 
     os.environ |= {"VERL_PLATFORM": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -46,7 +46,7 @@ def rows_of(count: int, prompt: int, response: int, every: int) -> Any:
     from sdar_verl.fields import TEACHER_PROMPTS
     from sdar_verl.requests import HEAD_REQUEST, HeadRequest
     from sdar_verl.verl.queue import nested
-    from tests.integration.test_teacher_worker import batch
+    from tests.support.teacher_worker import batch
 
     generator = torch.Generator().manual_seed(0)
 

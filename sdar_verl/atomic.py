@@ -16,7 +16,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         write: gets the open file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as stream:
         write(stream)
         stream.flush()

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdar_verl.atomic import write_text_atomically
 from sdar_verl.cloud import ledger, stop
 from sdar_verl.cloud.guard import AGAIN
 from sdar_verl.cloud.store import Store, StoreError
 from sdar_verl.errors import ConfigError, SdarError
 from sdar_verl.report.evaluation import Plan, Planned, affordable, give_up, look, order, planned_hours, read_plan
-from sdar_verl.report.layout import RecordError, write_atomically
+from sdar_verl.report.layout import RecordError
 from sdar_verl.report.read import RunData
 from sdar_verl.report.sweep_command import FINISHED, check, run_command, tail
 
@@ -134,7 +135,7 @@ class Evaluation:
         if why is None:
             why = f"its run ended with status {process.returncode}: {attempts[-1].ended if attempts else 'see its log'}"
             print(*tail(folder / "train.log"), sep="\n  ")
-        write_atomically(folder / GIVEN_UP, why + "\n")
+        write_text_atomically(folder / GIVEN_UP, why + "\n")
         print(f"  {arm} is given up: {why}", flush=True)
         return 1
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.atomic import write_text_atomically
 from sdar_verl.errors import SdarError
 from sdar_verl.untrusted import parse_json, shorten
 
@@ -72,17 +72,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write one JSON file, atomically."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
+    write_text_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 def keep_steps(path: Path, last: int) -> None:
     """Rewrite a file of JSON lines without the steps after ``last``; nothing happens when it does not exist."""
     if path.is_file():
-        write_atomically(path, "".join(json.dumps(value) + "\n" for value in read_lines(path) if value["step"] <= last))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside ``path`` and rename: a reader sees the old content or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+        write_text_atomically(
+            path, "".join(json.dumps(value) + "\n" for value in read_lines(path) if value["step"] <= last)
+        )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl._version import __version__
-from sdar_verl.report.layout import write_atomically
+from sdar_verl.atomic import write_text_atomically
 from sdar_verl.untrusted import whole_characters
 
 _ASSETS = resources.files("sdar_verl.report") / "assets"
@@ -65,4 +65,4 @@ def embed(data: Any) -> str:
 def write_page(path: Path, text: str) -> None:
     """Write the document, atomically; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
+    write_text_atomically(path, text)

@@ -95,13 +95,7 @@ def gated_distillation_loss(
     teacher_log_probs: torch.Tensor,
     response_mask: torch.Tensor,
     *,
-    gate: str = "gap",
-    beta: float = 5.0,
-    objective: str = "sampled",
-    entropy: torch.Tensor | None = None,
-    old_log_probs: torch.Tensor | None = None,
     loss_agg_mode: str = "token-mean",
-    distill_mask: torch.Tensor | None = None,
     dp_size: int = 1,
     batch_num_tokens: int | None = None,
     global_batch_size: int | None = None,
@@ -110,10 +104,10 @@ def gated_distillation_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """L_SDAR as a scalar, aggregated by verl's ``agg_loss``, and its sums for the metrics.
 
-    All arguments but the five below are those of :func:`distillation_terms`, ``options`` being its later ones. The
-    last four are verl's numbers of the global batch: with them, gradients accumulated over micro-batches and averaged
-    over ranks do not depend on how the batch was split (a worker passes ``**config.global_batch_info``). Without them
-    the loss is the mean over this batch.
+    The tensors and ``options`` are the arguments of :func:`distillation_terms`. The last four below are verl's numbers
+    of the global batch: with them, gradients accumulated over micro-batches and averaged over ranks do not depend on
+    how the batch was split (a worker passes ``**config.global_batch_info``). Without them the loss is the mean over
+    this batch.
 
     Args:
         loss_agg_mode: one of verl's modes (token-mean, token-sum, seq-mean-token-sum, seq-mean-token-sum-norm,
@@ -131,18 +125,7 @@ def gated_distillation_loss(
         ValueError: as :func:`distillation_terms`; an unknown ``loss_agg_mode``; dp_size > 1 without the global
             number that the mode divides by.
     """
-    terms = distillation_terms(
-        student_log_probs,
-        teacher_log_probs,
-        response_mask,
-        gate=gate,
-        beta=beta,
-        objective=objective,
-        entropy=entropy,
-        old_log_probs=old_log_probs,
-        distill_mask=distill_mask,
-        **options,
-    )
+    terms = distillation_terms(student_log_probs, teacher_log_probs, response_mask, **options)
     loss = agg_loss(
         loss_mat=terms.loss,
         loss_mask=terms.response_mask,

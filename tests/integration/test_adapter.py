@@ -16,7 +16,6 @@ import torch
 from sdar_verl.config import LossConfig
 from sdar_verl.fields import TEACHER_LOG_PROBS
 from sdar_verl.method import Method
-from tests.integration.test_teacher_worker import teacher_batch, worker_config
 from tests.support.one_update import (
     BETA,
     COEF,
@@ -29,6 +28,7 @@ from tests.support.one_update import (
     update_batch,
 )
 from tests.support.ranks import run_on_ranks
+from tests.support.teacher_worker import teacher_batch, worker_config
 from tests.support.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]

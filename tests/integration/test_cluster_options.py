@@ -27,7 +27,6 @@ from sdar_verl.method import Method, StepValues
 from sdar_verl.requests import HEAD_REQUEST, StepRequests
 from sdar_verl.verl.queue import nested
 from tests.integration.test_ranks import CHECKPOINTING, FEW_TOKENS, FSDP1, PACKED, SAME, weights
-from tests.integration.test_teacher_worker import teacher_batch, worker_config
 from tests.support import ulysses
 from tests.support.one_update import (
     BETA,
@@ -41,6 +40,7 @@ from tests.support.one_update import (
     update_batch,
 )
 from tests.support.ranks import run_on_ranks
+from tests.support.teacher_worker import teacher_batch, worker_config
 from tests.support.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]

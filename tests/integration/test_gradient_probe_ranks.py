@@ -12,9 +12,9 @@ import torch
 from sdar_verl.config import LossConfig
 from sdar_verl.fields import NORM_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.method import Method, StepValues
-from tests.integration.test_teacher_worker import TEMPERATURE, worker_config
 from tests.support.one_update import one_mini_batch, plain_model
 from tests.support.ranks import run_on_ranks
+from tests.support.teacher_worker import TEMPERATURE, worker_config
 from tests.support.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.integration

@@ -12,9 +12,9 @@ import torch
 
 from sdar_verl.table import StepTable
 from sdar_verl.verl.queue import QueueRows, nested
-from tests.integration.test_teacher_worker import recipe, worker_config
 from tests.support.one_update import ROWS, make_rows
 from tests.support.ranks import run_on_ranks
+from tests.support.teacher_worker import recipe, worker_config
 from tests.support.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]

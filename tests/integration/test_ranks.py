@@ -19,7 +19,6 @@ from sdar_verl.config import LossConfig
 from sdar_verl.fields import SUMS_PREFIX, TEACHER_HIDDEN, TEACHER_LOG_PROBS
 from sdar_verl.method import Method
 from sdar_verl.requests import HEAD_REQUEST, StepRequests
-from tests.integration.test_teacher_worker import batch, teacher_batch, worker_config
 from tests.support.one_update import (
     BETA,
     COEF,
@@ -33,6 +32,7 @@ from tests.support.one_update import (
     update_batch,
 )
 from tests.support.ranks import run_on_ranks
+from tests.support.teacher_worker import batch, teacher_batch, worker_config
 from tests.support.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]

@@ -13,8 +13,8 @@ from sdar_verl.fields import STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHE
 from sdar_verl.method import StepValues
 from sdar_verl.verl.loss import gated_distillation_loss
 from sdar_verl.verl.queue import nested
-from tests.integration.test_teacher_worker import TEMPERATURE, batch
 from tests.support.plain import padded
+from tests.support.teacher_worker import TEMPERATURE, batch
 
 ROWS = 8
 COEF, BETA, KL, ENTROPY, CLIP_LOW, CLIP_HIGH, CLIP_C = 0.5, 5.0, 0.05, 0.02, 0.1, 0.2, 1.5

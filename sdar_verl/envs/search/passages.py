@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sdar_verl.atomic import write_text_atomically
+from sdar_verl.atomic import write_atomically, write_text_atomically
 from sdar_verl.errors import SdarError
 from sdar_verl.text_files import TextFileError, numbered_lines
 from sdar_verl.untrusted import parse_json, whole_characters
@@ -154,13 +154,8 @@ def _read(path: Path) -> tuple[list[Passage], int]:
 
 def write_corpus(passages: Iterable[Passage], path: str | Path) -> None:
     """Write passages, atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        for passage in passages:
-            stream.write(json.dumps(passage.as_document(), ensure_ascii=False) + "\n")
-    partial.replace(path)
+    lines = (json.dumps(passage.as_document(), ensure_ascii=False) + "\n" for passage in passages)
+    write_atomically(Path(path), lambda stream: stream.writelines(line.encode() for line in lines))
 
 
 def corpus_digest(passages: Iterable[Passage]) -> str:
