@@ -24,6 +24,10 @@ Ids = Sequence[Hashable] | torch.Tensor
 """One hashable id per row: list, NumPy array or tensor."""
 
 
+_FLAT = 1e-6
+"""Scores this close, relative to the largest, are one score: float32 sums in another order differ by as much."""
+
+
 @dataclass(frozen=True)
 class GroupCounts:
     """What the statistics were made of; padding rows and failed rollouts are in none of these numbers.
@@ -125,7 +129,8 @@ def trajectory_group_advantages(
                 advantages[sample] = -penalty[sample]
             continue
         values = row_scores[first] - within[first]
-        flat = bool((values == values[0]).all())
+        # Not bit for bit: a sum of rewards in another order would otherwise be blown up to a difference of one.
+        flat = bool((values.max() - values.min()) <= _FLAT * values.abs().max())
         flat_groups += flat
         normalised = torch.zeros_like(values) if flat else _normalise(values, norm_by_std, epsilon)
         for sample, advantage in zip(members, normalised, strict=True):
@@ -138,7 +143,7 @@ def trajectory_group_advantages(
         groups_without_variance=flat_groups,
         groups_of_one=single_groups,
     )
-    return advantages.to(scores.dtype), counts
+    return advantages.to(scores.dtype if scores.is_floating_point() else torch.float32), counts
 
 
 def broadcast_to_tokens(row_advantages: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -23,8 +24,16 @@ Status = Literal["works", "verls", "needs", "recipes", "no_effect", "refused"]
 # Nodes that verl reads as they are, so that a misspelt key in them would be passed over without a word.
 _PLAIN = ("algorithm.", "data.", "trainer.")
 _NUMBER = (int, float)
-_BOUNDS = {
-    "at least 1": [(operator.ge, 1)],
+
+
+def _is_whole(value: float, _: int) -> bool:
+    return value == int(value)
+
+
+_BOUNDS: dict[str, list[tuple[Callable[[Any, Any], bool], float]]] = {
+    "whole, at least 1": [(_is_whole, 0), (operator.ge, 1)],
+    "whole, other than 0": [(_is_whole, 0), (operator.ne, 0)],
+    "whole": [(_is_whole, 0)],
     "at least 0": [(operator.ge, 0)],
     "above 0": [(operator.gt, 0)],
     "above 0 and at most 1": [(operator.gt, 0), (operator.le, 1)],
@@ -69,18 +78,22 @@ def number_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     for key, value in values.items():
         bound = bounds.get(key)
         default = defaults.get(key)
-        if isinstance(default, bool):
+        if key in verl_nodes():
+            faults.append(f"{key}={_shown(value)} is a whole node of verl's; leave it out, or set options within it")
+        elif isinstance(default, bool):
             if not isinstance(value, bool):
                 faults.append(f"{key}={_shown(value)} must be True or False (verl's default: {default})")
         elif bound is not None or isinstance(default, _NUMBER):
             wanted, _, null = (bound or "any").partition(", or ")
             if value is None and null:
                 continue
-            number = isinstance(value, _NUMBER) and not isinstance(value, bool)
+            number = isinstance(value, _NUMBER) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not all(compare(value, limit) for compare, limit in _BOUNDS[wanted]):
-                text = "" if wanted == "any" else f" {wanted}"
+                bounded = wanted.removeprefix("whole").removeprefix(", ")
+                text = "" if bounded in ("", "any") else f" {bounded}"
                 usual = "" if not isinstance(default, _NUMBER) else f" (verl's default: {default})"
-                faults.append(f"{key}={_shown(value)} must be a number{text}{null and ', or ' + null}{usual}")
+                kind = "a whole number" if wanted.startswith("whole") else "a number"
+                faults.append(f"{key}={_shown(value)} must be {kind}{text}{null and ', or ' + null}{usual}")
     return faults
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sdar_verl.envs.base import Task
 from sdar_verl.panels import PanelError, panel_digest, read_panel
 from sdar_verl.recipe import plays_environments
 from sdar_verl.rollout.recipe_rows import task_of
+from sdar_verl.text_files import numbered_lines
 
 ROWS_READ = 2000
 """Rows of a recipe's file that are looked at before the start."""
@@ -87,8 +89,11 @@ def read_rows(path: str | Path, limit: int = ROWS_READ) -> Iterator[dict[str, An
                 if left <= 0:
                     return
         else:
-            text = Path(path).read_text(encoding="utf-8-sig").strip()
-            rows = json.loads(text) if text.startswith("[") else map(json.loads, text.splitlines())
-            yield from list(rows)[:limit]
+            lines = (line for _, line in numbered_lines(Path(path)))
+            first = next(lines, "[]")
+            # An array of JSON may be a file's whole text; as lines, only so many are read.
+            whole = json.loads("\n".join([first, *lines])) if first.startswith("[") else None
+            rows = whole if whole is not None else map(json.loads, chain([first], lines))
+            yield from islice(rows, limit)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise PanelError(f"{path} cannot be read: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Set
+from contextlib import suppress
 from numbers import Real
 from typing import Any
 
@@ -17,6 +18,8 @@ _LARGEST = 3.0e38
 """Rewards become float32."""
 
 _ROUNDING = 1e-6
+
+_RIGHT = "Return Step(observation, reward=0.0, done=False, success=False, admissible_actions=())"
 
 
 class StepError(TypeError, ValueError):
@@ -35,10 +38,14 @@ def text_of(field: str, value: Any) -> str:
 
 def texts_of(field: str, value: Any) -> tuple[str, ...]:
     """``value`` as a tuple of texts. A set is refused: its order differs between processes."""
-    listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Set)
-    texts = tuple(value) if listed else ()
-    if not listed or not all(isinstance(text, str) for text in texts):
+    texts = None
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Set):
+        with suppress(Exception):  # an array without dimensions, or whatever an author's iterator raises
+            texts = tuple(value)
+    if texts is None or not all(isinstance(text, str) for text in texts):
         raise StepError(f"a step's {field} must be a tuple of texts, () for none, not {shorten(value)}")
+    if any(not text.strip() for text in texts):
+        raise StepError(f"a step's {field} holds an empty text, which no answer can name: {shorten(value)}")
     return tuple(whole_characters(str(text)) for text in texts)
 
 
@@ -100,10 +107,12 @@ def not_a_step(value: Any) -> StepError:
         hint = "; a tuple as gym's environments return is none"
     else:
         hint = ""
-    return StepError(
-        f"it returned {shorten(value)}, which is no sdar_verl.envs.base.Step{hint}. "
-        "Return Step(observation, reward=0.0, done=False, success=False, admissible_actions=())"
-    )
+    return StepError(f"it returned {shorten(value)}, which is no sdar_verl.envs.base.Step{hint}. {_RIGHT}")
+
+
+def not_its_fields(error: TypeError) -> StepError | None:
+    """The error for a call ``Step(...)`` with other fields than it has; None for a TypeError of something else."""
+    return StepError(f"{error}. {_RIGHT}") if str(error).startswith("Step.__init__()") else None
 
 
 def _plain(value: Any) -> Any:

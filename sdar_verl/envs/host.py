@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdar_verl.envs.base import Step, Task, TextEnv
-from sdar_verl.envs.fields import StepError, not_a_step
+from sdar_verl.envs.fields import StepError, not_a_step, not_its_fields
 from sdar_verl.envs.registry import make_env
 
 
@@ -64,13 +64,26 @@ def checked(answer: Any) -> Step:
     return answer
 
 
+def check_beginning(step: Step) -> None:
+    """Refuse what nobody would look at: the policy has not acted yet.
+
+    Raises:
+        StepError: ``reset`` has ended the episode, or pays for it.
+    """
+    given = {name: getattr(step, name) for name in ("done", "success", "reward", "score") if getattr(step, name)}
+    if given:
+        told = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise StepError(f"reset returned {told}: an episode begins without; give it with the step that earns it")
+
+
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except Exception as raised:
+        error = (isinstance(raised, TypeError) and not_its_fields(raised)) or raised
         text = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
-        raise EnvRaised(" ".join(text.split())[:800], isinstance(error, StepError)) from error
+        raise EnvRaised(" ".join(text.split())[:800], isinstance(error, StepError)) from raised
 
 
 class EnvHost:
@@ -115,6 +128,8 @@ class EnvHost:
         try:
             with _told():
                 step = checked(getattr(self._env(slot), method)(argument))
+                if method == "reset":
+                    check_beginning(step)
         except BaseException:
             self._envs.pop(slot, None)  # its state is unknown: the next episode gets a new one
             raise

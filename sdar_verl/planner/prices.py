@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.hardware import GPUS
+from sdar_verl.text_files import TextFileError, read_text
 
 STALE_DAYS = 90
 _SKY = {"A100-80GB": "a100-80gb", "A100": "a100-40gb", "H100": "h100-80gb", "H200": "h200-141gb", "B200": "b200-180gb"}
@@ -173,9 +174,9 @@ def _package(name: str) -> str:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prices {file}: cannot be read ({error})") from error
+        return read_text(file)
+    except TextFileError as error:
+        raise ConfigError(f"--prices {file}: {error}") from error
 
 
 def _catalogue(sky: Path) -> Iterator[Node]:

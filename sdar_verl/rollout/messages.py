@@ -11,6 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sdar_verl.rollout.control import control_strings_of, neutralise
 from sdar_verl.rollout.prompts import PromptTemplateError
+from sdar_verl.text_files import TextFileError, read_text
 from sdar_verl.untrusted import shorten
 
 Message = Mapping[str, Any]
@@ -98,11 +99,11 @@ def load_place(path: str) -> Any:
         return None
     environment = ImmutableSandboxedEnvironment(keep_trailing_newline=False)
     try:
-        source = Path(path).read_text(encoding="utf-8-sig")
+        source = read_text(Path(path))
         slots = meta.find_undeclared_variables(environment.parse(source))
         template = environment.from_string(source)
         shown = template.render(prompt="\ue000prompt", context="\ue000context")
-    except (OSError, UnicodeDecodeError, TemplateError) as error:
+    except (TextFileError, TemplateError) as error:
         raise PromptTemplateError(
             f"sdar.context.place={path}: {error}; it is user, system, or the path of a Jinja template"
         ) from error

@@ -29,7 +29,7 @@ OUR_KEYS = ("task-types", "keywords")
 # The last four belong to the Agent Skills format, and mean nothing here; others that are found are told.
 KNOWN_KEYS = (*REQUIRED_KEYS, *OUR_KEYS, "license", "compatibility", "metadata", "allowed-tools")
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-_FRONT_MATTER = re.compile(r"---[ \t]*\n(?P<yaml>.*?)^---[ \t]*(\n|\Z)(?P<text>.*)", re.DOTALL | re.MULTILINE)
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(?P<yaml>.*?)^---[ \t]*(\n|\Z)(?P<text>.*)", re.DOTALL | re.MULTILINE)
 
 MAX_DEPTH = 8
 """Of the front matter's nesting; skills need two levels."""
@@ -52,6 +52,12 @@ class _PlainLoader(yaml.SafeLoader):
             return super().compose_node(parent, index)
         finally:
             self._depth -= 1
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{', '.join(map(repr, twice))} stands there twice")
+        return super().construct_mapping(node, deep)
 
 
 @dataclass
@@ -148,6 +154,8 @@ def _read_skill(path: Path, folder: Path | None, unknown: Counter[str]) -> Skill
     # PyYAML lets the faults of a tagged scalar (x: !!bool maybe) through as they come.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         told = " ".join(str(error).split())
+        if "mapping values are not allowed" in told:
+            told += "; put a value that holds ': ' in quotes"
         raise SkillBankError(f"{path}: front matter is not valid YAML: {told}") from error
     if not isinstance(front, dict):
         raise SkillBankError(f"{path}: front matter must be 'key: value' lines, not {shorten(front)}")
@@ -162,14 +170,15 @@ def _build_skill(path: Path, front: Mapping[str, Any], text: str) -> Skill:
         if not isinstance(front.get(key), str) or not front[key].strip()
     ]
     name = front.get("name")
-    if isinstance(name, str) and name.strip() and not _is_name(name):
+    # Else the folder's name is the one that counts.
+    if isinstance(name, str) and name.strip() and not _is_name(name) and not _is_name(path.parent.name):
         faults.append(f"{path}: name {shorten(name)} must be at most 64 lower-case letters, digits and single hyphens")
     if not text:
         faults.append(f"{path} has no text below the front matter; a teacher would learn nothing from it")
     lists: dict[str, tuple[str, ...]] = dict.fromkeys(OUR_KEYS, ())
     for key in OUR_KEYS:
         with collecting(faults):
-            lists[key] = _strings(path, key, front.get(key, []))
+            lists[key] = _strings(path, key, front.get(key) or [])
     if faults:
         raise SkillBankError(*faults)
     return Skill(

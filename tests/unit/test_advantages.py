@@ -125,6 +125,20 @@ def test_a_group_without_variance_is_exactly_zero_and_counted(group_stats: str, 
     assert (counts.groups, counts.groups_without_variance) == (2, 1)
 
 
+def test_sums_in_another_order_are_one_score() -> None:
+    """0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1 differ in their last digit: that is no reason to learn."""
+    scores = torch.tensor([0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1, 0.6 + 1e-8], dtype=torch.float64)
+    assert len(set(scores.tolist())) == 3
+    advantages, counts = trajectory_group_advantages(scores, ["a"] * 3, [0, 1, 2])
+    assert not advantages.any() and counts.groups_without_variance == 1
+
+
+def test_whole_scores_have_advantages_with_fractions() -> None:
+    advantages, _ = trajectory_group_advantages(torch.tensor([1, 0, 0]), ["a"] * 3, [0, 1, 2])
+    expected, _ = trajectory_group_advantages(torch.tensor([1.0, 0.0, 0.0]), ["a"] * 3, [0, 1, 2])
+    assert torch.equal(advantages, expected)
+
+
 @pytest.mark.parametrize("group_stats", ["episode", "turn"])
 @pytest.mark.parametrize("norm_by_std", [True, False])
 @pytest.mark.parametrize("score", [10.0, -3.0, 0.0])

@@ -162,7 +162,7 @@ def test_the_command_prints_json(capsys, tmp_path):
     [
         (["--node", "p5.48xlarge"], "--node: no effect without --cloud"),
         (["--cloud", "--interruption", "0"], "--interruption 0: must be above 0"),
-        (["--cloud", "--prices", "nowhere.csv"], "--prices nowhere.csv: cannot be read"),
+        (["--cloud", "--prices", "nowhere.csv"], "--prices nowhere.csv: nowhere.csv cannot be read"),
         (["--cloud", "--node", "p9"], "--node p9: unknown"),
     ],
 )

@@ -42,6 +42,10 @@ def test_what_was_written_is_read_back(tmp_path):
         ({"id": "1", "contents": "Oslo\nA city.", "title": "Oslo"}, Passage("1", "Oslo", "A city.")),
         ({"id": "1", "contents": "first line\nsecond line"}, Passage("1", "", "first line\nsecond line")),
         ({"contents": "one line"}, Passage("7", "", "one line")),
+        ({"_id": None, "text": "x"}, Passage("7", "", "x")),
+        ({"_id": "d3", "text": "x"}, Passage("d3", "", "x")),
+        ({"id": "1", "text": " ", "contents": '"T"\nThe text.'}, Passage("1", "T", "The text.")),
+        ({"id": "1", "title": "T", "contents": "One paragraph.\nTwo."}, Passage("1", "T", "One paragraph.\nTwo.")),
     ],
 )
 def test_both_forms_are_understood(document, passage):

@@ -62,7 +62,8 @@ def test_load(tmp_path: Path) -> None:
         (GOOD.replace("name: heat\n", ""), "'name' must be text, not None"),
         (GOOD.replace("Heat things.", ""), "'description' must be text, not None"),
         (GOOD.replace("Heat things.", "7"), "'description' must be text, not 7"),
-        (GOOD.replace("name: heat", "name: Heat it"), "lower-case"),
+        (GOOD.replace("keywords", "name: cool\nkeywords"), "'name' stands there twice"),
+        (GOOD.replace("Heat things.", "Use when: hot"), "put a value that holds ': ' in quotes"),
         (GOOD.replace("[warm]", "[warm"), "not valid YAML"),
         (GOOD.replace("[warm]", "!!bool maybe"), "not valid YAML"),
         (GOOD.replace("[warm]", "!!int ''"), "not valid YAML"),
@@ -117,9 +118,17 @@ def test_a_bank_of_others_loads_and_says_what_means_nothing(tmp_path: Path) -> N
     assert SkillBank.load(tmp_path, renamed={"warm": ["hot"]}).notes == bank.notes
 
 
+def test_what_means_the_same_is_no_fault(tmp_path: Path) -> None:
+    """A blank line before the front matter, a title as name beside a folder's valid one, a key without a value."""
+    write_skill(tmp_path, "\n\n" + GOOD.replace("name: heat", "name: Heat It Up").replace("[warm]", ""))
+    bank = SkillBank.load(tmp_path)
+    assert [(skill.name, skill.task_types, skill.text) for skill in bank] == [("heat", (), "Use the microwave.")]
+    assert "name 'Heat It Up' differs from the folder's" in bank.notes[0]
+
+
 def test_every_fault_of_a_bank_is_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_skill(tmp_path, "no front matter", "a")
-    write_skill(tmp_path, "---\nname: B b\nkeywords: [no]\n---\n", "b")
+    write_skill(tmp_path, "---\nname: B b\nkeywords: [no]\n---\n", "b_")
     write_skill(tmp_path, GOOD, "heat")
     write_skill(tmp_path, GOOD.replace("heat", "cool").replace("warm", "cold"), "cool")
     (tmp_path / "gone").mkdir()
@@ -127,10 +136,10 @@ def test_every_fault_of_a_bank_is_named_at_once(tmp_path: Path, capsys: pytest.C
         SkillBank.load(tmp_path, task_types={"other"})
     expected = [
         r"a/SKILL\.md has no front matter",
-        r"b/SKILL\.md: 'description' must be text",
-        r"b/SKILL\.md: name 'B b' must be at most 64 lower-case",
-        r"b/SKILL\.md has no text",
-        r"b/SKILL\.md: 'keywords' must be a list of words",
+        r"b_/SKILL\.md: 'description' must be text",
+        r"b_/SKILL\.md: name 'B b' must be at most 64 lower-case",
+        r"b_/SKILL\.md has no text",
+        r"b_/SKILL\.md: 'keywords' must be a list of words",
         r"gone/SKILL\.md is missing",
         r"cool/SKILL\.md: skill 'cool' has unknown task types \['cold'\]",
         r"heat/SKILL\.md: skill 'heat' has unknown task types \['warm'\]",

@@ -46,6 +46,8 @@ def registered_here_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         *(("score", value, "must be a") for value in ("1", float("nan"), [0.5])),
         *(("admissible_actions", value, "tuple of texts, \\(\\) for none") for value in (None, "look", b"look", 3)),
         *(("admissible_actions", value, "tuple of texts") for value in ((1,), {"look"}, {"look": 1}, [None])),
+        ("admissible_actions", np.array("look"), "tuple of texts"),
+        ("admissible_actions", ("look", " "), "holds an empty text"),
         ("action_forms", None, "tuple of texts"),
         ("action_forms", ("search[query]",), r"one free part, in angle brackets, such as 'search\[<query>\]'"),
         ("action_forms", ("move <x> to <y>",), "one free part"),
@@ -109,6 +111,8 @@ def generator() -> Iterator[Step]:
         (generator, "must be a plain function"),
         (lambda: Step, "which is no sdar_verl.envs.base.Step"),
         (lambda: Step("o", reward=None), "a step's reward must be a number, not None"),
+        (lambda: Step(text="o"), "unexpected keyword argument 'text'. Return Step"),
+        (lambda: Step("o", 0, False, False, (), (), None, {}, 1), "positional arguments .*Return Step"),
     ],
 )
 @pytest.mark.parametrize("method", ["reset", "step"])
@@ -121,6 +125,16 @@ def test_what_is_no_step_is_its_authors_fault(method: str, answer: Any, told: st
     assert caught.value.authors
     if answer not in (coroutine, generator) and "reward" not in told:
         assert "Return Step(observation, reward=0.0, done=False" in caught.value.text
+
+
+@pytest.mark.parametrize("given", [{"done": True}, {"reward": 1.0}, {"success": True}, {"score": 0.5}])
+def test_a_reset_that_ends_or_pays_is_told(given: dict[str, Any]) -> None:
+    host = host_of(lambda: Step("o", **given))
+    ((field, value),) = given.items()
+    with pytest.raises(EnvRaised, match=f"reset returned {field}={value}: an episode begins without") as caught:
+        host.reset(0, TASK)
+    assert caught.value.authors
+    assert getattr(host.step(0, "look").step, field) == value
 
 
 class TwoParts(Exception):

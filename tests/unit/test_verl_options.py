@@ -240,9 +240,9 @@ def test_names_that_verl_looks_up_late_are_looked_up_early(quickstart, values, s
 
 
 NUMBERS = {
-    "actor_rollout_ref.rollout.temperature": [0, -1, None, "hot"],
+    "actor_rollout_ref.rollout.temperature": [0, -1, None, "hot", float("inf"), float("nan")],
     "actor_rollout_ref.rollout.top_p": [0, 1.5, None],
-    "actor_rollout_ref.rollout.n": [0, None],
+    "actor_rollout_ref.rollout.n": [0, None, 2.5],
     "actor_rollout_ref.rollout.gpu_memory_utilization": [0, 60],
     "actor_rollout_ref.rollout.max_model_len": [0],
     "actor_rollout_ref.actor.ppo_mini_batch_size": [0],
@@ -251,9 +251,10 @@ NUMBERS = {
     "actor_rollout_ref.actor.optim.lr": [None, -1e-6, "1e-6 "],
     "data.max_prompt_length": [None, 0],
     "data.max_response_length": [None, -1],
-    "data.train_batch_size": [0, None],
+    "data.train_batch_size": [0, None, 2.5],
     "data.dataloader_num_workers": [-1],
-    "data.train_max_samples": [None],
+    "data.train_max_samples": [None, 0],
+    "data.seed": ["abc", 1.5],
     "data.shuffle": [None, "yes"],
     "trainer.n_gpus_per_node": [0, None],
     "trainer.nnodes": [0],
@@ -276,9 +277,16 @@ def test_a_number_is_a_number_before_anything_calculates_with_it(quickstart, opt
             check_run(config, sdar)
 
 
+def test_a_node_set_to_nothing_is_told(quickstart):
+    config = changed(quickstart, trainer=None)
+    faults = number_faults(config, load_config(quickstart.sdar))
+    assert "trainer=null is a whole node of verl's; leave it out, or set options within it" in faults
+
+
 def test_numbers_that_are_fine_are_left_alone(quickstart):
     fine = {"trainer.total_training_steps": None, "trainer.save_freq": -1, "actor_rollout_ref.rollout.temperature": 0.7,
-            "data.train_max_samples": -1, "actor_rollout_ref.actor.optim.lr": 0}  # fmt: skip
+            "data.train_max_samples": -1, "data.seed": None, "data.train_batch_size": 16.0,
+            "actor_rollout_ref.actor.optim.lr": 0}  # fmt: skip
     assert number_faults(changed(quickstart, **fine), load_config(quickstart.sdar)) == []
 
 

@@ -28,7 +28,10 @@ _FORMS = (
 )
 
 # The text of a list or an object, whole or cut off; "[sic]" is an answer.
-_LISTED = re.compile(r"""(?s)[\[{]\s*["']|\[\s*[\[{]|\[\s*(None|null|-?\d[\d.]*)\s*[,\]]|\[\s*\]\Z""")
+_LISTED = re.compile(
+    r"""(?s)(array\()?[\[{]\s*b?["']|\[\s*[\[{]|\[\s*(None|null|nan|NaN|-?\d[\d.]*)\s*[,\]]|\[\s*\]\Z"""
+)
+_ARRAY = re.compile(r"(?s)array\((.*?)(?:,\s*dtype=\w+)?\)")
 _SIDE_BY_SIDE = re.compile(r"""["']\s+["']""")
 
 
@@ -154,9 +157,13 @@ def _texts(value: Any) -> Iterator[str]:
             raise ValueError("golden answers are an object without a `target`")
         value = value["target"]
         yield from _texts(value)
+    elif isinstance(value, set | frozenset):
+        yield from _texts(sorted(value, key=str))
     elif isinstance(value, list | tuple):
         for one in value:
             yield from _texts(one)
+    elif isinstance(value, float) and value.is_integer():  # how a column of whole numbers with gaps arrives
+        yield str(int(value))
     elif isinstance(value, bytes):
         yield from _texts(value.decode("utf-8", "replace"))
     elif value is not None and value == value:  # NaN, which stands for nothing in a table, is not
@@ -169,11 +176,20 @@ def _parsed(value: Any) -> Any:
     Raises:
         ValueError: see :func:`_texts`.
     """
-    text = value.strip() if isinstance(value, str) else ""
+    text = value.strip().lstrip("\ufeff") if isinstance(value, str) else ""
+    if text.startswith('"[') and text.endswith(']"'):  # encoded twice
+        with contextlib.suppress(ValueError):
+            return _parsed(parse_json(text))
+    if text.startswith(("('", '("')):  # a tuple, or an answer in brackets
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return ast.literal_eval(text)
+        return value
     if not _LISTED.match(text):
         return value
     with contextlib.suppress(ValueError):
         return parse_json(text)
+    if array := _ARRAY.fullmatch(text):
+        text = array[1]
     # Of strings side by side, as NumPy prints them, Python would make one.
     if not _SIDE_BY_SIDE.search(text):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):

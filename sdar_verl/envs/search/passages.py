@@ -59,20 +59,22 @@ def passage_from(document: Mapping[str, Any], default_id: str = "") -> Passage:
     Raises:
         ValueError: there is neither ``contents`` nor ``text``, or one of them is no text.
     """
-    passage_id = whole_characters(str(document.get("id", default_id)))
+    given = next((document[key] for key in ("id", "_id") if document.get(key) is not None), default_id)
+    passage_id = whole_characters(str(given))
     title, text, contents = (
         whole_characters(value) if isinstance(value, str) else value
         for value in (document.get(key) for key in ("title", "text", "contents"))
     )
-    if isinstance(text, str):
+    if isinstance(text, str) and (text.strip() or not isinstance(contents, str)):
         return Passage(passage_id, title if isinstance(title, str) else "", text.strip())
     if not isinstance(contents, str):
         raise ValueError("a passage needs `contents`, or `title` and `text`")
     head, line_break, rest = contents.lstrip().partition("\n")
     head, rest = head.strip(), rest.strip()
     quoted = len(head) > 1 and head.startswith('"') and head.endswith('"')
-    if line_break and (quoted or (rest and isinstance(title, str))):
-        return Passage(passage_id, head.strip('"').strip(), rest)
+    named = head.strip('"').strip()
+    if line_break and (quoted or (rest and isinstance(title, str) and named == title.strip().strip('"'))):
+        return Passage(passage_id, named, rest)
     return Passage(passage_id, title if isinstance(title, str) else "", contents.strip())
 
 
