@@ -81,8 +81,7 @@ def type_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         if key in verl_nodes():
             faults.append(f"{key}={_shown(value)} is a whole node of verl's; leave it out, or set options within it")
         elif key in texts:
-            given = value if isinstance(value, list) and value else [value]
-            if any(text is None or not str(text).strip() for text in given):
+            if value is None or not str(value).strip():
                 faults.append(f"{key}={_shown(value)} must be {texts[key]}")
         elif isinstance(default, bool):
             if not isinstance(value, bool):

@@ -50,7 +50,7 @@ def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
     from sdar_verl.rollout.prompts import PromptTemplate
 
     try:
-        import_modules(sdar.all_modules)
+        import_modules(sdar.modules)
     except ConfigError as error:
         return [str(error)]
     attempts = {"sdar.context.sources": lambda: check_contexts(sdar.context.sources, sdar.context.options)}

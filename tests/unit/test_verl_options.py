@@ -60,7 +60,7 @@ def schema():
 def quickstart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     panels = write_toy_panels(folder)
-    overrides = [*panels, f"trainer.default_local_dir={folder}/ck", "sdar.env.modules=[tests.support.toy_env]"]
+    overrides = [*panels, f"trainer.default_local_dir={folder}/ck", "sdar.modules=[tests.support.toy_env]"]
     return compose_config("sdar_quickstart", overrides)
 
 
@@ -283,8 +283,6 @@ def test_a_number_is_a_number_before_anything_calculates_with_it(quickstart, opt
         ("actor_rollout_ref.model.path", None, "a model's folder or its name on the hub"),
         ("trainer.default_local_dir", None, "a folder"),
         ("trainer.project_name", "", "a name"),
-        ("data.val_files", [], "a file, or a list of files"),
-        ("data.train_files", ["a.parquet", None], "a file, or a list of files"),
     ],
 )
 def test_a_text_that_is_always_read_is_there(quickstart, option, value, right):
