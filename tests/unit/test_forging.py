@@ -294,7 +294,7 @@ def test_a_step_of_the_wrong_kind_is_named(fields: dict[str, Any], message: str)
 @quick(60)
 @given(text=TEXTS)
 def test_what_an_environment_says_can_be_written_down(text: str) -> None:
-    step, task = Step(text, admissible_actions=(text,)), Task("e", text, text, text)
+    step, task = Step(text, admissible_actions=(text,) if text.strip() else ()), Task("e", text, text, text)
     for kept in (step.observation, *step.admissible_actions, task.task_id, task.description):
         assert kept.encode().decode() == kept
         assert len(kept) == len(text)
