@@ -47,13 +47,6 @@ class StepStatistics:
     scale: torch.Tensor | None = None
     ranges: Ranges | None = None
 
-    def take(self, rows: torch.Tensor | Sequence[int]) -> StepStatistics:
-        """The same for some of the rows, as a worker gets them."""
-        parts = {name: getattr(self, name) for name in ("shift", "pooled", "scale")}
-        return StepStatistics(
-            **{name: None if value is None else value[rows] for name, value in parts.items()}, ranges=self.ranges
-        )
-
 
 def gate_gap(
     gap: torch.Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -28,15 +28,6 @@ def stats_sums(terms: DistillationTerms) -> dict[str, float]:
     }
     sums = torch.stack([column.double().sum() for column in columns.values()])
     return dict(zip(columns, sums.tolist(), strict=True))  # one transfer from the device
-
-
-def add_stats(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Add the sums of several micro-batches or ranks, key by key."""
-    total: dict[str, float] = {}
-    for part in parts:
-        for key, value in part.items():
-            total[key] = total.get(key, 0.0) + value
-    return total
 
 
 def finalize_stats(sums: Mapping[str, float]) -> dict[str, float]:

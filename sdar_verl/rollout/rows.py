@@ -110,7 +110,7 @@ class TurnNote:
 
     @property
     def invalid(self) -> bool:
-        """Neither parsed nor admissible."""
+        """Unparsed, or inadmissible."""
         return self.unparsed or self.inadmissible
 
 
@@ -137,7 +137,7 @@ class RowInfo:
         teacher_prompt_ids: its token ids, where the prompt was made; a column of its own elsewhere.
         teacher_log_probs: (response tokens,) float32, nats: what the rollout server answered for the teacher, where it
             was asked; a column of its own elsewhere.
-        teacher_failure: why it could not, or None.
+        teacher_failure: why it could not, or why the teacher was silenced afterwards; or None.
         student_log_probs: (response tokens,) float32, nats: what it answered for the student's own prompt; on one row
             per task, to compare it with the trainer.
         context_tokens: tokens by which the teacher's prompt is longer than the student's.
@@ -201,7 +201,7 @@ class RowInfo:
 
     @property
     def invalid(self) -> bool:
-        """Neither parsed nor admissible: what the invalid-action penalty is for."""
+        """Unparsed, or inadmissible: what the invalid-action penalty is for."""
         return self.unparsed or self.inadmissible
 
     @property
@@ -215,7 +215,7 @@ class RowInfo:
 
     @classmethod
     def from_extra_fields(cls, extra_fields: Any) -> RowInfo:
-        """Read the record back; an error when the row does not come from ``sdar_agent``."""
+        """Read the record back; an error when no agent loop of ours, and none that is taught, made the row."""
         record = extra_fields.get(ROW_KEY) if isinstance(extra_fields, dict) else None
         if record is None:
             raise ValueError(

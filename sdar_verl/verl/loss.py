@@ -46,8 +46,8 @@ def sdar_loss(
         config: verl's actor config; verl's loss and ``loss_agg_mode`` come from it.
         method: of the run.
         model_output: the engine's, with ``log_probs`` of the whole sequences, and ``entropy`` where it was asked for.
-        data: the micro-batch: verl's fields, ``teacher_log_probs`` and ``teacher_mask`` (nested, response tokens),
-            the trainer's statistics where an option needs them, and :class:`StepValues`.
+        data: the micro-batch: verl's fields, ``sdar_teacher_log_probs`` and ``sdar_teacher_mask`` (nested, response
+            tokens), the trainer's statistics where an option needs them, and :class:`StepValues`.
         dp_group: unused, part of verl's signature.
 
     Returns:

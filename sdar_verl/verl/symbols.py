@@ -17,6 +17,8 @@ from sdar_verl.errors import ConfigError
 
 _TRAINER = "verl.trainer.ppo.v1.trainer_base"
 _WORKERS = "verl.workers.engine_workers"
+_SEPARATION = "verl.experimental.separation.engine_workers"
+_LOOPS = "verl.experimental.agent_loop.agent_loop"
 _FSDP = "verl.workers.engine.fsdp.transformer_impl"
 
 NEEDED: Mapping[str, Mapping[str, str]] = {
@@ -25,6 +27,7 @@ NEEDED: Mapping[str, Mapping[str, str]] = {
         f"{_TRAINER}:PPOTrainer.step": "metrics timing_raw",
         f"{_TRAINER}:PPOTrainer._step_once": "metrics timing_raw sample_batch_size",
         f"{_TRAINER}:PPOTrainer._build_replay_buffer": "",
+        f"{_TRAINER}:PPOTrainer._setup": "",
         f"{_TRAINER}:PPOTrainer._init_tokenizer": "",
         f"{_TRAINER}:PPOTrainer._init_dataloader": "",
         f"{_TRAINER}:PPOTrainer._init_resource_pool_mgr": "",
@@ -69,8 +72,11 @@ NEEDED: Mapping[str, Mapping[str, str]] = {
         f"{_WORKERS}:ActorRolloutRefWorker.load_checkpoint": "local_path hdfs_path del_local_after_load",
         f"{_WORKERS}:TrainingWorker.train_batch": "data",
         f"{_WORKERS}:TrainingWorkerConfig": "model_type",
-        "verl.experimental.separation.engine_workers:DetachActorWorker.copy_handler": "",
-        "verl.experimental.separation.engine_workers:DetachActorWorker.restore_handler": "",
+        f"{_SEPARATION}:DetachActorWorker.copy_handler": "",
+        f"{_SEPARATION}:DetachActorWorker.restore_handler": "",
+        f"{_SEPARATION}:DetachActorWorker.save_model_to_cpu": "n",
+        f"{_SEPARATION}:DetachActorWorker.restore_model_from_cpu": "n",
+        f"{_SEPARATION}:DetachActorWorker.clear_cpu_model": "n",
     },
     "engines": {
         "verl.workers.engine.base:EngineRegistry.register": "model_type backend device",
@@ -83,14 +89,19 @@ NEEDED: Mapping[str, Mapping[str, str]] = {
         f"{_FSDP}:FSDPEngineWithLMHead.disable_adapter": "",
         f"{_FSDP}:FSDPEngineWithLMHead.get_data_parallel_group": "",
     },
-    "rows": {"verl.experimental.agent_loop.agent_loop:AgentLoopOutput.as_dict": ""},
+    "rows": {f"{_LOOPS}:AgentLoopOutput.as_dict": ""},
+    "loops": {
+        f"{_LOOPS}:_agent_loop_registry": "",
+        # The latter is verl 0.9.0's name of it.
+        f"{_LOOPS}:AgentLoopBase.ct_build_initial_tokens|AgentLoopBase.apply_chat_template": "messages tools",
+    },
     "loss": {
         "verl.workers.utils.losses:ppo_loss": "config model_output data",
         "verl.workers.utils.padding:no_padding_2_padding": "tensor data",
         "verl.trainer.ppo.core_algos:agg_loss": "loss_mat loss_mask loss_agg_mode",
     },
 }
-"""Group -> ``module:name`` -> the parameters that we give it."""
+"""Group -> ``module:name``, or ``module:name|name`` where one is enough -> the parameters that we give it."""
 
 
 def check(group: str) -> None:
@@ -107,14 +118,10 @@ def check(group: str) -> None:
 def missing(needed: Mapping[str, str]) -> Iterator[str]:
     """What is not there, or takes other parameters, one sentence each."""
     for symbol, parameters in needed.items():
-        module, _, path = symbol.partition(":")
-        found: Any
-        try:
-            found = importlib.import_module(module)
-            for name in path.split("."):
-                found = getattr(found, name)
-        except (ImportError, AttributeError):
-            yield f"{module} has no {path}"
+        module, _, paths = symbol.partition(":")
+        path, found = next(_found(module, paths.split("|")), (paths, None))
+        if found is None:
+            yield f"{module} has no {path.replace('|', ' or ')}"
             continue
         wanted = parameters.split()
         if wanted:
@@ -123,3 +130,14 @@ def missing(needed: Mapping[str, str]) -> Iterator[str]:
             gone = [name for name in wanted if name not in known]
             if gone and not open_ended:
                 yield f"{module}.{path} takes no {', '.join(gone)}"
+
+
+def _found(module: str, paths: list[str]) -> Iterator[tuple[str, Any]]:
+    for path in paths:
+        try:
+            found: Any = importlib.import_module(module)
+            for name in path.split("."):
+                found = getattr(found, name)
+        except (ImportError, AttributeError):
+            continue
+        yield path, found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -57,3 +57,12 @@ def plain_logits(
             logits = network(torch.cat([prompt, response])[None]).logits[0]
             out.append(logits[len(prompt) - 1 : -1])
     return out
+
+
+def add_stats(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Add the sums of several micro-batches or ranks, key by key."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for key, value in part.items():
+            total[key] = total.get(key, 0.0) + value
+    return total

@@ -16,8 +16,9 @@ from hypothesis.extra.numpy import arrays
 from sdar_verl.algorithm.gates import _GATES, register_gate
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.objectives import _OBJECTIVES, get_objective, register_objective
-from sdar_verl.algorithm.stats import add_stats, finalize_stats, stats_sums
+from sdar_verl.algorithm.stats import finalize_stats, stats_sums
 from sdar_verl.verl.loss import gated_distillation_loss
+from tests.support.plain import add_stats
 
 ROWS, LENGTH, VOCAB = 6, 5, 7
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]

@@ -10,12 +10,13 @@ import torch
 from verl.utils.dataset.rl_dataset import collate_fn
 
 from sdar_verl.algorithm.loss import distillation_terms
-from sdar_verl.algorithm.stats import add_stats, finalize_stats, stats_sums
+from sdar_verl.algorithm.stats import finalize_stats, stats_sums
 from sdar_verl.config import ValidationArm
 from sdar_verl.observe.lines import step_line, validation_line
 from sdar_verl.observe.metrics import gap_metrics, reduce_loss_sums, row_metrics
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.verl.validation import ArmDataset, ArmLoader, arm_metrics, expected_episodes
+from tests.support.plain import add_stats
 from tests.support.table import make_table
 
 

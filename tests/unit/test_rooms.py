@@ -88,6 +88,7 @@ def test_this_verl_has_all_that_is_needed():
     [
         ({"verl.trainer.ppo.v1.trainer_base:PPOTrainer._balance_rows": "batch"}, "has no PPOTrainer._balance_rows"),
         ({"verl.trainer.ppo.v1.trainer_base:PPOTrainer._balance_batch": "rows"}, "takes no rows"),
+        ({"verl.trainer.ppo.v1.trainer_base:PPOTrainer.a|PPOTrainer.b": ""}, "has no PPOTrainer.a or PPOTrainer.b"),
         ({"verl.trainer.ppo.v9:PPOTrainer": ""}, "verl.trainer.ppo.v9 has no PPOTrainer"),
     ],
 )
