@@ -25,15 +25,19 @@ Status = Literal["works", "verls", "needs", "recipes", "no_effect", "refused"]
 _PLAIN = ("algorithm.", "data.", "trainer.")
 _NUMBER = (int, float)
 
+_DATACLASSES = ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout", "algorithm")
+
 
 def _is_whole(value: float, _: int) -> bool:
-    return value == int(value)
+    return isinstance(value, int)  # verl counts with it: 4.0 fails in range()
 
 
 _BOUNDS: dict[str, list[tuple[Callable[[Any, Any], bool], float]]] = {
     "whole, at least 1": [(_is_whole, 0), (operator.ge, 1)],
     "whole, other than 0": [(_is_whole, 0), (operator.ne, 0)],
+    "whole, at least 0": [(_is_whole, 0), (operator.ge, 0)],
     "whole": [(_is_whole, 0)],
+    "above 1": [(operator.gt, 1)],
     "at least 0": [(operator.ge, 0)],
     "above 0": [(operator.gt, 0)],
     "above 0 and at most 1": [(operator.gt, 0), (operator.le, 1)],
@@ -73,7 +77,13 @@ def option_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 def type_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Numbers, flags and texts of verl's that are none, or out of range. The other checks calculate with them."""
-    values, defaults, faults = options_of(config), verl_defaults(), []
+    # What is written out comes first: an interpolation that calculates with a word can only say that it cannot.
+    written = {key: value for key, value in options_of(config, resolve=False).items() if "${" not in str(value)}
+    return _type_faults(written) or _type_faults(options_of(config))
+
+
+def _type_faults(values: Mapping[str, Any]) -> list[str]:
+    defaults, faults = verl_defaults(), []
     bounds, texts = _table("numbers"), _table("texts")
     for key, value in values.items():
         bound = bounds.get(key)
@@ -100,6 +110,21 @@ def type_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     return faults
 
 
+def dataclass_faults(config: DictConfig) -> list[str]:
+    """What verl's own classes of settings refuse: they are made in its workers, after the start."""
+    from verl.utils.config import omega_conf_to_dataclass
+
+    faults = []
+    for node in _DATACLASSES:
+        settings = OmegaConf.select(config, node)
+        try:
+            omega_conf_to_dataclass(settings)
+        except Exception as error:  # whatever they raise, verl would raise it later
+            told = " ".join(str(error).split())
+            faults.append(f"{node}: verl does not take these settings ({type(error).__name__}: {told[:400]})")
+    return faults
+
+
 def choice_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Words that must be one of a few."""
     faults = []
@@ -119,6 +144,11 @@ def path_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             continue
         if "${" in str(written.get(key)) and "oc.env" not in str(written[key]):
             continue  # told where it is written
+        if key == "trainer.default_local_dir" and "://" in str(value):
+            faults.append(
+                f"{key}={value}: verl writes checkpoints into a folder of this machine; name one, and for a bucket "
+                f"add sdar.cloud.mirror={value}"
+            )
         for path in value if isinstance(value, list) else [value]:
             if isinstance(path, str) and path.startswith("~"):
                 faults.append(f'{key}={path}: verl does not expand ~; write "$HOME{path[1:]}", or the path from / on')

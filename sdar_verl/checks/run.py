@@ -12,7 +12,7 @@ from sdar_verl.checks.data import data_faults
 from sdar_verl.checks.engine import engine_faults, sequence_parallel
 from sdar_verl.checks.loss import loss_faults
 from sdar_verl.checks.modes import mode_faults, parts_of_a_step
-from sdar_verl.checks.options import choice_faults, option_faults, path_faults, type_faults
+from sdar_verl.checks.options import choice_faults, dataclass_faults, option_faults, path_faults, type_faults
 from sdar_verl.checks.recipe import recipe_faults
 from sdar_verl.checks.resume import resume_faults
 from sdar_verl.checks.skills import skill_faults
@@ -39,6 +39,7 @@ def check_run(config: DictConfig, sdar: SdarConfig) -> None:
     if not plays_environments(config) and (sdar.teacher.source == "none" or "skills" not in sdar.context.sources):
         checks.remove(skill_faults)
     faults = type_faults(config, sdar) or [fault for check in checks for fault in check(config, sdar)]
+    faults = faults or dataclass_faults(config)  # last, for verl's own words name neither option nor remedy
     if faults:
         raise ConfigError("\n".join(faults))
 

@@ -88,9 +88,9 @@ def match_admissible(
     """
     wanted, admissible = _squeeze(action).casefold(), list(admissible)
     for show in (_as_it_is, *([shown] if shown is not None else [])):
-        for candidate in admissible:
-            if _squeeze(show(candidate)).casefold() == wanted:
-                return candidate
+        meant = [candidate for candidate in admissible if _squeeze(show(candidate)).casefold() == wanted]
+        if meant:  # of two that differ in case alone, the one that was written
+            return next((one for one in meant if _squeeze(show(one)) == _squeeze(action)), meant[0])
     return next((filled for form in forms if (filled := _fill(form, action)) is not None), None)
 
 

@@ -8,6 +8,7 @@ never template code, and cannot open a turn of the chat template nor one of the 
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,12 +91,14 @@ class PromptTemplate:
         special_tokens: control strings of the policy's tokenizer and chat template that no slot may contain.
         action_tags: tags that the template asks the model to put its action in; no slot may contain them either.
         converses: it reads ``standalone``, so it can also write the later messages of one conversation.
+        digest: SHA-256 (hex) of the file's text.
     """
 
     name: str
     special_tokens: tuple[str, ...]
     action_tags: tuple[str, ...]
     converses: bool
+    digest: str
     _template: Template
 
     @classmethod
@@ -126,6 +129,7 @@ class PromptTemplate:
             special_tokens=tuple(special_tokens),
             action_tags=_declared_tags(parsed, path),
             converses="standalone" in slots,
+            digest=hashlib.sha256(source.encode()).hexdigest(),
             _template=compiled,
         )
         template._check_required_slots()

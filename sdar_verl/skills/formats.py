@@ -113,6 +113,10 @@ def _read_bank(path: Path, shipped: bool) -> BankFiles:
         )
     found = BankFiles(AGENT_SKILLS)
     unknown: Counter[str] = Counter()
+    empty = [entry for entry in entries if not (entry / SKILL_FILE).is_file() and not _meant(entry)]
+    if len(empty) < len(entries):  # assets, docs
+        found.notes += [f"{entry} holds no {SKILL_FILE}: passed over" for entry in empty]
+        entries = [entry for entry in entries if entry not in empty]
     for file in (entry / SKILL_FILE for entry in entries):
         with collecting(found.faults):
             skill = _read_skill(file, None if shipped else path, unknown)

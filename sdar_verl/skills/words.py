@@ -8,6 +8,11 @@ from collections.abc import Sequence
 # A run of letters and digits: what counts as a word of a description or a keyword.
 _WORD = re.compile(r"[^\W_]+")
 
+# Scripts that put no space between words: Thai to Burmese, Khmer, kana, ideographs.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+
 
 def split_words(text: str) -> list[str]:
     """The words of ``text``, in order."""
@@ -21,6 +26,8 @@ def find_keyword(keyword: str, words: Sequence[str]) -> int | None:
     """
     keyword = "".join(split_words(keyword))
     wanted = _forms(keyword)
+    if _UNSPACED.search(keyword):
+        return next((at for at, word in enumerate(words) if keyword.lower() in word.lower()), None)
     for start in range(len(words)):
         compound = ""
         for word in words[start:]:

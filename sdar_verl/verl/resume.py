@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ from sdar_verl.atomic import write_text_atomically
 from sdar_verl.checks.options import Defaults, find_entry, flat, is_listed, options_of, verl_nodes
 from sdar_verl.checks.panel_tasks import panel_digests
 from sdar_verl.checks.resume import TRACKER, checkpoint_folder
-from sdar_verl.config import SdarConfig
+from sdar_verl.config import SdarConfig, load_config
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import PanelError
+from sdar_verl.recipe import plays_environments
+from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError
+from sdar_verl.skills.bank import SkillBank, SkillBankError
 from sdar_verl.untrusted import parse_json, shorten
 
 RUN_FILE = "sdar_run.json"
 _PANEL = "data.train_files (hashes)"
+_HASH = " (hash)"
+"""Behind the name of an option that names a file or folder: what is compared is its content."""
 _LENGTH = ("trainer.total_training_steps", "trainer.total_epochs")
 _NAMED = 12
 
@@ -91,7 +97,24 @@ def experiment(config: DictConfig) -> dict[str, Any]:
         PanelError: a training panel is missing or not one of ours.
     """
     # Where the panel lies may change, but data.pt holds a place in it.
-    return {**fingerprint(config), _PANEL: panel_digests(config, "train_files")}
+    return {**fingerprint(config), **_hashes(config), _PANEL: panel_digests(config, "train_files")}
+
+
+def _hashes(config: DictConfig) -> dict[str, str]:
+    """Of the skill bank and the prompt template of this run, where it has them; faults of theirs are told elsewhere."""
+    try:
+        sdar = load_config(config.get("sdar"))
+    except ConfigError:
+        return {}
+    made = {}
+    taught = "skills" in sdar.context.sources and sdar.teacher.source != "none"
+    if taught or sdar.context.student == "skills":
+        with suppress(SkillBankError):
+            made["sdar.skills.bank"] = SkillBank.load(sdar.skills.bank).digest
+    if plays_environments(config):
+        with suppress(PromptTemplateError):
+            made["sdar.prompt.template"] = PromptTemplate.load(sdar.prompt.template).digest
+    return {f"{option}{_HASH}": digest for option, digest in made.items()}
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any], config: DictConfig) -> list[str]:
@@ -99,6 +122,14 @@ def differences(found: dict[str, Any], wanted: dict[str, Any], config: DictConfi
     found, defaults = flat(found), Defaults(config)
     changes = []
     for key in sorted({*found, *wanted}):
+        if key.endswith(_HASH):
+            if key in found and key in wanted and found[key] != wanted[key]:
+                changes.append(
+                    f"the content of {key.removesuffix(_HASH)}: {found[key][:12]} there, {wanted[key][:12]} here"
+                )
+            continue
+        if f"{key}{_HASH}" in found and f"{key}{_HASH}" in wanted:
+            continue  # wherever it lies
         if {} in (found.get(key), wanted.get(key)):
             continue  # nothing set in that node, on one side; what is set on the other has names of its own
         if key != _PANEL and (not _counts(key) or (key in _LENGTH and not {key} <= {*found} & {*wanted})):
@@ -106,7 +137,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any], config: DictConfi
         there, here = found.get(key), wanted.get(key)
         if key not in found and defaults.has(key, here):
             continue
-        if there != here:
+        if there != here and str(there).rstrip("/") != str(here).rstrip("/"):
             changes.append(f"{key}: {there!r} there, {here!r} here")
     return changes
 

@@ -132,6 +132,12 @@ def test_match_admissible() -> None:
     assert match_admissible("go to fridge", admissible) is None
     assert match_admissible("go to fridge 11", admissible) is None
     assert match_admissible("look", ()) is None
+    # Of two that differ in case alone, the one that was written.
+    assert [match_admissible(name, ["open a", "open A"]) for name in ("open A", "open a", "OPEN A")] == [
+        "open A",
+        "open a",
+        "open a",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from importlib import resources
 
 import pytest
 from omegaconf import OmegaConf
@@ -62,6 +63,26 @@ def test_the_teacher_may_move_between_two_runs(folder):
     claim_checkpoints(config(folder, **{"sdar.teacher.offload": False, "sdar.teacher.sanity_check": False}))
     with pytest.raises(ConfigError, match=r"sdar\.teacher\.ema_decay: None there, 0\.9 here"):
         claim_checkpoints(config(folder, **{"sdar.teacher.ema_decay": 0.9}))
+
+
+def test_a_bank_and_a_template_are_compared_by_content(tmp_path, panels):
+    """Edited in place they are another experiment; copied to another place they are the same one."""
+    bank, template = tmp_path / "bank", tmp_path / "mine.jinja"
+    (bank / "heat").mkdir(parents=True)
+    (bank / "heat" / "SKILL.md").write_text("---\nname: heat\ndescription: d\n---\nUse the microwave.\n")
+    template.write_text(resources.files("sdar_verl.rollout").joinpath("templates/alfworld.jinja").read_text())
+    used = {"sdar.skills.bank": str(bank), "sdar.prompt.template": str(template)}
+    claim_checkpoints(config(tmp_path, **used))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    shutil.copytree(bank, tmp_path / "elsewhere")
+    claim_checkpoints(config(tmp_path, **used | {"sdar.skills.bank": f"{tmp_path}/elsewhere/"}))
+    (bank / "heat" / "SKILL.md").write_text("---\nname: heat\ndescription: d\n---\nUse the oven.\n")
+    with pytest.raises(ConfigError, match=r"the content of sdar\.skills\.bank: \w{12} there, \w{12} here"):
+        claim_checkpoints(config(tmp_path, **used))
+    with template.open("a") as stream:
+        stream.write("Think twice.")
+    with pytest.raises(ConfigError, match=r"the content of sdar\.prompt\.template: "):
+        claim_checkpoints(config(tmp_path, **used | {"sdar.skills.bank": f"{tmp_path}/elsewhere"}))
 
 
 def test_another_panel_is_another_experiment_and_another_place_of_it_is_not(folder):

@@ -238,6 +238,23 @@ def test_training_questions_in_the_test_panel_are_said(tmp_path, capsys):
     assert {name: panel["tasks"] for name, panel in panels.items()} == {"train": 10, "validation": 3, "test": 4}
 
 
+def test_a_question_with_its_answers_in_another_order_is_the_same_question(tmp_path, capsys):
+    rows = search_r1_rows({"nq": 10})
+    train = write_parquet(tmp_path / "train.parquet", rows)
+    turned = [{**row, "golden_answers": row["golden_answers"][::-1]} for row in rows]
+    held = write_parquet(tmp_path / "dev.parquet", turned)
+    assert prepare("--out", tmp_path / "a", "--source", train, f"validation={held}") == 0
+    assert "10 questions of the validation panel are training questions, too" in capsys.readouterr().err
+
+
+def test_a_folder_as_flashrag_has_it_names_the_data_set(tmp_path):
+    (tmp_path / "popqa").mkdir()
+    lines = [json.dumps({"id": f"train_{i}", "question": f"q{i}?", "golden_answers": ["a"]}) for i in range(9)]
+    (tmp_path / "popqa" / "train.jsonl").write_text("\n".join(lines))
+    read = read_questions([QuestionFile("train", tmp_path / "popqa" / "train.jsonl")])
+    assert {task.task_type for task in read.tasks.values()} == {"popqa"} and not read.skipped
+
+
 BAD = {
     "missing": (["train=no.parquet"], ["no.parquet does not exist"]),
     "no panel": (["questions.jsonl"], ["which panel", "train=FILE"]),

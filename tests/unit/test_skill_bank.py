@@ -121,13 +121,21 @@ def test_a_bank_of_others_loads_and_says_what_means_nothing(tmp_path: Path) -> N
 def test_a_file_in_another_place_or_case_is_named(tmp_path: Path) -> None:
     write_skill(tmp_path / "kitchen", GOOD)
     write_skill(tmp_path, GOOD, "low").rename(tmp_path / "low" / "skill.md")
-    (tmp_path / "bare").mkdir()
     with pytest.raises(SkillBankError) as error:
         SkillBank.load(tmp_path)
-    bare, kitchen, low = error.value.faults
-    assert bare.endswith("every folder of a skill bank holds a SKILL.md")
+    kitchen, low = error.value.faults
     assert kitchen.endswith("(the folder 'kitchen' is a bank of its own, with heat)")
     assert low.endswith("(rename skill.md)")
+
+
+def test_folders_beside_the_skills_are_passed_over_by_name(tmp_path: Path) -> None:
+    (tmp_path / "assets").mkdir()
+    with pytest.raises(SkillBankError, match=r"assets/SKILL\.md is missing"):
+        SkillBank.load(tmp_path)
+    write_skill(tmp_path, GOOD)
+    bank = SkillBank.load(tmp_path)
+    assert [skill.name for skill in bank] == ["heat"]
+    assert list(bank.notes) == [f"{tmp_path}/assets holds no SKILL.md: passed over"]
 
 
 def test_what_means_the_same_is_no_fault(tmp_path: Path) -> None:
@@ -143,7 +151,6 @@ def test_every_fault_of_a_bank_is_named_at_once(tmp_path: Path, capsys: pytest.C
     write_skill(tmp_path, "---\nname: B b\nkeywords: [no]\n---\n", "b_")
     write_skill(tmp_path, GOOD, "heat")
     write_skill(tmp_path, GOOD.replace("heat", "cool").replace("warm", "cold"), "cool")
-    (tmp_path / "gone").mkdir()
     with pytest.raises(SkillBankError) as error:
         SkillBank.load(tmp_path, task_types={"other"})
     expected = [
@@ -152,7 +159,6 @@ def test_every_fault_of_a_bank_is_named_at_once(tmp_path: Path, capsys: pytest.C
         r"b_/SKILL\.md: name 'B b' must be at most 64 lower-case",
         r"b_/SKILL\.md has no text",
         r"b_/SKILL\.md: 'keywords' must be a list of words",
-        r"gone/SKILL\.md is missing",
         r"cool/SKILL\.md: skill 'cool' has unknown task types \['cold'\]",
         r"heat/SKILL\.md: skill 'heat' has unknown task types \['warm'\]",
     ]
@@ -160,7 +166,7 @@ def test_every_fault_of_a_bank_is_named_at_once(tmp_path: Path, capsys: pytest.C
     for fault, pattern in zip(error.value.faults, expected, strict=True):
         assert re.search(pattern, fault)
     assert main(["skills", "check", "--bank", str(tmp_path), "--json"]) == 1
-    assert len(json.loads(capsys.readouterr().out)["faults"]) == 6
+    assert len(json.loads(capsys.readouterr().out)["faults"]) == 5
 
 
 def test_every_fault_of_a_json_bank_is_named_at_once(tmp_path: Path) -> None:

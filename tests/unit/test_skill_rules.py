@@ -34,6 +34,12 @@ BANK = SkillBank(
 )
 
 
+def test_a_keyword_in_a_script_without_spaces_is_found_within_a_sentence() -> None:
+    bank = SkillBank([Skill("a", "", "x", keywords=("北京",)), Skill("b", "", "x", keywords=("東京", "ホテル"))])
+    for description, found in (("去北京的酒店", ["a"]), ("東京のホテル", ["b"]), ("去上海的酒店", [])):
+        assert list(retrieve(bank, task(description), "keyword").names) == found
+
+
 def task(description: str = "", task_type: str = "bake", task_id: str = "t") -> Task:
     return Task("kitchen", task_id, task_type, description)
 

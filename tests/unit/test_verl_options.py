@@ -242,23 +242,23 @@ def test_names_that_verl_looks_up_late_are_looked_up_early(quickstart, values, s
 NUMBERS = {
     "actor_rollout_ref.rollout.temperature": [0, -1, None, "hot", float("inf"), float("nan")],
     "actor_rollout_ref.rollout.top_p": [0, 1.5, None],
-    "actor_rollout_ref.rollout.n": [0, None, 2.5],
+    "actor_rollout_ref.rollout.n": [0, None, 2.5, 4.0, "4"],
     "actor_rollout_ref.rollout.gpu_memory_utilization": [0, 60],
     "actor_rollout_ref.rollout.max_model_len": [0],
     "actor_rollout_ref.actor.ppo_mini_batch_size": [0],
-    "actor_rollout_ref.actor.clip_ratio_c": [0],
+    "actor_rollout_ref.actor.clip_ratio_c": [0, 1.0],
     "actor_rollout_ref.actor.entropy_coeff": [None, "1e-3x"],
     "actor_rollout_ref.actor.optim.lr": [None, -1e-6, "1e-6 "],
     "data.max_prompt_length": [None, 0],
     "data.max_response_length": [None, -1],
     "data.train_batch_size": [0, None, 2.5],
-    "data.dataloader_num_workers": [-1],
+    "data.dataloader_num_workers": [-1, 2.5],
     "data.train_max_samples": [None, 0],
     "data.seed": ["abc", 1.5],
     "data.shuffle": [None, "yes"],
-    "trainer.n_gpus_per_node": [0, None],
+    "trainer.n_gpus_per_node": [0, None, "auto"],
     "trainer.nnodes": [0],
-    "trainer.save_freq": [None],
+    "trainer.save_freq": [None, 1.5],
     "trainer.test_freq": [None, "never"],
     "trainer.total_training_steps": [0, -1, "all"],
     "trainer.total_epochs": [0, None],
@@ -301,7 +301,6 @@ def test_a_node_set_to_nothing_is_told(quickstart):
 def test_numbers_that_are_fine_are_left_alone(quickstart):
     fine = {"trainer.total_training_steps": None, "trainer.save_freq": -1, "actor_rollout_ref.rollout.temperature": 0.7,
             "data.train_max_samples": -1, "trainer.experiment_name": 7, "data.seed": None,
-            "data.train_batch_size": 16.0,
             "actor_rollout_ref.actor.optim.lr": 0}  # fmt: skip
     assert type_faults(changed(quickstart, **fine), load_config(quickstart.sdar)) == []
 
@@ -316,6 +315,23 @@ def test_a_tilde_is_nobodys_home(quickstart, option):
     assert fault == f'{option}=~/here: verl does not expand ~; write "$HOME/here", or the path from / on'
     files = changed(quickstart, **{option: ["/a", "~/b"]})
     assert '"$HOME/b"' in path_faults(files, load_config(quickstart.sdar))[0]
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/run", "hdfs://name/run"])
+def test_checkpoints_go_to_a_folder_and_from_there_to_a_bucket(quickstart, place):
+    (fault,) = path_faults(changed(quickstart, **{"trainer.default_local_dir": place}), None)
+    assert fault.startswith(f"trainer.default_local_dir={place}: verl writes checkpoints into a folder")
+    assert f"sdar.cloud.mirror={place}" in fault
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("actor_rollout_ref.actor.loss_agg_mode", "mean"), ("actor_rollout_ref.rollout.temprature", 0.5)],
+)
+def test_what_verls_own_classes_refuse_is_told_before_the_start(quickstart, option, value):
+    node = option.rpartition(".")[0]
+    with pytest.raises(ConfigError, match=f"{node}: verl does not take these settings"):
+        check_run(changed(quickstart, **{option: value}), load_config(quickstart.sdar))
 
 
 def test_a_path_from_the_environment_is_looked_at_too(quickstart, monkeypatch):

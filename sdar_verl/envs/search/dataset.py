@@ -97,7 +97,7 @@ def read_questions(files: Sequence[QuestionFile]) -> Questions:
     for file in files:
         usable = 0
         for row in _rows(file.path):
-            task, reason = _task(row)
+            task, reason = _task(row, _source(file.path))
             if task is None:
                 skipped[reason] += 1
                 continue
@@ -111,12 +111,22 @@ def read_questions(files: Sequence[QuestionFile]) -> Questions:
     return Questions(tasks, skipped)
 
 
-def _task(row: Mapping[str, Any]) -> tuple[Task | None, str]:
+def _source(path: Path) -> str:
+    """What questions without a ``data_source`` are of: FlashRAG has a folder a data set, with train.jsonl in it."""
+    return path.resolve().parent.name if path.stem in ("train", "dev", "val", "validation", "test") else path.stem
+
+
+def _task(row: Mapping[str, Any], default: str = "") -> tuple[Task | None, str]:
     try:
         question, answers = _question(row), _answers(row)
     except ValueError as error:
         return None, str(error)
-    source = str(row.get("data_source") or "").strip().removeprefix("searchR1_").replace("/", "_")
+    source = (
+        str(default if row.get("data_source") is None else row["data_source"])
+        .strip()
+        .removeprefix("searchR1_")
+        .replace("/", "_")
+    )
     if not question:
         return None, "no question"
     if not answers:

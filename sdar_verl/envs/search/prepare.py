@@ -137,7 +137,10 @@ def _from_files(source: Source) -> _Made:
         tasks["validation"] = {task.task_id: tasks["train"].pop(task.task_id) for task in held_out}
         notes.append(f"{wanted} training questions are held out for validation (name validation=FILE to change that)")
     for panel in ("validation", "test"):
-        both = len(tasks.get(panel, {}).keys() & tasks["train"].keys())
+        asked, trained = (
+            {task.description.casefold() for task in tasks.get(name, {}).values()} for name in (panel, "train")
+        )
+        both = len(asked & trained)  # whatever their golden answers and their order
         if both:
             notes.append(f"{both} questions of the {panel} panel are training questions, too")
     panels = {
