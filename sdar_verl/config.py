@@ -54,7 +54,9 @@ class LossConfig(_Node):
         True, description="false leaves verl's policy gradient out (OPSD); its KL and entropy terms stay"
     )
     gate: str = Field(
-        "gap", description="registered gate: gap (paper), entropy, soft_or, none (constant 1), half (constant 1/2)"
+        "gap",
+        description="registered gate: gap (paper), entropy, soft_or, calibrated (ICSD), none (constant 1), "
+        "half (constant 1/2)",
     )
     gate_options: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the gate; soft_or needs norm"

@@ -88,6 +88,7 @@ class Method:
         self.settings = settings
         self.in_loss = signal_reads(settings.signal, "loss", settings.signal_options)
         self.reads_entropy = gate_reads(settings.gate, "entropy")
+        self.reads_advantages = gate_reads(settings.gate, "advantages")
         self._shape: dict[str, Any] = {name: getattr(settings, name) for name in ("granularity", "centre", "clamp")}
         self._gate: dict[str, Any] = {"gate": settings.gate, "gate_options": settings.gate_options}
 
@@ -104,7 +105,8 @@ class Method:
 
         Args:
             log_probs: (rows, response_length), the student's of now, nats.
-            rows: ``response_mask``, ``old_log_probs``, the teacher's log-probs and mask, and what statistics there are.
+            rows: ``response_mask``, ``old_log_probs``, the teacher's log-probs and mask, what statistics there are, and
+                ``advantages`` for a gate that reads them.
             values: of the step.
             entropy: (rows, response_length), the student's, nats.
             signals: further tensors of the objective (a divergence).
@@ -120,6 +122,7 @@ class Method:
             objective_options=settings.objective_options,
             entropy=entropy,
             old_log_probs=rows["old_log_probs"],
+            advantages=rows["advantages"] if self.reads_advantages else None,
             distill_mask=rows[TEACHER_MASK].bool(),
             statistics=StepStatistics(shift, pooled, scale, Ranges(*values.ranges) if values.ranges else None),
             signals=signals,
@@ -143,6 +146,7 @@ class Method:
         teacher = clean("teacher_log_probs", table.columns[TEACHER_LOG_PROBS], table.mask)
         entropy = table.columns.get("entropy") if self.reads_entropy else None
         known = {"distill_mask": table.mask, "entropy": entropy, "beta": beta, **self._gate, **self._shape}
+        known["advantages"] = table.advantages if self.reads_advantages else None
         statistics = step_statistics(
             old,
             teacher,

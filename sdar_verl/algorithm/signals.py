@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from sdar_verl.algorithm.advantages import rlsd_advantages
-from sdar_verl.algorithm.gap import episode_means, row_turns, turn_means, turn_sums
 from sdar_verl.algorithm.registry import Registry
+from sdar_verl.algorithm.turns import episode_means, row_turns, turn_means, turn_sums
 
 Signal = Callable[..., torch.Tensor]
 

@@ -128,6 +128,11 @@ def _run(loss: LossConfig, config: DictConfig, sdar: SdarConfig) -> Iterator[str
             f"sdar.loss.policy_gradient=False leaves the distillation loss alone in charge, but with {off} there is "
             "none; set sdar.loss.coef above 0 and sdar.loss.signal=loss"
         )
+    if not in_loss and loss.coef > 0 and sdar.teacher.source != "none" and gate_reads(loss.gate, "advantages"):
+        yield (
+            f"sdar.loss.gate={loss.gate} reads the advantages, which sdar.loss.signal={loss.signal} changes; use "
+            "sdar.loss.signal=loss, or another gate"
+        )
     if loss.divide_by != "tokens" and actor.loss_agg_mode != "token-mean":
         yield (
             f"sdar.loss.divide_by={loss.divide_by} re-weights a token mean, but "

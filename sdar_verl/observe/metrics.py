@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from sdar_verl.algorithm.gap import episode_means, row_turns
 from sdar_verl.algorithm.schedules import GRAD_SHARE, GRAD_SHARE_WEIGHTS
 from sdar_verl.algorithm.stats import finalize_stats
+from sdar_verl.algorithm.turns import episode_means, row_turns
 from sdar_verl.fields import NORM_PREFIX, SUMS_PREFIX
 from sdar_verl.table import StepTable
 

@@ -170,6 +170,7 @@ def _terms(
 ) -> DistillationTerms:
     """The distillation term per token of one micro-batch."""
     names = ["response_mask", "old_log_probs", TEACHER_LOG_PROBS, TEACHER_MASK]
+    names += ["advantages"] * method.reads_advantages
     rows = data.select(*names, *(name for name in STATISTICS if name in data)).to_padded_tensor()
     entropy = model_output.get("entropy")
     if entropy is None and method.reads_entropy:

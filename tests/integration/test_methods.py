@@ -11,7 +11,7 @@ from tests.support.verl_run import Run
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-AUXILIARY = ("opsd", "grpo_opsd", "skill_sd", "sdar", "sdar_frozen", "revkl_frozen", "sdpo")
+AUXILIARY = ("opsd", "grpo_opsd", "skill_sd", "sdar", "sdar_frozen", "revkl_frozen", "sdpo", "icsd")
 ADVANTAGES = ("rlsd", "agent_opsd", "adrs")
 LEARNING = ("actor/loss", "actor/pg_loss", "actor/grad_norm")
 

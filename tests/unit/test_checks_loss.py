@@ -230,3 +230,9 @@ def test_a_package_of_someone_elses_adds_its_own_names(tmp_path: Path, monkeypat
         for table, entries in zip(tables, before, strict=True):
             table.clear()
             table.update(entries)
+
+
+def test_a_gate_that_reads_the_advantages_needs_a_signal_that_leaves_them_alone() -> None:
+    assert faults({"gate": "calibrated"}) == []
+    (fault,) = faults({"gate": "calibrated", "signal": "advantage_shaping"})
+    assert fault.startswith("sdar.loss.gate=calibrated reads the advantages, which sdar.loss.signal=advantage_shaping")
