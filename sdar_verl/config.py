@@ -47,7 +47,7 @@ class LossConfig(_Node):
     signal: str = Field(
         "loss",
         description="registered signal, where the teacher enters: loss (paper), advantage_weight (RLSD), "
-        "advantage_factor (AgentOPSD), advantage_shaping (ADRS)",
+        "advantage_factor (AgentOPSD), advantage_shaping (ADRS), advantage_nudge (RLCSD, SIPO)",
     )
     signal_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the signal")
     policy_gradient: bool = Field(
@@ -159,6 +159,27 @@ class TeacherConfig(_Node):
     )
 
 
+class ContrastConfig(_Node):
+    """A second, bad context. The gap is then the teacher's with the good one against its own with this one, instead of
+    the student's; a row that lacks either has no teacher."""
+
+    sources: list[str] = Field(
+        default_factory=list, description="registered contexts, as sdar.context.sources; none: no contrast"
+    )
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="context -> its keyword arguments, for contexts named in contrast.sources"
+    )
+    control: Literal["none", "empty", "shuffled", "wrong", "random_text"] = Field(
+        "none", description="placebo in place of it, as sdar.context.control: a context against its own placebo"
+    )
+    texts: int = Field(
+        1,
+        ge=1,
+        description="at most so many different texts per row (failed siblings, say), each a teacher pass of its own; "
+        "the gap is taken to the mean of their probabilities",
+    )
+
+
 class ContextConfig(_Node):
     """Privileged context: what the teacher sees and the student does not."""
 
@@ -176,6 +197,7 @@ class ContextConfig(_Node):
         description="placebo in place of the context: empty (no text, the teacher reads the student's prompt), "
         "shuffled (its words permuted), wrong (that of a task of another type), random_text (everyday words)",
     )
+    contrast: ContrastConfig = ContrastConfig()
     on_empty: Literal["mask", "error"] = Field(
         "mask",
         description="a task for which the sources find nothing: mask leaves its rows out of the distillation term, "
@@ -201,6 +223,11 @@ class ContextConfig(_Node):
         description="with such loops: a prompt that verl's tokenisation does not make of its messages: error stops the "
         "run, mask leaves the row out of the distillation term, counted in sdar/foreign_prompt_share",
     )
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The contexts of both slots."""
+        return (*self.sources, *self.contrast.sources)
 
 
 class SkillsConfig(_Node):

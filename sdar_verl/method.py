@@ -28,7 +28,7 @@ from sdar_verl.algorithm.schedules import Scheduled, make_schedule
 from sdar_verl.algorithm.signals import SignalRows, get_signal, signal_reads
 from sdar_verl.algorithm.terms import DistillationTerms
 from sdar_verl.config import LossConfig, ScheduleConfig
-from sdar_verl.fields import GAP_POOLED, GAP_SHIFT, LOSS_SCALE, STATISTICS, TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.fields import CONTRAST, GAP_POOLED, GAP_SHIFT, LOSS_SCALE, STATISTICS, TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.table import StepTable
 
 
@@ -123,6 +123,7 @@ class Method:
             entropy=entropy,
             old_log_probs=rows["old_log_probs"],
             advantages=rows["advantages"] if self.reads_advantages else None,
+            against=rows.get(CONTRAST),
             distill_mask=rows[TEACHER_MASK].bool(),
             statistics=StepStatistics(shift, pooled, scale, Ranges(*values.ranges) if values.ranges else None),
             signals=signals,
@@ -147,8 +148,9 @@ class Method:
         entropy = table.columns.get("entropy") if self.reads_entropy else None
         known = {"distill_mask": table.mask, "entropy": entropy, "beta": beta, **self._gate, **self._shape}
         known["advantages"] = table.advantages if self.reads_advantages else None
+        against = table.contrast
         statistics = step_statistics(
-            old,
+            old if against is None else against,
             teacher,
             table.response,
             table.episode_ids,
@@ -156,8 +158,9 @@ class Method:
             gap_threshold=settings.gap_threshold,
             **known,
         )
-        terms = distillation_terms(old, teacher, table.response, statistics=statistics, **known)
+        terms = distillation_terms(old, teacher, table.response, against=against, statistics=statistics, **known)
         columns = {GAP_SHIFT: statistics.shift, GAP_POOLED: statistics.pooled, LOSS_SCALE: statistics.scale}
+        columns[CONTRAST] = against
         change = None
         if not self.in_loss:
             shaped = self._shape_advantages(table, old, teacher, terms, statistics, coef)

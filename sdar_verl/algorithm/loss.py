@@ -38,6 +38,7 @@ def distillation_terms(
     entropy: torch.Tensor | None = None,
     old_log_probs: torch.Tensor | None = None,
     advantages: torch.Tensor | None = None,
+    against: torch.Tensor | None = None,
     distill_mask: torch.Tensor | None = None,
     gate_options: Mapping[str, Any] | None = None,
     objective_options: Mapping[str, Any] | None = None,
@@ -63,6 +64,8 @@ def distillation_terms(
         entropy: (batch, response_length), the student's entropy in nats, for gates that read it.
         old_log_probs: (batch, response_length), log pi_old(y_t | s_t), for objectives and gates that read it.
         advantages: (batch, response_length), of the policy gradient, for gates that read them.
+        against: (batch, response_length), log-probs that the gap is taken to, in nats: a teacher's with a bad context
+            (:mod:`sdar_verl.algorithm.contrast`). None: the student's own.
         distill_mask: (batch,) or (batch, response_length), False where there is no teacher log-prob (validation
             rows, failed retrieval, padding rows). None: everywhere there is one.
         gate_options: keyword arguments of the gate beyond its signals.
@@ -92,7 +95,7 @@ def distillation_terms(
     entropy = None if entropy is None else clean("entropy", entropy, mask).detach()
     old = None if old_log_probs is None else clean("old_log_probs", old_log_probs, mask).detach()
 
-    gap = teacher - student.detach()
+    gap = teacher - (student if against is None else clean("against", against, mask)).detach()
     entering = gate_gap(
         gap,
         mask,

@@ -99,6 +99,12 @@ def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
             yield from _unused(loss, ["centre", "clamp"], signal)
         elif gated and in_loss:
             yield from _unused(loss, ["centre", "clamp"], gate)
+    if sdar.context.contrast.sources and not gate_sees_gap and not _signal_sees_gap(loss, in_loss):
+        unread = gate if gated else signal
+        yield (
+            f"sdar.context.contrast.sources={sdar.context.contrast.sources} changes the gap, which {unread} does not "
+            "read; use gate=gap, another signal, or no contrast"
+        )
     if loss.divide_by != "gap_bearing":
         yield from _unused(loss, ["gap_threshold"], f"sdar.loss.divide_by={loss.divide_by}")
     if loss.centre == "trajectory" and loss.granularity == "trajectory":
@@ -106,6 +112,10 @@ def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
             "sdar.loss.centre=trajectory takes off what sdar.loss.granularity=trajectory keeps: every gap would be 0; "
             "use centre=batch or granularity=turn"
         )
+
+
+def _signal_sees_gap(loss: LossConfig, in_loss: bool) -> bool:
+    return not in_loss and signal_reads(loss.signal, "gap", loss.signal_options)
 
 
 def _unused(loss: LossConfig, names: list[str], reason: str) -> Iterator[str]:
@@ -137,6 +147,13 @@ def _run(loss: LossConfig, config: DictConfig, sdar: SdarConfig) -> Iterator[str
         yield (
             f"sdar.loss.divide_by={loss.divide_by} re-weights a token mean, but "
             f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}; set it to token-mean, or divide_by to tokens"
+        )
+    means = {name: loss.signal_options.get(name) for name in ("means", "unpaired")}
+    if loss.signal == "advantage_nudge" and actor.loss_agg_mode != "token-mean" and {"two", "drop"} & {*means.values()}:
+        yield (
+            f"sdar.loss.signal_options={{means: {means['means'] or 'one'}, unpaired: {means['unpaired'] or 'keep'}}} "
+            f"re-weigh a token mean, but actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}; set it to "
+            "token-mean, or the options to one and keep"
         )
     correction = config.algorithm.get("rollout_correction", None)
     bypass = bool(correction and correction.get("bypass_mode", False))

@@ -99,21 +99,26 @@ def get_context(name: str) -> Context:
     return _contexts[name]
 
 
-def check_contexts(sources: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise a :class:`ContextError` for an unknown or doubled source, or for options that nobody takes."""
+def check_contexts(
+    sources: Sequence[str], options: Mapping[str, Mapping[str, Any]], node: str = "sdar.context"
+) -> None:
+    """Raise a :class:`ContextError` for an unknown or doubled source, or for options that nobody takes.
+
+    Args:
+        sources, options: of a node.
+        node: its name, for messages.
+    """
     doubled = sorted({name for name in sources if list(sources).count(name) > 1})
     if doubled:
         raise ContextError(f"{', '.join(doubled)} named twice; each context is shown once")
     for name in sources:
-        _check_options(get_context(name), options.get(name, {}))
+        _check_options(get_context(name), options.get(name, {}), node)
     unused = sorted(set(options) - set(sources))
     if unused:
-        raise ContextError(
-            f"sdar.context.options.{unused[0]} has no effect: sdar.context.sources={list(sources)} does not name it"
-        )
+        raise ContextError(f"{node}.options.{unused[0]} has no effect: {node}.sources={list(sources)} does not name it")
 
 
-def _check_options(context: Context, options: Mapping[str, Any]) -> None:
+def _check_options(context: Context, options: Mapping[str, Any], node: str) -> None:
     parameters = inspect.signature(context.function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
@@ -125,8 +130,7 @@ def _check_options(context: Context, options: Mapping[str, Any]) -> None:
     for option, allowed in _choices(context.function).items():
         if option in options and options[option] not in allowed:
             raise ContextError(
-                f"sdar.context.options.{context.name}.{option}={options[option]!r}; use one of "
-                f"{', '.join(map(str, allowed))}"
+                f"{node}.options.{context.name}.{option}={options[option]!r}; use one of {', '.join(map(str, allowed))}"
             )
 
 

@@ -62,6 +62,8 @@ def row_metrics(table: StepTable) -> dict[str, float]:
         tokens = [info.context_tokens for info in seen]
         metrics["sdar/context_tokens/mean"] = sum(tokens) / len(tokens)
         metrics["sdar/context_tokens/max"] = max(tokens)
+        if any(info.contrast_prompt_ids for info in seen):
+            metrics["sdar/contrast_texts"] = sum(len(info.contrast_prompt_ids) for info in seen) / len(seen)
     skills = Counter(name for info in episodes.values() for name in info.skills)
     metrics |= {f"sdar/skill_episodes/{name}": count for name, count in sorted(skills.items())}
     return metrics

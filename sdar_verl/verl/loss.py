@@ -20,7 +20,7 @@ from sdar_verl.algorithm.masking import ROWS_NAMED, NonFiniteValues
 from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.algorithm.terms import DistillationTerms
 from sdar_verl.errors import ConfigError, NonFiniteError
-from sdar_verl.fields import STATISTICS, STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.fields import CONTRAST, STATISTICS, STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.method import Method, StepValues
 from sdar_verl.rollout.rows import ROW_KEY
 from sdar_verl.verl import symbols
@@ -171,7 +171,7 @@ def _terms(
     """The distillation term per token of one micro-batch."""
     names = ["response_mask", "old_log_probs", TEACHER_LOG_PROBS, TEACHER_MASK]
     names += ["advantages"] * method.reads_advantages
-    rows = data.select(*names, *(name for name in STATISTICS if name in data)).to_padded_tensor()
+    rows = data.select(*names, *(name for name in (*STATISTICS, CONTRAST) if name in data)).to_padded_tensor()
     entropy = model_output.get("entropy")
     if entropy is None and method.reads_entropy:
         raise ConfigError(

@@ -204,7 +204,7 @@ class _Runtime:
         import_modules(self.sdar.all_modules)
         self.contexts = ContextBuilder(self.sdar.context, tokenizer)
         self.prompts = TeacherPrompts(config, self.sdar, tokenizer, model_type)
-        uses_skills = "skills" in self.sdar.context.sources
+        uses_skills = "skills" in self.sdar.context.named
         self.skills = SkillFinder(self.sdar.skills, self.contexts, None) if uses_skills else None
 
     def request(self, task: Task) -> ContextRequest:

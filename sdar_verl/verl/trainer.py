@@ -29,7 +29,7 @@ from sdar_verl.checks.run import check_run
 from sdar_verl.cloud.attempt import CloudRun
 from sdar_verl.compat import EXPECTED, validation_counts
 from sdar_verl.config import load_config
-from sdar_verl.fields import STEP_VALUES, TEACHER_LOG_PROBS
+from sdar_verl.fields import STEP_VALUES, TEACHER_LOG_PROBS, contrast_log_probs
 from sdar_verl.finite import STUDENT
 from sdar_verl.method import Method, Strengths
 from sdar_verl.modules import Importing
@@ -92,7 +92,7 @@ class SdarTraining(PPOTrainer):
         self.tables: list[StepTable] = []
         self.columns = ["response_mask", "rm_scores", "entropy", *STUDENT]
         if self.teacher is not None and not self.teacher.source.per_update:
-            self.columns.append(TEACHER_LOG_PROBS)
+            self.columns += [TEACHER_LOG_PROBS, *map(contrast_log_probs, range(self.sdar.context.contrast.texts))]
         self._environments = plays_environments(config)
         self._checks_packing = bool(config.actor_rollout_ref.model.use_remove_padding)
         self._uids = PromptUids()
@@ -271,10 +271,9 @@ class SdarTraining(PPOTrainer):
         metrics = {"sdar/lambda": coef, "sdar/beta": beta}
         judged = self.method.judge(table, coef, beta)
         if judged.terms is not None:
-            old, teacher = table.columns["old_log_probs"], table.columns[TEACHER_LOG_PROBS]
-            entropy = table.columns.get("entropy")
-            metrics |= gap_metrics(teacher - old, table.mask, table.response, table.episode_ids, table.turns, entropy)
-            table.columns |= {"gap": judged.terms.gap, "gate": judged.terms.gate}
+            gap, entropy = judged.terms.gap, table.columns.get("entropy")
+            metrics |= gap_metrics(gap, table.mask, table.response, table.episode_ids, table.turns, entropy)
+            table.columns |= {"gap": gap, "gate": judged.terms.gate}
         if judged.change is not None:
             metrics["sdar/advantage_change"] = judged.change
         table.write(judged.columns)

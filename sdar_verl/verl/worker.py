@@ -34,6 +34,8 @@ from sdar_verl.fields import (
     TEACHER_MASK,
     TEACHER_NODE,
     TEACHER_PROMPTS,
+    contrast_log_probs,
+    contrast_prompts,
 )
 from sdar_verl.modules import import_modules
 from sdar_verl.requests import HEAD_REQUEST, HeadRequest
@@ -49,6 +51,8 @@ symbols.check("workers")
 MESH = "teacher"
 EMPTY_CONTEXT = "sdar_empty_context"
 """Non-tensor entry of a teacher pass: score the student's own prompts."""
+CONTRAST_TEXT = "sdar_contrast_text"
+"""Non-tensor entry of a teacher pass: score with this text of the bad context, numbered from 0."""
 TEACHER_REQUEST = "sdar_teacher_request"
 """Non-tensor entry of an update: the request of a teacher that is scored inside it, as JSON."""
 
@@ -74,13 +78,17 @@ class SdarTrainingWorker(TrainingWorker):
             data: rows with ``responses``, ``response_mask``, the teacher's prompts, and what the request reads.
             request: a teacher pass.
             **options: ``empty_context``: score the student's prompts, on all rows; ``no_lora_adapter``: without it;
-                ``disable_auto_offload``: the weights are on the device already.
+                ``contrast``: with this text of the bad context; ``disable_auto_offload``: the weights are on the device
+                already.
 
         Returns:
             Nested over the responses, on the CPU: log-probs (NaN at the sampled tokens of a row that holds a number
-            anywhere that is not finite), mask, and what else was asked for.
+            anywhere that is not finite), mask, and what else was asked for; of a bad context, log-probs alone.
         """
+        text = options.get("contrast")
         prompt = "prompts" if options.get("empty_context") else TEACHER_PROMPTS
+        if text is not None:
+            prompt = contrast_prompts(text)
         prompts, responses, masks = (list(data[name].unbind()) for name in (prompt, "responses", "response_mask"))
         seen = [bool(len(prompt)) and bool(mask.any()) for prompt, mask in zip(prompts, masks, strict=True)]
         numbers = self._agreed([i for i, has in enumerate(seen) if has], len(seen))
@@ -104,6 +112,8 @@ class SdarTrainingWorker(TrainingWorker):
             for place in broken:
                 if seen[numbers[place]]:
                     columns[TEACHER_LOG_PROBS][numbers[place]][masks[numbers[place]].cpu().bool()] = float("nan")
+        if text is not None:
+            columns = {contrast_log_probs(text): columns[TEACHER_LOG_PROBS]}
         return tu.get_tensordict({name: nested(values) for name, values in columns.items()})
 
     def _agreed(self, numbers: list[int], rows: int) -> list[int]:
@@ -294,7 +304,8 @@ class PoolTeacherWorker(FrozenWorker):
 def score(worker: Any, data: TensorDict, **options: Any) -> TensorDict:
     """A teacher pass as the batch asks for it, through one of our training workers."""
     request = HeadRequest.from_json(tu.get(data, HEAD_REQUEST))
-    return worker.score(data, request, empty_context=tu.get(data, EMPTY_CONTEXT, default=False), **options)
+    empty, text = tu.get(data, EMPTY_CONTEXT, default=False), tu.get(data, CONTRAST_TEXT, default=None)
+    return worker.score(data, request, empty_context=empty, contrast=text, **options)
 
 
 def teacher_settings(config: DictConfig) -> TeacherConfig:

@@ -44,7 +44,7 @@ def icsd(gaps: list[float], advantages: list[float], ratios: list[float]) -> lis
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_the_gate_is_the_equation_on_every_turn(data: st.DataObject) -> None:
-    """Two rows of several turns with gaps between them and tokens without a teacher; ties and zeros among the values."""
+    """Two rows of several turns with gaps between them and tokens without a teacher; ties and zeros among them."""
     length, numbers = 9, st.sampled_from([-0.5, -0.2, 0.0, 0.1, 0.1, 0.7])
     drawn = [[data.draw(numbers) for _ in range(length)] for _ in range(2)]
     response = torch.tensor([[data.draw(st.booleans()) for _ in range(length)] for _ in range(2)])

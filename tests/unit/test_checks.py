@@ -99,6 +99,49 @@ CASES = {
         },
         ["retrieval=[none]", "sdar.context.student"],
     ),
+    "a contrast of nothing": (
+        {"sdar.context.contrast.texts": 3},
+        ["sdar.context.contrast.texts=3 has no effect", "sdar.context.contrast.sources=[]"],
+    ),
+    "a contrast with itself": (
+        {"sdar.context.contrast.sources": ["skills"]},
+        ["sdar.context.contrast.sources=['skills']", "gap between them is 0", "control=shuffled"],
+    ),
+    "a contrast without a teacher": (
+        {"sdar.context.contrast.sources": ["failed_sibling"], "sdar.teacher.source": "none", "sdar.loss.coef": 0},
+        ["sdar.context.contrast.sources=['failed_sibling'] has no effect", "sdar.teacher.source=none"],
+    ),
+    "a contrast that is not read": (
+        {"sdar.context.contrast.sources": ["failed_sibling"], "sdar.loss.gate": "none", "sdar.loss.objective": "k1"},
+        ["sdar.context.contrast.sources=['failed_sibling'] changes the gap", "sdar.loss.gate=none does not read"],
+    ),
+    "a contrast within the update": (
+        {"sdar.context.contrast.sources": ["failed_sibling"], "sdar.teacher.source": "actor_fresh"},
+        ["sdar.context.contrast.sources=['failed_sibling'] needs the teacher's", "sdar.teacher.source=actor_fresh"],
+    ),
+    "an unknown bad context": (
+        {"sdar.context.contrast.sources": ["failing"]},
+        ["sdar.context.contrast: unknown context 'failing'", "failed_sibling"],
+    ),
+    "an option of no bad context": (
+        {
+            "sdar.context.contrast.sources": ["failed_sibling"],
+            "sdar.context.contrast.options": {"sibling": {"choice": "first"}},
+        },
+        ["sdar.context.contrast.options.sibling has no effect: sdar.context.contrast.sources=['failed_sibling']"],
+    ),
+    "the bad context of another task type": (
+        {"sdar.context.contrast.sources": ["skills"], "sdar.context.contrast.control": "wrong"},
+        ["sdar.context.contrast.control=wrong shows", "pick_and_place_simple"],
+    ),
+    "two means of another mean": (
+        {
+            "sdar.loss.signal": "advantage_nudge",
+            "sdar.loss.signal_options": {"means": "two"},
+            "actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-mean",
+        },
+        ["means: two", "re-weigh a token mean", "loss_agg_mode=seq-mean-token-mean"],
+    ),
     "one task type": ({"sdar.context.control": "wrong"}, ["sdar.context.control=wrong", "pick_and_place_simple"]),
     "a late context in validation": (
         {
@@ -411,6 +454,10 @@ SOUND = {
     "a teacher that sees more": {"sdar.context.student": "skills", "sdar.context.sources": ["skills", "sibling"]},
     "a frozen teacher": {"sdar.context.student": "skills", "sdar.teacher.source": "reference"},
     "a placebo": {"sdar.context.control": "random_text"},
+    "skills against their placebo": {
+        "sdar.context.contrast.sources": ["skills"],
+        "sdar.context.contrast.control": "shuffled",
+    },
     "one row per conversation": {
         "sdar.rollout.rows": "trajectory",
         "sdar.rollout.turn_length": 20,

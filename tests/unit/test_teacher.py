@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,14 +15,14 @@ from omegaconf import OmegaConf
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.errors import NonFiniteError, TeacherError
-from sdar_verl.fields import SUPPORT_IDS, TEACHER_LOG_PROBS, TEACHER_PROMPTS
+from sdar_verl.fields import SUPPORT_IDS, TEACHER_LOG_PROBS, TEACHER_PROMPTS, contrast_prompts
 from sdar_verl.finite import leave_out_broken_teacher
 from sdar_verl.requests import HEAD_REQUEST, HeadRequest, StepRequests
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.table import StepTable
 from sdar_verl.teacher.rows import deal, scored_rows, stop_without_contexts, teacher_row
 from sdar_verl.verl.teacher import PrivilegedTeacher, check_not_lost
-from sdar_verl.verl.worker import EMPTY_CONTEXT, MESH
+from sdar_verl.verl.worker import CONTRAST_TEXT, EMPTY_CONTEXT, MESH
 from tests.support.fuzzing import quick
 from tests.support.table import make_table, stored
 
@@ -167,6 +168,30 @@ def test_the_pass_is_asked_for_with_the_teachers_prompts():
     assert table.rows.batch.fields == ["prompts", "responses", TEACHER_LOG_PROBS], "the update gets them"
     table.read([TEACHER_LOG_PROBS])
     assert one.verify(table) == {"sdar/teacher_log_prob": -4.0, "sdar/teacher_staleness": 0.0}
+
+
+@pytest.mark.parametrize("placement", ["colocated", "pool"])
+def test_each_text_of_a_bad_context_is_a_pass_over_the_rows_that_have_it(placement, monkeypatch):
+    monkeypatch.setattr("ray.get", lambda futures: futures)
+    settings = {"source": "reference", "placement": "pool", "pool_gpus_per_node": 1} if placement == "pool" else {}
+    one, table = teacher(**{"source": "actor", "sanity_check": False, **settings}), step([4, 5, 0, 3])
+    for info, texts in zip(table.infos, (2, 1, 0, 1), strict=True):
+        assert info is not None
+        info.contrast_prompt_ids = tuple(np.ones(6 + number, dtype=np.int32) for number in range(texts))
+    workers = Workers(table, ranks=2, waits=placement == "colocated")
+    if placement == "pool":
+        one.pool = workers
+    one._trainer.actor_rollout_wg = workers
+    one.begin(table)
+    one.score(table)
+    first, *others = workers.asked
+    assert first.fields[0] == TEACHER_PROMPTS and CONTRAST_TEXT not in first.extra_info
+    assert [meta.fields[0] for meta in others] == [contrast_prompts(0), contrast_prompts(1)]
+    assert [meta.extra_info[CONTRAST_TEXT] for meta in others] == [0, 1]
+    # Two ranks get as many rows with a text each: the second text's one row has another beside it, for the other rank.
+    halves = [others[0].keys[:2], others[0].keys[2:]]
+    with_text = {"u_0_0", "u_1_0", "u_3_0"}
+    assert sorted(len(with_text & {*half}) for half in halves) == [1, 2]
 
 
 def test_a_pool_scores_while_the_student_is_scored(monkeypatch):
