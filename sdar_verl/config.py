@@ -50,6 +50,13 @@ class LossConfig(_Node):
         "advantage_factor (AgentOPSD), advantage_shaping (ADRS), advantage_nudge (RLCSD, SIPO)",
     )
     signal_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the signal")
+    rl_coef: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the policy gradient: a factor on the advantages, before a signal adds to them; with "
+        "coef=w, 1-w mixes both convexly",
+    )
+    rl_schedule: ScheduleConfig = ScheduleConfig()
     policy_gradient: bool = Field(
         True, description="false leaves verl's policy gradient out (OPSD); its KL and entropy terms stay"
     )

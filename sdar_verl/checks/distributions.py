@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sdar_verl.algorithm.divergences import SUPPORT_OF
-from sdar_verl.algorithm.schedules import GRAD_SHARE, make_schedule
+from sdar_verl.algorithm.schedules import GRAD_SHARE, make_schedule, measures_of
 from sdar_verl.checks.engine import sequence_parallel
 from sdar_verl.config import LossConfig, SdarConfig
 from sdar_verl.errors import ConfigError
@@ -104,15 +104,15 @@ def _engine(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
                 f"{objective} is not available with static padding; set "
                 f"actor_rollout_ref.{name}.fsdp_config.pad_to_length=False"
             )
-    if _measured(sdar.loss) == GRAD_SHARE:
+    if GRAD_SHARE in _measured(sdar.loss):
         yield (
             f"sdar.loss.coef_schedule.name={sdar.loss.coef_schedule.name} follows {GRAD_SHARE}, a gradient on sampled "
             f"tokens, which {objective} does not have; use its option of=weights, or another schedule"
         )
 
 
-def _measured(loss: LossConfig) -> str | None:
-    return make_schedule(loss.coef_schedule.name, loss.coef_schedule.options).measures
+def _measured(loss: LossConfig) -> tuple[str, ...]:
+    return measures_of(make_schedule(loss.coef_schedule.name, loss.coef_schedule.options))
 
 
 def model_vocabulary(config: DictConfig) -> int | None:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from sdar_verl.algorithm.gates import check_gate_options, gate_reads, get_gate
 from sdar_verl.algorithm.objectives import check_objective_options, get_objective
-from sdar_verl.algorithm.schedules import GRAD_SHARE_WEIGHTS, make_schedule
+from sdar_verl.algorithm.schedules import GAP_SIZE, GRAD_SHARE, GRAD_SHARE_WEIGHTS, make_schedule, measures_of
 from sdar_verl.algorithm.signals import check_signal, get_signal, signal_reads
 from sdar_verl.checks.distributions import distribution_faults
 from sdar_verl.config import LossConfig, SdarConfig
@@ -37,6 +37,7 @@ def _names(loss: LossConfig) -> Iterator[str]:
         "signal": lambda: check_signal(loss.signal, loss.coef, loss.signal_options),
         "coef_schedule": lambda: make_schedule(loss.coef_schedule.name, loss.coef_schedule.options),
         "beta_schedule": lambda: make_schedule(loss.beta_schedule.name, loss.beta_schedule.options),
+        "rl_schedule": lambda: make_schedule(loss.rl_schedule.name, loss.rl_schedule.options),
     }
     for option, attempt in attempts.items():
         fault = _fault(attempt)
@@ -59,23 +60,29 @@ def _fault(attempt: Callable[[], object]) -> str | None:
 
 
 def _schedules(loss: LossConfig) -> Iterator[str]:
-    beta = make_schedule(loss.beta_schedule.name, loss.beta_schedule.options)
-    coef = make_schedule(loss.coef_schedule.name, loss.coef_schedule.options)
-    if beta.measures is not None:
-        yield (
-            f"sdar.loss.beta_schedule.name={loss.beta_schedule.name} follows {beta.measures}, which lambda moves and "
-            "beta does not; use it in sdar.loss.coef_schedule"
-        )
-    if coef.measures == GRAD_SHARE_WEIGHTS and loss.measure_every is None:
+    """What a schedule follows must be measured, and be moved by the value that it sets."""
+    shares = (GRAD_SHARE, GRAD_SHARE_WEIGHTS)
+    for option, moves in (("beta_schedule", "beta"), ("rl_schedule", "the policy gradient's weight")):
+        node = getattr(loss, option)
+        for measure in measures_of(make_schedule(node.name, node.options)):
+            if measure in shares:
+                yield (
+                    f"sdar.loss.{option}.name={node.name} follows {measure}, which lambda moves and {moves} does not; "
+                    "use it in sdar.loss.coef_schedule"
+                )
+    followed = measures_of(make_schedule(loss.coef_schedule.name, loss.coef_schedule.options))
+    if GRAD_SHARE_WEIGHTS in followed and loss.measure_every is None:
         yield (
             f"sdar.loss.coef_schedule.options.of=weights follows {GRAD_SHARE_WEIGHTS}, which is not measured; set "
             "sdar.loss.measure_every to a number of steps, say 10"
         )
-    if coef.measures is not None and not signal_reads(loss.signal, "loss", loss.signal_options):
-        yield (
-            f"sdar.loss.coef_schedule.name={loss.coef_schedule.name} follows {coef.measures}, a measure of the "
-            f"auxiliary loss, which sdar.loss.signal={loss.signal} does not have; use signal=loss or another schedule"
-        )
+    for measure in followed:
+        if measure in shares and not signal_reads(loss.signal, "loss", loss.signal_options):
+            yield (
+                f"sdar.loss.coef_schedule.name={loss.coef_schedule.name} follows {measure}, a measure of the "
+                f"auxiliary loss, which sdar.loss.signal={loss.signal} does not have; use signal=loss or another "
+                "schedule"
+            )
 
 
 def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
@@ -132,6 +139,14 @@ def _unused(loss: LossConfig, names: list[str], reason: str) -> Iterator[str]:
 def _run(loss: LossConfig, config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
     actor = config.actor_rollout_ref.actor
     in_loss = signal_reads(loss.signal, "loss", loss.signal_options)
+    unread = "sdar.teacher.source=none" if sdar.teacher.source == "none" else "sdar.loss.policy_gradient=False"
+    if sdar.teacher.source == "none" or not loss.policy_gradient:
+        yield from _unused(loss, ["rl_coef", "rl_schedule"], unread)
+    if loss.rl_coef == 0 and loss.rl_schedule.name != "constant":
+        yield (
+            f"sdar.loss.rl_schedule.name={loss.rl_schedule.name} has no effect with sdar.loss.rl_coef=0; set that "
+            "above 0"
+        )
     if not loss.policy_gradient and (loss.coef == 0 or sdar.teacher.source == "none" or not in_loss):
         off = f"sdar.loss.signal={loss.signal}" if not in_loss else f"sdar.loss.coef={loss.coef}"
         yield (
@@ -183,4 +198,9 @@ def needs_step_statistics(loss: LossConfig) -> list[str]:
         "signal": not signal_reads(loss.signal, "loss", loss.signal_options),
         "gate": gate_reads(loss.gate, "ranges") and loss.gate_options.get("norm") == "batch_minmax",
     }
-    return [f"sdar.loss.{name}={getattr(loss, name)}" for name, asked in asks.items() if asked]
+    found = [f"sdar.loss.{name}={getattr(loss, name)}" for name, asked in asks.items() if asked]
+    for option in ("coef_schedule", "beta_schedule", "rl_schedule"):
+        node = getattr(loss, option)
+        if GAP_SIZE in measures_of(make_schedule(node.name, node.options)):
+            found.append(f"sdar.loss.{option}.name={node.name}")
+    return found

@@ -164,7 +164,10 @@ class FreshTeacherTrainingWorker(SdarTrainingWorker):
 
     def train_batch(self, data: TensorDict) -> TensorDict:
         """One optimizer update (verl's), on rows that carry the teacher's prompts."""
-        request = HeadRequest.from_json(tu.get(data, TEACHER_REQUEST))
+        asked = tu.get(data, TEACHER_REQUEST, default=None)
+        if asked is None:  # the teacher has retired
+            return super().train_batch(data)
+        request = HeadRequest.from_json(asked)
         for name, values in self.score(data, request, disable_auto_offload=True).items():
             data[name] = values.to(data["responses"].device)
         if self.engine.heads.kept is not None:

@@ -26,6 +26,7 @@ PAPER = {
     "agent_opsd": (0.5, "advantage_factor", "gap", "sampled", True, "actor"),
     "adrs": (0.02, "advantage_shaping", "gap", "sampled", True, "actor"),
     "sdpo": (1.0, "loss", "none", "jsd", False, "ema"),
+    "retire_opd": (0.01, "loss", "none", "k1", True, "reference"),
     "rlcsd": (0.5, "advantage_nudge", "gap", "sampled", True, "snapshot"),
     "sipo": (0.15, "advantage_nudge", "gap", "sampled", True, "snapshot"),
     "icsd": (0.01, "loss", "calibrated", "sampled", True, "actor"),
