@@ -47,7 +47,8 @@ class LossConfig(_Node):
     signal: str = Field(
         "loss",
         description="registered signal, where the teacher enters: loss (paper), advantage_weight (RLSD), "
-        "advantage_factor (AgentOPSD), advantage_shaping (ADRS), advantage_nudge (RLCSD, SIPO)",
+        "advantage_factor (AgentOPSD), advantage_shaping (ADRS), advantage_nudge (RLCSD, SIPO), "
+        "advantage_turn_weight (GRSD), advantage_surprise (OCSD)",
     )
     signal_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the signal")
     rl_coef: float = Field(
@@ -205,6 +206,11 @@ class ContextConfig(_Node):
         "shuffled (its words permuted), wrong (that of a task of another type), random_text (everyday words)",
     )
     contrast: ContrastConfig = ContrastConfig()
+    episodes: Literal["all", "failed", "solved"] = Field(
+        "all",
+        description="which episodes the teacher looks at, by how they ended; the rows of the others are not scored and "
+        "keep their advantages (AHEAD: failed)",
+    )
     on_empty: Literal["mask", "error"] = Field(
         "mask",
         description="a task for which the sources find nothing: mask leaves its rows out of the distillation term, "

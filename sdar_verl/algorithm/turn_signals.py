@@ -10,6 +10,9 @@ import torch
 from sdar_verl.algorithm.signal_rows import SignalRows, register_signal
 from sdar_verl.algorithm.turns import row_turns, turn_sums
 
+MAX_LOG_RATIO = 20.0
+"""Beyond it exp(gap) - 1 is cut."""
+
 
 @register_signal("advantage_factor", reads=("gap",))
 def advantage_factor(
@@ -65,3 +68,69 @@ def _turns_by_episode(rows: SignalRows, judged: torch.Tensor) -> list[list[tuple
     for row, turn in judged.nonzero().tolist():
         members.setdefault(rows.episode_ids[row], []).append((row, turn))
     return [sorted(group, key=lambda place: (rows.turns[place[0]], place[1])) for group in members.values()]
+
+
+@register_signal("advantage_turn_weight", reads=("gap",))
+def advantage_turn_weight(
+    rows: SignalRows, *, strength: float, clip: float = 0.2, floor: float = 0.1, epsilon: float = 1e-6
+) -> torch.Tensor:
+    """GRSD (arXiv:2607.28076): a factor per turn, from how its mean gap compares with the other turns of the group.
+
+        d_k  = mean of Delta_t over turn k
+        q_k  = exp(clip(sign(A) d_k, -+ 20)) - 1
+        z_k  = q_k / (mean of abs(q) over the turns of the group + epsilon)
+        A'   = A max(floor, 1 + lambda clip(z_k, -+ clip))
+
+    The sign never changes. Only in groups that have both a return above 0 and one that is not; elsewhere A' = A. Turns
+    without a teacher keep their advantage and are in no mean. lambda is .5; ``clip`` .2 is what all scripts set, 3 the
+    released function's default.
+    """
+    if not clip > 0.0:
+        raise ValueError(f"advantage_turn_weight has clip={clip}; it must be above 0")
+    if not 0.0 <= floor <= 1.0:
+        raise ValueError(f"advantage_turn_weight has floor={floor}; it must lie in [0, 1]")
+    turn = row_turns(rows.response_mask)
+    sums, tokens = turn_sums(rows.gap, rows.mask, turn)
+    outcome, _ = turn_sums(rows.advantages, rows.mask, turn)  # one number per turn: its sign is each token's
+    size = torch.expm1((outcome.sign() * sums / tokens.clamp(min=1.0)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    judged = tokens > 0
+    standing = torch.zeros_like(size)
+    groups: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(rows.group_ids):
+        groups.setdefault(group, []).append(row)
+    for members in groups.values():
+        won = rows.scores[members] > 0
+        inside = judged[members]
+        if inside.any() and won.any() and not won.all():
+            mean = size[members][inside].abs().mean()
+            standing[members] = torch.where(inside, size[members] / (mean + epsilon), 0.0)
+    factor = (1.0 + strength * standing.clamp(-clip, clip)).clamp(min=floor).gather(1, turn)
+    return torch.where(rows.mask, rows.advantages * factor.to(rows.advantages), rows.advantages)
+
+
+@register_signal("advantage_surprise", reads=("gap",))
+def advantage_surprise(rows: SignalRows, *, strength: float, share: float = 0.2) -> torch.Tensor:
+    """OCSD (arXiv:2608.04788): the gap weighs tokens on the turns that the student itself found least likely.
+
+        n_k  = mean of -log pi_old(y_t | s_t) over turn k
+        A'_t = A (1 + lambda sign(A) tanh(Delta_t / 2))      on the ``share`` of an episode's turns with the largest n_k
+        A'_t = A                                             elsewhere
+
+    Delta_t is meant between the real next observation and a placeholder (``sdar.context.contrast``). The number of
+    turns is rounded up. Read in a summary, which gives no lambda; up to 1 the sign never changes.
+    """
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"advantage_surprise has strength {strength}; it must lie in [0, 1]")
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"advantage_surprise has share={share}; it must lie in (0, 1]")
+    turn = row_turns(rows.response_mask)
+    likelihood, tokens = turn_sums(rows.old_log_probs, rows.mask, turn)
+    surprise = -likelihood / tokens.clamp(min=1.0)
+    chosen = torch.zeros_like(surprise, dtype=torch.bool)
+    for members in _turns_by_episode(rows, tokens > 0):
+        members.sort(key=lambda place: -surprise[place].item())  # stable: of two alike, the earlier
+        for place in members[: math.ceil(share * len(members))]:
+            chosen[place] = True
+    base = rows.advantages
+    weighed = base * (1.0 + strength * base.sign() * torch.tanh(rows.gap / 2).to(base))
+    return torch.where(rows.mask & chosen.gather(1, turn), weighed, base)

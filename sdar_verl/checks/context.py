@@ -30,7 +30,7 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Faults of the ``sdar.context`` node, one text each; unknown names are found elsewhere."""
     context, source = sdar.context, sdar.teacher.source
     try:
-        late = is_late(context)
+        late, by_turn = is_late(context), [name for name in context.named if get_context(name).by_turn]
     except ContextError:
         return []
     skills_shown = {
@@ -65,6 +65,7 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"sdar.context.control={context.control}": context.control != "none",
             f"sdar.context.on_empty={context.on_empty}": context.on_empty != "mask",
             f"sdar.context.contrast.sources={context.contrast.sources}": bool(context.contrast.sources),
+            f"sdar.context.episodes={context.episodes}": context.episodes != "all",
         }
         shown = any(arm.context == "teacher" for arm in sdar.validation.arms.values())
         return faults + [
@@ -88,6 +89,11 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             "set it to mask"
         )
     faults += _contrast(context)
+    if by_turn and sdar.rollout.rows == "trajectory":
+        faults.append(
+            f"sdar.context: {', '.join(by_turn)} differ by turn, but with sdar.rollout.rows=trajectory the context "
+            "stands once, in the first turn of the conversation; use rows=per_turn, or contexts of the whole episode"
+        )
     for node, slot in (("sdar.context", context), ("sdar.context.contrast", context.contrast)):
         if slot.control == "wrong":
             faults += _other_types(config, f"{node}.control=wrong")

@@ -61,6 +61,13 @@ class ContextBuilder:
         assert isinstance(self._settings, ContextConfig)
         return is_late(self._settings)
 
+    @property
+    def by_turn(self) -> bool:
+        """Whether an episode's turns have contexts of their own, in either slot."""
+        return any(context.by_turn for context in self._contexts) or (
+            self.contrast is not None and self.contrast.by_turn
+        )
+
     def early_passages(self, request: ContextRequest) -> dict[str, Passage]:
         """Name -> passage of every context that is known before the episode; those of the bad slot have a prefix."""
         found = {
@@ -132,16 +139,18 @@ class ContextBuilder:
 
 
 def is_late(settings: ContextConfig) -> bool:
-    """Whether a source reads finished episodes, the control needs another group (``wrong``), or a bad context is wanted
-    beside the good one, which the trainer alone makes."""
-    wrong = settings.control == "wrong"
-    return wrong or bool(settings.contrast.sources) or any(get_context(name).late for name in settings.sources)
+    """Whether a source reads finished episodes, or something else is known only when the group has ended: a context of
+    another group (``control=wrong``), how the episode went (``episodes``), a bad context, which the trainer makes."""
+    waits = (settings.control == "wrong", settings.episodes != "all", bool(settings.contrast.sources))
+    return any(waits) or any(get_context(name).late for name in settings.sources)
 
 
 def late_options(settings: ContextConfig) -> str:
     """The options that make it late, for messages."""
     if settings.contrast.sources:
         return f"sdar.context.contrast.sources={settings.contrast.sources}"
+    if settings.episodes != "all":
+        return f"sdar.context.episodes={settings.episodes}"
     return f"sdar.context.sources={settings.sources} with control={settings.control}"
 
 

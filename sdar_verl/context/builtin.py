@@ -1,8 +1,8 @@
 """The contexts of this package; each is one function. Texts are our own words.
 
 ``skills``, ``answer``, ``column`` and ``demonstration`` are known before an episode begins; ``sibling``,
-``failed_sibling`` and ``feedback`` are late, known when its whole group has ended. What they stand for in the
-literature: docs/contexts.md.
+``failed_sibling``, ``feedback`` and ``next_observation`` are late, known when its whole group has ended. What they
+stand for in the literature: docs/contexts.md.
 """
 
 from __future__ import annotations
@@ -118,6 +118,22 @@ def failed_sibling(
     """An episode of the same group that did not succeed, never the row's own; options as in :func:`sibling`."""
     failed = [episode for episode in request.siblings if not _solved(episode, threshold)]
     return _shown(request, intro, failed, choice, observations, thinking)
+
+
+@register_context("next_observation", by_turn=True)
+def next_observation(request: ContextRequest, *, hidden: bool = False) -> str | None:
+    """What was really seen after this very turn (OCSD, AHEAD); each turn of an episode has its own.
+
+    Args:
+        request: ``episode`` and ``turn`` are read.
+        hidden: the same words without the observation: what to compare it with, as ``sdar.context.contrast``.
+    """
+    episode = request.episode
+    if episode is None or request.turn >= len(episode.turns):
+        return None
+    after = episode.turns[request.turn + 1 :]
+    seen = after[0].observation if after else episode.last_observation
+    return f"What was seen after the answer to come:\n{'(not shown)' if hidden else seen}" if seen else None
 
 
 @register_context("feedback", late=True)

@@ -110,7 +110,7 @@ def gap_metrics(
 
 
 def gap_size(gap: torch.Tensor, mask: torch.Tensor, response_mask: torch.Tensor) -> dict[str, float]:
-    """Mean of the absolute gap over the distilled tokens of a turn, then over the step's turns, nats; empty without any.
+    """Mean of the absolute gap over the distilled tokens of a turn, then over the step's turns; empty without any.
 
     Args:
         gap, mask, response_mask: as of :func:`gap_metrics`.

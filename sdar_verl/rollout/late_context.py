@@ -17,6 +17,7 @@ import torch
 from sdar_verl.config import SdarConfig
 from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode, PlayedTurn
 from sdar_verl.context.builder import ContextBuilder
+from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import Task
 from sdar_verl.fields import TEACHER_PROMPTS, contrast_prompts
 from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
@@ -48,6 +49,21 @@ class _Group:
 
     task: Task
     episodes: list[_Episode] = field(default_factory=list)
+
+
+@dataclass
+class _Shown:
+    """What the teacher sees.
+
+    Attributes:
+        real: the context, for the records.
+        seen: itself or its placebo; None: the teacher has no say.
+        bad: the different texts of the bad slot.
+    """
+
+    real: Passage
+    seen: Passage | None
+    bad: list[Passage] = field(default_factory=list)
 
 
 class LatePrompts(Protocol):
@@ -93,23 +109,38 @@ class LateContexts:
             table.rows.write({contrast_prompts(number): _column(bad, number)})
 
     def _fill_episode(self, groups: Mapping[str, _Group], uid: str, episode: _Episode) -> None:
-        group, contrast = groups[uid], self._contexts.contrast
-        real, seen = self._seen(self._contexts, groups, group, episode)
-        bad = [] if contrast is None or seen is None else self._texts(contrast, groups, group, episode)
-        if contrast is not None and not bad:
-            seen = None
+        group, shown = groups[uid], None
         for index, info in enumerate(episode.infos):
-            info.skills, info.no_match = real.skills, real.no_match
+            if shown is None or self._contexts.by_turn:
+                shown = self._shown(groups, group, episode, info)
+            info.skills, info.no_match = shown.real.skills, shown.real.no_match
+            seen = shown.seen
             info.context_missing = seen is None
             for step in info.steps:
                 if step.text is not None:  # on traced steps
                     step.text["context"] = seen.text if seen is not None else ""
             if seen is not None and not info.foreign:
                 self._prompts.add(group.task, episode.infos, index, seen)
-            if contrast is not None and info.teacher_prompt_ids is not None:
-                self._add_contrast(group.task, episode.infos, index, bad)
-        if seen is not None and episode.infos[0].teacher_prompt_tokens is not None:
-            episode.note.context = seen.text
+            if shown.bad and info.teacher_prompt_ids is not None:
+                self._add_contrast(group.task, episode.infos, index, shown.bad)
+            if index == 0 and seen is not None and info.teacher_prompt_tokens is not None:
+                episode.note.context = seen.text
+
+    def _shown(self, groups: Mapping[str, _Group], group: _Group, episode: _Episode, info: RowInfo) -> _Shown:
+        """What the teacher sees on the rows of an episode, or on one of them where contexts differ by turn."""
+        wanted, contrast = self._settings.context.episodes, self._contexts.contrast
+        if wanted != "all" and episode.infos[0].success != (wanted == "solved"):
+            return _Shown(Passage(""), None)
+        if info.turns and self._contexts.by_turn:
+            raise ContextError(
+                f"sdar.context.sources={list(self._settings.context.named)} differ by turn, but a row of task "
+                f"{info.task_id} holds {len(info.turns)} turns of a conversation; use contexts of the whole episode"
+            )
+        real, seen = self._seen(self._contexts, groups, group, episode, info.turn)
+        if contrast is None or seen is None:
+            return _Shown(real, seen)
+        bad = self._texts(contrast, groups, group, episode, info.turn)
+        return _Shown(real, seen if bad else None, bad)
 
     def _add_contrast(self, task: Task, infos: Sequence[RowInfo], index: int, texts: Sequence[Passage]) -> None:
         """The prompts of a row with each text of the bad context; without one, the row has no teacher."""
@@ -127,12 +158,12 @@ class LateContexts:
             info.teacher_prompt_ids = info.teacher_prompt_tokens = None
 
     def _texts(
-        self, contexts: ContextBuilder, groups: Mapping[str, _Group], group: _Group, episode: _Episode
+        self, contexts: ContextBuilder, groups: Mapping[str, _Group], group: _Group, episode: _Episode, turn: int
     ) -> list[Passage]:
         """The different texts of a slot, as many as it may have and there are."""
         found: dict[str, Passage] = {}
         for number in range(contexts.texts):
-            _, seen = self._seen(contexts, groups, group, episode, number)
+            _, seen = self._seen(contexts, groups, group, episode, turn, number)
             if seen is not None:
                 found.setdefault(seen.text, seen)
         return list(found.values())
@@ -143,32 +174,38 @@ class LateContexts:
         groups: Mapping[str, _Group],
         group: _Group,
         episode: _Episode,
+        turn: int,
         number: int = 0,
     ) -> tuple[Passage, Passage | None]:
         """An episode's context in a slot, and what the teacher sees of it: itself or its placebo, None without any."""
-        real = self._passage(contexts, group, episode, number)
-        other = self._other(contexts, groups, group) if contexts.control == "wrong" and real.text else None
+        real = self._passage(contexts, group, episode, turn, number)
+        other = self._other(contexts, groups, group, turn) if contexts.control == "wrong" and real.text else None
         return real, contexts.controlled(real, group.task.task_id, other, number)
 
-    def _passage(self, contexts: ContextBuilder, group: _Group, episode: _Episode, number: int = 0) -> Passage:
+    def _passage(
+        self, contexts: ContextBuilder, group: _Group, episode: _Episode, turn: int, number: int = 0
+    ) -> Passage:
         request = ContextRequest(
             group.task,
             seed=self._settings.context.seed,
             episode=episode.played,
             siblings=tuple(other.played for other in group.episodes if other is not episode),
+            turn=turn,
             number=number,
         )
         early = {name: Passage(**fields) for name, fields in episode.note.passages.items()}
         return contexts.passage(request, early)
 
-    def _other(self, contexts: ContextBuilder, groups: Mapping[str, _Group], group: _Group) -> Passage | None:
+    def _other(
+        self, contexts: ContextBuilder, groups: Mapping[str, _Group], group: _Group, turn: int
+    ) -> Passage | None:
         """The context of an episode of this step whose task is of another type, or, where there is one type alone, of
         another task; None when there is none."""
         others = [other for other in groups.values() if other.task.task_type != group.task.task_type]
         others = others or [other for other in groups.values() if other.task.task_id != group.task.task_id]
         candidates = [(other, episode) for other in others for episode in other.episodes]
         Random(f"{self._settings.context.seed}:{group.task.task_id}").shuffle(candidates)
-        passages = (self._passage(contexts, other, episode) for other, episode in candidates)
+        passages = (self._passage(contexts, other, episode, turn) for other, episode in candidates)
         return next((passage for passage in passages if passage.text), None)
 
 

@@ -12,7 +12,7 @@ from tests.support.verl_run import Run
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 AUXILIARY = ("opsd", "grpo_opsd", "skill_sd", "sdar", "sdar_frozen", "revkl_frozen", "sdpo", "icsd", "retire_opd")
-ADVANTAGES = ("rlsd", "agent_opsd", "adrs", "rlcsd", "sipo")
+ADVANTAGES = ("rlsd", "agent_opsd", "adrs", "rlcsd", "sipo", "grsd", "opid", "ahead", "ocsd")
 LEARNING = ("actor/loss", "actor/pg_loss", "actor/grad_norm")
 
 

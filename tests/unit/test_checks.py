@@ -99,6 +99,19 @@ CASES = {
         },
         ["retrieval=[none]", "sdar.context.student"],
     ),
+    "contexts by turn in one row": (
+        {
+            "sdar.context.sources": ["next_observation"],
+            "sdar.rollout.rows": "trajectory",
+            "sdar.rollout.turn_length": 20,
+            "sdar.prompt.history_length": 0,
+        },
+        ["next_observation differ by turn", "sdar.rollout.rows=trajectory", "rows=per_turn"],
+    ),
+    "episodes without a teacher": (
+        {"sdar.context.episodes": "failed", "sdar.teacher.source": "none", "sdar.loss.coef": 0},
+        ["sdar.context.episodes=failed has no effect", "sdar.teacher.source=none"],
+    ),
     "a contrast of nothing": (
         {"sdar.context.contrast.texts": 3},
         ["sdar.context.contrast.texts=3 has no effect", "sdar.context.contrast.sources=[]"],

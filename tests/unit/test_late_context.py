@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,16 @@ from transformers import AutoTokenizer
 
 from sdar_verl.config import load_config
 from sdar_verl.context import registry
-from sdar_verl.context.registry import register_context
+from sdar_verl.context.base import ContextRequest, PlayedEpisode, PlayedTurn
+from sdar_verl.context.builder import ContextBuilder
+from sdar_verl.context.builtin import next_observation
+from sdar_verl.context.registry import ContextError, register_context
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import RolloutError
 from sdar_verl.fields import TEACHER_PROMPTS
 from sdar_verl.local import start_policy
-from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.rollout.late_context import LateContexts
+from sdar_verl.rollout.rows import EpisodeNote, RowInfo, TurnNote
 from sdar_verl.verl.late import late_contexts
 from tests.support.scripted import GOOD, LOST, MUTE, TASK, WRONG, play_episode, scripted_config
 from tests.support.table import make_table, stored
@@ -225,3 +230,38 @@ def test_a_bad_context_that_is_too_long_leaves_the_row_without_a_teacher(step):
     assert all(not info.has_teacher for info in short)
     with pytest.raises(RolloutError, match=r"sdar\.teacher\.max_prompt_length=40 is too small"):
         step(MANY, **PAIR, teacher__max_prompt_length=40)
+
+
+def test_the_next_observation_differs_by_turn_and_its_placeholder_has_the_same_words(step, tokenizer):
+    contrast = {"sources": ["next_observation"], "options": {"next_observation": {"hidden": True}}}
+    rows = step(GROUP, context__sources=["next_observation"], context__contrast=contrast)
+    first, last = rows["u0_0_0"], rows["u0_0_2"]
+    (hidden,) = first.contrast_prompt_ids
+    assert "nothing happens ." in text_of(tokenizer, first), "what the first turn led to, in its own prompt"
+    assert "nothing happens ." not in tokenizer.decode(hidden.tolist())
+    request = ContextRequest(
+        TASK,
+        episode=PlayedEpisode("e", (PlayedTurn("a", "x", True), PlayedTurn("b", "y", True)), True, 1.0, "you win ."),
+    )
+    shown = [next_observation(replace(request, turn=turn)) for turn in range(3)]
+    assert shown[0].endswith("\nb") and shown[1].endswith("\nyou win .") and shown[2] is None
+    assert next_observation(request, hidden=True).endswith("\n(not shown)")
+    assert last.teacher_prompt_ids.tolist() != last.contrast_prompt_ids[0].tolist()
+    assert all(len(info.contrast_prompt_ids) == 1 for info in rows.values())
+
+
+@pytest.mark.parametrize(("wanted", "taught"), [("failed", {2}), ("solved", {0, 1})])
+def test_only_the_episodes_that_ended_so_have_a_teacher(step, wanted, taught):
+    rows = step(GROUP, context__episodes=wanted)
+    for key, info in rows.items():
+        assert info.has_teacher == (int(key.split("_")[1]) in taught), key
+        assert info.context_missing != info.has_teacher
+
+
+def test_a_context_by_turn_cannot_stand_in_a_row_of_many_turns(tokenizer):
+    sdar = load_config(scripted_config(context__sources=["next_observation"]).sdar)
+    late = LateContexts(sdar, ContextBuilder(sdar.context, tokenizer), SimpleNamespace())
+    note = EpisodeNote({"env": "x", "task_id": "t", "task_type": "t", "description": "", "data": {}})
+    info = RowInfo(0, "t", task_id="t", episode=note, turns=(TurnNote(0, 1), TurnNote(2, 3)))
+    with pytest.raises(ContextError, match=r"\['next_observation'\] differ by turn.*holds 2 turns of a conversation"):
+        late.fill(make_table(["u0_0_0"], [info]))
