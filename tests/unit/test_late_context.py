@@ -239,10 +239,8 @@ def test_the_next_observation_differs_by_turn_and_its_placeholder_has_the_same_w
     (hidden,) = first.contrast_prompt_ids
     assert "nothing happens ." in text_of(tokenizer, first), "what the first turn led to, in its own prompt"
     assert "nothing happens ." not in tokenizer.decode(hidden.tolist())
-    request = ContextRequest(
-        TASK,
-        episode=PlayedEpisode("e", (PlayedTurn("a", "x", True), PlayedTurn("b", "y", True)), True, 1.0, "you win ."),
-    )
+    turns = (PlayedTurn("a", "x", True), PlayedTurn("b", "y", True))
+    request = ContextRequest(TASK, episode=PlayedEpisode("e", turns, True, 1.0, "you win ."))
     shown = [next_observation(replace(request, turn=turn)) for turn in range(3)]
     assert shown[0].endswith("\nb") and shown[1].endswith("\nyou win .") and shown[2] is None
     assert next_observation(request, hidden=True).endswith("\n(not shown)")
