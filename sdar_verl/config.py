@@ -36,6 +36,25 @@ class ScheduleConfig(_Node):
         return self
 
 
+class AnchorConfig(_Node):
+    """What an objective over distributions moves the student to, beside the teacher: pi* ~ pi_T^(1-a-b) pi_ref^a
+    sg[pi_theta]^b, all but pi_T on the student's prompt."""
+
+    reference: float = Field(
+        0.0, ge=0, lt=1, description="a, weight of the start policy, which verl's reference worker holds; one more pass"
+    )
+    student: float = Field(0.0, ge=0, lt=1, description="b, weight of the student itself, detached; no pass of its own")
+
+    @model_validator(mode="after")
+    def _leaves_the_teacher(self) -> AnchorConfig:
+        if self.reference + self.student >= 1.0:
+            raise ValueError(
+                f"reference={self.reference} and student={self.student} leave the teacher no weight; their sum must be "
+                "below 1"
+            )
+        return self
+
+
 class LossConfig(_Node):
     """What the teacher's signal does to training: by default an auxiliary loss, ``coef * Agg[g_t * objective_t]``
     (paper, equations 5 to 8)."""
@@ -111,6 +130,7 @@ class LossConfig(_Node):
         description="support=top_k: all other tokens as one event, or left out with the rest scaled to 1; "
         "null is bucket",
     )
+    anchor: AnchorConfig = AnchorConfig()
     chunk_tokens: int | None = Field(
         None,
         ge=1,

@@ -34,6 +34,12 @@ SUPPORT_LOG_PROBS = "sdar_support_log_probs"
 TEACHER_HIDDEN = "sdar_teacher_hidden"
 """Nested (rows, response tokens, hidden size): what the teacher's head reads."""
 
+ANCHOR_HIDDEN = "sdar_anchor_hidden"
+"""Like :data:`TEACHER_HIDDEN`, of the start policy on the student's prompt (``sdar.loss.anchor.reference``)."""
+
+ANCHOR_LOG_PROBS = "sdar_anchor_log_probs"
+"""Like :data:`SUPPORT_LOG_PROBS`, of the start policy on the student's prompt."""
+
 GAP_SHIFT = "sdar_gap_shift"
 """Nested (rows, response tokens), nats: what centring takes off the gap; only with ``sdar.loss.centre``."""
 

@@ -30,6 +30,8 @@ def phase_flops(layout: Layout) -> dict[str, float]:
         flops["reference"] = student
     if layout.teacher not in ("none", "actor_fresh"):
         flops["teacher"] = teacher
+    if layout.anchor:
+        flops["anchor"] = student
     flops["update"] = student * (4.0 if layout.checkpointing else 3.0)
     if layout.teacher == "actor_fresh":
         flops["update"] += teacher

@@ -21,7 +21,15 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.errors import TeacherError
-from sdar_verl.fields import MODULES_NODE, TEACHER_LOG_PROBS, TEACHER_NODE, TEACHER_PROMPTS, contrast_prompts
+from sdar_verl.fields import (
+    MODULES_NODE,
+    SUPPORT_IDS,
+    TEACHER_LOG_PROBS,
+    TEACHER_MASK,
+    TEACHER_NODE,
+    TEACHER_PROMPTS,
+    contrast_prompts,
+)
 from sdar_verl.requests import HEAD_REQUEST, HeadRequest, StepRequests
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.table import StepTable
@@ -118,6 +126,8 @@ class PrivilegedTeacher:
             max((len(info.contrast_prompt_ids) for info in table.infos if info is not None), default=0)
         ):
             self._wait(table, self._send(table, contrast=number))
+        if self._requests.anchor is not None:
+            self._wait(table, self._send_anchor(table, self._requests.anchor))
         return metrics
 
     def verify(self, table: StepTable) -> dict[str, float]:
@@ -267,9 +277,28 @@ class PrivilegedTeacher:
         )
         return workers.compute_teacher_log_prob(meta)
 
+    def _send_anchor(self, table: StepTable, request: HeadRequest) -> Any:
+        """The reference's pass over the student's prompts, on the rows that have a teacher."""
+        from sdar_verl.verl.worker import ANCHOR_PASS
+
+        batch: KVBatchMeta = table.rows.batch
+        carry = [SUPPORT_IDS] if request.what == "on_support" else []
+        meta = KVBatchMeta(
+            keys=list(batch.keys),
+            tags=list(batch.tags),
+            partition_id=batch.partition_id,
+            fields=["prompts", "responses", "response_mask", TEACHER_MASK, *carry],
+            extra_info={
+                "temperature": self._trainer.config.actor_rollout_ref.rollout.temperature,
+                HEAD_REQUEST: request.to_json(),
+                ANCHOR_PASS: True,
+            },
+        )
+        return self._trainer.actor_rollout_wg.compute_anchor(meta)
+
     def _wait(self, table: StepTable, answer: Any) -> None:
         # A pool's workers are not waited for when they are called; then verl leaves it to the caller to collect.
-        done = answer if self.pool is None else BatchData(ray.get(answer.futures)).concat()
+        done = BatchData(ray.get(answer.futures)).concat() if hasattr(answer, "futures") else answer
         if len(done) != len(table.infos):
             raise TeacherError(
                 f"the teacher pass returned {len(done)} rows for {len(table.infos)}: a fault of the engine"

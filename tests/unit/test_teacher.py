@@ -15,14 +15,14 @@ from omegaconf import OmegaConf
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.errors import NonFiniteError, TeacherError
-from sdar_verl.fields import SUPPORT_IDS, TEACHER_LOG_PROBS, TEACHER_PROMPTS, contrast_prompts
+from sdar_verl.fields import SUPPORT_IDS, TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS, contrast_prompts
 from sdar_verl.finite import leave_out_broken_teacher
 from sdar_verl.requests import HEAD_REQUEST, HeadRequest, StepRequests
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.table import StepTable
 from sdar_verl.teacher.rows import deal, scored_rows, stop_without_contexts, teacher_row
 from sdar_verl.verl.teacher import PrivilegedTeacher, check_not_lost
-from sdar_verl.verl.worker import CONTRAST_TEXT, EMPTY_CONTEXT, MESH
+from sdar_verl.verl.worker import ANCHOR_PASS, CONTRAST_TEXT, EMPTY_CONTEXT, MESH
 from tests.support.fuzzing import quick
 from tests.support.table import make_table, stored
 
@@ -113,6 +113,7 @@ class Workers:
         self.table = table
         self.waits = waits
         self.asked: list[Any] = []
+        self.anchored: list[Any] = []
         self._dispatch_info = {MESH: [rank for rank in range(ranks) for _ in range(2)]}  # two in each rank's group
         self._query_dispatch_info = lambda mesh: self._dispatch_info[mesh]
 
@@ -124,6 +125,10 @@ class Workers:
         rows[TEACHER_LOG_PROBS] = values
         done = Done(fields=[TEACHER_LOG_PROBS], keys=meta.keys)
         return done if self.waits else SimpleNamespace(futures=[done])
+
+    def compute_anchor(self, meta: Any) -> Any:
+        self.anchored.append(meta)
+        return Done(fields=[], keys=meta.keys)
 
 
 class Done(SimpleNamespace):
@@ -168,6 +173,18 @@ def test_the_pass_is_asked_for_with_the_teachers_prompts():
     assert table.rows.batch.fields == ["prompts", "responses", TEACHER_LOG_PROBS], "the update gets them"
     table.read([TEACHER_LOG_PROBS])
     assert one.verify(table) == {"sdar/teacher_log_prob": -4.0, "sdar/teacher_staleness": 0.0}
+
+
+def test_an_anchor_is_one_pass_of_the_reference_over_the_students_prompts():
+    request = HeadRequest("on_support", True, 4, 5)
+    requests = StepRequests(teacher=HeadRequest("top_k", True, 4, 5), anchor=request)
+    one, table = teacher(source="actor", sanity_check=False, requests=requests), step([4, 0])
+    one._trainer.actor_rollout_wg = workers = Workers(table)
+    one.score(table)
+    (meta,) = workers.anchored
+    assert meta.fields == ["prompts", "responses", "response_mask", TEACHER_MASK, SUPPORT_IDS]
+    assert meta.extra_info == {"temperature": 0.8, HEAD_REQUEST: request.to_json(), ANCHOR_PASS: True}
+    assert meta.keys == table.rows.keys
 
 
 @pytest.mark.parametrize("placement", ["colocated", "pool"])
