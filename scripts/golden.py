@@ -51,7 +51,7 @@ PACKED = ["actor_rollout_ref.model.use_remove_padding=True"]
 
 METHODS = (
     *("adrs", "agent_opsd", "grpo", "grpo_opsd", "opsd", "revkl_frozen", "rlsd", "sdar", "sdar_frozen", "sdpo"),
-    *("icsd", "rlcsd", "sipo", "retire_opd", "grsd", "opid", "ahead", "ocsd"),
+    *("icsd", "rlcsd", "sipo", "retire_opd", "grsd", "opid", "ahead", "ocsd", "sr_opsd"),
 )
 CASES: dict[str, list[str]] = {
     **{name: [f"method={name}"] for name in (*METHODS, "skill_grpo", "skill_sd")},

@@ -11,7 +11,18 @@ from tests.support.verl_run import Run
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-AUXILIARY = ("opsd", "grpo_opsd", "skill_sd", "sdar", "sdar_frozen", "revkl_frozen", "sdpo", "icsd", "retire_opd")
+AUXILIARY = (
+    "opsd",
+    "grpo_opsd",
+    "skill_sd",
+    "sdar",
+    "sdar_frozen",
+    "revkl_frozen",
+    "sdpo",
+    "icsd",
+    "retire_opd",
+    "sr_opsd",
+)
 ADVANTAGES = ("rlsd", "agent_opsd", "adrs", "rlcsd", "sipo", "grsd", "opid", "ahead", "ocsd")
 LEARNING = ("actor/loss", "actor/pg_loss", "actor/grad_norm")
 
@@ -45,7 +56,9 @@ def test_an_auxiliary_loss_leaves_the_advantages_and_joins_the_loss(method, grpo
     # One seed: the first step's episodes are the same, whatever the method does with them.
     assert torch.equal(padded(step_one(trained)["advantages"]), padded(step_one(grpo)["advantages"]))
     assert first["sdar/loss"] != 0
-    expected = first["sdar/lambda"] * first["sdar/loss"] + (0 if method == "opsd" else first["actor/pg_loss"])
+    expected = first["sdar/lambda"] * first["sdar/loss"] + (
+        0 if method in ("opsd", "sr_opsd") else first["actor/pg_loss"]
+    )
     assert first["actor/loss"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert second["actor/grad_norm"] > 0
     assert second["actor/grad_norm"] != grpo.metrics[2]["actor/grad_norm"]

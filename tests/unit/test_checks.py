@@ -99,6 +99,36 @@ CASES = {
         },
         ["retrieval=[none]", "sdar.context.student"],
     ),
+    "an anchor of no distribution": (
+        {"sdar.loss.anchor.student": 0.5},
+        ["sdar.loss.anchor.student=0.5 has no effect", "sdar.loss.objective=sampled"],
+    ),
+    "an anchor without the start policy": (
+        {
+            "sdar.loss.anchor.reference": 0.1,
+            "sdar.loss.objective": "forward_kl",
+            "actor_rollout_ref.actor.use_kl_loss": False,
+            "sdar.teacher.source": "actor",
+        },
+        ["sdar.loss.anchor.reference=0.1", "does not start", "use_kl_loss=True"],
+    ),
+    "an anchor of an adapter": (
+        {
+            "sdar.loss.anchor.reference": 0.1,
+            "sdar.loss.objective": "forward_kl",
+            "actor_rollout_ref.model.lora_rank": 4,
+            "sdar.teacher.source": "actor",
+        },
+        ["sdar.loss.anchor.reference=0.1", "adapter", "anchor.student"],
+    ),
+    "an anchor within the update": (
+        {
+            "sdar.loss.anchor.reference": 0.1,
+            "sdar.loss.objective": "forward_kl",
+            "sdar.teacher.source": "actor_fresh",
+        },
+        ["sdar.loss.anchor.reference=0.1 is a pass before the update", "sdar.teacher.source=actor_fresh"],
+    ),
     "contexts by turn in one row": (
         {
             "sdar.context.sources": ["next_observation"],
