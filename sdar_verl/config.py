@@ -103,6 +103,12 @@ class LossConfig(_Node):
         "distributions (docs/divergences.md): forward_kl, reverse_kl, jsd",
     )
     objective_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the objective")
+    importance_clip: float | None = Field(
+        None,
+        ge=1,
+        description="cap c of the importance weight min(pi_theta / pi_old, c), detached, on the term of every token "
+        "(SDPO's code, TRL: 2); it counts from a step's second update on; null: no weight",
+    )
     divide_by: Literal["tokens", "trajectory", "weights", "gap_bearing"] = Field(
         "tokens",
         description="what the term is a mean over: response tokens, tokens of a trajectory and then trajectories "

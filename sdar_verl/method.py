@@ -120,6 +120,7 @@ class Method:
             beta=values.beta,
             objective=settings.objective,
             objective_options=settings.objective_options,
+            importance_clip=settings.importance_clip,
             entropy=entropy,
             old_log_probs=rows["old_log_probs"],
             advantages=rows["advantages"] if self.reads_advantages else None,

@@ -23,7 +23,7 @@ import torch
 from sdar_verl.algorithm.gap import StepStatistics, gate_gap
 from sdar_verl.algorithm.gates import gate_weight, get_gate
 from sdar_verl.algorithm.masking import active_mask, clean
-from sdar_verl.algorithm.objectives import get_objective
+from sdar_verl.algorithm.objectives import MAX_LOG_RATIO, get_objective
 from sdar_verl.algorithm.terms import DistillationTerms
 
 
@@ -39,6 +39,7 @@ def distillation_terms(
     old_log_probs: torch.Tensor | None = None,
     advantages: torch.Tensor | None = None,
     against: torch.Tensor | None = None,
+    importance_clip: float | None = None,
     distill_mask: torch.Tensor | None = None,
     gate_options: Mapping[str, Any] | None = None,
     objective_options: Mapping[str, Any] | None = None,
@@ -66,6 +67,8 @@ def distillation_terms(
         advantages: (batch, response_length), of the policy gradient, for gates that read them.
         against: (batch, response_length), log-probs that the gap is taken to, in nats: a teacher's with a bad context
             (:mod:`sdar_verl.algorithm.contrast`). None: the student's own.
+        importance_clip: largest importance weight min(pi_theta / pi_old, importance_clip), detached, that a token's
+            loss is multiplied with; None, or without ``old_log_probs``: no weight.
         distill_mask: (batch,) or (batch, response_length), False where there is no teacher log-prob (validation
             rows, failed retrieval, padding rows). None: everywhere there is one.
         gate_options: keyword arguments of the gate beyond its signals.
@@ -106,6 +109,7 @@ def distillation_terms(
         statistics=statistics,
     )
     ranges = None if statistics is None else statistics.ranges
+    log_ratio = None if old is None else student.detach() - old
     with torch.no_grad():
         weight = gate_weight(
             gate,
@@ -116,7 +120,7 @@ def distillation_terms(
             entropy=entropy,
             ranges=ranges,
             advantages=None if advantages is None else clean("advantages", advantages, mask),
-            log_ratio=None if old is None else student.detach() - old,
+            log_ratio=log_ratio,
             options=gate_options,
         )
     further = {name: clean(name, values, mask) for name, values in (signals or {}).items()}
@@ -127,6 +131,8 @@ def distillation_terms(
 
     zero = torch.zeros_like(gap)
     weighted = torch.where(mask, weight * per_token, zero)
+    if importance_clip is not None and log_ratio is not None:
+        weighted = weighted * log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=importance_clip)
     if statistics is not None and statistics.scale is not None:
         weighted = weighted * statistics.scale.to(gap)
     return DistillationTerms(

@@ -45,14 +45,25 @@ def auxiliary_loss(rows: SignalRows, *, strength: float) -> torch.Tensor:
 
 
 @register_signal("advantage_weight", reads=("gap",))
-def advantage_weight(rows: SignalRows, *, strength: float, clip: float = 0.2) -> torch.Tensor:
+def advantage_weight(
+    rows: SignalRows, *, strength: float, clip: float = 0.2, clip_low: float | None = None
+) -> torch.Tensor:
     """RLSD: A_t * [(1 - lambda) + lambda * clip(exp(sign(A_t) * Delta_t), 1 -+ clip)]; lambda is 0.5 in the paper.
+
+    ``clip_low`` is another bound below 1; 0 is one-sided.
 
     See :func:`sdar_verl.algorithm.advantages.rlsd_advantages`; here the gap may be centred and clamped first.
     """
     nothing = torch.zeros_like(rows.gap)
     return rlsd_advantages(
-        rows.advantages, nothing, rows.gap, rows.response_mask, mix=strength, clip=clip, distill_mask=rows.mask
+        rows.advantages,
+        nothing,
+        rows.gap,
+        rows.response_mask,
+        mix=strength,
+        clip=clip,
+        clip_low=clip_low,
+        distill_mask=rows.mask,
     )
 
 

@@ -95,7 +95,9 @@ def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
     if sdar.teacher.source == "none" or loss.coef == 0:
         return  # the whole signal is off: a baseline of some recipe, whose other options may stay as they are
     if not in_loss:
-        yield from _unused(loss, ["objective", "objective_options", "divide_by", "measure_every"], signal)
+        yield from _unused(
+            loss, ["objective", "objective_options", "divide_by", "measure_every", "importance_clip"], signal
+        )
         if not gated:
             yield from _unused(loss, ["gate", "gate_options"], signal)
     if not (gated and gate_reads(loss.gate, "beta")):
@@ -157,6 +159,12 @@ def _run(loss: LossConfig, config: DictConfig, sdar: SdarConfig) -> Iterator[str
         yield (
             f"sdar.loss.gate={loss.gate} reads the advantages, which sdar.loss.signal={loss.signal} changes; use "
             "sdar.loss.signal=loss, or another gate"
+        )
+    weighs = loss.objective == "k1" or (loss.objective == "k3" and loss.objective_options.get("importance", True))
+    if loss.importance_clip is not None and weighs:
+        yield (
+            f"sdar.loss.importance_clip={loss.importance_clip} weighs tokens by pi_theta / pi_old, and "
+            f"sdar.loss.objective={loss.objective} does so itself; leave it at null, or use another objective"
         )
     if loss.divide_by != "tokens" and actor.loss_agg_mode != "token-mean":
         yield (

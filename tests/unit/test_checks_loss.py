@@ -257,3 +257,16 @@ def test_a_gate_that_reads_the_advantages_needs_a_signal_that_leaves_them_alone(
     assert faults({"gate": "calibrated"}) == []
     (fault,) = faults({"gate": "calibrated", "signal": "advantage_shaping"})
     assert fault.startswith("sdar.loss.gate=calibrated reads the advantages, which sdar.loss.signal=advantage_shaping")
+
+
+def test_an_importance_weight_is_for_objectives_that_have_none() -> None:
+    assert faults({"importance_clip": 2.0}) == []
+    assert (
+        faults({"importance_clip": 2.0, "gate": "none", "objective": "k3", "objective_options": {"importance": False}})
+        == []
+    )
+    for objective in ("k1", "k3"):
+        (fault,) = faults({"importance_clip": 2.0, "gate": "none", "objective": objective})
+        assert fault.startswith("sdar.loss.importance_clip=2.0") and f"sdar.loss.objective={objective} does so" in fault
+    (unread,) = faults({"importance_clip": 2.0, "signal": "advantage_weight", "coef": 0.5})
+    assert unread.startswith("sdar.loss.importance_clip=2.0 has no effect with sdar.loss.signal=advantage_weight")
