@@ -19,6 +19,9 @@ EVIDENCE_COLUMN = "sdar_evidence"
 TRACED_COLUMN = "sdar_traced"
 """Column of a prompt: its rows carry the words of their turns, whatever its step."""
 
+RETIRED_COLUMN = "sdar_retired"
+"""Column of a prompt: the teacher has retired, so its rows need no prompt of its own and no request."""
+
 COLUMNS = ("teacher_prompt_ids", "contrast_prompt_ids", "teacher_log_probs")
 """Of :class:`RowInfo`: they lie beside the row, not in its record."""
 

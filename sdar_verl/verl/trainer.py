@@ -41,7 +41,7 @@ from sdar_verl.observe.metrics import gap_metrics, gap_size, reduce_loss_sums
 from sdar_verl.observe.step_metrics import step_metrics
 from sdar_verl.recipe import plays_environments
 from sdar_verl.requests import StepRequests, asked
-from sdar_verl.rollout.rows import TRACED_COLUMN
+from sdar_verl.rollout.rows import RETIRED_COLUMN, TRACED_COLUMN
 from sdar_verl.rollout.runtime import make_prompts
 from sdar_verl.rollout.uids import PromptUids
 from sdar_verl.step import local_update
@@ -315,6 +315,8 @@ class SdarTraining(PPOTrainer):
         if every and (self.verl_mode != "sync" or self.global_steps % every == 0):
             # In the asynchronous modes it is not known yet which step will train on them.
             tu.assign_non_tensor_stack(batch, TRACED_COLUMN, [True] * len(batch))
+        if self.taught and self.strengths.retired(self.global_steps):
+            tu.assign_non_tensor_stack(batch, RETIRED_COLUMN, [True] * len(batch))
         if not self._environments:
             teach(batch, self.config.actor_rollout_ref.rollout.agent.default_agent_loop)
         for observer in self.observers:
