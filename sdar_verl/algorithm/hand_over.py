@@ -67,7 +67,7 @@ class HandOff(Schedule):
 
     @state.setter
     def state(self, state: Mapping[str, Any]) -> None:
-        self._means, self._handed = list(state["means"]), float(state["handed"])
+        self._means, self._handed = [float(mean) for mean in state["means"]], float(state["handed"])
 
 
 @register_schedule("retire")

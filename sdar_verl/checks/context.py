@@ -89,6 +89,12 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             "set it to mask"
         )
     faults += _contrast(context)
+    if context.contrast.sources and sdar.teacher.on_long_prompt == "drop_history":
+        faults.append(
+            f"sdar.context.contrast.sources={context.contrast.sources} compares two prompts that differ in the context "
+            "alone, but sdar.teacher.on_long_prompt=drop_history may drop more history from one than from the other; "
+            "use error or mask"
+        )
     if by_turn and sdar.rollout.rows == "trajectory":
         faults.append(
             f"sdar.context: {', '.join(by_turn)} differ by turn, but with sdar.rollout.rows=trajectory the context "

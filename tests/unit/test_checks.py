@@ -162,6 +162,10 @@ CASES = {
         {"sdar.context.contrast.sources": ["failed_sibling"], "sdar.teacher.source": "actor_fresh"},
         ["sdar.context.contrast.sources=['failed_sibling'] needs the teacher's", "sdar.teacher.source=actor_fresh"],
     ),
+    "a contrast of prompts with other histories": (
+        {"sdar.context.contrast.sources": ["failed_sibling"], "sdar.teacher.on_long_prompt": "drop_history"},
+        ["sdar.context.contrast.sources=['failed_sibling']", "sdar.teacher.on_long_prompt=drop_history", "mask"],
+    ),
     "an unknown bad context": (
         {"sdar.context.contrast.sources": ["failing"]},
         ["sdar.context.contrast: unknown context 'failing'", "failed_sibling"],
