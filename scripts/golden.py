@@ -49,7 +49,10 @@ LORA = ["actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora.mer
 SERVERS = ["actor_rollout_ref.rollout.calculate_log_probs=True"]
 PACKED = ["actor_rollout_ref.model.use_remove_padding=True"]
 
-METHODS = ("adrs", "agent_opsd", "grpo", "grpo_opsd", "opsd", "revkl_frozen", "rlsd", "sdar", "sdar_frozen", "sdpo")
+METHODS = (
+    *("adrs", "agent_opsd", "grpo", "grpo_opsd", "opsd", "revkl_frozen", "rlsd", "sdar", "sdar_frozen", "sdpo"),
+    *("icsd", "rlcsd", "sipo", "retire_opd", "grsd", "opid", "ahead", "ocsd", "sr_opsd"),
+)
 CASES: dict[str, list[str]] = {
     **{name: [f"method={name}"] for name in (*METHODS, "skill_grpo", "skill_sd")},
     **{f"{name}-released": [f"method={name}", "variant=released"] for name in ("sdar", "opsd", "grpo_opsd", "rlsd")},

@@ -36,6 +36,25 @@ class ScheduleConfig(_Node):
         return self
 
 
+class AnchorConfig(_Node):
+    """What an objective over distributions moves the student to, beside the teacher: pi* ~ pi_T^(1-a-b) pi_ref^a
+    sg[pi_theta]^b, all but pi_T on the student's prompt."""
+
+    reference: float = Field(
+        0.0, ge=0, lt=1, description="a, weight of the start policy, which verl's reference worker holds; one more pass"
+    )
+    student: float = Field(0.0, ge=0, lt=1, description="b, weight of the student itself, detached; no pass of its own")
+
+    @model_validator(mode="after")
+    def _leaves_the_teacher(self) -> AnchorConfig:
+        if self.reference + self.student >= 1.0:
+            raise ValueError(
+                f"reference={self.reference} and student={self.student} leave the teacher no weight; their sum must be "
+                "below 1"
+            )
+        return self
+
+
 class LossConfig(_Node):
     """What the teacher's signal does to training: by default an auxiliary loss, ``coef * Agg[g_t * objective_t]``
     (paper, equations 5 to 8)."""
@@ -47,14 +66,24 @@ class LossConfig(_Node):
     signal: str = Field(
         "loss",
         description="registered signal, where the teacher enters: loss (paper), advantage_weight (RLSD), "
-        "advantage_factor (AgentOPSD), advantage_shaping (ADRS)",
+        "advantage_factor (AgentOPSD), advantage_shaping (ADRS), advantage_nudge (RLCSD, SIPO), "
+        "advantage_turn_weight (GRSD), advantage_surprise (OCSD)",
     )
     signal_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the signal")
+    rl_coef: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the policy gradient: a factor on the advantages, before a signal adds to them; with "
+        "coef=w, 1-w mixes both convexly",
+    )
+    rl_schedule: ScheduleConfig = ScheduleConfig()
     policy_gradient: bool = Field(
         True, description="false leaves verl's policy gradient out (OPSD); its KL and entropy terms stay"
     )
     gate: str = Field(
-        "gap", description="registered gate: gap (paper), entropy, soft_or, none (constant 1), half (constant 1/2)"
+        "gap",
+        description="registered gate: gap (paper), entropy, soft_or, calibrated (ICSD), none (constant 1), "
+        "half (constant 1/2)",
     )
     gate_options: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the gate; soft_or needs norm"
@@ -74,6 +103,12 @@ class LossConfig(_Node):
         "distributions (docs/divergences.md): forward_kl, reverse_kl, jsd",
     )
     objective_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the objective")
+    importance_clip: float | None = Field(
+        None,
+        ge=1,
+        description="cap c of the importance weight min(pi_theta / pi_old, c), detached, on the term of every token "
+        "(SDPO's code, TRL: 2); it counts from a step's second update on; null: no weight",
+    )
     divide_by: Literal["tokens", "trajectory", "weights", "gap_bearing"] = Field(
         "tokens",
         description="what the term is a mean over: response tokens, tokens of a trajectory and then trajectories "
@@ -101,6 +136,7 @@ class LossConfig(_Node):
         description="support=top_k: all other tokens as one event, or left out with the rest scaled to 1; "
         "null is bucket",
     )
+    anchor: AnchorConfig = AnchorConfig()
     chunk_tokens: int | None = Field(
         None,
         ge=1,
@@ -157,6 +193,27 @@ class TeacherConfig(_Node):
     )
 
 
+class ContrastConfig(_Node):
+    """A second, bad context. The gap is then the teacher's with the good one against its own with this one, instead of
+    the student's; a row that lacks either has no teacher."""
+
+    sources: list[str] = Field(
+        default_factory=list, description="registered contexts, as sdar.context.sources; none: no contrast"
+    )
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="context -> its keyword arguments, for contexts named in contrast.sources"
+    )
+    control: Literal["none", "empty", "shuffled", "wrong", "random_text"] = Field(
+        "none", description="placebo in place of it, as sdar.context.control: a context against its own placebo"
+    )
+    texts: int = Field(
+        1,
+        ge=1,
+        description="at most so many different texts per row (failed siblings, say), each a teacher pass of its own; "
+        "the gap is taken to the mean of their probabilities",
+    )
+
+
 class ContextConfig(_Node):
     """Privileged context: what the teacher sees and the student does not."""
 
@@ -173,6 +230,12 @@ class ContextConfig(_Node):
         "none",
         description="placebo in place of the context: empty (no text, the teacher reads the student's prompt), "
         "shuffled (its words permuted), wrong (that of a task of another type), random_text (everyday words)",
+    )
+    contrast: ContrastConfig = ContrastConfig()
+    episodes: Literal["all", "failed", "solved"] = Field(
+        "all",
+        description="which episodes the teacher looks at, by how they ended; the rows of the others are not scored and "
+        "keep their advantages (AHEAD: failed)",
     )
     on_empty: Literal["mask", "error"] = Field(
         "mask",
@@ -199,6 +262,11 @@ class ContextConfig(_Node):
         description="with such loops: a prompt that verl's tokenisation does not make of its messages: error stops the "
         "run, mask leaves the row out of the distillation term, counted in sdar/foreign_prompt_share",
     )
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The contexts of both slots."""
+        return (*self.sources, *self.contrast.sources)
 
 
 class SkillsConfig(_Node):

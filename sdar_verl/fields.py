@@ -11,6 +11,20 @@ TEACHER_LOG_PROBS = "sdar_teacher_log_probs"
 TEACHER_MASK = "sdar_teacher_mask"
 """Nested (rows, response tokens), int64: 1 where the distillation term reads the teacher."""
 
+CONTRAST = "sdar_contrast"
+"""Nested (rows, response tokens), nats: log-probs that the gap is taken to where there is a bad context."""
+
+
+def contrast_prompts(number: int) -> str:
+    """Column like :data:`TEACHER_PROMPTS`: with the ``number``-th text of the bad context; empty without one."""
+    return f"sdar_contrast_prompts_{number}"
+
+
+def contrast_log_probs(number: int) -> str:
+    """Column like :data:`TEACHER_LOG_PROBS`: with the ``number``-th text of the bad context."""
+    return f"sdar_contrast_log_probs_{number}"
+
+
 SUPPORT_IDS = "sdar_support_ids"
 """Nested (rows, response tokens, k), int32: the tokens that a top-k divergence is taken over."""
 
@@ -19,6 +33,12 @@ SUPPORT_LOG_PROBS = "sdar_support_log_probs"
 
 TEACHER_HIDDEN = "sdar_teacher_hidden"
 """Nested (rows, response tokens, hidden size): what the teacher's head reads."""
+
+ANCHOR_HIDDEN = "sdar_anchor_hidden"
+"""Like :data:`TEACHER_HIDDEN`, of the start policy on the student's prompt (``sdar.loss.anchor.reference``)."""
+
+ANCHOR_LOG_PROBS = "sdar_anchor_log_probs"
+"""Like :data:`SUPPORT_LOG_PROBS`, of the start policy on the student's prompt."""
 
 GAP_SHIFT = "sdar_gap_shift"
 """Nested (rows, response tokens), nats: what centring takes off the gap; only with ``sdar.loss.centre``."""

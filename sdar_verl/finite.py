@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sdar_verl.errors import NonFiniteError
-from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, contrast_log_probs
 from sdar_verl.table import StepTable
 
 STUDENT = {
@@ -118,10 +118,12 @@ def leave_out_broken_teacher(table: StepTable, on_nonfinite: str) -> dict[str, f
     Raises:
         NonFiniteError: with ``error``; names the rows.
     """
-    values = table.columns.get(TEACHER_LOG_PROBS)
-    if values is None:
+    texts = max((len(info.contrast_prompt_ids) for info in table.infos if info is not None), default=0)
+    names = [TEACHER_LOG_PROBS, *map(contrast_log_probs, range(texts))]
+    found = {name: table.columns[name] for name in names if name in table.columns}
+    if not found:
         return {}
-    broken = broken_rows(values, table.mask)
+    broken = sorted({row for values in found.values() for row in broken_rows(values, table.mask)})
     if broken and on_nonfinite == "error":
         raise NonFiniteError(
             describe("the teacher's log-probs", broken, table) + " Where the student's are fine, it is the teacher's "
@@ -132,7 +134,8 @@ def leave_out_broken_teacher(table: StepTable, on_nonfinite: str) -> dict[str, f
     if broken:
         # Zeros, too: what is computed from a row's numbers where its mask is 0 must not become NaN either.
         table.silence(broken, "the teacher's numbers are not finite")
-        cleaned = values.clone()
-        cleaned[broken] = 0
-        table.write({TEACHER_LOG_PROBS: cleaned, TEACHER_MASK: table.mask.long()})
+        cleaned = {name: values.clone() for name, values in found.items()}
+        for values in cleaned.values():
+            values[broken] = 0
+        table.write(cleaned | {TEACHER_MASK: table.mask.long()})
     return {"sdar/nonfinite_teacher_rows": len(broken)} if on_nonfinite == "drop" else {}

@@ -4,7 +4,7 @@
 
 The trainer sees all rows of a step, a worker a micro-batch, the record a finished step; each asks the same object:
 
-    Strengths.at(step)      lambda and beta of the step                              trainer
+    Strengths.at(step)      lambda, beta and the policy gradient's weight            trainer
     Method.judge(table)     what spans rows; gap and gate; shaped advantages         trainer, once per local update
     Method.terms(rows)      the gated objective per token, with gradient             worker, once per micro-batch
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,11 +24,11 @@ from sdar_verl.algorithm.gap import StepStatistics, step_statistics, token_gap
 from sdar_verl.algorithm.gates import Ranges, gate_reads
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.masking import clean
-from sdar_verl.algorithm.schedules import Scheduled, make_schedule
+from sdar_verl.algorithm.schedules import Scheduled, make_schedule, measures_of
 from sdar_verl.algorithm.signals import SignalRows, get_signal, signal_reads
 from sdar_verl.algorithm.terms import DistillationTerms
 from sdar_verl.config import LossConfig, ScheduleConfig
-from sdar_verl.fields import GAP_POOLED, GAP_SHIFT, LOSS_SCALE, STATISTICS, TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.fields import CONTRAST, GAP_POOLED, GAP_SHIFT, LOSS_SCALE, STATISTICS, TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.table import StepTable
 
 
@@ -88,6 +88,7 @@ class Method:
         self.settings = settings
         self.in_loss = signal_reads(settings.signal, "loss", settings.signal_options)
         self.reads_entropy = gate_reads(settings.gate, "entropy")
+        self.reads_advantages = gate_reads(settings.gate, "advantages")
         self._shape: dict[str, Any] = {name: getattr(settings, name) for name in ("granularity", "centre", "clamp")}
         self._gate: dict[str, Any] = {"gate": settings.gate, "gate_options": settings.gate_options}
 
@@ -104,7 +105,8 @@ class Method:
 
         Args:
             log_probs: (rows, response_length), the student's of now, nats.
-            rows: ``response_mask``, ``old_log_probs``, the teacher's log-probs and mask, and what statistics there are.
+            rows: ``response_mask``, ``old_log_probs``, the teacher's log-probs and mask, what statistics there are, and
+                ``advantages`` for a gate that reads them.
             values: of the step.
             entropy: (rows, response_length), the student's, nats.
             signals: further tensors of the objective (a divergence).
@@ -118,8 +120,11 @@ class Method:
             beta=values.beta,
             objective=settings.objective,
             objective_options=settings.objective_options,
+            importance_clip=settings.importance_clip,
             entropy=entropy,
             old_log_probs=rows["old_log_probs"],
+            advantages=rows["advantages"] if self.reads_advantages else None,
+            against=rows.get(CONTRAST),
             distill_mask=rows[TEACHER_MASK].bool(),
             statistics=StepStatistics(shift, pooled, scale, Ranges(*values.ranges) if values.ranges else None),
             signals=signals,
@@ -127,24 +132,28 @@ class Method:
             **self._shape,
         )
 
-    def judge(self, table: StepTable, coef: float, beta: float) -> Judgement:
+    def judge(self, table: StepTable, coef: float, beta: float, rl: float = 1.0) -> Judgement:
         """Look at all rows of a local update before it is made.
 
         Args:
             table: with log-probs, the teacher's where there are any, and advantages.
             coef: lambda of the step.
             beta: of the step.
+            rl: weight of the policy gradient in the step.
         """
         settings, measure = self.settings, self._measure(table, coef)
         in_loss = coef if self.in_loss else 0.0
-        if TEACHER_LOG_PROBS not in table.columns:  # a teacher that is scored inside the update
-            return Judgement(StepValues(in_loss, beta, measure=measure), {})
+        weighted = {} if rl == 1.0 else {"advantages": rl * table.advantages}
+        if TEACHER_LOG_PROBS not in table.columns:  # a teacher that is scored inside the update, or has retired
+            return Judgement(StepValues(in_loss, beta, measure=measure), weighted)
         old = clean("old_log_probs", table.columns["old_log_probs"], table.mask)
         teacher = clean("teacher_log_probs", table.columns[TEACHER_LOG_PROBS], table.mask)
         entropy = table.columns.get("entropy") if self.reads_entropy else None
         known = {"distill_mask": table.mask, "entropy": entropy, "beta": beta, **self._gate, **self._shape}
+        known["advantages"] = table.advantages if self.reads_advantages else None
+        against = table.contrast
         statistics = step_statistics(
-            old,
+            old if against is None else against,
             teacher,
             table.response,
             table.episode_ids,
@@ -152,12 +161,14 @@ class Method:
             gap_threshold=settings.gap_threshold,
             **known,
         )
-        terms = distillation_terms(old, teacher, table.response, statistics=statistics, **known)
+        terms = distillation_terms(old, teacher, table.response, against=against, statistics=statistics, **known)
         columns = {GAP_SHIFT: statistics.shift, GAP_POOLED: statistics.pooled, LOSS_SCALE: statistics.scale}
+        columns |= {CONTRAST: against, **weighted}
         change = None
         if not self.in_loss:
-            shaped = self._shape_advantages(table, old, teacher, terms, statistics, coef)
-            change = _mean_change(shaped, table)
+            base = weighted.get("advantages", table.advantages)
+            shaped = self._shape_advantages(table, base, old, teacher, terms, statistics, coef)
+            change = _mean_change(shaped, base, table)
             columns["advantages"] = shaped
         return Judgement(
             StepValues(in_loss, beta, statistics.ranges, measure),
@@ -174,13 +185,14 @@ class Method:
     def _shape_advantages(
         self,
         table: StepTable,
+        advantages: torch.Tensor,
         old: torch.Tensor,
         teacher: torch.Tensor,
         terms: DistillationTerms,
         statistics: StepStatistics,
         strength: float,
     ) -> torch.Tensor:
-        settings, advantages = self.settings, table.advantages
+        settings = self.settings
         rows = SignalRows(
             advantages=advantages,
             response_mask=table.response,
@@ -202,13 +214,22 @@ class Method:
         return clean(f"signal {settings.signal}", shaped, table.response).to(advantages.dtype)
 
 
-def _mean_change(shaped: torch.Tensor, table: StepTable) -> float:
-    change = (shaped - table.advantages).abs()[table.response]
+def _mean_change(shaped: torch.Tensor, base: torch.Tensor, table: StepTable) -> float:
+    change = (shaped - base).abs()[table.response]
     return change.double().mean().item() if len(change) else 0.0
 
 
+class StepStrengths(NamedTuple):
+    """Lambda, beta and the weight of the policy gradient at a step."""
+
+    coef: float
+    beta: float
+    rl: float
+
+
 class Strengths:
-    """Lambda and beta over the steps; what their schedules have learned is part of a checkpoint.
+    """Lambda, beta and the policy gradient's weight over the steps; what their schedules have learned is part of a
+    checkpoint.
 
     Args:
         settings: the ``sdar.loss`` node.
@@ -220,18 +241,28 @@ class Strengths:
         self._values = {
             "coef": scheduled(settings.coef, settings.coef_schedule),
             "beta": scheduled(settings.beta, settings.beta_schedule),
+            "rl": scheduled(settings.rl_coef, settings.rl_schedule),
         }
 
-    def at(self, step: int) -> tuple[float, float]:
-        """Lambda and beta of a step, from 1."""
-        return self._values["coef"].value(step), self._values["beta"].value(step)
+    def at(self, step: int) -> StepStrengths:
+        """Those of a step, from 1."""
+        return StepStrengths(**{name: value.value(step) for name, value in self._values.items()})
+
+    def retired(self, step: int) -> bool:
+        """Whether lambda is 0 at this step and at all later ones: nobody asks the teacher any more."""
+        return self._values["coef"].ended(step)
+
+    @property
+    def measures(self) -> set[str]:
+        """The metrics that the schedules follow."""
+        return {name for value in self._values.values() for name in measures_of(value.schedule)}
 
     def observe(self, step: int, metrics: Mapping[str, Any]) -> None:
         """What the schedules follow, after the step's updates."""
         for value in self._values.values():
-            measured = metrics.get(value.schedule.measures) if value.schedule.measures else None
-            if measured is not None:
-                value.schedule.observe(value.value(step), float(measured))
+            names = measures_of(value.schedule)
+            if names and all(metrics.get(name) is not None for name in names):
+                value.schedule.observe(value.value(step), *(float(metrics[name]) for name in names))
 
     def state_dict(self) -> dict[str, Any]:
         """What they have learned; empty where they learn nothing."""

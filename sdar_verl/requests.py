@@ -6,6 +6,9 @@
     reverse_kl, jsd top_k  top_k_ids                      on_support of those ids   divergence
     any, full              -                              hidden, and the head      divergence
 
+With ``sdar.loss.anchor.reference`` the reference makes a pass over the student's prompts after the teacher's: hidden,
+or on_support of the same ids.
+
 Each teacher pass gives the sampled tokens' log-probs, too. A teacher's distribution is kept as k log-probs per token,
 or as the hidden state from which its head makes all of them: 4 * (2 * k + 1) bytes per token, or the hidden size in the
 model's precision, whatever the vocabulary.
@@ -44,6 +47,8 @@ class HeadRequest:
         k: tokens of the support; 0 is the whole vocabulary.
         kind: the divergence.
         tail: what becomes of the rest of the vocabulary.
+        reference: weight of the start policy in the target of a divergence.
+        student: weight of the student itself there.
     """
 
     what: Literal["log_probs", "top_k_ids", "top_k", "on_support", "hidden", "divergence"] = "log_probs"
@@ -52,6 +57,8 @@ class HeadRequest:
     k: int = 0
     kind: str = ""
     tail: Literal["bucket", "renormalise"] = "bucket"
+    reference: float = 0.0
+    student: float = 0.0
 
     def to_json(self) -> str:
         """The form that travels with a batch."""
@@ -71,6 +78,7 @@ class StepRequests:
         student: with the old log-probs.
         teacher: of the teacher pass.
         update: of the actor's update.
+        anchor: of the reference's pass over the student's prompts; None: there is none.
         carry: columns of the rows that the teacher pass reads.
     """
 
@@ -78,6 +86,7 @@ class StepRequests:
     teacher: HeadRequest = HeadRequest(teacher=True)
     update: HeadRequest | None = None
     carry: tuple[str, ...] = ()
+    anchor: HeadRequest | None = None
 
     @classmethod
     def of(cls, loss: LossConfig) -> StepRequests:
@@ -85,18 +94,21 @@ class StepRequests:
         if not reads_distributions(loss):
             return cls()
         chunk = CHUNK_TOKENS if loss.chunk_tokens is None else loss.chunk_tokens
+        anchored, drawn = loss.anchor.model_dump(), loss.anchor.reference > 0
         if loss.support != "top_k":
             return cls(
                 teacher=HeadRequest("hidden", True, chunk),
-                update=HeadRequest("divergence", False, chunk, 0, loss.objective),
+                update=HeadRequest("divergence", False, chunk, 0, loss.objective, **anchored),
+                anchor=HeadRequest("hidden", True, chunk) if drawn else None,
             )
         k = top_k(loss)
         own = SUPPORT_OF[loss.objective] == "teacher"
         return cls(
             student=None if own else HeadRequest("top_k_ids", False, chunk, k),
             teacher=HeadRequest("top_k" if own else "on_support", True, chunk, k),
-            update=HeadRequest("divergence", False, chunk, k, loss.objective, loss.tail or "bucket"),
+            update=HeadRequest("divergence", False, chunk, k, loss.objective, loss.tail or "bucket", **anchored),
             carry=() if own else (SUPPORT_IDS,),
+            anchor=HeadRequest("on_support", True, chunk, k) if drawn else None,
         )
 
 

@@ -64,7 +64,7 @@ def local_update(run: SdarTraining, metrics: dict[str, Any], size: int) -> Any:
     with run.timed("adv"):
         batch = run.advantages(batch, table, metrics)
     metrics |= leave_out_broken_rows(table, ADVANTAGES, run.sdar.on_nonfinite, run.tokenizer.eos_token_id)
-    if run.teacher is not None:
+    if run.taught:
         with run.timed("method"):
             metrics |= run.judge(batch, table)
 

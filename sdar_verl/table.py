@@ -11,7 +11,9 @@ from typing import Any, Protocol
 import torch
 from tensordict import TensorDict
 
+from sdar_verl.algorithm.contrast import mixture_log_probs
 from sdar_verl.errors import RolloutError
+from sdar_verl.fields import contrast_log_probs
 from sdar_verl.rollout.rows import RowId, RowInfo
 
 LOST_LIMIT = 0.5
@@ -135,6 +137,16 @@ class StepTable:
         """(rows, response_length) bool, sampled tokens that have a teacher."""
         seen = torch.tensor([info is not None and info.has_teacher for info in self.infos])
         return self.response & seen.unsqueeze(-1)
+
+    @property
+    def contrast(self) -> torch.Tensor | None:
+        """(rows, response_length) log-probs of the sampled tokens with the bad context, nats: of the mean of its texts'
+        probabilities where a row has several. None where no row has any."""
+        texts = torch.tensor([0 if info is None else len(info.contrast_prompt_ids) for info in self.infos])
+        if not texts.any():
+            return None
+        columns = torch.stack([self.columns[contrast_log_probs(number)] for number in range(int(texts.max()))])
+        return mixture_log_probs(columns, texts)
 
     @property
     def advantages(self) -> torch.Tensor:

@@ -167,6 +167,7 @@ def rlsd_advantages(
     *,
     mix: float = 0.5,
     clip: float = 0.2,
+    clip_low: float | None = None,
     distill_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """RLSD: the teacher scales how much of the advantage a token gets (arXiv:2605.15155, baseline RLSD, the paper's
@@ -186,6 +187,8 @@ def rlsd_advantages(
         response_mask: (batch, response_length), bool or 0/1.
         mix: share of the re-weighted advantage, in [0, 1]; the paper's lambda. 0 leaves the advantages as they are.
         clip: half-width of the clip range, in [0, 1).
+        clip_low: how far below 1 the weight may go; None: ``clip``. 0 is one-sided: credit and blame are only added to;
+            ``clip=0`` with a ``clip_low`` only takes away.
         distill_mask: (batch,) or (batch, response_length), False where there is no teacher log-prob; the advantage
             stays as it is there.
 
@@ -199,12 +202,15 @@ def rlsd_advantages(
         raise ValueError(f"mix is {mix}; it must lie in [0, 1] (the paper uses 0.5)")
     if not 0.0 <= clip < 1.0:
         raise ValueError(f"clip is {clip}; it must lie in [0, 1) (the paper uses 0.2)")
+    below = clip if clip_low is None else clip_low
+    if not 0.0 <= below < 1.0:
+        raise ValueError(f"clip_low is {clip_low}; it must lie in [0, 1)")
     mask = active_mask(response_mask, distill_mask)
     base = clean("advantages", advantages, response_mask.bool()).detach()
     teacher = clean("teacher_log_probs", teacher_log_probs, mask).detach()
     old = clean("old_log_probs", old_log_probs, mask).detach()
 
-    weight = torch.exp(base.sign() * (teacher - old)).clamp(1.0 - clip, 1.0 + clip)
+    weight = torch.exp(base.sign() * (teacher - old)).clamp(1.0 - below, 1.0 + clip)
     return torch.where(mask, base * ((1.0 - mix) + mix * weight), base)
 
 

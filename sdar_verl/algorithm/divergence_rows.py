@@ -10,6 +10,13 @@ derivatives in closed form, P the student and Q the teacher, at one position:
                  c_i - P_i sum(c) on the k tokens, R_v (c_tail - P_tail sum(c)) on the others, R = P given the tail
 
 Automatic differentiation would hold about twelve tensors of the logits' size at a time; these hold three or four.
+
+Q may be anchored: drawn towards another policy A on the student's prompt, and towards the student itself, detached,
+
+    log Q' = (1 - a - b) log Q + a log A + b sg[log P] - log Z
+
+Then forward_kl has the slope P_v - Q'_v; with b this is SR-OPSD's Renyi step (arXiv:2608.09745), rho = 1 - b. With b
+alone reverse_kl has 1 - b times the slope that it has without.
 """
 
 from __future__ import annotations
@@ -27,20 +34,43 @@ ABSENT = -1e30
 INFINITE = 1e12
 
 
+class Anchor:
+    """What the teacher is drawn to.
+
+    Args:
+        reference: a.
+        student: b; a + b < 1.
+        logits: rows -> (chunk, V) float32, A's logits divided by the temperature, or its log-probs of the support,
+            (chunk, k + 1); overwritten. None where a is 0.
+    """
+
+    def __init__(self, reference: float, student: float, logits: Callable[[slice], torch.Tensor] | None = None):
+        self._reference, self._student, self._logits = reference, student, logits
+
+    def draw(self, teacher: torch.Tensor, rows: slice, student: torch.Tensor) -> torch.Tensor:
+        """log Q' up to a constant, from Q's logits or log-probs (overwritten) and the student's log-probs, detached."""
+        teacher.mul_(1.0 - self._reference - self._student)
+        if self._logits is not None:
+            teacher.add_(self._logits(rows), alpha=self._reference)
+        return teacher.add_(student.detach(), alpha=self._student) if self._student else teacher
+
+
 class FullDivergence:
     """Over the whole vocabulary.
 
     Args:
         kind: key of :data:`sdar_verl.algorithm.divergences.DIVERGENCES`.
         teacher_logits: rows -> (chunk, V) float32, divided by the temperature; overwritten.
+        anchor: of the teacher; None: the teacher as it is.
     """
 
-    def __init__(self, kind: str, teacher_logits: Callable[[slice], torch.Tensor]):
-        self._kind, self._teacher = kind, teacher_logits
+    def __init__(self, kind: str, teacher_logits: Callable[[slice], torch.Tensor], anchor: Anchor | None = None):
+        self._kind, self._teacher, self._anchor = kind, teacher_logits, anchor
 
     def columns(self, logits: torch.Tensor, rows: slice) -> torch.Tensor:
         """(chunk, 5), see :data:`sdar_verl.algorithm.divergences.COLUMNS`; overwrites ``logits``."""
-        student, teacher = _log_softmax(logits), _log_softmax(self._teacher(rows))
+        student = _log_softmax(logits)
+        teacher = self._target(rows, student)
         p, q = student.exp(), teacher.exp()
         student_entropy, teacher_entropy = -(p * student).sum(-1), -(q * teacher).sum(-1)
         if self._kind == "jsd":
@@ -56,7 +86,8 @@ class FullDivergence:
 
     def slope(self, logits: torch.Tensor, rows: slice, upstream: torch.Tensor) -> torch.Tensor:
         """``upstream`` (chunk,) times d divergence / d logits, (chunk, V); overwrites ``logits``."""
-        student, teacher = _log_softmax(logits), _log_softmax(self._teacher(rows))
+        student = _log_softmax(logits)
+        teacher = self._target(rows, student)
         if self._kind == "forward_kl":
             return student.exp_().sub_(teacher.exp_()).mul_(upstream.unsqueeze(-1))
         if self._kind == "jsd":
@@ -67,6 +98,10 @@ class FullDivergence:
         value = (p * inner).sum(-1, keepdim=True)
         return inner.sub_(value).mul_(p).mul_(upstream.unsqueeze(-1))
 
+    def _target(self, rows: slice, student: torch.Tensor) -> torch.Tensor:
+        teacher = self._teacher(rows)
+        return _log_softmax(teacher if self._anchor is None else self._anchor.draw(teacher, rows, student))
+
 
 class TopKDivergence:
     """Over k tokens, and all others together.
@@ -76,10 +111,14 @@ class TopKDivergence:
         ids: (tokens, k) int64.
         teacher_log_probs: (tokens, k + 1), see :func:`sdar_verl.algorithm.divergences.on_support`.
         tail: see :func:`sdar_verl.algorithm.divergences.close_support`.
+        anchor: of the teacher; None: the teacher as it is. "Any other token" is one event to all of them.
     """
 
-    def __init__(self, kind: str, ids: torch.Tensor, teacher_log_probs: torch.Tensor, tail: Tail):
+    def __init__(
+        self, kind: str, ids: torch.Tensor, teacher_log_probs: torch.Tensor, tail: Tail, anchor: Anchor | None = None
+    ):
         self._kind, self._ids, self._teacher, self._tail = kind, ids, teacher_log_probs, tail
+        self._anchor = anchor
 
     def columns(self, logits: torch.Tensor, rows: slice) -> torch.Tensor:
         """(chunk, 5), see :data:`sdar_verl.algorithm.divergences.COLUMNS`; overwrites ``logits``."""
@@ -113,6 +152,8 @@ class TopKDivergence:
 
     def _of_support(self, student: torch.Tensor, rows: slice) -> torch.Tensor:
         teacher = self._teacher[rows]
+        if self._anchor is not None:
+            teacher = self._anchor.draw(teacher.clone(), rows, student).log_softmax(-1)
         return columns_of(
             self._kind,
             close_support(student, self._tail),

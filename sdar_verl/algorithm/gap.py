@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from sdar_verl.algorithm.gates import Ranges, gate_reads, get_gate, value_ranges
+from sdar_verl.algorithm.gates import Ranges, gate_reads, gate_weight, value_ranges
 from sdar_verl.algorithm.masking import active_mask, clean
+from sdar_verl.algorithm.turns import episode_means, numbered, turn_means
 
 GRANULARITIES = ("token", "turn", "trajectory")
 CENTRES = ("none", "trajectory", "batch")
@@ -101,55 +102,6 @@ def token_gap(
     return torch.where(mask, gap, torch.zeros_like(gap))
 
 
-def turn_means(values: torch.Tensor, mask: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-    """Every distilled token gets the mean over the distilled tokens of its turn; 0 elsewhere.
-
-    A turn is a maximal run of response tokens in a row: the whole response where each turn is a row, one stretch
-    between observations where a row is a trajectory.
-    """
-    turn = row_turns(response_mask)
-    sums, counts = turn_sums(values, mask, turn)
-    means = (sums / counts.clamp(min=1.0)).gather(1, turn)
-    return torch.where(mask, means, 0.0).to(values.dtype)
-
-
-def row_turns(response_mask: torch.Tensor) -> torch.Tensor:
-    """Which turn of its row a response token belongs to, (rows, response_length), from 0; see :func:`turn_means`."""
-    before = torch.nn.functional.pad(response_mask[:, :-1], (1, 0))
-    return ((response_mask & ~before).long().cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def turn_sums(values: torch.Tensor, mask: torch.Tensor, turn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of ``values`` over the distilled tokens of every turn of every row, and their number.
-
-    Args:
-        values, mask: (rows, response_length).
-        turn: (rows, response_length), :func:`row_turns`.
-
-    Returns:
-        Two tensors (rows, turns), float64; 0 where a row has fewer turns.
-    """
-    width = int(turn.max()) + 1 if turn.numel() else 1
-    nothing = torch.zeros(turn.shape[0], width, dtype=torch.float64, device=values.device)
-    sums = nothing.scatter_add(1, turn, torch.where(mask, values.double(), 0.0))
-    return sums, nothing.scatter_add(1, turn, mask.double())
-
-
-def episode_means(values: torch.Tensor, mask: torch.Tensor, episode_ids: Sequence[Hashable]) -> torch.Tensor:
-    """Every position of a row gets the mean over the distilled tokens of all rows of its episode (0 without any).
-
-    Args:
-        values: (rows, response_length).
-        mask: (rows, response_length) bool.
-        episode_ids: (rows,), unique over the step.
-    """
-    episode, episodes = _numbered(episode_ids, values)
-    sums = torch.zeros(episodes, dtype=torch.float64, device=values.device)
-    counts = sums.index_add(0, episode, mask.double().sum(dim=-1))
-    sums = sums.index_add(0, episode, torch.where(mask, values.double(), 0.0).sum(dim=-1))
-    return (sums / counts.clamp(min=1.0))[episode].to(values.dtype).unsqueeze(-1).expand_as(values)
-
-
 def step_statistics(
     old_log_probs: torch.Tensor,
     teacher_log_probs: torch.Tensor,
@@ -158,6 +110,7 @@ def step_statistics(
     *,
     distill_mask: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
+    advantages: torch.Tensor | None = None,
     gate: str = "gap",
     beta: float = 5.0,
     gate_options: Mapping[str, Any] | None = None,
@@ -186,6 +139,7 @@ def step_statistics(
         episode_ids: (rows,), which episode each row belongs to.
         distill_mask: as in :func:`sdar_verl.algorithm.loss.distillation_terms`.
         entropy: (rows, response_length), the student's, nats; for gates that read it.
+        advantages: (rows, response_length); for gates that read them.
         gate, beta, gate_options, granularity, centre, clamp: the ``sdar.loss`` options of these names.
         divide_by: tokens, trajectory, weights or gap_bearing.
         gap_threshold: nats, for ``gap_bearing``.
@@ -218,8 +172,17 @@ def step_statistics(
     if divide_by == "trajectory":
         scale = _trajectory_scale(response, episode_ids, gap)
     elif divide_by == "weights":
-        options = dict(gate_options or {})
-        weight = get_gate(gate)(entering, beta=beta, entropy=clean_entropy, mask=mask, ranges=ranges, **options)
+        weight = gate_weight(
+            gate,
+            entering,
+            beta=beta,
+            mask=mask,
+            response_mask=response,
+            entropy=clean_entropy,
+            ranges=ranges,
+            advantages=None if advantages is None else clean("advantages", advantages, mask),
+            options=gate_options,
+        )
         scale = _uniform_scale(response, torch.where(mask, weight.double(), 0.0).sum(), gap)
     elif divide_by == "gap_bearing":
         bearing = mask & (gap.abs() >= gap_threshold)
@@ -233,21 +196,12 @@ def _uniform_scale(response: torch.Tensor, divisor: torch.Tensor, like: torch.Te
 
 
 def _trajectory_scale(response: torch.Tensor, episode_ids: Sequence[Hashable], like: torch.Tensor) -> torch.Tensor:
-    episode, episodes = _numbered(episode_ids, like)
+    episode, episodes = numbered(episode_ids, like)
     tokens = torch.zeros(episodes, dtype=torch.float64, device=like.device)
     tokens = tokens.index_add(0, episode, response.double().sum(dim=-1))
     played = (tokens > 0).sum().clamp(min=1)  # a padding row is an episode without tokens
     factor = tokens.sum() / (played * tokens.clamp(min=1.0))
     return factor[episode].to(like.dtype).unsqueeze(-1).expand_as(like)
-
-
-def _numbered(ids: Sequence[Hashable], like: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Ids as consecutive numbers, and how many different ones there are."""
-    if len(ids) != len(like):
-        raise ValueError(f"episode_ids has {len(ids)} entries for {len(like)} rows")
-    numbers: dict[Hashable, int] = {}
-    index = [numbers.setdefault(name, len(numbers)) for name in ids]
-    return torch.tensor(index, dtype=torch.long, device=like.device), len(numbers)
 
 
 def _needed(statistics: StepStatistics | None, name: str, option: str) -> torch.Tensor:

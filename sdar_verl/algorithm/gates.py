@@ -8,10 +8,11 @@ A gate is a pure function ``gate(gap, *, beta, **signals) -> weight``:
   (:mod:`sdar_verl.algorithm.gap`);
 - ``beta``: sharpness, 1/nats, >= 0;
 - ``signals``: what else is known per token: ``entropy`` (the student's over the full vocabulary, nats, or None),
-  ``mask`` (bool, distilled tokens), ``ranges`` (:class:`Ranges` of the whole step, or None). A gate names those it
-  reads and takes the rest as ``**_``, so that later signals do not break it. A keyword that is none of these is an
-  option of the gate, set in ``sdar.loss.gate_options``;
-- ``weight``: same shape as ``gap``, in [0, 1].
+  ``mask`` (bool, distilled tokens), ``ranges`` (:class:`Ranges` of the whole step, or None), ``advantages`` (the
+  policy gradient's), ``ratio`` (pi_theta / pi_old of the sampled token, detached) and ``turn`` (which turn of its row
+  the token is in). A gate names those it reads and takes the rest as ``**_``, so that later signals do not break it.
+  A keyword that is none of these is an option of the gate, set in ``sdar.loss.gate_options``;
+- ``weight``: same shape as ``gap``, >= 0.
 
 Gaps are finite; at masked positions they are 0. The loss calls a gate without gradient: the
 teacher acts through the size of the weight only. A gate of your own, in your own package::
@@ -28,17 +29,20 @@ distillation; nor is ``entropy``, whose weight is the same for every token that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from sdar_verl.algorithm.registry import Registry
+from sdar_verl.algorithm.turns import row_turns, turn_medians, turn_sums
 
 Gate = Callable[..., torch.Tensor]
 
-SIGNALS = ("beta", "entropy", "mask", "ranges")
+SIGNALS = ("beta", "entropy", "mask", "ranges", "advantages", "ratio", "turn")
 NORMS = ("none", "batch_minmax", "squash")
+MAX_LOG_RATIO = 10.0
+"""Beyond it the importance ratio is taken for exp(10)."""
 
 _GATES: Registry[Gate] = Registry("gate", SIGNALS)
 
@@ -80,8 +84,42 @@ def gate_reads(name: str, signal: str) -> bool:
 def check_gate_options(name: str, options: dict[str, Any]) -> None:
     """Raise ValueError for an option that the gate does not take, one that is missing, or a value that it refuses."""
     _GATES.check_options(name, options)
-    token = torch.zeros(1, 1)
-    get_gate(name)(token, beta=1.0, entropy=token, mask=token.bool(), ranges=None, **options)
+    token, on = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    gate_weight(name, token, beta=1.0, mask=on, response_mask=on, entropy=token, advantages=token, options=options)
+
+
+def gate_weight(
+    gate: str,
+    gap: torch.Tensor,
+    *,
+    beta: float,
+    mask: torch.Tensor,
+    response_mask: torch.Tensor,
+    entropy: torch.Tensor | None = None,
+    ranges: Ranges | None = None,
+    advantages: torch.Tensor | None = None,
+    log_ratio: torch.Tensor | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> torch.Tensor:
+    """What the gate gives, with those of the signals that it reads; tensors (rows, response_length).
+
+    Args:
+        gate: registered name.
+        gap: as it enters the gate.
+        beta: sharpness.
+        mask: bool, distilled tokens.
+        response_mask: bool, sampled tokens.
+        entropy, ranges, advantages: see the module.
+        log_ratio: log pi_theta - log pi_old of the sampled tokens, nats; None: on-policy, all 0.
+        options: of the gate.
+    """
+    signals: dict[str, Any] = {"beta": beta, "entropy": entropy, "mask": mask, "ranges": ranges}
+    signals["advantages"] = advantages
+    if gate_reads(gate, "ratio"):
+        signals["ratio"] = torch.ones_like(gap) if log_ratio is None else log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    if gate_reads(gate, "turn"):
+        signals["turn"] = row_turns(response_mask)
+    return get_gate(gate)(gap, **signals, **(options or {}))
 
 
 @register_gate("gap")
@@ -102,7 +140,7 @@ def entropy_gate(gap: torch.Tensor, *, beta: float, entropy: torch.Tensor | None
 
     h_t >= 0, so the gate never attenuates below 1/2; with the ``sampled`` objective the teacher has no say at all.
     """
-    return torch.sigmoid(beta * _given(entropy, "entropy"))
+    return torch.sigmoid(beta * _given(entropy, "entropy", "entropy"))
 
 
 @register_gate("soft_or")
@@ -128,7 +166,7 @@ def soft_or_gate(
     """
     if norm not in NORMS:
         raise ValueError(f"soft_or has norm={norm!r}; known: {', '.join(NORMS)}")
-    high = _given(entropy, "soft_or")
+    high = _given(entropy, "soft_or", "entropy")
     if norm == "squash":
         high, low = torch.tanh(high), torch.sigmoid(gap)
     elif norm == "batch_minmax":
@@ -152,6 +190,45 @@ def half_gate(gap: torch.Tensor, **_: Any) -> torch.Tensor:
     return torch.full_like(gap, 0.5)
 
 
+@register_gate("calibrated")
+def calibrated_gate(
+    gap: torch.Tensor,
+    *,
+    beta: float,
+    advantages: torch.Tensor | None,
+    ratio: torch.Tensor,
+    mask: torch.Tensor,
+    turn: torch.Tensor,
+    **_: Any,
+) -> torch.Tensor:
+    """ICSD (arXiv:2608.14945): the gap gate, dealt out anew within each turn by what outcome and teacher say together.
+
+        g_t = sigmoid(beta Delta_t),   u_t = A_t rho_t Delta_t,   mu = median of u over the turn
+        m_t = exp((u_t - mu) / b-) / 2         for u_t < mu,    b- = mean abs(u - mu) over the turn's tokens below mu
+        m_t = 1 - exp(-(u_t - mu) / b+) / 2    from mu on,      b+ = the same over the others
+        w_t = g_t                              where A_t < 0 and Delta_t < 0: a failure that the teacher disowns, too
+        w_t = a g_t m_t                        elsewhere, a = sum g / sum g m over these tokens of the turn
+
+    Tokens on which teacher and outcome agree more than on the turn's middle one get more, the others less; a keeps what
+    the turn has of weight in all, so w_t may exceed 1. On a turn where all u are one, m is 1/2 and w is g. Read in a
+    summary only: that m is 1/2 where b is 0, and that mu is over all tokens of the turn, is this package's reading.
+    """
+    plain = torch.sigmoid(beta * gap)
+    outcome = _given(advantages, "calibrated", "advantages")
+    agreement = (outcome * ratio * gap).double()
+    apart = agreement - turn_medians(agreement, mask, turn).gather(1, turn)
+    rank = torch.zeros_like(apart)
+    for side in (mask & (apart < 0), mask & (apart >= 0)):
+        sums, counts = turn_sums(apart.abs(), side, turn)
+        spread = (sums / counts.clamp(min=1.0)).gather(1, turn).clamp(min=torch.finfo(torch.double).tiny)
+        tail = 0.5 * torch.exp(-apart.abs() / spread)
+        rank = torch.where(side, torch.where(apart < 0, tail, 1.0 - tail), rank)
+    dealt = mask & ~((outcome < 0) & (gap < 0))
+    before, after = (turn_sums(weight, dealt, turn)[0].gather(1, turn) for weight in (plain, plain * rank))
+    scaled = plain * rank * before / after.clamp(min=torch.finfo(torch.double).tiny)
+    return torch.where(dealt, scaled.to(plain), plain)
+
+
 def value_ranges(entropy: torch.Tensor, gap: torch.Tensor, mask: torch.Tensor) -> Ranges:
     """:class:`Ranges` over the positions where ``mask`` (bool, the tensors' shape) is on; all 0 when it is nowhere."""
     if not mask.any():
@@ -166,7 +243,7 @@ def _unit_range(values: torch.Tensor, smallest: float, largest: float) -> torch.
     return ((values - smallest) / width).clamp(0.0, 1.0) if width > 0 else torch.zeros_like(values)
 
 
-def _given(entropy: torch.Tensor | None, gate: str) -> torch.Tensor:
-    if entropy is None:
-        raise ValueError(f"gate {gate!r} reads the student's entropy, which is not given")
-    return entropy
+def _given(values: torch.Tensor | None, gate: str, what: str) -> torch.Tensor:
+    if values is None:
+        raise ValueError(f"gate {gate!r} reads the student's {what}, not given here")
+    return values

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from sdar_verl.algorithm.gap import StepStatistics, gate_gap
-from sdar_verl.algorithm.gates import get_gate
+from sdar_verl.algorithm.gates import gate_weight, get_gate
 from sdar_verl.algorithm.masking import active_mask, clean
-from sdar_verl.algorithm.objectives import get_objective
+from sdar_verl.algorithm.objectives import MAX_LOG_RATIO, get_objective
 from sdar_verl.algorithm.terms import DistillationTerms
 
 
@@ -37,6 +37,9 @@ def distillation_terms(
     objective: str = "sampled",
     entropy: torch.Tensor | None = None,
     old_log_probs: torch.Tensor | None = None,
+    advantages: torch.Tensor | None = None,
+    against: torch.Tensor | None = None,
+    importance_clip: float | None = None,
     distill_mask: torch.Tensor | None = None,
     gate_options: Mapping[str, Any] | None = None,
     objective_options: Mapping[str, Any] | None = None,
@@ -60,7 +63,12 @@ def distillation_terms(
         beta: sharpness of the gate, >= 0.
         objective: registered name, see :mod:`sdar_verl.algorithm.objectives`.
         entropy: (batch, response_length), the student's entropy in nats, for gates that read it.
-        old_log_probs: (batch, response_length), log pi_old(y_t | s_t), for objectives that read it.
+        old_log_probs: (batch, response_length), log pi_old(y_t | s_t), for objectives and gates that read it.
+        advantages: (batch, response_length), of the policy gradient, for gates that read them.
+        against: (batch, response_length), log-probs that the gap is taken to, in nats: a teacher's with a bad context
+            (:mod:`sdar_verl.algorithm.contrast`). None: the student's own.
+        importance_clip: largest importance weight min(pi_theta / pi_old, importance_clip), detached, that a token's
+            loss is multiplied with; None, or without ``old_log_probs``: no weight.
         distill_mask: (batch,) or (batch, response_length), False where there is no teacher log-prob (validation
             rows, failed retrieval, padding rows). None: everywhere there is one.
         gate_options: keyword arguments of the gate beyond its signals.
@@ -81,7 +89,8 @@ def distillation_terms(
     """
     if not (math.isfinite(beta) and beta >= 0.0):
         raise ValueError(f"beta is {beta}; it must be finite and >= 0 (the paper uses 5)")
-    gate_fn, objective_fn = get_gate(gate), get_objective(objective)
+    get_gate(gate)
+    objective_fn = get_objective(objective)
 
     response, mask = response_mask.bool(), active_mask(response_mask, distill_mask)
     student = clean("student_log_probs", student_log_probs, mask)
@@ -89,7 +98,7 @@ def distillation_terms(
     entropy = None if entropy is None else clean("entropy", entropy, mask).detach()
     old = None if old_log_probs is None else clean("old_log_probs", old_log_probs, mask).detach()
 
-    gap = teacher - student.detach()
+    gap = teacher - (student if against is None else clean("against", against, mask)).detach()
     entering = gate_gap(
         gap,
         mask,
@@ -100,8 +109,20 @@ def distillation_terms(
         statistics=statistics,
     )
     ranges = None if statistics is None else statistics.ranges
+    log_ratio = None if old is None else student.detach() - old
     with torch.no_grad():
-        weight = gate_fn(entering, beta=beta, entropy=entropy, mask=mask, ranges=ranges, **(gate_options or {}))
+        weight = gate_weight(
+            gate,
+            entering,
+            beta=beta,
+            mask=mask,
+            response_mask=response,
+            entropy=entropy,
+            ranges=ranges,
+            advantages=None if advantages is None else clean("advantages", advantages, mask),
+            log_ratio=log_ratio,
+            options=gate_options,
+        )
     further = {name: clean(name, values, mask) for name, values in (signals or {}).items()}
     per_token = objective_fn(student, teacher, old_log_probs=old, **further, **(objective_options or {}))
     for kind, name, result in (("gate", gate, weight), ("objective", objective, per_token)):
@@ -110,6 +131,8 @@ def distillation_terms(
 
     zero = torch.zeros_like(gap)
     weighted = torch.where(mask, weight * per_token, zero)
+    if importance_clip is not None and log_ratio is not None:
+        weighted = weighted * log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=importance_clip)
     if statistics is not None and statistics.scale is not None:
         weighted = weighted * statistics.scale.to(gap)
     return DistillationTerms(

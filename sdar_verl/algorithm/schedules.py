@@ -16,90 +16,50 @@ linearly, min(1, step' / warmup_steps). The factor is the schedule's own::
         def factor(self, step):
             return 0.5 ** (step / self.every)
 
-The fields of a schedule are its options, set in ``sdar.loss.coef_schedule.options``. One that follows a measured
-quantity overrides ``observe`` and keeps what it learned in ``state``, which goes into the checkpoint.
+The fields of a schedule are its options, set in ``sdar.loss.coef_schedule.options``. One that follows measured
+quantities names them in ``measures``, overrides ``observe`` and keeps what it learned in ``state``, which goes into the
+checkpoint. One whose factor is 0 from some step on for good says so in ``ended``: the teacher's pass then ends.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdar_verl.algorithm.registry import Registry
+from sdar_verl.algorithm import hand_over  # noqa: F401  registers its own
+from sdar_verl.algorithm.schedule_base import (
+    _SCHEDULES,
+    GAP_MEAN,
+    GAP_SIZE,
+    GRAD_SHARE,
+    GRAD_SHARE_WEIGHTS,
+    SUCCESS,
+    Schedule,
+    Scheduled,
+    get_schedule,
+    list_schedules,
+    make_schedule,
+    measures_of,
+    register_schedule,
+)
 
-GRAD_SHARE = "sdar/grad_share"
-"""Norm of lambda times the distillation gradient over the norm of the rest's, both in the sampled tokens' log-probs."""
-
-GRAD_SHARE_WEIGHTS = "sdar/grad_share_weights"
-"""The same in the weights, measured every ``sdar.loss.measure_every`` steps."""
-
-
-class Schedule:
-    """A constant; base class of all schedules.
-
-    Attributes:
-        measures: the metric that :meth:`observe` needs, or None.
-    """
-
-    measures: str | None = None
-
-    def factor(self, step: int) -> float:
-        """What the base value is multiplied by; ``step`` counts from 1 at the start of the window."""
-        return 1.0
-
-    def observe(self, value: float, measured: float) -> None:
-        """After an update: ``value`` was used and the metric ``measures`` came out as ``measured``."""
-
-    @property
-    def state(self) -> dict[str, float]:
-        """What has been learned from measurements; JSON."""
-        return {}
-
-    @state.setter
-    def state(self, state: Mapping[str, float]) -> None:
-        if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, but was given {sorted(state)}")
-
-
-S = Callable[..., Schedule]
-_SCHEDULES: Registry[S] = Registry("schedule")
-
-
-def register_schedule(name: str) -> Callable[[type], type]:
-    """Decorator: make a subclass of :class:`Schedule` selectable as ``name``.
-
-    Raises:
-        ValueError: the name is taken.
-        TypeError: it is another class, or a function.
-    """
-
-    def enter(schedule: type) -> type:
-        if not (isinstance(schedule, type) and issubclass(schedule, Schedule)):
-            raise TypeError(
-                f"schedule {name!r} is {schedule!r}; it must be a subclass of "
-                "sdar_verl.algorithm.schedules.Schedule, whose method factor(step) gives the factor, and whose fields "
-                "are its options"
-            )
-        _SCHEDULES.register(name)(schedule)
-        return schedule
-
-    return enter
-
-
-def get_schedule(name: str) -> S:
-    """The schedule called ``name``. Raises ValueError that lists the known names."""
-    return _SCHEDULES.get(name)
-
-
-def list_schedules() -> list[str]:
-    """Names of all schedules, sorted."""
-    return _SCHEDULES.names()
-
-
-register_schedule("constant")(Schedule)
+__all__ = [
+    "GAP_MEAN",
+    "GAP_SIZE",
+    "GRAD_SHARE",
+    "GRAD_SHARE_WEIGHTS",
+    "SUCCESS",
+    "_SCHEDULES",
+    "Schedule",
+    "Scheduled",
+    "get_schedule",
+    "list_schedules",
+    "make_schedule",
+    "measures_of",
+    "register_schedule",
+]
 
 
 @register_schedule("linear_decay")
@@ -117,6 +77,10 @@ class LinearDecay(Schedule):
         """See the class."""
         return 1.0 - (1.0 - self.final) * min(step / self.steps, 1.0)
 
+    def ended(self, step: int) -> bool:
+        """At the end of a decay to 0."""
+        return self.final == 0.0 and step >= self.steps
+
 
 @register_schedule("cosine_decay")
 @dataclass
@@ -133,6 +97,10 @@ class CosineDecay(Schedule):
         """See the class."""
         wave = (1.0 + math.cos(math.pi * min(step / self.steps, 1.0))) / 2.0
         return self.final + (1.0 - self.final) * wave
+
+    def ended(self, step: int) -> bool:
+        """At the end of a decay to 0."""
+        return self.final == 0.0 and step >= self.steps
 
 
 @register_schedule("grad_share")
@@ -171,67 +139,22 @@ class GradShare(Schedule):
         """The factor learned so far."""
         return math.exp(self._log_factor)
 
-    def observe(self, value: float, measured: float) -> None:
+    def observe(self, value: float, *measurements: float) -> None:
         """One measurement; see the class."""
+        (measured,) = measurements
         if value > 0.0 and math.isfinite(measured) and measured > 0.0:
             moved = self._log_factor + (1.0 - self.smoothing) * math.log(self.share / measured)
             limit = math.log(self.bound)
             self._log_factor = min(max(moved, -limit), limit)
 
     @property
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """The logarithm of the factor."""
         return {"log_factor": self._log_factor}
 
     @state.setter
-    def state(self, state: Mapping[str, float]) -> None:
+    def state(self, state: Mapping[str, Any]) -> None:
         self._log_factor = float(state["log_factor"])
-
-
-@dataclass
-class Scheduled:
-    """A base value, its window and its schedule.
-
-    Args:
-        base: lambda or beta as configured.
-        schedule: its factor.
-        start_step: first step with a value other than 0.
-        stop_step: first step after the window; None: no end.
-        warmup_steps: length of the linear rise.
-    """
-
-    base: float
-    schedule: Schedule
-    start_step: int = 1
-    stop_step: int | None = None
-    warmup_steps: int = 0
-
-    def value(self, step: int) -> float:
-        """The value at ``step`` (from 1)."""
-        if step < self.start_step or (self.stop_step is not None and step >= self.stop_step):
-            return 0.0
-        inside = step - self.start_step + 1
-        rise = min(1.0, inside / self.warmup_steps) if self.warmup_steps else 1.0
-        return self.base * rise * self.schedule.factor(inside)
-
-
-def make_schedule(name: str, options: Mapping[str, Any]) -> Schedule:
-    """Build a schedule.
-
-    Raises:
-        ValueError: unknown name, unknown or missing option, or a value that the schedule refuses.
-    """
-    factory = get_schedule(name)
-    parameters = inspect.signature(factory).parameters
-    unknown = sorted(options.keys() - parameters.keys())
-    if unknown:
-        raise ValueError(
-            f"schedule {name!r} has no option {', '.join(map(repr, unknown))}; known: {', '.join(parameters) or 'none'}"
-        )
-    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in options]
-    if missing:
-        raise ValueError(f"schedule {name!r} needs the option {', '.join(map(repr, missing))}")
-    return factory(**options)
 
 
 def _check_decay(steps: int, final: float) -> None:

@@ -17,90 +17,25 @@ A signal is a pure function ``signal(rows, *, strength, **options) -> advantages
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
 
+from sdar_verl.algorithm import turn_signals  # noqa: F401  registers its own
 from sdar_verl.algorithm.advantages import rlsd_advantages
-from sdar_verl.algorithm.gap import episode_means, row_turns, turn_means, turn_sums
-from sdar_verl.algorithm.registry import Registry
+from sdar_verl.algorithm.signal_rows import (
+    _SIGNALS,
+    SignalRows,
+    check_signal,
+    get_signal,
+    list_signals,
+    register_signal,
+    signal_reads,
+)
+from sdar_verl.algorithm.turns import episode_means, turn_means
 
-Signal = Callable[..., torch.Tensor]
-
-Reads = Iterable[str] | Callable[[Mapping[str, Any]], Iterable[str]]
-
-
-@dataclass(frozen=True)
-class SignalRows:
-    """All rows of a step; tensors (rows, response_length) unless said otherwise, without gradient.
-
-    Attributes:
-        advantages: as the estimator gave them; 0 where ``response_mask`` is off.
-        response_mask: bool, sampled tokens.
-        mask: bool, sampled tokens that have a teacher.
-        old_log_probs: the student's at the weights the step began with, nats; 0 where ``mask`` is off.
-        teacher_log_probs: the teacher's, nats; 0 where ``mask`` is off.
-        gap: centred and clamped as ``sdar.loss.centre`` and ``clamp`` say, nats; 0 where ``mask`` is off.
-        gate: g_t of the chosen gate; 0 where ``mask`` is off.
-        episode_ids: (rows,), which rollout; unique over the step.
-        group_ids: (rows,), which task (verl's uid).
-        turns: (rows,), 0-based index of the row's first turn in its episode.
-        scores: (rows,), return of the row's episode.
-    """
-
-    advantages: torch.Tensor
-    response_mask: torch.Tensor
-    mask: torch.Tensor
-    old_log_probs: torch.Tensor
-    teacher_log_probs: torch.Tensor
-    gap: torch.Tensor
-    gate: torch.Tensor
-    episode_ids: Sequence[Hashable]
-    group_ids: Sequence[Hashable]
-    turns: Sequence[int]
-    scores: torch.Tensor
-
-
-_SIGNALS: Registry[Signal] = Registry("signal", ("strength",))
-
-
-def register_signal(name: str, *, reads: Reads = ("gap", "gate")) -> Callable[[Signal], Signal]:
-    """Decorator: make a signal selectable as ``name``. Raises ValueError when the name is taken.
-
-    Args:
-        name: what ``sdar.loss.signal`` is set to.
-        reads: what it looks at, of ``gap``, ``gate`` and ``loss`` (the auxiliary loss with its objective and
-            divisor), or a function of its options that says so. Options that shape anything else are errors.
-    """
-    return _SIGNALS.register(name, reads=reads)
-
-
-def get_signal(name: str) -> Signal:
-    """The signal called ``name``. Raises ValueError that lists the known names."""
-    return _SIGNALS.get(name)
-
-
-def list_signals() -> list[str]:
-    """Names of all signals, sorted."""
-    return _SIGNALS.names()
-
-
-def signal_reads(name: str, what: str, options: Mapping[str, Any]) -> bool:
-    """Whether the signal, with these options, looks at ``gap``, ``gate`` or ``loss``."""
-    reads = _SIGNALS.fact(name, "reads", ("gap", "gate"))
-    return what in (reads(options) if callable(reads) else reads)
-
-
-def check_signal(name: str, strength: float, options: dict[str, Any]) -> None:
-    """Raise ValueError for an option the signal does not take, one that is missing, or a value that it refuses."""
-    _SIGNALS.check_options(name, options)
-    token = torch.zeros(1, 1)
-    on = torch.ones(1, 1, dtype=torch.bool)
-    rows = SignalRows(token, on, on, token, token, token, token, ["e"], ["g"], [0], torch.zeros(1))
-    get_signal(name)(rows, strength=strength, **options)
+__all__ = ["_SIGNALS", "SignalRows", "check_signal", "get_signal", "list_signals", "register_signal", "signal_reads"]
 
 
 @register_signal("loss", reads=("gap", "gate", "loss"))
@@ -110,63 +45,26 @@ def auxiliary_loss(rows: SignalRows, *, strength: float) -> torch.Tensor:
 
 
 @register_signal("advantage_weight", reads=("gap",))
-def advantage_weight(rows: SignalRows, *, strength: float, clip: float = 0.2) -> torch.Tensor:
+def advantage_weight(
+    rows: SignalRows, *, strength: float, clip: float = 0.2, clip_low: float | None = None
+) -> torch.Tensor:
     """RLSD: A_t * [(1 - lambda) + lambda * clip(exp(sign(A_t) * Delta_t), 1 -+ clip)]; lambda is 0.5 in the paper.
+
+    ``clip_low`` is another bound below 1; 0 is one-sided.
 
     See :func:`sdar_verl.algorithm.advantages.rlsd_advantages`; here the gap may be centred and clamped first.
     """
     nothing = torch.zeros_like(rows.gap)
     return rlsd_advantages(
-        rows.advantages, nothing, rows.gap, rows.response_mask, mix=strength, clip=clip, distill_mask=rows.mask
+        rows.advantages,
+        nothing,
+        rows.gap,
+        rows.response_mask,
+        mix=strength,
+        clip=clip,
+        clip_low=clip_low,
+        distill_mask=rows.mask,
     )
-
-
-@register_signal("advantage_factor", reads=("gap",))
-def advantage_factor(
-    rows: SignalRows,
-    *,
-    strength: float,
-    band: float = 0.2,
-    prior: float = 0.5,
-    evidence: str = "belief",
-    epsilon: float = 1e-6,
-) -> torch.Tensor:
-    """AgentOPSD (arXiv:2608.05987): a bounded factor per turn, from how the turn moved the belief in success.
-
-        delta_k    = sum of Delta_t over the tokens of turn k
-        logit V_k  = logit(prior) + delta_1 + ... + delta_k
-        q_k        = V_k - V_(k-1), V_0 = prior              (``evidence="gap"``: q_k = delta_k)
-        z_k        = (q_k - mean_j q_j) / (std_j q_j + epsilon)    over the turns of the episode, population std
-        m_k        = clip(1 + band * sign(A) * z_k, 1 -+ band)
-        A'         = A * [(1 - lambda) + lambda * m_k]
-
-    A turn that moved the belief with the outcome gets more of the advantage, one that moved it against gets less; the
-    sign never changes. Because E[Delta_t] = -KL <= 0 the belief drifts to 0 over a long episode and stops moving;
-    ``sdar.loss.centre=trajectory`` takes the drift out. A turn without a teacher is no evidence and keeps its
-    advantage.
-    """
-    if not 0.0 <= strength <= 1.0:
-        raise ValueError(f"advantage_factor has strength {strength}; it must lie in [0, 1]")
-    if not 0.0 <= band < 1.0:
-        raise ValueError(f"advantage_factor has band={band}; it must lie in [0, 1)")
-    if not 0.0 < prior < 1.0:
-        raise ValueError(f"advantage_factor has prior={prior}; it must lie between 0 and 1")
-    if evidence not in ("belief", "gap"):
-        raise ValueError(f"advantage_factor has evidence={evidence!r}; known: belief, gap")
-    turn = row_turns(rows.response_mask)
-    moved, tokens = turn_sums(rows.gap, rows.mask, turn)
-    standing = torch.zeros_like(moved)
-    for members in _turns_by_episode(rows, tokens > 0):
-        where = tuple(torch.tensor(members, device=moved.device).T)
-        increments = moved[where]
-        if evidence == "belief":
-            start = torch.full((1,), math.log(prior / (1.0 - prior)), dtype=moved.dtype, device=moved.device)
-            increments = torch.sigmoid(torch.cat([start, start + increments.cumsum(0)])).diff()
-        centred = increments - increments.mean()
-        standing[where] = centred / (centred.square().mean().sqrt() + epsilon)
-    base = rows.advantages
-    factor = (1.0 + band * base.sign() * standing.gather(1, turn).to(base)).clamp(1.0 - band, 1.0 + band)
-    return torch.where(rows.mask, base * ((1.0 - strength) + strength * factor), base)
 
 
 def _shaping_reads(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -234,6 +132,67 @@ def advantage_shaping(
     return torch.where(rows.mask, rows.advantages + change, rows.advantages)
 
 
+@register_signal("advantage_nudge", reads=("gap",))
+def advantage_nudge(
+    rows: SignalRows,
+    *,
+    strength: float,
+    shape: str = "clip",
+    scale: float = 0.2,
+    least: float = 0.0,
+    flat: str = "keep",
+    means: str = "one",
+    unpaired: str = "keep",
+) -> torch.Tensor:
+    """RLCSD (arXiv:2606.11709) and SIPO (arXiv:2609.36742): the gap pushes an advantage, and never past 0.
+
+        r_t  = lambda tanh(Delta_t / scale)   (``shape="tanh"``),   lambda clip(Delta_t, -+ scale)   (``"clip"``)
+        A'_t = max(A_t + r_t, 0) where A_t > 0,   min(A_t + r_t, 0) where A_t < 0       for abs(r_t) > least, else A_t
+        A'_t = 0 where A_t = 0   (``flat="keep"``),   r_t there   (``"nudge"``)
+
+    Both take Delta_t between a good and a bad context (``sdar.context.contrast``). RLCSD: tanh, scale .02, least .02,
+    lambda .5; SIPO: clip, scale .2, ``flat="nudge"``, so that groups that all failed learn, too.
+
+    Args:
+        rows: all rows of the step.
+        strength: lambda (SIPO calls it kappa).
+        shape, scale, least, flat: see above; ``scale`` in nats.
+        means: ``two``: RLCSD's loss, the token mean over the tokens that are not pushed *plus* that over those that
+            are, as factors N/N_u and N/N_s on the advantages, for N sampled tokens in the step. PPO's loss is
+            proportional to A, so a token mean of these is the sum of both means; exactly, with one mini-batch per step.
+        unpaired: ``drop``: rows without a teacher get advantage 0 and are in neither mean (RLCSD takes them out of the
+            update); ``keep``: they stay as they are.
+    """
+    for option, value, known in (
+        ("shape", shape, ("clip", "tanh")),
+        ("flat", flat, ("keep", "nudge")),
+        ("means", means, ("one", "two")),
+        ("unpaired", unpaired, ("keep", "drop")),
+    ):
+        if value not in known:
+            raise ValueError(f"advantage_nudge has {option}={value!r}; known: {', '.join(known)}")
+    if not scale > 0.0:
+        raise ValueError(f"advantage_nudge has scale={scale}; it must be above 0")
+    if not least >= 0.0:
+        raise ValueError(f"advantage_nudge has least={least}; it must be at least 0")
+    base = rows.advantages
+    push = strength * (torch.tanh(rows.gap / scale) if shape == "tanh" else rows.gap.clamp(-scale, scale)).to(base)
+    pushed = rows.mask & (push.abs() > least)
+    cut = torch.where(base > 0, (base + push).clamp(min=0.0), (base + push).clamp(max=0.0))
+    cut = torch.where(base == 0, push if flat == "nudge" else base, cut)
+    shaped = torch.where(pushed, cut, base)
+    if means == "one" and unpaired == "keep":
+        return shaped
+    counted = rows.response_mask
+    if unpaired == "drop":
+        counted = counted & rows.mask.any(dim=-1, keepdim=True)
+    parts = (counted & pushed, counted & ~pushed) if means == "two" else (counted,)
+    tokens, factor = rows.response_mask.sum().to(base), torch.zeros_like(base)
+    for part in parts:
+        factor = torch.where(part, tokens / part.sum().clamp(min=1), factor)
+    return shaped * factor
+
+
 def teacher_value(rows: SignalRows, epsilon: float = 1e-8) -> torch.Tensor:
     """ADRS's teacher value advantage of every row's task, (rows,): see :func:`advantage_shaping`; 0 for a lone row."""
     counted = rows.mask.any(dim=-1)
@@ -263,11 +222,3 @@ def _group_has_advantage(rows: SignalRows) -> torch.Tensor:
     for group, value in zip(rows.group_ids, largest, strict=True):
         strength[group] = max(strength.get(group, 0.0), value)
     return torch.tensor([strength[group] > 1e-6 for group in rows.group_ids], device=rows.advantages.device)
-
-
-def _turns_by_episode(rows: SignalRows, judged: torch.Tensor) -> list[list[tuple[int, int]]]:
-    """Of every episode, the (row, turn in the row) pairs that ``judged`` (rows, turns) marks, in the order played."""
-    members: dict[Hashable, list[tuple[int, int]]] = {}
-    for row, turn in judged.nonzero().tolist():
-        members.setdefault(rows.episode_ids[row], []).append((row, turn))
-    return [sorted(group, key=lambda place: (rows.turns[place[0]], place[1])) for group in members.values()]

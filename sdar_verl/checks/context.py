@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 from sdar_verl.checks.panel_tasks import panel_tasks
 from sdar_verl.checks.skills import PROBED_TASKS as SKILL_TASKS
 from sdar_verl.checks.skills import retrieve_for_run, spread
-from sdar_verl.config import SdarConfig
+from sdar_verl.config import ContextConfig, SdarConfig
 from sdar_verl.context.base import ContextRequest, Passage
-from sdar_verl.context.builder import is_late
+from sdar_verl.context.builder import is_late, late_options
 from sdar_verl.context.registry import ContextError, get_context
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
@@ -30,12 +30,12 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Faults of the ``sdar.context`` node, one text each; unknown names are found elsewhere."""
     context, source = sdar.context, sdar.teacher.source
     try:
-        late = is_late(context)
+        late, by_turn = is_late(context), [name for name in context.named if get_context(name).by_turn]
     except ContextError:
         return []
     skills_shown = {
         "sdar.context.student": context.student == "skills",
-        "sdar.context.sources": source != "none" and "skills" in context.sources,
+        "sdar.context.sources": source != "none" and "skills" in context.named,
         **{
             f"sdar.validation.arms.{name}.context": arm.context == "skills"
             for name, arm in sdar.validation.arms.items()
@@ -56,14 +56,16 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     for name, arm in sdar.validation.arms.items():
         if arm.context == "teacher" and late:
             faults.append(
-                f"sdar.validation.arms.{name}.context=teacher cannot show sdar.context.sources={context.sources} with "
-                f"control={context.control}: these are known only when a training group has ended; use context=skills"
+                f"sdar.validation.arms.{name}.context=teacher cannot be shown with {late_options(context)}: what the "
+                "teacher sees is known only when a training group has ended; use context=skills"
             )
     if source == "none":
         idle = {
             f"sdar.context.sources={context.sources}": context.sources != ["skills"],
             f"sdar.context.control={context.control}": context.control != "none",
             f"sdar.context.on_empty={context.on_empty}": context.on_empty != "mask",
+            f"sdar.context.contrast.sources={context.contrast.sources}": bool(context.contrast.sources),
+            f"sdar.context.episodes={context.episodes}": context.episodes != "all",
         }
         shown = any(arm.context == "teacher" for arm in sdar.validation.arms.values())
         return faults + [
@@ -82,12 +84,25 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         )
     if context.on_empty == "error" and late:
         faults.append(
-            f"sdar.context.on_empty=error has no effect with sdar.context.sources={context.sources} and "
-            f"control={context.control}, whose context may come to exist when the group has ended: rows without one "
-            "are left out and counted in sdar/context_missing_share; set it to mask"
+            f"sdar.context.on_empty=error has no effect with {late_options(context)}: such a context may come to exist "
+            "when the group has ended, and rows without one are left out and counted in sdar/context_missing_share; "
+            "set it to mask"
         )
-    if context.control == "wrong":
-        faults += _other_types(config)
+    faults += _contrast(context)
+    if context.contrast.sources and sdar.teacher.on_long_prompt == "drop_history":
+        faults.append(
+            f"sdar.context.contrast.sources={context.contrast.sources} compares two prompts that differ in the context "
+            "alone, but sdar.teacher.on_long_prompt=drop_history may drop more history from one than from the other; "
+            "use error or mask"
+        )
+    if by_turn and sdar.rollout.rows == "trajectory":
+        faults.append(
+            f"sdar.context: {', '.join(by_turn)} differ by turn, but with sdar.rollout.rows=trajectory the context "
+            "stands once, in the first turn of the conversation; use rows=per_turn, or contexts of the whole episode"
+        )
+    for node, slot in (("sdar.context", context), ("sdar.context.contrast", context.contrast)):
+        if slot.control == "wrong":
+            faults += _other_types(config, f"{node}.control=wrong")
     if not faults:
         faults += _probe(config, sdar)
     if not faults and context.on_empty == "error":
@@ -95,15 +110,33 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     return faults
 
 
-def _other_types(config: DictConfig) -> list[str]:
+def _contrast(context: ContextConfig) -> list[str]:
+    bad, node = context.contrast, "sdar.context.contrast"
+    if not bad.sources:
+        unread = {f"{node}.options={bad.options}": bool(bad.options), f"{node}.texts={bad.texts}": bad.texts > 1}
+        unread[f"{node}.control={bad.control}"] = bad.control != "none"
+        return [
+            f"{option} has no effect with {node}.sources=[]; name the bad context there, or leave it out"
+            for option, is_set in unread.items()
+            if is_set
+        ]
+    if (bad.sources, bad.options, bad.control) == (context.sources, context.options, context.control):
+        return [
+            f"{node}.sources={bad.sources} is what sdar.context.sources shows, too: the gap between them is 0 on every "
+            f"token; use another context, or {node}.control=shuffled"
+        ]
+    return []
+
+
+def _other_types(config: DictConfig, option: str) -> list[str]:
     types = {task.task_type for task in panel_tasks(config, "train_files")}
     if len(types) == 1 and plays_environments(config):
         return [
-            "sdar.context.control=wrong shows the context of a task of another type, but all tasks of data.train_files "
+            f"{option} shows the context of a task of another type, but all tasks of data.train_files "
             f"are of the type {types.pop()!r}; use control=shuffled or random_text"
         ]
     if config.data.train_batch_size < 2:
-        return ["sdar.context.control=wrong takes another task of the same step: data.train_batch_size must be above 1"]
+        return [f"{option} takes another task of the same step: data.train_batch_size must be above 1"]
     return []
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sdar_verl.algorithm.divergences import SUPPORT_OF
-from sdar_verl.algorithm.schedules import GRAD_SHARE, make_schedule
+from sdar_verl.algorithm.schedules import GRAD_SHARE, make_schedule, measures_of
 from sdar_verl.checks.engine import sequence_parallel
 from sdar_verl.config import LossConfig, SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.architecture import Architecture
 from sdar_verl.requests import reads_distributions, top_k
+from sdar_verl.teacher.sources import get_source, has_reference, list_sources, uses_lora
 
 _OPTIONS = ("support", "top_k", "tail", "chunk_tokens")
 
@@ -25,7 +26,7 @@ def distribution_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     if sdar.teacher.source == "none":
         return []
     if reads_distributions(loss):
-        return [*_support(config, sdar), *_sizes(config, sdar), *_engine(config, sdar)]
+        return [*_support(config, sdar), *_sizes(config, sdar), *_engine(config, sdar), *_anchor(config, sdar)]
     if loss.coef == 0:
         return []  # the signal is off: a baseline of some recipe, whose other options may stay as they are
     return [
@@ -33,6 +34,11 @@ def distribution_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         "leave it at null, or use objective forward_kl, reverse_kl or jsd"
         for name in _OPTIONS
         if getattr(loss, name) is not None
+    ] + [
+        f"sdar.loss.anchor.{name}={value} has no effect with sdar.loss.objective={loss.objective}; leave it at 0, or "
+        "use objective forward_kl, reverse_kl or jsd"
+        for name, value in loss.anchor
+        if value
     ]
 
 
@@ -62,6 +68,24 @@ def _support(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
         yield (
             "sdar.loss.tail=renormalise scales a single token (sdar.loss.top_k=1) to probability 1 on both sides: "
             "nothing would be learned; set sdar.loss.tail=bucket or a larger top_k"
+        )
+
+
+def _anchor(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
+    """The start policy's pass goes through verl's reference worker."""
+    weight, source = sdar.loss.anchor.reference, sdar.teacher.source
+    if not weight:
+        return
+    option = f"sdar.loss.anchor.reference={weight}"
+    if uses_lora(config) or not has_reference(config):
+        why = "trains an adapter, whose base is no worker of its own" if uses_lora(config) else "does not start"
+        remedy = "use anchor.student" if uses_lora(config) else "set actor_rollout_ref.actor.use_kl_loss=True, "
+        remedy += "" if uses_lora(config) else "whose kl_loss_coef may be 0"
+        yield f"{option} asks verl's reference worker, which this run {why}; {remedy}"
+    if source in list_sources() and get_source(source).per_update:
+        yield (
+            f"{option} is a pass before the update, but sdar.teacher.source={source} scores inside it; use "
+            "sdar.teacher.source=actor, or anchor.student"
         )
 
 
@@ -104,15 +128,15 @@ def _engine(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
                 f"{objective} is not available with static padding; set "
                 f"actor_rollout_ref.{name}.fsdp_config.pad_to_length=False"
             )
-    if _measured(sdar.loss) == GRAD_SHARE:
+    if GRAD_SHARE in _measured(sdar.loss):
         yield (
             f"sdar.loss.coef_schedule.name={sdar.loss.coef_schedule.name} follows {GRAD_SHARE}, a gradient on sampled "
             f"tokens, which {objective} does not have; use its option of=weights, or another schedule"
         )
 
 
-def _measured(loss: LossConfig) -> str | None:
-    return make_schedule(loss.coef_schedule.name, loss.coef_schedule.options).measures
+def _measured(loss: LossConfig) -> tuple[str, ...]:
+    return measures_of(make_schedule(loss.coef_schedule.name, loss.coef_schedule.options))
 
 
 def model_vocabulary(config: DictConfig) -> int | None:

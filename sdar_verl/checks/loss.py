@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from sdar_verl.algorithm.gates import check_gate_options, gate_reads, get_gate
 from sdar_verl.algorithm.objectives import check_objective_options, get_objective
-from sdar_verl.algorithm.schedules import GRAD_SHARE_WEIGHTS, make_schedule
+from sdar_verl.algorithm.schedules import GAP_SIZE, GRAD_SHARE, GRAD_SHARE_WEIGHTS, make_schedule, measures_of
 from sdar_verl.algorithm.signals import check_signal, get_signal, signal_reads
 from sdar_verl.checks.distributions import distribution_faults
 from sdar_verl.config import LossConfig, SdarConfig
@@ -37,6 +37,7 @@ def _names(loss: LossConfig) -> Iterator[str]:
         "signal": lambda: check_signal(loss.signal, loss.coef, loss.signal_options),
         "coef_schedule": lambda: make_schedule(loss.coef_schedule.name, loss.coef_schedule.options),
         "beta_schedule": lambda: make_schedule(loss.beta_schedule.name, loss.beta_schedule.options),
+        "rl_schedule": lambda: make_schedule(loss.rl_schedule.name, loss.rl_schedule.options),
     }
     for option, attempt in attempts.items():
         fault = _fault(attempt)
@@ -59,23 +60,29 @@ def _fault(attempt: Callable[[], object]) -> str | None:
 
 
 def _schedules(loss: LossConfig) -> Iterator[str]:
-    beta = make_schedule(loss.beta_schedule.name, loss.beta_schedule.options)
-    coef = make_schedule(loss.coef_schedule.name, loss.coef_schedule.options)
-    if beta.measures is not None:
-        yield (
-            f"sdar.loss.beta_schedule.name={loss.beta_schedule.name} follows {beta.measures}, which lambda moves and "
-            "beta does not; use it in sdar.loss.coef_schedule"
-        )
-    if coef.measures == GRAD_SHARE_WEIGHTS and loss.measure_every is None:
+    """What a schedule follows must be measured, and be moved by the value that it sets."""
+    shares = (GRAD_SHARE, GRAD_SHARE_WEIGHTS)
+    for option, moves in (("beta_schedule", "beta"), ("rl_schedule", "the policy gradient's weight")):
+        node = getattr(loss, option)
+        for measure in measures_of(make_schedule(node.name, node.options)):
+            if measure in shares:
+                yield (
+                    f"sdar.loss.{option}.name={node.name} follows {measure}, which lambda moves and {moves} does not; "
+                    "use it in sdar.loss.coef_schedule"
+                )
+    followed = measures_of(make_schedule(loss.coef_schedule.name, loss.coef_schedule.options))
+    if GRAD_SHARE_WEIGHTS in followed and loss.measure_every is None:
         yield (
             f"sdar.loss.coef_schedule.options.of=weights follows {GRAD_SHARE_WEIGHTS}, which is not measured; set "
             "sdar.loss.measure_every to a number of steps, say 10"
         )
-    if coef.measures is not None and not signal_reads(loss.signal, "loss", loss.signal_options):
-        yield (
-            f"sdar.loss.coef_schedule.name={loss.coef_schedule.name} follows {coef.measures}, a measure of the "
-            f"auxiliary loss, which sdar.loss.signal={loss.signal} does not have; use signal=loss or another schedule"
-        )
+    for measure in followed:
+        if measure in shares and not signal_reads(loss.signal, "loss", loss.signal_options):
+            yield (
+                f"sdar.loss.coef_schedule.name={loss.coef_schedule.name} follows {measure}, a measure of the "
+                f"auxiliary loss, which sdar.loss.signal={loss.signal} does not have; use signal=loss or another "
+                "schedule"
+            )
 
 
 def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
@@ -88,7 +95,9 @@ def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
     if sdar.teacher.source == "none" or loss.coef == 0:
         return  # the whole signal is off: a baseline of some recipe, whose other options may stay as they are
     if not in_loss:
-        yield from _unused(loss, ["objective", "objective_options", "divide_by", "measure_every"], signal)
+        yield from _unused(
+            loss, ["objective", "objective_options", "divide_by", "measure_every", "importance_clip"], signal
+        )
         if not gated:
             yield from _unused(loss, ["gate", "gate_options"], signal)
     if not (gated and gate_reads(loss.gate, "beta")):
@@ -99,6 +108,12 @@ def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
             yield from _unused(loss, ["centre", "clamp"], signal)
         elif gated and in_loss:
             yield from _unused(loss, ["centre", "clamp"], gate)
+    if sdar.context.contrast.sources and not gate_sees_gap and not _signal_sees_gap(loss, in_loss):
+        unread = gate if gated else signal
+        yield (
+            f"sdar.context.contrast.sources={sdar.context.contrast.sources} changes the gap, which {unread} does not "
+            "read; use gate=gap, another signal, or no contrast"
+        )
     if loss.divide_by != "gap_bearing":
         yield from _unused(loss, ["gap_threshold"], f"sdar.loss.divide_by={loss.divide_by}")
     if loss.centre == "trajectory" and loss.granularity == "trajectory":
@@ -106,6 +121,10 @@ def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
             "sdar.loss.centre=trajectory takes off what sdar.loss.granularity=trajectory keeps: every gap would be 0; "
             "use centre=batch or granularity=turn"
         )
+
+
+def _signal_sees_gap(loss: LossConfig, in_loss: bool) -> bool:
+    return not in_loss and signal_reads(loss.signal, "gap", loss.signal_options)
 
 
 def _unused(loss: LossConfig, names: list[str], reason: str) -> Iterator[str]:
@@ -122,16 +141,42 @@ def _unused(loss: LossConfig, names: list[str], reason: str) -> Iterator[str]:
 def _run(loss: LossConfig, config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
     actor = config.actor_rollout_ref.actor
     in_loss = signal_reads(loss.signal, "loss", loss.signal_options)
+    unread = "sdar.teacher.source=none" if sdar.teacher.source == "none" else "sdar.loss.policy_gradient=False"
+    if sdar.teacher.source == "none" or not loss.policy_gradient:
+        yield from _unused(loss, ["rl_coef", "rl_schedule"], unread)
+    if loss.rl_coef == 0 and loss.rl_schedule.name != "constant":
+        yield (
+            f"sdar.loss.rl_schedule.name={loss.rl_schedule.name} has no effect with sdar.loss.rl_coef=0; set that "
+            "above 0"
+        )
     if not loss.policy_gradient and (loss.coef == 0 or sdar.teacher.source == "none" or not in_loss):
         off = f"sdar.loss.signal={loss.signal}" if not in_loss else f"sdar.loss.coef={loss.coef}"
         yield (
             f"sdar.loss.policy_gradient=False leaves the distillation loss alone in charge, but with {off} there is "
             "none; set sdar.loss.coef above 0 and sdar.loss.signal=loss"
         )
+    if not in_loss and loss.coef > 0 and sdar.teacher.source != "none" and gate_reads(loss.gate, "advantages"):
+        yield (
+            f"sdar.loss.gate={loss.gate} reads the advantages, which sdar.loss.signal={loss.signal} changes; use "
+            "sdar.loss.signal=loss, or another gate"
+        )
+    weighs = loss.objective == "k1" or (loss.objective == "k3" and loss.objective_options.get("importance", True))
+    if loss.importance_clip is not None and weighs:
+        yield (
+            f"sdar.loss.importance_clip={loss.importance_clip} weighs tokens by pi_theta / pi_old, and "
+            f"sdar.loss.objective={loss.objective} does so itself; leave it at null, or use another objective"
+        )
     if loss.divide_by != "tokens" and actor.loss_agg_mode != "token-mean":
         yield (
             f"sdar.loss.divide_by={loss.divide_by} re-weights a token mean, but "
             f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}; set it to token-mean, or divide_by to tokens"
+        )
+    means = {name: loss.signal_options.get(name) for name in ("means", "unpaired")}
+    if loss.signal == "advantage_nudge" and actor.loss_agg_mode != "token-mean" and {"two", "drop"} & {*means.values()}:
+        yield (
+            f"sdar.loss.signal_options={{means: {means['means'] or 'one'}, unpaired: {means['unpaired'] or 'keep'}}} "
+            f"re-weigh a token mean, but actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}; set it to "
+            "token-mean, or the options to one and keep"
         )
     correction = config.algorithm.get("rollout_correction", None)
     bypass = bool(correction and correction.get("bypass_mode", False))
@@ -161,4 +206,9 @@ def needs_step_statistics(loss: LossConfig) -> list[str]:
         "signal": not signal_reads(loss.signal, "loss", loss.signal_options),
         "gate": gate_reads(loss.gate, "ranges") and loss.gate_options.get("norm") == "batch_minmax",
     }
-    return [f"sdar.loss.{name}={getattr(loss, name)}" for name, asked in asks.items() if asked]
+    found = [f"sdar.loss.{name}={getattr(loss, name)}" for name, asked in asks.items() if asked]
+    for option in ("coef_schedule", "beta_schedule", "rl_schedule"):
+        node = getattr(loss, option)
+        if GAP_SIZE in measures_of(make_schedule(node.name, node.options)):
+            found.append(f"sdar.loss.{option}.name={node.name}")
+    return found

@@ -37,7 +37,7 @@ def recipe_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         f"environments of {AGENT_LOOP}; leave it out"
         for option in _changed(sdar, _ENVIRONMENTS)
     ]
-    if "skills" not in sdar.context.sources:
+    if "skills" not in sdar.context.named:
         faults += [
             f"{option} has no effect with sdar.context.sources={sdar.context.sources}; add skills, or leave it out"
             for option in _changed(sdar, ("skills",))

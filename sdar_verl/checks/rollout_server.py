@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sdar_verl.config import SdarConfig
-from sdar_verl.context.builder import is_late
+from sdar_verl.context.builder import is_late, late_options
 from sdar_verl.context.registry import ContextError
 from sdar_verl.requests import reads_distributions
 
@@ -42,8 +42,8 @@ def _needs(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
         late = False  # an unknown name, told by the context's own checks
     if late:
         yield (
-            f"{_PLACEMENT} asks during the rollout, but sdar.context.sources={sdar.context.sources} with "
-            f"control={sdar.context.control} is known only when a group has ended; use {_REMEDY}, or another context"
+            f"{_PLACEMENT} asks during the rollout, but {late_options(sdar.context)} is known only when a group has "
+            f"ended; use {_REMEDY}, or another context"
         )
     mode = str(config.trainer.v1.trainer_mode)
     if mode.endswith("_async"):

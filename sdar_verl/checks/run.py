@@ -36,7 +36,7 @@ def check_run(config: DictConfig, sdar: SdarConfig) -> None:
     check_verl_version()
     # The others calculate with these.
     checks = [check for check in _CHECKS if plays_environments(config) or check not in _OF_ENVIRONMENTS]
-    if not plays_environments(config) and (sdar.teacher.source == "none" or "skills" not in sdar.context.sources):
+    if not plays_environments(config) and (sdar.teacher.source == "none" or "skills" not in sdar.context.named):
         checks.remove(skill_faults)
     faults = type_faults(config, sdar) or [fault for check in checks for fault in check(config, sdar)]
     faults = faults or dataclass_faults(config)  # last, for verl's own words name neither option nor remedy
@@ -54,7 +54,11 @@ def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
         import_modules(sdar.modules)
     except ConfigError as error:
         return [str(error)]
-    attempts = {"sdar.context.sources": lambda: check_contexts(sdar.context.sources, sdar.context.options)}
+    bad = sdar.context.contrast
+    attempts = {
+        "sdar.context.sources": lambda: check_contexts(sdar.context.sources, sdar.context.options),
+        "sdar.context.contrast": lambda: check_contexts(bad.sources, bad.options, "sdar.context.contrast"),
+    }
     if plays_environments(config):
         attempts |= {
             "sdar.env": lambda: check_env(sdar.env.name, sdar.env.options),

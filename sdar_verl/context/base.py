@@ -77,6 +77,9 @@ class ContextRequest:
         episode: the row's own episode; None for early contexts, which are made before it begins.
         siblings: the other episodes of its group, in order of their names; empty for early contexts. An episode whose
             environment failed is not among them.
+        turn: which turn of the episode the row is, from 0; for contexts that differ by turn.
+        number: which of several different texts is asked for, from 0 (``sdar.context.contrast.texts``). A function that
+            has no more gives None, or the text that it gave before.
     """
 
     task: Task
@@ -84,3 +87,5 @@ class ContextRequest:
     skills: Callable[[], Passage] | None = None
     episode: PlayedEpisode | None = None
     siblings: tuple[PlayedEpisode, ...] = ()
+    turn: int = 0
+    number: int = 0

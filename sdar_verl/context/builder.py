@@ -1,7 +1,8 @@
 """Makes the teacher's text for a row: the contexts of ``sdar.context.sources`` in order, then the control.
 
 The same object serves both places where teacher prompts are made: the agent loop, when everything is known before an
-episode begins, and the trainer, when a context reads finished episodes (``late``).
+episode begins, and the trainer, when a context reads finished episodes (``late``). A bad context to compare with
+(``sdar.context.contrast``) is a second such object beside it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from sdar_verl.config import ContextConfig
+from sdar_verl.config import ContextConfig, ContrastConfig
 from sdar_verl.context import builtin  # noqa: F401  registers the contexts of this package
 from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.context.controls import placebo
@@ -24,31 +25,57 @@ class ContextBuilder:
     """Contexts of one run.
 
     Args:
-        settings: the ``sdar.context`` node.
+        settings: the ``sdar.context`` node, or ``contrast`` within it.
         tokenizer: of the policy; placebos of the same length need it.
+        seed: of the draws, for the inner node, which has none of its own.
+
+    Attributes:
+        control: the placebo.
+        texts: different texts per row.
+        contrast: contexts of the bad slot; None without one.
 
     Raises:
         ContextError: see :func:`~sdar_verl.context.registry.check_contexts`.
     """
 
-    def __init__(self, settings: ContextConfig, tokenizer: Any) -> None:
-        check_contexts(settings.sources, settings.options)
+    def __init__(self, settings: ContextConfig | ContrastConfig, tokenizer: Any, seed: int | None = None) -> None:
+        bad = isinstance(settings, ContrastConfig)
+        check_contexts(settings.sources, settings.options, "sdar.context.contrast" if bad else "sdar.context")
         self._settings = settings
         self._tokenizer = tokenizer
         self._contexts = [get_context(name) for name in settings.sources]
+        self._prefix = "contrast/" if bad else ""  # of a slot's early passages: its options are its own
+        self.control = settings.control
+        self.texts, self.seed = 1, seed
+        self.contrast: ContextBuilder | None = None
+        if isinstance(settings, ContrastConfig):
+            self.texts = settings.texts
+        else:
+            self.seed = settings.seed
+            if settings.contrast.sources:
+                self.contrast = ContextBuilder(settings.contrast, tokenizer, settings.seed)
 
     @property
     def late(self) -> bool:
         """Whether teacher prompts can only be made when the whole group has ended."""
+        assert isinstance(self._settings, ContextConfig)
         return is_late(self._settings)
 
+    @property
+    def by_turn(self) -> bool:
+        """Whether an episode's turns have contexts of their own, in either slot."""
+        return any(context.by_turn for context in self._contexts) or (
+            self.contrast is not None and self.contrast.by_turn
+        )
+
     def early_passages(self, request: ContextRequest) -> dict[str, Passage]:
-        """Name -> passage of every context that is known before the episode."""
-        return {
-            context.name: context.make(request, self._options(context.name))
+        """Name -> passage of every context that is known before the episode; those of the bad slot have a prefix."""
+        found = {
+            self._prefix + context.name: context.make(request, self._options(context.name))
             for context in self._contexts
             if not context.late
         }
+        return found if self.contrast is None else found | self.contrast.early_passages(request)
 
     def passage(self, request: ContextRequest, early: Mapping[str, Passage]) -> Passage:
         """All contexts in the order of ``sdar.context.sources``; with an empty text when there is none.
@@ -59,26 +86,29 @@ class ContextBuilder:
         """
         return join(
             [
-                context.make(request, self._options(context.name)) if context.late else early[context.name]
+                context.make(request, self._options(context.name))
+                if context.late
+                else early[self._prefix + context.name]
                 for context in self._contexts
             ]
         )
 
-    def controlled(self, real: Passage, task_id: str, other: Passage | None = None) -> Passage | None:
+    def controlled(self, real: Passage, task_id: str, other: Passage | None = None, number: int = 0) -> Passage | None:
         """What the teacher sees: ``real``, or its placebo by ``sdar.context.control``; None when it has no say.
 
         Args:
             real: see :meth:`passage`.
             task_id: seeds the placebo's draws.
             other: the passage of a task of another type, for the control ``wrong``.
+            number: of the text, where a row has several.
         """
         if not real.text:
             return None
-        control = self._settings.control
+        control, named = self.control, f"{task_id}:{number}" if number else task_id
         made = placebo(
             control,
             real,
-            seed=f"{self._settings.seed}:{task_id}",
+            seed=f"{self.seed}:{named}",
             count_tokens=self.count_tokens,
             other=other,
             vocabulary=self._known_words if control == "random_text" else WORDS,
@@ -109,8 +139,19 @@ class ContextBuilder:
 
 
 def is_late(settings: ContextConfig) -> bool:
-    """Whether a source reads finished episodes, or the control needs another group (``wrong``)."""
-    return settings.control == "wrong" or any(get_context(name).late for name in settings.sources)
+    """Whether a source reads finished episodes, or something else is known only when the group has ended: a context of
+    another group (``control=wrong``), how the episode went (``episodes``), a bad context, which the trainer makes."""
+    waits = (settings.control == "wrong", settings.episodes != "all", bool(settings.contrast.sources))
+    return any(waits) or any(get_context(name).late for name in settings.sources)
+
+
+def late_options(settings: ContextConfig) -> str:
+    """The options that make it late, for messages."""
+    if settings.contrast.sources:
+        return f"sdar.context.contrast.sources={settings.contrast.sources}"
+    if settings.episodes != "all":
+        return f"sdar.context.episodes={settings.episodes}"
+    return f"sdar.context.sources={settings.sources} with control={settings.control}"
 
 
 def join(passages: Sequence[Passage]) -> Passage:

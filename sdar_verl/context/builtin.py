@@ -1,8 +1,8 @@
 """The contexts of this package; each is one function. Texts are our own words.
 
 ``skills``, ``answer``, ``column`` and ``demonstration`` are known before an episode begins; ``sibling``,
-``failed_sibling`` and ``feedback`` are late, known when its whole group has ended. What they stand for in the
-literature: docs/contexts.md.
+``failed_sibling``, ``feedback`` and ``next_observation`` are late, known when its whole group has ended. What they
+stand for in the literature: docs/contexts.md.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from random import Random
 from typing import Any, Literal, get_args
 
 from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode
 from sdar_verl.context.registry import ContextError, register_context
 from sdar_verl.envs.registry import demonstration_of
 
-SiblingChoice = Literal["shortest", "first"]
+SiblingChoice = Literal["shortest", "first", "random"]
 
 
 @register_context("skills")
@@ -88,18 +89,20 @@ def sibling(
     observations: bool = True,
     threshold: float | None = None,
     thinking: bool = True,
+    intro: str = "An attempt at this task that succeeded:",
 ) -> str | None:
     """A successful episode of the same group, never the row's own; None when there is none.
 
     Args:
-        request: ``siblings`` are read.
-        choice: ``shortest`` (fewest turns; the first of several) or ``first`` by its number in the group.
+        request: ``siblings`` are read, and ``number``: the next ones by ``choice``.
+        choice: ``shortest`` (fewest turns; the first of several), ``first`` by its number in the group, or ``random``.
         observations: show what was seen at each turn, not the actions alone.
         threshold: success is a reward of at least this; None: what environment or reward function call success.
         thinking: False leaves out what stands between ``<think>`` and ``</think>``.
+        intro: the line above it.
     """
     solved = [episode for episode in request.siblings if _solved(episode, threshold)]
-    return _shown("An attempt at this task that succeeded:", solved, choice, observations, thinking)
+    return _shown(request, intro, solved, choice, observations, thinking)
 
 
 @register_context("failed_sibling", late=True)
@@ -110,10 +113,27 @@ def failed_sibling(
     observations: bool = True,
     threshold: float | None = None,
     thinking: bool = True,
+    intro: str = "An attempt at this task that failed:",
 ) -> str | None:
     """An episode of the same group that did not succeed, never the row's own; options as in :func:`sibling`."""
     failed = [episode for episode in request.siblings if not _solved(episode, threshold)]
-    return _shown("An attempt at this task that failed:", failed, choice, observations, thinking)
+    return _shown(request, intro, failed, choice, observations, thinking)
+
+
+@register_context("next_observation", by_turn=True)
+def next_observation(request: ContextRequest, *, hidden: bool = False) -> str | None:
+    """What was really seen after this very turn (OCSD, AHEAD); each turn of an episode has its own.
+
+    Args:
+        request: ``episode`` and ``turn`` are read.
+        hidden: the same words without the observation: what to compare it with, as ``sdar.context.contrast``.
+    """
+    episode = request.episode
+    if episode is None or request.turn >= len(episode.turns):
+        return None
+    after = episode.turns[request.turn + 1 :]
+    seen = after[0].observation if after else episode.last_observation
+    return f"What was seen after the answer to come:\n{'(not shown)' if hidden else seen}" if seen else None
 
 
 @register_context("feedback", late=True)
@@ -153,12 +173,24 @@ def _solved(episode: PlayedEpisode, threshold: float | None) -> bool:
     return episode.success if threshold is None else episode.reward >= threshold
 
 
-def _shown(title: str, episodes: list[PlayedEpisode], choice: str, observations: bool, thinking: bool) -> str | None:
+def _shown(
+    request: ContextRequest,
+    title: str,
+    episodes: list[PlayedEpisode],
+    choice: str,
+    observations: bool,
+    thinking: bool,
+) -> str | None:
     if choice not in get_args(SiblingChoice):
         raise ContextError(f"sibling has choice={choice!r}; use one of {', '.join(get_args(SiblingChoice))}")
-    if not episodes:
+    if len(episodes) <= request.number:
         return None
-    best = min(episodes, key=lambda episode: len(episode.turns)) if choice == "shortest" else episodes[0]
+    if choice == "shortest":
+        episodes = sorted(episodes, key=lambda episode: len(episode.turns))  # the first of several stays the first
+    elif choice == "random":
+        own = "" if request.episode is None else request.episode.name
+        Random(f"{request.seed}:{request.task.task_id}:{own}").shuffle(episodes)
+    best = episodes[request.number]
     if not thinking:
         turns = [replace(turn, action=turn.action and _THOUGHT.sub("", turn.action).strip()) for turn in best.turns]
         best = replace(best, turns=tuple(turns))

@@ -25,11 +25,13 @@ class Context:
         name: as in ``sdar.context.sources``.
         function: ``(request, **options) -> Passage, text, or None`` (there is none for this row).
         late: it reads finished episodes, so it can only be made when the whole group has ended.
+        by_turn: it differs by the turn of the episode (and is late).
     """
 
     name: str
     function: Callable[..., Passage | str | None]
     late: bool
+    by_turn: bool = False
 
     def make(self, request: ContextRequest, options: Mapping[str, Any]) -> Passage:
         """The passage for ``request``; with an empty text when there is none.
@@ -52,7 +54,9 @@ class Context:
 _contexts: dict[str, Context] = {}
 
 
-def register_context(name: str, *, late: bool = False) -> Callable[[ContextFunction], ContextFunction]:
+def register_context(
+    name: str, *, late: bool = False, by_turn: bool = False
+) -> Callable[[ContextFunction], ContextFunction]:
     """Decorator that enters a context function under ``name``.
 
     The function takes a :class:`~sdar_verl.context.base.ContextRequest`, and as keyword-only arguments with defaults
@@ -63,6 +67,7 @@ def register_context(name: str, *, late: bool = False) -> Callable[[ContextFunct
     Args:
         name: of the context.
         late: the function reads ``request.episode`` or ``request.siblings``.
+        by_turn: it reads ``request.turn``, too: each turn of an episode has a context of its own.
 
     Raises:
         ContextError: the name is taken by another function. The same one registered again replaces itself.
@@ -74,7 +79,7 @@ def register_context(name: str, *, late: bool = False) -> Callable[[ContextFunct
             raise ContextError(
                 f"context {name!r} is registered already by {'.'.join(_origin(known.function))}; choose another name"
             )
-        _contexts[name] = Context(name, function, late)
+        _contexts[name] = Context(name, function, late or by_turn, by_turn)
         return function
 
     return enter
@@ -99,21 +104,26 @@ def get_context(name: str) -> Context:
     return _contexts[name]
 
 
-def check_contexts(sources: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise a :class:`ContextError` for an unknown or doubled source, or for options that nobody takes."""
+def check_contexts(
+    sources: Sequence[str], options: Mapping[str, Mapping[str, Any]], node: str = "sdar.context"
+) -> None:
+    """Raise a :class:`ContextError` for an unknown or doubled source, or for options that nobody takes.
+
+    Args:
+        sources, options: of a node.
+        node: its name, for messages.
+    """
     doubled = sorted({name for name in sources if list(sources).count(name) > 1})
     if doubled:
         raise ContextError(f"{', '.join(doubled)} named twice; each context is shown once")
     for name in sources:
-        _check_options(get_context(name), options.get(name, {}))
+        _check_options(get_context(name), options.get(name, {}), node)
     unused = sorted(set(options) - set(sources))
     if unused:
-        raise ContextError(
-            f"sdar.context.options.{unused[0]} has no effect: sdar.context.sources={list(sources)} does not name it"
-        )
+        raise ContextError(f"{node}.options.{unused[0]} has no effect: {node}.sources={list(sources)} does not name it")
 
 
-def _check_options(context: Context, options: Mapping[str, Any]) -> None:
+def _check_options(context: Context, options: Mapping[str, Any], node: str) -> None:
     parameters = inspect.signature(context.function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
@@ -125,8 +135,7 @@ def _check_options(context: Context, options: Mapping[str, Any]) -> None:
     for option, allowed in _choices(context.function).items():
         if option in options and options[option] not in allowed:
             raise ContextError(
-                f"sdar.context.options.{context.name}.{option}={options[option]!r}; use one of "
-                f"{', '.join(map(str, allowed))}"
+                f"{node}.options.{context.name}.{option}={options[option]!r}; use one of {', '.join(map(str, allowed))}"
             )
 
 

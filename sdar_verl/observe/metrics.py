@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from sdar_verl.algorithm.gap import episode_means, row_turns
-from sdar_verl.algorithm.schedules import GRAD_SHARE, GRAD_SHARE_WEIGHTS
+from sdar_verl.algorithm.schedules import GAP_SIZE, GRAD_SHARE, GRAD_SHARE_WEIGHTS
 from sdar_verl.algorithm.stats import finalize_stats
+from sdar_verl.algorithm.turns import episode_means, row_turns, turn_sums
 from sdar_verl.fields import NORM_PREFIX, SUMS_PREFIX
 from sdar_verl.table import StepTable
 
@@ -62,6 +62,8 @@ def row_metrics(table: StepTable) -> dict[str, float]:
         tokens = [info.context_tokens for info in seen]
         metrics["sdar/context_tokens/mean"] = sum(tokens) / len(tokens)
         metrics["sdar/context_tokens/max"] = max(tokens)
+        if any(info.contrast_prompt_ids for info in seen):
+            metrics["sdar/contrast_texts"] = sum(len(info.contrast_prompt_ids) for info in seen) / len(seen)
     skills = Counter(name for info in episodes.values() for name in info.skills)
     metrics |= {f"sdar/skill_episodes/{name}": count for name, count in sorted(skills.items())}
     return metrics
@@ -105,6 +107,17 @@ def gap_metrics(
     if entropy is not None:
         metrics["sdar/student_entropy"] = entropy[mask].double().mean().item()
     return metrics
+
+
+def gap_size(gap: torch.Tensor, mask: torch.Tensor, response_mask: torch.Tensor) -> dict[str, float]:
+    """Mean of the absolute gap over the distilled tokens of a turn, then over the step's turns; empty without any.
+
+    Args:
+        gap, mask, response_mask: as of :func:`gap_metrics`.
+    """
+    sums, counts = turn_sums(gap.abs(), mask, row_turns(response_mask))
+    judged = counts > 0
+    return {GAP_SIZE: (sums[judged] / counts[judged]).mean().item()} if judged.any() else {}
 
 
 def reduce_loss_sums(metrics: dict[str, Any]) -> dict[str, float]:

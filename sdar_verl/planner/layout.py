@@ -37,6 +37,8 @@ class Layout:
         rollout_share: of the card's memory that the rollout engine may take.
         rollout_tokens: tokens that the rollout engine computes at a time, at most.
         teacher: source of the teacher's weights, ``none`` without one.
+        teacher_passes: forward passes of the teacher over a row: one, and one per text of a bad context.
+        anchor: the reference scores the student's rows for an anchored target, too.
         teacher_placement: ``colocated``, ``pool`` or ``rollout_server``.
         teacher_offload: EMA and snapshot weights wait on the CPU between passes.
         teacher_gpus: GPUs of the teacher's own pool.
@@ -70,6 +72,8 @@ class Layout:
     rollout_share: float = 0.6
     rollout_tokens: int = 8192
     teacher: str = "actor"
+    teacher_passes: int = 1
+    anchor: bool = False
     teacher_placement: str = "colocated"
     teacher_offload: bool = True
     teacher_gpus: int = 0
@@ -152,6 +156,8 @@ class Layout:
             rollout_share=float(rollout.gpu_memory_utilization),
             rollout_tokens=int(rollout.max_num_batched_tokens),
             teacher=teacher,
+            teacher_passes=1 + (sdar.context.contrast.texts if sdar.context.contrast.sources else 0),
+            anchor=sdar.loss.anchor.reference > 0,
             teacher_placement=sdar.teacher.placement,
             teacher_offload=sdar.teacher.offload is not False,
             teacher_gpus=(sdar.teacher.pool_gpus_per_node or 0) * (sdar.teacher.pool_nodes or 1),

@@ -34,7 +34,8 @@ def as_text(plan: Plan, price: float | None = None) -> str:
     layout, memory = plan.layout, plan.gpu.memory
     lines = [
         f"{layout.architecture.name}, {layout.architecture.parameters / 1e9:.2f} billion weights, on {plan.cards} x "
-        f"{plan.gpu.name}; teacher: {layout.teacher}, {layout.teacher_placement}; objective: {layout.objective}",
+        f"{plan.gpu.name}; teacher: {layout.teacher}, {layout.teacher_placement}{_passes(layout.teacher_passes)}; "
+        f"objective: {layout.objective}",
         f"{layout.episodes} episodes of {layout.turns:g} turns a step: {layout.rows:,.0f} rows of {layout.prompt:g} + "
         f"{layout.response:g} tokens, {layout.context:g} more for the teacher",
         "",
@@ -59,6 +60,10 @@ def as_text(plan: Plan, price: float | None = None) -> str:
     lines += ["", total, "", "fits" if plan.fits else "does not fit:"]
     lines += [f"  - {fault}" for fault in plan.faults]
     return "\n".join(lines)
+
+
+def _passes(number: int) -> str:
+    return "" if number == 1 else f", {number} passes over each row"
 
 
 def draw(plan: Plan, path: str | Path) -> None:

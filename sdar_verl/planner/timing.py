@@ -24,12 +24,14 @@ def row_flops(layout: Layout, context: float = 0.0) -> float:
 
 def phase_flops(layout: Layout) -> dict[str, float]:
     """FLOPs of every training phase of a step, over all GPUs."""
-    student, teacher = row_flops(layout), row_flops(layout, layout.context)
+    student, teacher = row_flops(layout), layout.teacher_passes * row_flops(layout, layout.context)
     flops = {"old log-probs": student}
     if layout.reference_pass:
         flops["reference"] = student
     if layout.teacher not in ("none", "actor_fresh"):
         flops["teacher"] = teacher
+    if layout.anchor:
+        flops["anchor"] = student
     flops["update"] = student * (4.0 if layout.checkpointing else 3.0)
     if layout.teacher == "actor_fresh":
         flops["update"] += teacher
@@ -72,8 +74,9 @@ def step_seconds(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None)
 
 def tokens_per_step(layout: Layout) -> dict[str, float]:
     """Tokens that a step reads and writes."""
+    teacher = 0.0 if layout.teacher == "none" else layout.teacher_passes
     return {
         "written by the policy": layout.rows * layout.response,
         "read by the student": layout.rows * layout.prompt,
-        "read by the teacher": 0.0 if layout.teacher == "none" else layout.rows * (layout.prompt + layout.context),
+        "read by the teacher": layout.rows * teacher * (layout.prompt + layout.context),
     }

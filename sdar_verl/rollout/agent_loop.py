@@ -28,7 +28,7 @@ from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
 from sdar_verl.rollout.outputs import Episode, OutputMaker, Turn, conversation
 from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnContext
 from sdar_verl.rollout.prompts import PromptTemplateError
-from sdar_verl.rollout.rows import EVIDENCE_COLUMN, TRACED_COLUMN, EpisodeNote, RowInfo, turn_text
+from sdar_verl.rollout.rows import EVIDENCE_COLUMN, RETIRED_COLUMN, TRACED_COLUMN, EpisodeNote, RowInfo, turn_text
 from sdar_verl.rollout.runtime import Runtime, get_runtime
 from sdar_verl.rollout.server_teacher import ServerTeacher
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
@@ -122,12 +122,13 @@ class SdarAgentLoop(AgentLoopBase):
         seed_parts = (task.task_id, arm_name, submitted, kwargs.get("session_id"))
 
         traced = arm is None and (runtime.traces(kwargs.get("global_steps")) or bool(kwargs.get(TRACED_COLUMN)))
+        taught = arm is None and runtime.sdar.teacher.source != "none" and not kwargs.get(RETIRED_COLUMN)
         failure = ""
         for attempt in (1, 2):
-            scores = self._scores(runtime, first=kwargs.get("session_id") == 0) if arm is None else None
+            scores = self._scores(runtime, first=kwargs.get("session_id") == 0) if taught else None
             try:
                 episode = await self._play(
-                    runtime, task, arm, sampling_params, seed_parts, traced, kwargs.get(EVIDENCE_COLUMN), scores
+                    runtime, task, arm, sampling_params, seed_parts, traced, kwargs.get(EVIDENCE_COLUMN), taught, scores
                 )
                 break
             except EnvProcessError as error:
@@ -161,10 +162,11 @@ class SdarAgentLoop(AgentLoopBase):
         seed_parts: tuple[Any, ...],
         traced: bool,
         evidence: str | None,
+        taught: bool,
         scores: ServerTeacher | None,
     ) -> Episode:
         settings = runtime.sdar
-        texts = self._texts(runtime, task, arm, evidence)
+        texts = self._texts(runtime, task, arm, evidence, taught)
         note = EpisodeNote(asdict(task), passages={name: asdict(passage) for name, passage in texts.passages.items()})
         episode = Episode()
         history: list[tuple[str, str | None]] = []
@@ -262,7 +264,7 @@ class SdarAgentLoop(AgentLoopBase):
         return ids if used + runtime.max_answer_length <= runtime.max_response_length else []
 
     @staticmethod
-    def _texts(runtime: Runtime, task: Task, arm: ValidationArm | None, evidence: str | None) -> _Texts:
+    def _texts(runtime: Runtime, task: Task, arm: ValidationArm | None, evidence: str | None, taught: bool) -> _Texts:
         contexts, settings, request = runtime.contexts, runtime.sdar, runtime.request(task, evidence)
         shows = settings.context.student if arm is None else arm.context
         if shows == "teacher":
@@ -271,7 +273,7 @@ class SdarAgentLoop(AgentLoopBase):
             return _Texts(seen.text if seen is not None else "", found=found)
         found = runtime.skills(task, evidence) if shows == "skills" else NO_TEXT
         texts = _Texts(found.text, found=found)
-        if arm is not None or settings.teacher.source == "none":
+        if not taught:
             return texts
         passages = contexts.early_passages(request)
         if contexts.late:

@@ -7,17 +7,19 @@ contexts. From these the very same template and chat template give the teacher's
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode, PlayedTurn
 from sdar_verl.context.builder import ContextBuilder
+from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import Task
-from sdar_verl.fields import TEACHER_PROMPTS
+from sdar_verl.fields import TEACHER_PROMPTS, contrast_prompts
 from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
 from sdar_verl.rollout.rows import EpisodeNote, RowId, RowInfo
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
@@ -47,6 +49,21 @@ class _Group:
 
     task: Task
     episodes: list[_Episode] = field(default_factory=list)
+
+
+@dataclass
+class _Shown:
+    """What the teacher sees.
+
+    Attributes:
+        real: the context, for the records.
+        seen: itself or its placebo; None: the teacher has no say.
+        bad: the different texts of the bad slot.
+    """
+
+    real: Passage
+    seen: Passage | None
+    bad: list[Passage] = field(default_factory=list)
 
 
 class LatePrompts(Protocol):
@@ -82,47 +99,113 @@ class LateContexts:
             for episode in group.episodes:
                 self._fill_episode(groups, uid, episode)
         stop_on_errors([info.error for info in table.infos if info is not None])
-        none = torch.zeros(0, dtype=torch.int32)
-        prompts = [
-            none if info is None or info.teacher_prompt_ids is None else torch.from_numpy(info.teacher_prompt_ids)
+        seen = [
+            () if info is None or info.teacher_prompt_ids is None else (info.teacher_prompt_ids,)
             for info in table.infos
         ]
-        table.rows.write({TEACHER_PROMPTS: torch.nested.as_nested_tensor(prompts, layout=torch.jagged)})
+        table.rows.write({TEACHER_PROMPTS: _column(seen, 0)})
+        bad = [() if info is None else info.contrast_prompt_ids for info in table.infos]
+        for number in range(max(map(len, bad))):
+            table.rows.write({contrast_prompts(number): _column(bad, number)})
 
     def _fill_episode(self, groups: Mapping[str, _Group], uid: str, episode: _Episode) -> None:
-        group = groups[uid]
-        real = self._passage(group, episode)
-        other = self._other(groups, group) if self._settings.context.control == "wrong" and real.text else None
-        seen = self._contexts.controlled(real, group.task.task_id, other)
+        group, shown = groups[uid], None
         for index, info in enumerate(episode.infos):
-            info.skills, info.no_match = real.skills, real.no_match
+            if shown is None or self._contexts.by_turn:
+                shown = self._shown(groups, group, episode, info)
+            info.skills, info.no_match = shown.real.skills, shown.real.no_match
+            seen = shown.seen
             info.context_missing = seen is None
             for step in info.steps:
                 if step.text is not None:  # on traced steps
                     step.text["context"] = seen.text if seen is not None else ""
             if seen is not None and not info.foreign:
                 self._prompts.add(group.task, episode.infos, index, seen)
-        if seen is not None and episode.infos[0].teacher_prompt_tokens is not None:
-            episode.note.context = seen.text
+            if shown.bad and info.teacher_prompt_ids is not None:
+                self._add_contrast(group.task, episode.infos, index, shown.bad)
+            if index == 0 and seen is not None and info.teacher_prompt_tokens is not None:
+                episode.note.context = seen.text
 
-    def _passage(self, group: _Group, episode: _Episode) -> Passage:
+    def _shown(self, groups: Mapping[str, _Group], group: _Group, episode: _Episode, info: RowInfo) -> _Shown:
+        """What the teacher sees on the rows of an episode, or on one of them where contexts differ by turn."""
+        wanted, contrast = self._settings.context.episodes, self._contexts.contrast
+        if wanted != "all" and episode.infos[0].success != (wanted == "solved"):
+            return _Shown(Passage(""), None)
+        if info.turns and self._contexts.by_turn:
+            raise ContextError(
+                f"sdar.context.sources={list(self._settings.context.named)} differ by turn, but a row of task "
+                f"{info.task_id} holds {len(info.turns)} turns of a conversation; use contexts of the whole episode"
+            )
+        real, seen = self._seen(self._contexts, groups, group, episode, info.turn)
+        if contrast is None or seen is None:
+            return _Shown(real, seen)
+        bad = self._texts(contrast, groups, group, episode, info.turn)
+        return _Shown(real, seen if bad else None, bad)
+
+    def _add_contrast(self, task: Task, infos: Sequence[RowInfo], index: int, texts: Sequence[Passage]) -> None:
+        """The prompts of a row with each text of the bad context; without one, the row has no teacher."""
+        info, found = infos[index], []
+        for text in texts:
+            # The same prompt for another text: made on a copy of the row's record.
+            copy = replace(info, teacher_prompt_ids=None, teacher_prompt_tokens=None)
+            self._prompts.add(task, [*infos[:index], copy, *infos[index + 1 :]], index, text)
+            info.truncated |= copy.truncated
+            info.error = info.error or copy.error
+            if copy.teacher_prompt_ids is not None:
+                found.append(copy.teacher_prompt_ids)
+        info.contrast_prompt_ids = tuple(found)
+        if not found:
+            info.teacher_prompt_ids = info.teacher_prompt_tokens = None
+
+    def _texts(
+        self, contexts: ContextBuilder, groups: Mapping[str, _Group], group: _Group, episode: _Episode, turn: int
+    ) -> list[Passage]:
+        """The different texts of a slot, as many as it may have and there are."""
+        found: dict[str, Passage] = {}
+        for number in range(contexts.texts):
+            _, seen = self._seen(contexts, groups, group, episode, turn, number)
+            if seen is not None:
+                found.setdefault(seen.text, seen)
+        return list(found.values())
+
+    def _seen(
+        self,
+        contexts: ContextBuilder,
+        groups: Mapping[str, _Group],
+        group: _Group,
+        episode: _Episode,
+        turn: int,
+        number: int = 0,
+    ) -> tuple[Passage, Passage | None]:
+        """An episode's context in a slot, and what the teacher sees of it: itself or its placebo, None without any."""
+        real = self._passage(contexts, group, episode, turn, number)
+        other = self._other(contexts, groups, group, turn) if contexts.control == "wrong" and real.text else None
+        return real, contexts.controlled(real, group.task.task_id, other, number)
+
+    def _passage(
+        self, contexts: ContextBuilder, group: _Group, episode: _Episode, turn: int, number: int = 0
+    ) -> Passage:
         request = ContextRequest(
             group.task,
             seed=self._settings.context.seed,
             episode=episode.played,
             siblings=tuple(other.played for other in group.episodes if other is not episode),
+            turn=turn,
+            number=number,
         )
         early = {name: Passage(**fields) for name, fields in episode.note.passages.items()}
-        return self._contexts.passage(request, early)
+        return contexts.passage(request, early)
 
-    def _other(self, groups: Mapping[str, _Group], group: _Group) -> Passage | None:
+    def _other(
+        self, contexts: ContextBuilder, groups: Mapping[str, _Group], group: _Group, turn: int
+    ) -> Passage | None:
         """The context of an episode of this step whose task is of another type, or, where there is one type alone, of
         another task; None when there is none."""
         others = [other for other in groups.values() if other.task.task_type != group.task.task_type]
         others = others or [other for other in groups.values() if other.task.task_id != group.task.task_id]
         candidates = [(other, episode) for other in others for episode in other.episodes]
         Random(f"{self._settings.context.seed}:{group.task.task_id}").shuffle(candidates)
-        passages = (self._passage(other, episode) for other, episode in candidates)
+        passages = (self._passage(contexts, other, episode, turn) for other, episode in candidates)
         return next((passage for passage in passages if passage.text), None)
 
 
@@ -151,6 +234,13 @@ class TurnPrompts:
             max_steps=self._settings.env.max_steps,
         )
         add_teacher_prompt(info, self._prompts, shown, passage, self._settings.teacher)
+
+
+def _column(prompts: Sequence[Sequence[np.ndarray]], number: int) -> torch.Tensor:
+    """The ``number``-th prompt of every row, empty where it has none."""
+    none = torch.zeros(0, dtype=torch.int32)
+    rows = [torch.from_numpy(row[number]) if number < len(row) else none for row in prompts]
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
 def _groups(table: StepTable) -> dict[str, _Group]:

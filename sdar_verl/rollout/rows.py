@@ -19,7 +19,10 @@ EVIDENCE_COLUMN = "sdar_evidence"
 TRACED_COLUMN = "sdar_traced"
 """Column of a prompt: its rows carry the words of their turns, whatever its step."""
 
-COLUMNS = ("teacher_prompt_ids", "teacher_log_probs")
+RETIRED_COLUMN = "sdar_retired"
+"""Column of a prompt: the teacher has retired, so its rows need no prompt of its own and no request."""
+
+COLUMNS = ("teacher_prompt_ids", "contrast_prompt_ids", "teacher_log_probs")
 """Of :class:`RowInfo`: they lie beside the row, not in its record."""
 
 
@@ -130,11 +133,13 @@ class RowInfo:
         skills: names of the skills in the context, in order.
         no_match: retrieval found no skill of this task's own.
         skills_dropped: skills that were found, but left out to keep within ``sdar.skills.max_tokens``.
-        context_missing: the teacher has no say because its late context does not exist (no sibling succeeded, say).
+        context_missing: the teacher has no say because its late context does not exist (no sibling succeeded, say), or
+            the one to compare it with.
         context_empty: the teacher has no say because its sources found nothing for the task.
         prompt_tokens: tokens of the student's prompt.
         teacher_prompt_tokens: of the teacher's; None when the teacher has no say on this row.
         teacher_prompt_ids: its token ids, where the prompt was made; a column of its own elsewhere.
+        contrast_prompt_ids: token ids with each text of the bad context, where there is one; columns elsewhere.
         teacher_log_probs: (response tokens,) float32, nats: what the rollout server answered for the teacher, where it
             was asked; a column of its own elsewhere.
         teacher_failure: why it could not, or why the teacher was silenced afterwards; or None.
@@ -174,6 +179,7 @@ class RowInfo:
     prompt_tokens: int = 0
     teacher_prompt_tokens: int | None = None
     teacher_prompt_ids: np.ndarray | None = None
+    contrast_prompt_ids: tuple[np.ndarray, ...] = ()
     teacher_log_probs: np.ndarray | None = None
     teacher_failure: str | None = None
     student_log_probs: np.ndarray | None = None

@@ -15,6 +15,7 @@ gradient enters the chunks before the one of the logits has come and the weights
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,17 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.torch_functional import logprobs_from_logits
 
-from sdar_verl.algorithm.divergence_rows import FullDivergence, TopKDivergence
+from sdar_verl.algorithm.divergence_rows import Anchor, FullDivergence, TopKDivergence
 from sdar_verl.algorithm.divergences import COLUMNS, on_support, top_k_ids
 from sdar_verl.algorithm.head_chunks import RowFunction, chunk_logits, map_logits
-from sdar_verl.fields import SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN, TEACHER_MASK
+from sdar_verl.fields import (
+    ANCHOR_HIDDEN,
+    ANCHOR_LOG_PROBS,
+    SUPPORT_IDS,
+    SUPPORT_LOG_PROBS,
+    TEACHER_HIDDEN,
+    TEACHER_MASK,
+)
 from sdar_verl.requests import HeadRequest
 
 COLUMN_PREFIX = "sdar_distribution_"
@@ -43,11 +51,13 @@ class Heads:
     Attributes:
         kept: of a ``hidden`` pass through this engine, a copy, gathered over the ranks.
         teacher: the teacher's, for ``divergence`` over the whole vocabulary; freed after the update.
+        anchor: the reference's, likewise.
         checked: the model's logits were seen to be the head's.
     """
 
     kept: Head | None = None
     teacher: Head | None = None
+    anchor: Head | None = None
     checked: bool = False
 
 
@@ -207,18 +217,32 @@ class HeadPass:
                     f"vocabulary has {vocabulary} tokens; use a smaller sdar.loss.top_k, a teacher with the student's "
                     "vocabulary, or sdar.loss.objective=sampled"
                 )
-            return TopKDivergence(request.kind, ids.long(), teacher, request.tail)
-        head = self._heads.teacher
+            anchor = None
+            if request.reference:
+                there = _flat(self._data[ANCHOR_LOG_PROBS])[chosen]
+                anchor = Anchor(request.reference, request.student, lambda rows: there[rows])
+            elif request.student:
+                anchor = Anchor(0.0, request.student)
+            return TopKDivergence(request.kind, ids.long(), teacher, request.tail, anchor)
+        anchor = None
+        if request.reference or request.student:
+            drawn = self._logits(ANCHOR_HIDDEN, self._heads.anchor, vocabulary) if request.reference else None
+            anchor = Anchor(request.reference, request.student, drawn)
+        return FullDivergence(request.kind, self._logits(TEACHER_HIDDEN, self._heads.teacher, vocabulary), anchor)
+
+    def _logits(self, column: str, head: Head | None, vocabulary: int) -> Callable[[slice], torch.Tensor]:
+        """Rows -> logits of the chosen tokens, made from the hidden states that a pass has left in ``column``."""
+        whose = "teacher" if column == TEACHER_HIDDEN else "reference"
         if head is None:
-            raise RuntimeError("the teacher's head is not here: the teacher pass did not run on this worker")
+            raise RuntimeError(f"the {whose}'s head is not here: the {whose}'s pass did not run on this worker")
         weight, bias = head
         if len(weight) != vocabulary:
             raise RuntimeError(
-                f"the student's vocabulary has {vocabulary} tokens, the teacher's {len(weight)}; use a teacher with "
+                f"the student's vocabulary has {vocabulary} tokens, the {whose}'s {len(weight)}; use a teacher with "
                 "the student's vocabulary, or sdar.loss.objective=sampled"
             )
-        hidden = _flat(self._data[TEACHER_HIDDEN])[chosen]
-        return FullDivergence(request.kind, lambda rows: chunk_logits(hidden[rows], weight, bias, self._temperature))
+        hidden = _flat(self._data[column])[self._chosen]
+        return lambda rows: chunk_logits(hidden[rows], weight, bias, self._temperature)
 
     def _index(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows of the flattened hidden states that predict response tokens, in the order of the responses."""

@@ -20,7 +20,7 @@ from sdar_verl.algorithm.masking import ROWS_NAMED, NonFiniteValues
 from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.algorithm.terms import DistillationTerms
 from sdar_verl.errors import ConfigError, NonFiniteError
-from sdar_verl.fields import STATISTICS, STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.fields import CONTRAST, STATISTICS, STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.method import Method, StepValues
 from sdar_verl.rollout.rows import ROW_KEY
 from sdar_verl.verl import symbols
@@ -64,7 +64,10 @@ def sdar_loss(
         config, model_output, data if method.settings.policy_gradient else _without_advantages(data)
     )
 
-    step = StepValues.from_dict(tu.get_non_tensor_data(data, STEP_VALUES, None))
+    values = tu.get_non_tensor_data(data, STEP_VALUES, None)
+    if values is None:  # the teacher has retired
+        return loss, metrics
+    step = StepValues.from_dict(values)
     log_probs = no_padding_2_padding(model_output["log_probs"], data)
     try:
         terms = _terms(method, step, log_probs, model_output, data)
@@ -170,7 +173,8 @@ def _terms(
 ) -> DistillationTerms:
     """The distillation term per token of one micro-batch."""
     names = ["response_mask", "old_log_probs", TEACHER_LOG_PROBS, TEACHER_MASK]
-    rows = data.select(*names, *(name for name in STATISTICS if name in data)).to_padded_tensor()
+    names += ["advantages"] * method.reads_advantages
+    rows = data.select(*names, *(name for name in (*STATISTICS, CONTRAST) if name in data)).to_padded_tensor()
     entropy = model_output.get("entropy")
     if entropy is None and method.reads_entropy:
         raise ConfigError(

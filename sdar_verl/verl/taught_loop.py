@@ -35,7 +35,7 @@ from sdar_verl.rollout.messages import ContextPlace, MessagesError
 from sdar_verl.rollout.outputs import OutputMaker
 from sdar_verl.rollout.prompts import PromptTemplateError
 from sdar_verl.rollout.recipe_rows import record_of, task_of
-from sdar_verl.rollout.rows import ROW_KEY, TRACED_COLUMN, RowInfo
+from sdar_verl.rollout.rows import RETIRED_COLUMN, ROW_KEY, TRACED_COLUMN, RowInfo
 from sdar_verl.rollout.runtime import request_seed
 from sdar_verl.rollout.server_teacher import ServerTeacher
 from sdar_verl.rollout.skills_of import SkillFinder
@@ -204,7 +204,7 @@ class _Runtime:
         import_modules(self.sdar.modules)
         self.contexts = ContextBuilder(self.sdar.context, tokenizer)
         self.prompts = TeacherPrompts(config, self.sdar, tokenizer, model_type)
-        uses_skills = "skills" in self.sdar.context.sources
+        uses_skills = "skills" in self.sdar.context.named
         self.skills = SkillFinder(self.sdar.skills, self.contexts, None) if uses_skills else None
 
     def request(self, task: Task) -> ContextRequest:
@@ -237,7 +237,7 @@ class TaughtLoop(AgentLoopBase):
             **columns: the row's.
         """
         name, arm_name = columns.pop(INNER_COLUMN), columns.pop("sdar_arm", None) or None
-        traced = bool(columns.pop(TRACED_COLUMN, False))
+        traced, retired = bool(columns.pop(TRACED_COLUMN, False)), bool(columns.pop(RETIRED_COLUMN, False))
         task = task_of(columns)
         try:
             runtime = self._runtime()
@@ -261,7 +261,7 @@ class TaughtLoop(AgentLoopBase):
         if arm_name is not None:
             return output
         outputs = output if isinstance(output, list) else [output]
-        scores = self._server(runtime, columns)
+        scores = None if retired else self._server(runtime, columns)
         rows, turn = [], 0
         for one in outputs:
             late = runtime.contexts.late
@@ -274,7 +274,8 @@ class TaughtLoop(AgentLoopBase):
                 for step in info.steps:
                     step.text = None
             try:
-                self._teach(runtime, name, loop.built, one, info, task)
+                if not retired:
+                    self._teach(runtime, name, loop.built, one, info, task)
             except (ContextError, RetrievalError, MessagesError, PromptTemplateError) as error:
                 info.error = f"row {columns.get('index')} ({task.task_id}): {error}"
             if scores is not None:

@@ -21,8 +21,17 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.errors import TeacherError
-from sdar_verl.fields import MODULES_NODE, TEACHER_LOG_PROBS, TEACHER_NODE, TEACHER_PROMPTS
+from sdar_verl.fields import (
+    MODULES_NODE,
+    SUPPORT_IDS,
+    TEACHER_LOG_PROBS,
+    TEACHER_MASK,
+    TEACHER_NODE,
+    TEACHER_PROMPTS,
+    contrast_prompts,
+)
 from sdar_verl.requests import HEAD_REQUEST, HeadRequest, StepRequests
+from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.table import StepTable
 from sdar_verl.teacher.rows import deal, scored_rows, stop_without_contexts
 from sdar_verl.teacher.server_check import COMPARED, ServerCheck, answer_metrics, stop_unanswered
@@ -97,7 +106,8 @@ class PrivilegedTeacher:
             self._begun = self._send(table)
 
     def score(self, table: StepTable) -> dict[str, float]:
-        """Have the teacher's columns written on every row; returns what a first step's check has measured.
+        """Have the teacher's columns written on every row, and one more per text of a bad context; returns what a first
+        step's check has measured.
 
         A source that scores inside the update (``actor_fresh``) has nothing to do here, and neither has a teacher that
         the rollout server was asked for during the episodes.
@@ -112,6 +122,12 @@ class PrivilegedTeacher:
         if not self.on_server and not self.source.per_update:
             self._wait(table, self._begun if self._begun is not None else self._send(table))
             self._begun = None
+        for number in range(
+            max((len(info.contrast_prompt_ids) for info in table.infos if info is not None), default=0)
+        ):
+            self._wait(table, self._send(table, contrast=number))
+        if self._requests.anchor is not None:
+            self._wait(table, self._send_anchor(table, self._requests.anchor))
         return metrics
 
     def verify(self, table: StepTable) -> dict[str, float]:
@@ -222,42 +238,67 @@ class PrivilegedTeacher:
 
     # ---------------------------------------------------------------- the pass
 
-    def _send(self, table: StepTable, *, empty_context: bool = False) -> Any:
-        """Ask the workers; rows that the teacher scores are dealt out so that ranks have as much to do."""
-        from sdar_verl.verl.worker import EMPTY_CONTEXT, MESH
+    def _send(self, table: StepTable, *, empty_context: bool = False, contrast: int | None = None) -> Any:
+        """Ask the workers; rows that the teacher scores are dealt out so that ranks have as much to do.
+
+        Args:
+            table: of the update.
+            empty_context: score the student's prompts, on all rows.
+            contrast: score with this text of the bad context.
+        """
+        from sdar_verl.verl.worker import CONTRAST_TEXT, EMPTY_CONTEXT, MESH
 
         workers = self._trainer.actor_rollout_wg if self.pool is None else self.pool
         batch: KVBatchMeta = table.rows.batch
-        lengths = [
-            0
-            if info is None or info.teacher_prompt_tokens is None
-            else info.teacher_prompt_tokens + tag["response_len"]
-            for info, tag in zip(table.infos, batch.tags, strict=True)
-        ]
+        prompts = [_prompt_tokens(info, contrast) for info in table.infos]
+        lengths = [tokens and tokens + tag["response_len"] for tokens, tag in zip(prompts, batch.tags, strict=True)]
         ranks = 1 + max(dispatched_ranks(workers, MESH))
         scored = scored_rows(lengths, ranks)
         order = list(range(len(lengths)))
         if scored and not empty_context:
             loads = calculate_workload(torch.tensor([max(1, lengths[row]) for row in scored])).tolist()
             order = deal(lengths, ranks, get_seqlen_balanced_partitions(loads, k_partitions=ranks, equal_size=True))
-        request = HeadRequest(teacher=True) if empty_context else self._requests.teacher
-        carry = () if empty_context else self._requests.carry
+        plain, column = empty_context or contrast is not None, TEACHER_PROMPTS
+        request = HeadRequest(teacher=True) if plain else self._requests.teacher
+        carry = () if plain else self._requests.carry
+        if contrast is not None:
+            column = contrast_prompts(contrast)
         meta = KVBatchMeta(
             keys=[batch.keys[row] for row in order],
             tags=[batch.tags[row] for row in order],
             partition_id=batch.partition_id,
-            fields=["prompts" if empty_context else TEACHER_PROMPTS, "responses", "response_mask", *carry],
+            fields=["prompts" if empty_context else column, "responses", "response_mask", *carry],
             extra_info={
                 "temperature": self._trainer.config.actor_rollout_ref.rollout.temperature,
                 HEAD_REQUEST: request.to_json(),
                 EMPTY_CONTEXT: empty_context,
+                **({} if contrast is None else {CONTRAST_TEXT: contrast}),
             },
         )
         return workers.compute_teacher_log_prob(meta)
 
+    def _send_anchor(self, table: StepTable, request: HeadRequest) -> Any:
+        """The reference's pass over the student's prompts, on the rows that have a teacher."""
+        from sdar_verl.verl.worker import ANCHOR_PASS
+
+        batch: KVBatchMeta = table.rows.batch
+        carry = [SUPPORT_IDS] if request.what == "on_support" else []
+        meta = KVBatchMeta(
+            keys=list(batch.keys),
+            tags=list(batch.tags),
+            partition_id=batch.partition_id,
+            fields=["prompts", "responses", "response_mask", TEACHER_MASK, *carry],
+            extra_info={
+                "temperature": self._trainer.config.actor_rollout_ref.rollout.temperature,
+                HEAD_REQUEST: request.to_json(),
+                ANCHOR_PASS: True,
+            },
+        )
+        return self._trainer.actor_rollout_wg.compute_anchor(meta)
+
     def _wait(self, table: StepTable, answer: Any) -> None:
         # A pool's workers are not waited for when they are called; then verl leaves it to the caller to collect.
-        done = answer if self.pool is None else BatchData(ray.get(answer.futures)).concat()
+        done = BatchData(ray.get(answer.futures)).concat() if hasattr(answer, "futures") else answer
         if len(done) != len(table.infos):
             raise TeacherError(
                 f"the teacher pass returned {len(done)} rows for {len(table.infos)}: a fault of the engine"
@@ -265,6 +306,15 @@ class PrivilegedTeacher:
         batch = table.rows.batch
         if batch.fields is not None:
             batch.fields = list(dict.fromkeys([*batch.fields, *done.fields]))
+
+
+def _prompt_tokens(info: RowInfo | None, contrast: int | None) -> int:
+    """Tokens of a row's prompt in a pass, 0 where it is not scored."""
+    if info is None:
+        return 0
+    if contrast is None:
+        return info.teacher_prompt_tokens or 0
+    return len(info.contrast_prompt_ids[contrast]) if contrast < len(info.contrast_prompt_ids) else 0
 
 
 def dispatched_ranks(workers: Any, mesh: str) -> list[int]:

@@ -24,23 +24,24 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.debug import marked_timer
 from verl.workers.utils.losses import ppo_loss
 
+from sdar_verl.algorithm.schedules import GAP_SIZE
 from sdar_verl.checks.panel_tasks import panel_digests, panel_files
 from sdar_verl.checks.run import check_run
 from sdar_verl.cloud.attempt import CloudRun
 from sdar_verl.compat import EXPECTED, validation_counts
 from sdar_verl.config import load_config
-from sdar_verl.fields import STEP_VALUES, TEACHER_LOG_PROBS
+from sdar_verl.fields import STEP_VALUES, TEACHER_LOG_PROBS, contrast_log_probs
 from sdar_verl.finite import STUDENT
 from sdar_verl.method import Method, Strengths
 from sdar_verl.modules import Importing
 from sdar_verl.observe import observers
 from sdar_verl.observe.base import Observer, load_states, save_states
 from sdar_verl.observe.lines import step_line, validation_line
-from sdar_verl.observe.metrics import gap_metrics, reduce_loss_sums
+from sdar_verl.observe.metrics import gap_metrics, gap_size, reduce_loss_sums
 from sdar_verl.observe.step_metrics import step_metrics
 from sdar_verl.recipe import plays_environments
 from sdar_verl.requests import StepRequests, asked
-from sdar_verl.rollout.rows import TRACED_COLUMN
+from sdar_verl.rollout.rows import RETIRED_COLUMN, TRACED_COLUMN
 from sdar_verl.rollout.runtime import make_prompts
 from sdar_verl.rollout.uids import PromptUids
 from sdar_verl.step import local_update
@@ -87,12 +88,13 @@ class SdarTraining(PPOTrainer):
         taught = self.sdar.teacher.source != "none"
         self.requests = StepRequests.of(self.sdar.loss)
         self.teacher = PrivilegedTeacher(self.sdar.teacher, self.requests, self) if taught else None
+        self.taught = taught
         self.observers: list[Observer] = [*observers(self.sdar, config, self), self.cloud]
         self.late_contexts: Any = None
         self.tables: list[StepTable] = []
         self.columns = ["response_mask", "rm_scores", "entropy", *STUDENT]
         if self.teacher is not None and not self.teacher.source.per_update:
-            self.columns.append(TEACHER_LOG_PROBS)
+            self.columns += [TEACHER_LOG_PROBS, *map(contrast_log_probs, range(self.sdar.context.contrast.texts))]
         self._environments = plays_environments(config)
         self._checks_packing = bool(config.actor_rollout_ref.model.use_remove_padding)
         self._uids = PromptUids()
@@ -193,6 +195,10 @@ class SdarTraining(PPOTrainer):
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
         """verl's: all updates up to the next weight sync, one in most modes; then what is known of all together."""
         self._updates, self.tables = [], []
+        if self.teacher is not None and self.strengths.retired(self.global_steps):
+            print(f"sdar: lambda is 0 for good from step {self.global_steps} on; the teacher's pass ends", flush=True)
+            self.teacher = self.late_contexts = None
+            self.requests = StepRequests()
         batch = super().step(metrics, timing_raw)
         metrics.update(step_metrics(self._updates))
         self.strengths.observe(self.global_steps, metrics)
@@ -267,18 +273,22 @@ class SdarTraining(PPOTrainer):
 
     def judge(self, batch: KVBatchMeta, table: StepTable) -> dict[str, float]:
         """The method's view of all rows: statistics and signals go to the rows, the step's values to the batch."""
-        coef, beta = self.strengths.at(self.global_steps)
+        coef, beta, rl = self.strengths.at(self.global_steps)
         metrics = {"sdar/lambda": coef, "sdar/beta": beta}
-        judged = self.method.judge(table, coef, beta)
+        if self.sdar.loss.rl_schedule.name != "constant" or rl != 1.0:
+            metrics["sdar/rl_weight"] = rl
+        judged = self.method.judge(table, coef, beta, rl)
         if judged.terms is not None:
-            old, teacher = table.columns["old_log_probs"], table.columns[TEACHER_LOG_PROBS]
-            entropy = table.columns.get("entropy")
-            metrics |= gap_metrics(teacher - old, table.mask, table.response, table.episode_ids, table.turns, entropy)
-            table.columns |= {"gap": judged.terms.gap, "gate": judged.terms.gate}
+            gap, entropy = judged.terms.gap, table.columns.get("entropy")
+            metrics |= gap_metrics(gap, table.mask, table.response, table.episode_ids, table.turns, entropy)
+            table.columns |= {"gap": gap, "gate": judged.terms.gate}
+            if GAP_SIZE in self.strengths.measures:
+                metrics |= gap_size(gap, table.mask, table.response)
         if judged.change is not None:
             metrics["sdar/advantage_change"] = judged.change
         table.write(judged.columns)
-        batch.extra_info[STEP_VALUES] = judged.values.as_dict()
+        if self.teacher is not None:
+            batch.extra_info[STEP_VALUES] = judged.values.as_dict()
         return metrics
 
     def update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
@@ -305,6 +315,8 @@ class SdarTraining(PPOTrainer):
         if every and (self.verl_mode != "sync" or self.global_steps % every == 0):
             # In the asynchronous modes it is not known yet which step will train on them.
             tu.assign_non_tensor_stack(batch, TRACED_COLUMN, [True] * len(batch))
+        if self.taught and self.strengths.retired(self.global_steps):
+            tu.assign_non_tensor_stack(batch, RETIRED_COLUMN, [True] * len(batch))
         if not self._environments:
             teach(batch, self.config.actor_rollout_ref.rollout.agent.default_agent_loop)
         for observer in self.observers:
@@ -349,7 +361,7 @@ class SdarTraining(PPOTrainer):
 
     @property
     def _stateful(self) -> list[Any]:
-        return [*([self.strengths] if self.teacher is not None else []), *self.observers]
+        return [*([self.strengths] if self.taught else []), *self.observers]
 
     def _save_checkpoint(self) -> None:
         # Before verl's own: its last act is to name this checkpoint the latest.

@@ -26,6 +26,8 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.fields import (
+    ANCHOR_HIDDEN,
+    ANCHOR_LOG_PROBS,
     MODULES_NODE,
     SUPPORT_IDS,
     SUPPORT_LOG_PROBS,
@@ -34,6 +36,8 @@ from sdar_verl.fields import (
     TEACHER_MASK,
     TEACHER_NODE,
     TEACHER_PROMPTS,
+    contrast_log_probs,
+    contrast_prompts,
 )
 from sdar_verl.modules import import_modules
 from sdar_verl.requests import HEAD_REQUEST, HeadRequest
@@ -49,11 +53,16 @@ symbols.check("workers")
 MESH = "teacher"
 EMPTY_CONTEXT = "sdar_empty_context"
 """Non-tensor entry of a teacher pass: score the student's own prompts."""
+CONTRAST_TEXT = "sdar_contrast_text"
+"""Non-tensor entry of a teacher pass: score with this text of the bad context, numbered from 0."""
+ANCHOR_PASS = "sdar_anchor_pass"
+"""Non-tensor entry of a pass: it is the reference's over the student's prompts, on the rows that have a teacher."""
 TEACHER_REQUEST = "sdar_teacher_request"
 """Non-tensor entry of an update: the request of a teacher that is scored inside it, as JSON."""
 
 _EVERYWHERE: Any = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]  # verl adds its members at run time
 _ANSWERS = (SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN)
+_ANCHORED = {SUPPORT_LOG_PROBS: ANCHOR_LOG_PROBS, TEACHER_HIDDEN: ANCHOR_HIDDEN}
 
 
 class SdarTrainingWorker(TrainingWorker):
@@ -74,14 +83,20 @@ class SdarTrainingWorker(TrainingWorker):
             data: rows with ``responses``, ``response_mask``, the teacher's prompts, and what the request reads.
             request: a teacher pass.
             **options: ``empty_context``: score the student's prompts, on all rows; ``no_lora_adapter``: without it;
-                ``disable_auto_offload``: the weights are on the device already.
+                ``contrast``: with this text of the bad context; ``anchor``: the student's prompts, on rows that have a
+                teacher; ``disable_auto_offload``: the weights are on the device already.
 
         Returns:
             Nested over the responses, on the CPU: log-probs (NaN at the sampled tokens of a row that holds a number
-            anywhere that is not finite), mask, and what else was asked for.
+            anywhere that is not finite), mask, and what else was asked for; of a bad context, log-probs alone; of an
+            anchor, what was asked for.
         """
-        prompt = "prompts" if options.get("empty_context") else TEACHER_PROMPTS
-        prompts, responses, masks = (list(data[name].unbind()) for name in (prompt, "responses", "response_mask"))
+        text, anchor = options.get("contrast"), bool(options.get("anchor"))
+        prompt = "prompts" if options.get("empty_context") or anchor else TEACHER_PROMPTS
+        if text is not None:
+            prompt = contrast_prompts(text)
+        names = (prompt, "responses", TEACHER_MASK if anchor else "response_mask")
+        prompts, responses, masks = (list(data[name].unbind()) for name in names)
         seen = [bool(len(prompt)) and bool(mask.any()) for prompt, mask in zip(prompts, masks, strict=True)]
         numbers = self._agreed([i for i, has in enumerate(seen) if has], len(seen))
         columns = {
@@ -104,6 +119,10 @@ class SdarTrainingWorker(TrainingWorker):
             for place in broken:
                 if seen[numbers[place]]:
                     columns[TEACHER_LOG_PROBS][numbers[place]][masks[numbers[place]].cpu().bool()] = float("nan")
+        if text is not None:
+            columns = {contrast_log_probs(text): columns[TEACHER_LOG_PROBS]}
+        if anchor:
+            columns = {_ANCHORED[name]: values for name, values in columns.items() if name in _ANCHORED}
         return tu.get_tensordict({name: nested(values) for name, values in columns.items()})
 
     def _agreed(self, numbers: list[int], rows: int) -> list[int]:
@@ -154,7 +173,10 @@ class FreshTeacherTrainingWorker(SdarTrainingWorker):
 
     def train_batch(self, data: TensorDict) -> TensorDict:
         """One optimizer update (verl's), on rows that carry the teacher's prompts."""
-        request = HeadRequest.from_json(tu.get(data, TEACHER_REQUEST))
+        asked = tu.get(data, TEACHER_REQUEST, default=None)
+        if asked is None:  # the teacher has retired
+            return super().train_batch(data)
+        request = HeadRequest.from_json(asked)
         for name, values in self.score(data, request, disable_auto_offload=True).items():
             data[name] = values.to(data["responses"].device)
         if self.engine.heads.kept is not None:
@@ -218,13 +240,23 @@ class WithTeacher(ActorRolloutRefWorker):
             self.actor.engine.heads.teacher, heads.kept = heads.kept, None
         return fields
 
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="ref"))
+    @DistProfiler.annotate(color="cyan", role="anchor")
+    def compute_anchor(self, data: TensorDict) -> TensorDict:
+        """What the start policy says of the student's rows, for a target that is drawn to it."""
+        fields = score(self.ref, data)
+        heads = self.ref.engine.heads
+        if heads.kept is not None:
+            self.actor.engine.heads.anchor, heads.kept = heads.kept, None
+        return fields
+
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def update_actor(self, data: TensorDict) -> TensorDict | None:
-        """verl's update; afterwards the copy of the teacher's head, if there was one, is freed."""
+        """verl's update; afterwards the copies of the teacher's and the reference's head are freed."""
         try:
             return super().update_actor(data)
         finally:
-            self.actor.engine.heads.teacher = None
+            self.actor.engine.heads.teacher = self.actor.engine.heads.anchor = None
 
     @register(dispatch_mode=_EVERYWHERE)
     def update_teacher(self, step: int) -> None:
@@ -294,7 +326,9 @@ class PoolTeacherWorker(FrozenWorker):
 def score(worker: Any, data: TensorDict, **options: Any) -> TensorDict:
     """A teacher pass as the batch asks for it, through one of our training workers."""
     request = HeadRequest.from_json(tu.get(data, HEAD_REQUEST))
-    return worker.score(data, request, empty_context=tu.get(data, EMPTY_CONTEXT, default=False), **options)
+    empty, text = tu.get(data, EMPTY_CONTEXT, default=False), tu.get(data, CONTRAST_TEXT, default=None)
+    anchor = tu.get(data, ANCHOR_PASS, default=False)
+    return worker.score(data, request, empty_context=empty, contrast=text, anchor=anchor, **options)
 
 
 def teacher_settings(config: DictConfig) -> TeacherConfig:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdar_verl.cli import main
-from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
+from sdar_verl.fields import CONTRAST, TEACHER_LOG_PROBS, TEACHER_MASK, contrast_log_probs
 from sdar_verl.local import start_policy
 from sdar_verl.report.layout import RECORD, TRACES, step_file
 from sdar_verl.report.trace import read_trace
@@ -68,6 +68,47 @@ def test_a_shuffled_sibling_teaches_every_group_that_has_one(tmp_path: Path) -> 
     recorded = rows(record, real, TEACHER_LOG_PROBS)
     assert max((recorded[i] - there).abs().max().item() for i, there in zip(seen, plain, strict=True)) < 2e-4
     assert set(run.metrics) == {1, 2}
+
+
+@pytest.mark.slow
+def test_a_bad_context_is_scored_by_the_same_teacher_and_its_gap_is_what_is_read(tmp_path: Path) -> None:
+    """SDAR's own loss over the gap between a solved and failed siblings, with two ranks."""
+    words = '{intro: "An attempt at this task:"}'
+    run = train(
+        tmp_path,
+        "sdar.teacher.source=actor",
+        "sdar.teacher.max_prompt_length=480",
+        "sdar.context.sources=[sibling]",
+        f"+sdar.context.options.sibling={words}",
+        "sdar.context.contrast.sources=[failed_sibling]",
+        f"+sdar.context.contrast.options.failed_sibling={words}",
+        "sdar.context.contrast.texts=2",
+        "trainer.n_gpus_per_node=2",
+        steps=2,
+        record=True,
+    )
+    record, real = first_step(run)
+    infos = [info for info in record["infos"] if info is not None]
+    masks, responses = rows(record, real, TEACHER_MASK), rows(record, real, "responses")
+    assert [bool(mask.any()) for mask in masks] == [bool(info.contrast_prompt_ids) for info in infos]
+    assert {len(info.contrast_prompt_ids) for info in infos} == {0, 1, 2}, "some rows have no pair, some two texts"
+    teacher = rows(record, real, TEACHER_LOG_PROBS)
+    gates = []
+    for row, info in enumerate(infos):
+        texts = [torch.as_tensor(ids, dtype=torch.int64) for ids in info.contrast_prompt_ids]
+        if not texts:
+            continue
+        plain = plain_log_probs(texts, [responses[row]] * len(texts), start_policy())
+        for number, there in enumerate(plain):
+            assert (rows(record, real, contrast_log_probs(number))[row] - there).abs().max() < 2e-4
+        mean = torch.stack(list(plain)).logsumexp(0) - torch.tensor(float(len(texts))).log()
+        assert (rows(record, real, CONTRAST)[row] - mean).abs().max() < 4e-4
+        gates.append(torch.sigmoid(5.0 * (teacher[row] - mean)))
+    metrics = run.metrics[1]
+    assert metrics["sdar/gate_mean"] == pytest.approx(torch.cat(gates).mean().item(), abs=1e-3)
+    assert metrics["sdar/contrast_texts"] == pytest.approx(sum(len(i.contrast_prompt_ids) for i in infos) / len(gates))
+    assert metrics["sdar/context_missing_share"] == pytest.approx(1 - len(gates) / len(infos))
+    assert run.metrics[2]["actor/grad_norm"] > 0
 
 
 @pytest.mark.slow

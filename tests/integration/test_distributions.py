@@ -46,6 +46,7 @@ def tokens(run: Run, step: int, teacher_step: int) -> dict[str, torch.Tensor]:
     masks, responses = torch.cat(rows["response_mask"]).bool(), rows["responses"]
     logits = {
         "student": plain_logits(rows["prompts"], responses, start_policy(), weights_after(run, step - 1)),
+        "reference": plain_logits(rows["prompts"], responses, start_policy(), weights_after(run, 0)),
         "teacher": plain_logits(contexts, responses, start_policy(), weights_after(run, teacher_step)),
     }
     out = {name: torch.cat(values)[masks] / TEMPERATURE for name, values in logits.items()}
@@ -58,6 +59,11 @@ CASES = {
     # A frozen teacher and the whole vocabulary: at step 2 its head is not the student's.
     "reverse_kl full": ("reverse_kl", 0, "gap", ["sdar.teacher.source=reference", "sdar.loss.chunk_tokens=32"]),
     "reverse_kl top_k": ("reverse_kl", 8, "none", ["sdar.teacher.source=actor", "sdar.loss.support=top_k"]),
+    # The target is the current weights with the context, drawn to the start weights without it, and to the student.
+    "anchored": (
+        *("forward_kl", 0, "none"),
+        ["sdar.teacher.source=actor", "sdar.loss.anchor.reference=0.3", "sdar.loss.anchor.student=0.2"],
+    ),
     "forward_kl top_k": ("forward_kl", 8, "gap", ["sdar.teacher.source=actor_fresh", "sdar.loss.support=top_k"]),
 }
 
@@ -88,6 +94,9 @@ def test_two_steps_are_those_of_plain_passes(case: str, tmp_path: Path, request:
             ids = top_k_ids(student if kind == "reverse_kl" else teacher, k)
             columns = top_k_columns(kind, student, ids, on_support(teacher, ids), "bucket")
         else:
+            if case == "anchored":
+                parts = [at[name].log_softmax(-1) for name in ("teacher", "reference", "student")]
+                teacher = sum(weight * part for weight, part in zip((0.5, 0.3, 0.2), parts, strict=True))
             columns = full_columns(kind, student, teacher)
         logged = run.metrics[step]
         for name, column in zip(COLUMNS, columns.double().unbind(1), strict=True):

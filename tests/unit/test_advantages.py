@@ -357,3 +357,14 @@ def test_rlsd_factor_is_bounded_and_never_turns_the_sign(advantage, old, teacher
     assert (after.sign() == before.sign()).all()
     assert (after.abs() <= before.abs() * (1 + mix * clip) + slack).all()
     assert (after.abs() >= before.abs() * (1 - mix * clip) - slack).all()
+
+
+def test_one_sided_rlsd_only_adds_or_only_takes_away() -> None:
+    base, old = torch.tensor([[1.0, 1.0, -1.0, -1.0]]), torch.zeros(1, 4)
+    teacher, on = torch.tensor([[0.1, -0.1, 0.1, -0.9]]), torch.ones(1, 4)
+    adds = rlsd_advantages(base, old, teacher, on, mix=1.0, clip=0.2, clip_low=0.0)
+    torch.testing.assert_close(adds, torch.tensor([[math.exp(0.1), 1.0, -1.0, -1.2]]))
+    takes = rlsd_advantages(base, old, teacher, on, mix=1.0, clip=0.0, clip_low=0.05)
+    torch.testing.assert_close(takes, torch.tensor([[1.0, 0.95, -0.95, -1.0]]))
+    with pytest.raises(ValueError, match=r"clip_low is 1.0; it must lie in \[0, 1\)"):
+        rlsd_advantages(base, old, teacher, on, clip_low=1.0)

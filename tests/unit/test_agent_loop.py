@@ -268,3 +268,15 @@ def test_whatever_else_goes_wrong_in_an_episode_is_a_counted_loss(play, monkeypa
     assert infos[0].failed and infos[0].error is None
     assert infos[0].failure == "KeyError in the agent loop: 'a bug'"
     assert rows[0].extra_fields["reward_extra_info"]["failure"] == infos[0].failure
+
+
+def test_a_retired_teachers_rows_have_no_prompt_of_its_own(tokenizer, monkeypatch):
+    taught, retired = (
+        play_episode(monkeypatch, tokenizer, [LOST, GOOD], columns=columns)[:2]
+        for columns in ({}, {"sdar_retired": True})
+    )
+    assert all(info.has_teacher for info in taught[1])
+    assert not any(info.has_teacher or info.context_empty for info in retired[1])
+    for (before, after), plain in zip(zip(taught[0], retired[0], strict=True), retired[1], strict=True):
+        assert after.prompt_ids == before.prompt_ids and after.response_ids == before.response_ids
+        assert plain.teacher_prompt_ids is None

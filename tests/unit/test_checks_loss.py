@@ -230,3 +230,43 @@ def test_a_package_of_someone_elses_adds_its_own_names(tmp_path: Path, monkeypat
         for table, entries in zip(tables, before, strict=True):
             table.clear()
             table.update(entries)
+
+
+def test_the_policy_gradients_weight_needs_a_policy_gradient_and_a_teachers_run() -> None:
+    assert faults({"rl_coef": 0.5, "coef": 0.5}) == []
+    assert faults({"rl_coef": 0.0, "gate": "none", "objective": "k1"}) == []
+    (alone,) = faults({"rl_coef": 0.5, "policy_gradient": False, "gate": "none", "objective": "k1"})
+    assert alone.startswith("sdar.loss.rl_coef=0.5 has no effect with sdar.loss.policy_gradient=False")
+    (untaught,) = faults({"rl_coef": 0.5, "coef": 0}, teacher={"source": "none"})
+    assert untaught.startswith("sdar.loss.rl_coef=0.5 has no effect with sdar.teacher.source=none")
+    (nothing,) = faults({"rl_coef": 0.0, "rl_schedule": {"name": "hand_off", "options": {"rising": True}}})
+    assert nothing.startswith("sdar.loss.rl_schedule.name=hand_off has no effect with sdar.loss.rl_coef=0")
+
+
+def test_schedules_of_the_gap_are_for_any_signal_and_those_of_the_gradient_for_lambda() -> None:
+    hand_off = {"name": "hand_off", "options": {}}
+    assert faults({"signal": "advantage_weight", "coef": 0.5, "coef_schedule": hand_off, "rl_schedule": hand_off}) == []
+    assert needs_step_statistics(load_config({"loss": {"coef_schedule": hand_off}}).loss) == [
+        "sdar.loss.coef_schedule.name=hand_off"
+    ]
+    (fault,) = faults({"rl_schedule": {"name": "grad_share", "options": {"share": 0.1}}})
+    assert "follows sdar/grad_share, which lambda moves and the policy gradient's weight does not" in fault
+
+
+def test_a_gate_that_reads_the_advantages_needs_a_signal_that_leaves_them_alone() -> None:
+    assert faults({"gate": "calibrated"}) == []
+    (fault,) = faults({"gate": "calibrated", "signal": "advantage_shaping"})
+    assert fault.startswith("sdar.loss.gate=calibrated reads the advantages, which sdar.loss.signal=advantage_shaping")
+
+
+def test_an_importance_weight_is_for_objectives_that_have_none() -> None:
+    assert faults({"importance_clip": 2.0}) == []
+    assert (
+        faults({"importance_clip": 2.0, "gate": "none", "objective": "k3", "objective_options": {"importance": False}})
+        == []
+    )
+    for objective in ("k1", "k3"):
+        (fault,) = faults({"importance_clip": 2.0, "gate": "none", "objective": objective})
+        assert fault.startswith("sdar.loss.importance_clip=2.0") and f"sdar.loss.objective={objective} does so" in fault
+    (unread,) = faults({"importance_clip": 2.0, "signal": "advantage_weight", "coef": 0.5})
+    assert unread.startswith("sdar.loss.importance_clip=2.0 has no effect with sdar.loss.signal=advantage_weight")

@@ -71,6 +71,10 @@ CASES = {
         {"sdar.context.sources": ["skills", "sibling"]},
         ["placement=rollout_server", "sibling", "placement=colocated"],
     ),
+    "a bad context": (
+        {"sdar.context.contrast.sources": ["skills"], "sdar.context.contrast.control": "shuffled"},
+        ["sdar.context.contrast.sources=['skills'] is known only when a group has ended", "placement=colocated"],
+    ),
     "a control that needs another group": ({"sdar.context.control": "wrong"}, ["control=wrong", "placement=colocated"]),
     "an asynchronous trainer": (
         {"trainer.v1.trainer_mode": "sdar_separate_async"},

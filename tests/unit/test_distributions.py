@@ -15,6 +15,7 @@ from sdar_verl.algorithm.divergences import COLUMNS
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.checks.loss import loss_faults
 from sdar_verl.config import LossConfig, load_config
+from sdar_verl.errors import ConfigError
 from sdar_verl.fields import SUPPORT_IDS
 from sdar_verl.observe.metrics import column_means
 from sdar_verl.requests import HEAD_REQUEST, HeadRequest, StepRequests, asked
@@ -46,6 +47,21 @@ def test_the_students_support_is_found_before_the_teacher_pass(objective):
     assert requests.carry == (SUPPORT_IDS,)
     assert requests.update is not None
     assert (requests.update.k, requests.update.tail) == (7, "bucket")
+
+
+def test_an_anchored_target_asks_the_reference_and_the_update_knows_the_weights():
+    anchor = {"reference": 0.1, "student": 0.05}
+    full = StepRequests.of(settings(objective="forward_kl", anchor=anchor, chunk_tokens=9))
+    assert full.anchor == HeadRequest("hidden", teacher=True, chunk=9) and full.update is not None
+    assert (full.update.reference, full.update.student) == (0.1, 0.05)
+    some = StepRequests.of(settings(objective="reverse_kl", support="top_k", top_k=7, anchor=anchor))
+    assert some.anchor == HeadRequest("on_support", teacher=True, k=7)
+    own = StepRequests.of(settings(objective="reverse_kl", anchor={"student": 0.5}))
+    assert own.anchor is None and own.update is not None and own.update.student == 0.5
+    with pytest.raises(
+        ConfigError, match=r"sdar.loss.anchor: reference=0.6 and student=0.4 leave the teacher no weight"
+    ):
+        load_config({"loss": {"anchor": {"reference": 0.6, "student": 0.4}}})
 
 
 def test_forward_kl_takes_the_teachers_support():

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import verl  # noqa: F401  loads the plugin, which puts our configs on the search path
@@ -27,10 +28,10 @@ from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.cli import _parser, guarded
 from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
-from sdar_verl.fields import NORM_PREFIX, SUMS_PREFIX, TEACHER_LOG_PROBS
+from sdar_verl.fields import NORM_PREFIX, SUMS_PREFIX, TEACHER_LOG_PROBS, contrast_log_probs
 from sdar_verl.finite import leave_out_broken_rows, leave_out_broken_teacher
 from sdar_verl.observe import warnings
-from sdar_verl.observe.metrics import gap_metrics, reduce_loss_sums, row_metrics
+from sdar_verl.observe.metrics import gap_metrics, gap_size, reduce_loss_sums, row_metrics
 from sdar_verl.observe.skill_statistics import statistics_metrics
 from sdar_verl.observe.trackers import HISTOGRAMS
 from sdar_verl.rollout.rows import EpisodeNote, RowInfo, TurnNote
@@ -74,12 +75,14 @@ def emitted_metrics() -> set[str]:
         turns=(TurnNote(0, 1),),
         skills=("<skill>",),
         teacher_prompt_tokens=3,
+        contrast_prompt_ids=(np.ones(3, dtype=np.int32),),
         rewarded=True,
         context_tokens=1,
         episode=EpisodeNote({}),
     )
     infos = [seen, RowInfo(0, "<task type>", failed=True)]
-    table = make_table(["u_0_0", "u_1_0"], infos, {"response_mask": [[1], [0]], TEACHER_LOG_PROBS: [[0.0], [0.0]]})
+    columns = {"response_mask": [[1], [0]], TEACHER_LOG_PROBS: [[0.0], [0.0]], contrast_log_probs(0): [[0.0], [0.0]]}
+    table = make_table(["u_0_0", "u_1_0"], infos, columns)
     names = set(row_metrics(table))
     names |= {*leave_out_broken_rows(table, {}, "drop", 0), *leave_out_broken_teacher(table, "drop")}
     counted = {"acc": [1.0], "task_score": [1.0], "turns": [1.0], "invalid_actions": [0.0], "failed": [0.0]}
@@ -87,7 +90,7 @@ def emitted_metrics() -> set[str]:
     names |= set(arm_metrics({**outcomes, "task_type": ["<task type>"], "arm": ["<arm>"]}, {}))
     names |= set(reduce_loss_sums(worker_metrics()))
     three, one = torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool)
-    names |= set(gap_metrics(three, one, one, ["e"] * 3, [0, 1, 2], three))
+    names |= {*gap_metrics(three, one, one, ["e"] * 3, [0, 1, 2], three), *gap_size(three, one, one)}
     names |= {*answer_metrics([seen]), *ServerCheck(0.0, 0.0, 0.0).metrics()}
     names |= {*HISTOGRAMS, *(f"sdar/warnings/{name}" for name in warnings.NAMES)}
     names |= set(statistics_metrics({"<task type>": TypeStatistics()}))

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sdar_verl.algorithm.gap import StepStatistics, episode_means, gate_gap, step_statistics, turn_means
+from sdar_verl.algorithm.gap import StepStatistics, gate_gap, step_statistics
 from sdar_verl.algorithm.loss import distillation_terms
+from sdar_verl.algorithm.turns import episode_means, turn_means
 from sdar_verl.verl.loss import gated_distillation_loss
 
 ROWS, LENGTH = 6, 5

@@ -139,7 +139,8 @@ def test_own_gate_is_selectable_by_name(clipped_gate: str) -> None:
 
 
 def test_unknown_gate_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown gate 'sigmoid'; known: entropy, gap, half, none, soft_or"):
+    known = "calibrated, entropy, gap, half, none, soft_or"
+    with pytest.raises(ValueError, match=f"unknown gate 'sigmoid'; known: {known}"):
         get_gate("sigmoid")
 
 
@@ -222,4 +223,5 @@ def test_a_gate_says_what_it_reads() -> None:
         "soft_or": ["gap", "beta", "entropy"],
         "none": [],
         "half": [],
+        "calibrated": ["gap", "beta"],
     }

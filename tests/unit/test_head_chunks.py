@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdar_verl.algorithm.divergence_rows import FullDivergence, TopKDivergence
+from sdar_verl.algorithm.divergence_rows import Anchor, FullDivergence, TopKDivergence
 from sdar_verl.algorithm.divergences import DIVERGENCES, full_columns, on_support, top_k_columns, top_k_ids
 from sdar_verl.algorithm.head_chunks import RowFunction, chunk_logits, map_logits
 from tests.support.allocations import Allocations
@@ -79,6 +79,69 @@ def test_chunks_give_the_plain_values_and_gradients(kind: str, support: str, chu
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
+def anchored(case: Case, kind: str, support: str, reference: float, student: float) -> tuple[Plain, RowFunction]:
+    """A divergence to pi_T^(1-a-b) pi_ref^a sg[pi_theta]^b: written out over all tokens, and in rows."""
+    draw = torch.Generator().manual_seed(9)
+    hidden = torch.randn(case.teacher_hidden.shape, generator=draw, dtype=torch.float64).to(case.teacher_hidden)
+
+    def ref(rows: slice) -> torch.Tensor:
+        return chunk_logits(hidden[rows], case.teacher_weight, None, TEMPERATURE)
+
+    def target(teacher: torch.Tensor, other: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        product = teacher.log_softmax(-1).exp() ** (1 - reference - student)
+        product = product * other.log_softmax(-1).exp() ** reference * own.detach().log_softmax(-1).exp() ** student
+        return (product / product.sum(-1, keepdim=True)).log()
+
+    def lookup(rows: slice) -> torch.Tensor:
+        return chunk_logits(case.teacher_hidden[rows], case.teacher_weight, None, TEMPERATURE)
+
+    if support == "full":
+        function = FullDivergence(kind, lookup, Anchor(reference, student, ref if reference else None))
+        return lambda z: full_columns(kind, z, target(lookup(slice(None)), ref(slice(None)), z)), function
+    teacher = lookup(slice(None))
+    with torch.no_grad():
+        ids = top_k_ids(chunk_logits(case.hidden, case.weight, case.bias, TEMPERATURE), 4)
+        there, other = on_support(teacher, ids), on_support(ref(slice(None)), ids)
+    tail = "renormalise" if support == "renormalise" else "bucket"
+    anchor = Anchor(reference, student, (lambda rows: other[rows].clone()) if reference else None)
+    function = TopKDivergence(kind, ids, there, tail, anchor)
+    # The support's k + 1 events are a small vocabulary: their log-probs are logits as good as any.
+    return lambda z: top_k_columns(kind, z, ids, target(there, other, on_support(z, ids)), tail), function
+
+
+@pytest.mark.parametrize(("reference", "student"), [(0.1, 0.0), (0.0, 0.3), (0.095, 0.05)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("support", ["full", "bucket", "renormalise"])
+def test_an_anchored_target_is_the_normalised_product(
+    kind: str, support: str, reference: float, student: float
+) -> None:
+    case = Case(tokens=11, hidden=6, vocabulary=13)
+    plainly, in_rows = anchored(case, kind, support, reference, student)
+    plain, chunked = case.naive(plainly), case.chunked(in_rows, 3)
+    torch.testing.assert_close(chunked, plain)
+    for got, expected in zip(case.gradients(chunked), case.gradients(plain), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_forward_kl_to_an_anchored_target_is_sr_opsds_step_and_reverse_kl_to_the_student_a_shorter_one() -> None:
+    """SR-OPSD: the gradient on the logits is pi_theta - p, p ~ (pi_T^.9 pi_start^.1)^rho pi_theta^(1 - rho)."""
+    generator, rho = torch.Generator().manual_seed(3), 0.95
+    student, teacher, start = (torch.randn(4, 7, generator=generator).double() for _ in range(3))
+    log_p, log_t, log_s = (logits.log_softmax(-1) for logits in (student, teacher, start))
+    target = (rho * (0.9 * log_t + 0.1 * log_s) + (1 - rho) * log_p).softmax(-1)
+    anchor = Anchor(0.1 * rho, 1 - rho, lambda rows: start[rows].clone())
+    one = FullDivergence("forward_kl", lambda rows: teacher[rows].clone(), anchor)
+    slope = one.slope(student.clone(), slice(0, 4), torch.ones(4))
+    torch.testing.assert_close(slope, log_p.exp() - target)
+    drawn, plain = (
+        FullDivergence("reverse_kl", lambda rows: teacher[rows].clone(), by).slope(
+            student.clone(), slice(0, 4), torch.ones(4)
+        )
+        for by in (Anchor(0.0, 0.3), None)
+    )
+    torch.testing.assert_close(drawn, 0.7 * plain)
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     case = Case(tokens=5, hidden=4, vocabulary=7, bias=False)
     case.weight.requires_grad_(False)  # an adapter is trained, the head is not
@@ -107,14 +170,16 @@ def peak(case: Case, run) -> Allocations:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("support", ["full", "top_k"])
+@pytest.mark.parametrize("support", ["full", "top_k", "anchored"])
 def test_no_temporary_grows_with_tokens_times_vocabulary(kind: str, support: str) -> None:
     """Counted over every tensor that forward and backward make: four times the tokens, the same temporaries."""
     hidden, vocabulary, chunk = 8, 4096, 8
     peaks = []
     for tokens in (64, 256):
         case = Case(tokens, hidden, vocabulary, dtype=torch.float32, bias=False)
-        plainly, in_rows = case.full(kind) if support == "full" else case.top_k(kind, 16)
+        plainly, in_rows = case.top_k(kind, 16) if support == "top_k" else case.full(kind)
+        if support == "anchored":
+            plainly, in_rows = anchored(case, kind, "full", 0.1, 0.2)
         chunked = peak(case, lambda case=case, in_rows=in_rows: case.chunked(in_rows, chunk))
         naive = peak(case, lambda case=case, plainly=plainly: case.naive(plainly))
         assert naive.largest == tokens * vocabulary  # the counter sees what it should

@@ -13,7 +13,14 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from sdar_verl.algorithm.divergences import COLUMNS, full_columns, on_support, top_k_columns, top_k_ids
-from sdar_verl.fields import SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN, TEACHER_MASK
+from sdar_verl.fields import (
+    ANCHOR_HIDDEN,
+    ANCHOR_LOG_PROBS,
+    SUPPORT_IDS,
+    SUPPORT_LOG_PROBS,
+    TEACHER_HIDDEN,
+    TEACHER_MASK,
+)
 from sdar_verl.requests import HEAD_REQUEST, HeadRequest
 from sdar_verl.verl.engine import WithRequests
 from sdar_verl.verl.head import COLUMN_PREFIX
@@ -206,6 +213,49 @@ def test_values_and_gradients_are_those_of_plain_passes(tied: bool, kind: str, k
     for name, parameter in plain.named_parameters():
         grad = grads[name].full_tensor() if sharded else grads[name]
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("k", [0, 5])
+def test_an_anchored_target_takes_the_reference_where_the_student_stands(k: int, packed: bool):
+    """pi_T^.7 pi_ref^.2 sg[pi_theta]^.1: the teacher on its own prompts, the reference on the student's."""
+    models = {name: make_model(seed) for name, seed in (("student", 0), ("teacher", 7), ("reference", 3))}
+    logits = {
+        name: plain_logits(model, *((TEACHER_PROMPTS, 2) if name == "teacher" else (PROMPTS, 1)))
+        for name, model in models.items()
+    }
+    ids = top_k_ids(logits["student"], k) if k else None
+    rows = {name: values.log_softmax(-1) if ids is None else on_support(values, ids) for name, values in logits.items()}
+    target = (0.7 * rows["teacher"] + 0.2 * rows["reference"] + 0.1 * rows["student"]).log_softmax(-1).detach()
+    if ids is None:
+        columns = full_columns("forward_kl", logits["student"], target)
+    else:
+        columns = top_k_columns("forward_kl", logits["student"], ids, target, "bucket")
+    engines = {name: make_engine(model) for name, model in models.items()}
+    fields = {}
+    if k:
+        outputs = forward(engines["student"], make_batch(PROMPTS, 1, packed, HeadRequest("top_k_ids", chunk=4, k=k)))
+        fields[SUPPORT_IDS] = outputs[SUPPORT_IDS]
+    request = HeadRequest("on_support" if k else "hidden", True, 4, k)
+    for name, prompts, seed, renamed in (
+        ("teacher", TEACHER_PROMPTS, 2, {}),
+        ("reference", PROMPTS, 1, {SUPPORT_LOG_PROBS: ANCHOR_LOG_PROBS, TEACHER_HIDDEN: ANCHOR_HIDDEN}),
+    ):
+        given = {SUPPORT_IDS: fields[SUPPORT_IDS]} if k else {}
+        outputs = forward(engines[name], make_batch(prompts, seed, packed, request, **given))
+        fields |= {renamed.get(n, n): outputs[n] for n in (SUPPORT_LOG_PROBS, TEACHER_HIDDEN) if n in outputs}
+    heads = engines["student"].heads
+    heads.teacher, heads.anchor = engines["teacher"].heads.kept, engines["reference"].heads.kept
+    asked = HeadRequest("divergence", False, 4, k, "forward_kl", reference=0.2, student=0.1)
+    value, output = engines["student"].forward_step(
+        make_batch(PROMPTS, 1, packed, asked, **fields), loss_function=loss, forward_only=False
+    )
+    value.backward()
+    got = output["model_output"][f"{COLUMN_PREFIX}divergence"].unbind()
+    got = torch.cat([row[-n - 1 : -1] for row, n in zip(got, RESPONSES, strict=True)])
+    mask = torch.tensor([flag for row in MASKS for flag in row]).bool()
+    torch.testing.assert_close(got, torch.where(mask, columns[:, 0], 0.0).detach(), rtol=1e-4, atol=1e-5)
+    assert models["student"].lm_head.weight.grad.isfinite().all() and models["reference"].lm_head.weight.grad is None
 
 
 def full_step(engine: Engine, teacher_engine: Engine) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,16 @@ from transformers import AutoTokenizer
 
 from sdar_verl.config import load_config
 from sdar_verl.context import registry
-from sdar_verl.context.registry import register_context
+from sdar_verl.context.base import ContextRequest, PlayedEpisode, PlayedTurn
+from sdar_verl.context.builder import ContextBuilder
+from sdar_verl.context.builtin import next_observation
+from sdar_verl.context.registry import ContextError, register_context
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import RolloutError
 from sdar_verl.fields import TEACHER_PROMPTS
 from sdar_verl.local import start_policy
-from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.rollout.late_context import LateContexts
+from sdar_verl.rollout.rows import EpisodeNote, RowInfo, TurnNote
 from sdar_verl.verl.late import late_contexts
 from tests.support.scripted import GOOD, LOST, MUTE, TASK, WRONG, play_episode, scripted_config
 from tests.support.table import make_table, stored
@@ -149,3 +154,112 @@ def test_empty_gives_the_teacher_the_students_prompt_and_a_say(step):
 def test_a_late_teacher_prompt_that_is_too_long_is_an_error(step):
     with pytest.raises(RolloutError, match=r"sdar\.teacher\.max_prompt_length=40 is too small"):
         step(GROUP, context__sources=["sibling"], teacher__max_prompt_length=40)
+
+
+BAD = {"sources": ["failed_sibling"], "options": {"failed_sibling": {"intro": "An attempt:"}}}
+PAIR = {
+    "context__sources": ["sibling"],
+    "context__options": {"sibling": {"intro": "An attempt:"}},
+    "context__contrast": {**BAD, "texts": 2},
+}
+MANY = {
+    **GROUP,
+    ("u0", 3): (TASK, [LOST, LOST, WRONG]),
+    ("u0", 4): (TASK, [LOST, LOST, WRONG]),
+    ("u1", 0): (replace(TASK, task_id="task-2"), [GOOD]),
+    ("u1", 1): (replace(TASK, task_id="task-2"), [LOST, GOOD]),
+}
+
+
+def test_a_bad_context_is_the_same_prompt_with_another_text(step, tokenizer):
+    rows = step(MANY, **PAIR)
+    info = rows["u0_0_1"]
+    good, bad = info.teacher_prompt_ids.tolist(), [ids.tolist() for ids in info.contrast_prompt_ids]
+    # Sessions 2 to 4 failed, the last two alike: two different texts, and not three.
+    assert len(bad) == 2 and bad[0] != bad[1]
+    for ids in bad:
+        head = next(i for i, pair in enumerate(zip(good, ids, strict=False)) if pair[0] != pair[1])
+        tail = next(i for i, pair in enumerate(zip(reversed(good), reversed(ids), strict=False)) if pair[0] != pair[1])
+        assert head + tail >= info.prompt_tokens, "all but the text in the slot is one prompt"
+    assert "go to bed 1" in tokenizer.decode(bad[0]) and "go to bed 1" not in tokenizer.decode(good)
+    # A failed row is shown others' failures, never its own.
+    assert len(rows["u0_2_0"].contrast_prompt_ids) == 1
+
+
+def test_a_row_without_a_pair_has_no_teacher_and_costs_no_pass(step):
+    rows = step(MANY, **PAIR)
+    for key in ("u1_0_0", "u1_1_0", "u1_1_1"):  # nobody failed there
+        info = rows[key]
+        assert info.teacher_prompt_ids is None and info.contrast_prompt_ids == () and info.context_missing
+        assert not info.has_teacher
+    alone = step({("u0", 0): (TASK, [GOOD]), ("u0", 1): (TASK, [LOST, LOST, LOST])}, **PAIR)
+    assert all(info.context_missing for info in alone.values()), "no row has both a success and a failure beside it"
+
+
+def test_skills_against_their_own_placebo_and_against_nothing(step, tokenizer):
+    """Early contexts in both slots, with the bad one's own options."""
+    for control in ("shuffled", "empty"):
+        contrast = {"sources": ["skills"], "options": {}, "control": control, "texts": 1}
+        rows, plain = step(GROUP, context__contrast=contrast), step(GROUP)
+        info = rows["u0_0_0"]
+        assert np.array_equal(info.teacher_prompt_ids, plain["u0_0_0"].teacher_prompt_ids)
+        (bad,) = info.contrast_prompt_ids
+        if control == "empty":
+            assert len(bad) == info.prompt_tokens
+        else:
+            assert (
+                abs(len(bad) - len(info.teacher_prompt_ids)) <= 2 and bad.tolist() != info.teacher_prompt_ids.tolist()
+            )
+
+
+def test_a_random_sibling_is_drawn_per_row_and_repeats(step):
+    chosen = {"context__sources": ["sibling"], "context__options": {"sibling": {"choice": "random"}}}
+    episodes = {("u0", i): (TASK, [LOST] * (i % 3) + [GOOD]) for i in range(8)}
+    first, again = (step(episodes, **chosen) for _ in range(2))
+    seen = [first[f"u0_{i}_0"].episode.context for i in range(8)]
+    assert len(set(seen)) > 1
+    assert seen == [again[f"u0_{i}_0"].episode.context for i in range(8)]
+
+
+def test_a_bad_context_that_is_too_long_leaves_the_row_without_a_teacher(step):
+    fits = max(
+        len(info.teacher_prompt_ids) for info in step(MANY, **PAIR).values() if info.teacher_prompt_ids is not None
+    )
+    rows = step(MANY, **PAIR, teacher__max_prompt_length=fits, teacher__on_long_prompt="mask")
+    short = [info for info in rows.values() if info.truncated and not info.contrast_prompt_ids]
+    assert all(not info.has_teacher for info in short)
+    with pytest.raises(RolloutError, match=r"sdar\.teacher\.max_prompt_length=40 is too small"):
+        step(MANY, **PAIR, teacher__max_prompt_length=40)
+
+
+def test_the_next_observation_differs_by_turn_and_its_placeholder_has_the_same_words(step, tokenizer):
+    contrast = {"sources": ["next_observation"], "options": {"next_observation": {"hidden": True}}}
+    rows = step(GROUP, context__sources=["next_observation"], context__contrast=contrast)
+    first, last = rows["u0_0_0"], rows["u0_0_2"]
+    (hidden,) = first.contrast_prompt_ids
+    assert "nothing happens ." in text_of(tokenizer, first), "what the first turn led to, in its own prompt"
+    assert "nothing happens ." not in tokenizer.decode(hidden.tolist())
+    turns = (PlayedTurn("a", "x", True), PlayedTurn("b", "y", True))
+    request = ContextRequest(TASK, episode=PlayedEpisode("e", turns, True, 1.0, "you win ."))
+    shown = [next_observation(replace(request, turn=turn)) for turn in range(3)]
+    assert shown[0].endswith("\nb") and shown[1].endswith("\nyou win .") and shown[2] is None
+    assert next_observation(request, hidden=True).endswith("\n(not shown)")
+    assert last.teacher_prompt_ids.tolist() != last.contrast_prompt_ids[0].tolist()
+    assert all(len(info.contrast_prompt_ids) == 1 for info in rows.values())
+
+
+@pytest.mark.parametrize(("wanted", "taught"), [("failed", {2}), ("solved", {0, 1})])
+def test_only_the_episodes_that_ended_so_have_a_teacher(step, wanted, taught):
+    rows = step(GROUP, context__episodes=wanted)
+    for key, info in rows.items():
+        assert info.has_teacher == (int(key.split("_")[1]) in taught), key
+        assert info.context_missing != info.has_teacher
+
+
+def test_a_context_by_turn_cannot_stand_in_a_row_of_many_turns(tokenizer):
+    sdar = load_config(scripted_config(context__sources=["next_observation"]).sdar)
+    late = LateContexts(sdar, ContextBuilder(sdar.context, tokenizer), SimpleNamespace())
+    note = EpisodeNote({"env": "x", "task_id": "t", "task_type": "t", "description": "", "data": {}})
+    info = RowInfo(0, "t", task_id="t", episode=note, turns=(TurnNote(0, 1), TurnNote(2, 3)))
+    with pytest.raises(ContextError, match=r"\['next_observation'\] differ by turn.*holds 2 turns of a conversation"):
+        late.fill(make_table(["u0_0_0"], [info]))

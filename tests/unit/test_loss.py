@@ -441,3 +441,22 @@ def test_half_precision_is_lifted_to_float32(dtype: torch.dtype) -> None:
     assert terms.loss.dtype == terms.gate.dtype == torch.float32
     # sigmoid(-0.6) to more digits than half precision has
     torch.testing.assert_close(terms.gate, torch.full((1, 4), 1 / (1 + math.exp(0.6))))
+
+
+def test_the_importance_weight_is_capped_above_only_and_carries_no_gradient() -> None:
+    """TRL's distillation_is_clip: min(exp(log pi_theta - log pi_old), c) on every token's loss."""
+    student = torch.tensor([[-1.0, -1.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    old, teacher = torch.tensor([[-3.0, -1.2, 0.0]]).double(), torch.tensor([[-0.5, -1.5, -1.0]]).double()
+    options = {"gate": "none", "objective": "k2", "old_log_probs": old}
+    plain = distillation_terms(student, teacher, torch.ones(1, 3), **options)
+    capped = distillation_terms(student, teacher, torch.ones(1, 3), importance_clip=2.0, **options)
+    weight = torch.tensor([[2.0, math.exp(0.2), math.exp(-1.0)]], dtype=torch.float64)
+    torch.testing.assert_close(capped.loss, plain.loss * weight)
+    (gradient,), (unweighted,) = (
+        torch.autograd.grad(t.loss.sum(), student, retain_graph=True) for t in (capped, plain)
+    )
+    torch.testing.assert_close(gradient, unweighted * weight)
+    on_policy = {**options, "old_log_probs": None}
+    assert torch.equal(
+        distillation_terms(student, teacher, torch.ones(1, 3), importance_clip=2.0, **on_policy).loss, plain.loss
+    )

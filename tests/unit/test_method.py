@@ -65,7 +65,7 @@ def test_schedules_give_each_step_its_values() -> None:
         )
     )
     seen = [strengths.at(step) for step in (1, 3, 5, 10)]
-    assert seen == [pytest.approx(pair) for pair in ((0.45, 0.0), (0.35, 5.0), (0.25, 5.0), (0.0, 5.0))]
+    assert seen == [pytest.approx((*pair, 1.0)) for pair in ((0.45, 0.0), (0.35, 5.0), (0.25, 5.0), (0.0, 5.0))]
 
 
 def test_a_measurement_is_asked_for_every_so_many_steps() -> None:
@@ -148,14 +148,20 @@ def test_what_a_schedule_learned_survives_a_checkpoint(tmp_path: Any) -> None:
     save_states([strengths], tmp_path)
     fresh = Strengths(settings)
     load_states([fresh], tmp_path)
-    assert fresh.at(2) == pytest.approx((0.05, 5.0))
+    assert fresh.at(2) == pytest.approx((0.05, 5.0, 1.0))
     assert Strengths(LossConfig()).state_dict() == {}
 
 
 def trainer(**loss: Any) -> Any:
     """As far as the trainer's own part of the judgement goes."""
     settings = LossConfig(**loss)
-    return SimpleNamespace(method=Method(settings), strengths=Strengths(settings), global_steps=1)
+    return SimpleNamespace(
+        method=Method(settings),
+        strengths=Strengths(settings),
+        global_steps=1,
+        teacher=object(),
+        sdar=SimpleNamespace(loss=settings),
+    )
 
 
 def test_the_judgement_goes_to_the_rows_the_batch_and_the_metrics() -> None:
@@ -186,3 +192,25 @@ def test_a_teacher_that_is_scored_within_the_update_has_no_gap_before_it() -> No
     metrics = SdarTraining.judge(trainer(), table.rows.batch, table)
     assert metrics == {"sdar/lambda": 0.01, "sdar/beta": 5.0}
     assert StepValues.from_dict(table.rows.batch.extra_info[STEP_VALUES]) == StepValues(0.01, 5.0)
+
+
+def test_the_policy_gradients_weight_is_a_factor_on_what_a_signal_adds_to() -> None:
+    plain, base = judged(table_of()), table_of().advantages
+    assert "advantages" not in plain.columns
+    weighted = judged(table_of(), rl_coef=0.25)
+    torch.testing.assert_close(weighted.columns["advantages"], 0.25 * base)
+    assert torch.equal(weighted.terms.loss, plain.terms.loss), "the distillation term keeps its own weight"
+    shaped, alone = (judged(table_of(), signal="advantage_shaping", coef=0.3, rl_coef=rl) for rl in (0.25, 0.0))
+    torch.testing.assert_close(shaped.columns["advantages"] - alone.columns["advantages"], 0.25 * base)
+    assert shaped.change == pytest.approx(alone.change), "the change is the teacher's, not the weight's"
+    within = judged(table_of(with_teacher=False), rl_coef=0.25)
+    torch.testing.assert_close(within.columns["advantages"], 0.25 * base)
+
+
+def test_a_retired_teacher_leaves_the_workers_verls_loss_and_the_weight_of_the_policy_gradient() -> None:
+    table, one = table_of(with_teacher=False), trainer(rl_coef=0.5, coef_schedule={"stop_step": 2})
+    one.teacher, one.global_steps = None, 2
+    metrics = SdarTraining.judge(one, table.rows.batch, table)
+    assert metrics == {"sdar/lambda": 0.0, "sdar/beta": 5.0, "sdar/rl_weight": 0.5}
+    assert STEP_VALUES not in table.rows.batch.extra_info
+    assert torch.equal(stored(table)["advantages"][0], torch.full((3,), 0.5))

@@ -26,6 +26,15 @@ PAPER = {
     "agent_opsd": (0.5, "advantage_factor", "gap", "sampled", True, "actor"),
     "adrs": (0.02, "advantage_shaping", "gap", "sampled", True, "actor"),
     "sdpo": (1.0, "loss", "none", "jsd", False, "ema"),
+    "retire_opd": (0.01, "loss", "none", "k1", True, "reference"),
+    "grsd": (0.5, "advantage_turn_weight", "gap", "sampled", True, "actor"),
+    "opid": (0.001, "advantage_shaping", "gap", "sampled", True, "actor"),
+    "ahead": (0.5, "advantage_weight", "gap", "sampled", True, "actor"),
+    "ocsd": (0.5, "advantage_surprise", "gap", "sampled", True, "actor"),
+    "sr_opsd": (1.0, "loss", "none", "forward_kl", False, "ema"),
+    "rlcsd": (0.5, "advantage_nudge", "gap", "sampled", True, "snapshot"),
+    "sipo": (0.15, "advantage_nudge", "gap", "sampled", True, "snapshot"),
+    "icsd": (0.01, "loss", "calibrated", "sampled", True, "actor"),
 }
 # What the released code does otherwise, by method.
 RELEASED = {

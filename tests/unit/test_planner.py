@@ -210,6 +210,10 @@ def test_nothing_is_recommended_where_nothing_fits():
 
 
 def test_a_pool_of_its_own_is_counted_and_speeds_up_nothing_else():
+    assert phase_flops(replace(RUN, anchor=True))["anchor"] == phase_flops(RUN)["old log-probs"]
+    several = phase_flops(replace(RUN, teacher_passes=5))
+    assert several["teacher"] == 5 * phase_flops(RUN)["teacher"] and several["update"] == phase_flops(RUN)["update"]
+    assert ", 5 passes over each row" in as_text(make_plan(replace(RUN, teacher_passes=5), H100))
     pool = replace(RUN, teacher="snapshot", teacher_placement="pool", teacher_gpus=4)
     plan = make_plan(pool, H100)
     assert plan.cards == 12

@@ -105,7 +105,7 @@ def test_decays_never_leave_their_range_and_never_rise(step: int, steps: int, fi
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("linear", {}, "unknown schedule 'linear'; known: constant, cosine_decay, grad_share, linear_decay"),
+        ("linear", {}, "unknown schedule 'linear'; known: constant, cosine_decay, grad_share, hand_off, linear_decay"),
         ("constant", {"steps": 3}, "schedule 'constant' has no option 'steps'; known: none"),
         ("linear_decay", {}, "schedule 'linear_decay' needs the option 'steps'"),
         ("cosine_decay", {"steps": 0}, "steps=0"),

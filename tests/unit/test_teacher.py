@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,14 +15,14 @@ from omegaconf import OmegaConf
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.errors import NonFiniteError, TeacherError
-from sdar_verl.fields import SUPPORT_IDS, TEACHER_LOG_PROBS, TEACHER_PROMPTS
+from sdar_verl.fields import SUPPORT_IDS, TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS, contrast_prompts
 from sdar_verl.finite import leave_out_broken_teacher
 from sdar_verl.requests import HEAD_REQUEST, HeadRequest, StepRequests
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.table import StepTable
 from sdar_verl.teacher.rows import deal, scored_rows, stop_without_contexts, teacher_row
 from sdar_verl.verl.teacher import PrivilegedTeacher, check_not_lost
-from sdar_verl.verl.worker import EMPTY_CONTEXT, MESH
+from sdar_verl.verl.worker import ANCHOR_PASS, CONTRAST_TEXT, EMPTY_CONTEXT, MESH
 from tests.support.fuzzing import quick
 from tests.support.table import make_table, stored
 
@@ -112,6 +113,7 @@ class Workers:
         self.table = table
         self.waits = waits
         self.asked: list[Any] = []
+        self.anchored: list[Any] = []
         self._dispatch_info = {MESH: [rank for rank in range(ranks) for _ in range(2)]}  # two in each rank's group
         self._query_dispatch_info = lambda mesh: self._dispatch_info[mesh]
 
@@ -123,6 +125,10 @@ class Workers:
         rows[TEACHER_LOG_PROBS] = values
         done = Done(fields=[TEACHER_LOG_PROBS], keys=meta.keys)
         return done if self.waits else SimpleNamespace(futures=[done])
+
+    def compute_anchor(self, meta: Any) -> Any:
+        self.anchored.append(meta)
+        return Done(fields=[], keys=meta.keys)
 
 
 class Done(SimpleNamespace):
@@ -167,6 +173,42 @@ def test_the_pass_is_asked_for_with_the_teachers_prompts():
     assert table.rows.batch.fields == ["prompts", "responses", TEACHER_LOG_PROBS], "the update gets them"
     table.read([TEACHER_LOG_PROBS])
     assert one.verify(table) == {"sdar/teacher_log_prob": -4.0, "sdar/teacher_staleness": 0.0}
+
+
+def test_an_anchor_is_one_pass_of_the_reference_over_the_students_prompts():
+    request = HeadRequest("on_support", True, 4, 5)
+    requests = StepRequests(teacher=HeadRequest("top_k", True, 4, 5), anchor=request)
+    one, table = teacher(source="actor", sanity_check=False, requests=requests), step([4, 0])
+    one._trainer.actor_rollout_wg = workers = Workers(table)
+    one.score(table)
+    (meta,) = workers.anchored
+    assert meta.fields == ["prompts", "responses", "response_mask", TEACHER_MASK, SUPPORT_IDS]
+    assert meta.extra_info == {"temperature": 0.8, HEAD_REQUEST: request.to_json(), ANCHOR_PASS: True}
+    assert meta.keys == table.rows.keys
+
+
+@pytest.mark.parametrize("placement", ["colocated", "pool"])
+def test_each_text_of_a_bad_context_is_a_pass_over_the_rows_that_have_it(placement, monkeypatch):
+    monkeypatch.setattr("ray.get", lambda futures: futures)
+    settings = {"source": "reference", "placement": "pool", "pool_gpus_per_node": 1} if placement == "pool" else {}
+    one, table = teacher(**{"source": "actor", "sanity_check": False, **settings}), step([4, 5, 0, 3])
+    for info, texts in zip(table.infos, (2, 1, 0, 1), strict=True):
+        assert info is not None
+        info.contrast_prompt_ids = tuple(np.ones(6 + number, dtype=np.int32) for number in range(texts))
+    workers = Workers(table, ranks=2, waits=placement == "colocated")
+    if placement == "pool":
+        one.pool = workers
+    one._trainer.actor_rollout_wg = workers
+    one.begin(table)
+    one.score(table)
+    first, *others = workers.asked
+    assert first.fields[0] == TEACHER_PROMPTS and CONTRAST_TEXT not in first.extra_info
+    assert [meta.fields[0] for meta in others] == [contrast_prompts(0), contrast_prompts(1)]
+    assert [meta.extra_info[CONTRAST_TEXT] for meta in others] == [0, 1]
+    # Two ranks get as many rows with a text each: the second text's one row has another beside it, for the other rank.
+    halves = [others[0].keys[:2], others[0].keys[2:]]
+    with_text = {"u_0_0", "u_1_0", "u_3_0"}
+    assert sorted(len(with_text & {*half}) for half in halves) == [1, 2]
 
 
 def test_a_pool_scores_while_the_student_is_scored(monkeypatch):

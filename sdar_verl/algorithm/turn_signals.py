@@ -1,0 +1,136 @@
+"""Signals that weigh the turns of an episode: one factor for all tokens of a turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+
+import torch
+
+from sdar_verl.algorithm.signal_rows import SignalRows, register_signal
+from sdar_verl.algorithm.turns import row_turns, turn_sums
+
+MAX_LOG_RATIO = 20.0
+"""Beyond it exp(gap) - 1 is cut."""
+
+
+@register_signal("advantage_factor", reads=("gap",))
+def advantage_factor(
+    rows: SignalRows,
+    *,
+    strength: float,
+    band: float = 0.2,
+    prior: float = 0.5,
+    evidence: str = "belief",
+    epsilon: float = 1e-6,
+) -> torch.Tensor:
+    """AgentOPSD (arXiv:2608.05987): a bounded factor per turn, from how the turn moved the belief in success.
+
+        delta_k    = sum of Delta_t over the tokens of turn k
+        logit V_k  = logit(prior) + delta_1 + ... + delta_k
+        q_k        = V_k - V_(k-1), V_0 = prior              (``evidence="gap"``: q_k = delta_k)
+        z_k        = (q_k - mean_j q_j) / (std_j q_j + epsilon)    over the turns of the episode, population std
+        m_k        = clip(1 + band * sign(A) * z_k, 1 -+ band)
+        A'         = A * [(1 - lambda) + lambda * m_k]
+
+    A turn that moved the belief with the outcome gets more of the advantage, one that moved it against gets less; the
+    sign never changes. Because E[Delta_t] = -KL <= 0 the belief drifts to 0 over a long episode and stops moving;
+    ``sdar.loss.centre=trajectory`` takes the drift out. A turn without a teacher is no evidence and keeps its
+    advantage.
+    """
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"advantage_factor has strength {strength}; it must lie in [0, 1]")
+    if not 0.0 <= band < 1.0:
+        raise ValueError(f"advantage_factor has band={band}; it must lie in [0, 1)")
+    if not 0.0 < prior < 1.0:
+        raise ValueError(f"advantage_factor has prior={prior}; it must lie between 0 and 1")
+    if evidence not in ("belief", "gap"):
+        raise ValueError(f"advantage_factor has evidence={evidence!r}; known: belief, gap")
+    turn = row_turns(rows.response_mask)
+    moved, tokens = turn_sums(rows.gap, rows.mask, turn)
+    standing = torch.zeros_like(moved)
+    for members in _turns_by_episode(rows, tokens > 0):
+        where = tuple(torch.tensor(members, device=moved.device).T)
+        increments = moved[where]
+        if evidence == "belief":
+            start = torch.full((1,), math.log(prior / (1.0 - prior)), dtype=moved.dtype, device=moved.device)
+            increments = torch.sigmoid(torch.cat([start, start + increments.cumsum(0)])).diff()
+        centred = increments - increments.mean()
+        standing[where] = centred / (centred.square().mean().sqrt() + epsilon)
+    base = rows.advantages
+    factor = (1.0 + band * base.sign() * standing.gather(1, turn).to(base)).clamp(1.0 - band, 1.0 + band)
+    return torch.where(rows.mask, base * ((1.0 - strength) + strength * factor), base)
+
+
+def _turns_by_episode(rows: SignalRows, judged: torch.Tensor) -> list[list[tuple[int, int]]]:
+    """Of every episode, the (row, turn in the row) pairs that ``judged`` (rows, turns) marks, in the order played."""
+    members: dict[Hashable, list[tuple[int, int]]] = {}
+    for row, turn in judged.nonzero().tolist():
+        members.setdefault(rows.episode_ids[row], []).append((row, turn))
+    return [sorted(group, key=lambda place: (rows.turns[place[0]], place[1])) for group in members.values()]
+
+
+@register_signal("advantage_turn_weight", reads=("gap",))
+def advantage_turn_weight(
+    rows: SignalRows, *, strength: float, clip: float = 0.2, floor: float = 0.1, epsilon: float = 1e-6
+) -> torch.Tensor:
+    """GRSD (arXiv:2607.28076): a factor per turn, from how its mean gap compares with the other turns of the group.
+
+        d_k  = mean of Delta_t over turn k
+        q_k  = exp(clip(sign(A) d_k, -+ 20)) - 1
+        z_k  = q_k / (mean of abs(q) over the turns of the group + epsilon)
+        A'   = A max(floor, 1 + lambda clip(z_k, -+ clip))
+
+    The sign never changes. Only in groups that have both a return above 0 and one that is not; elsewhere A' = A. Turns
+    without a teacher keep their advantage and are in no mean. lambda is .5; ``clip`` .2 is what all scripts set, 3 the
+    released function's default.
+    """
+    if not clip > 0.0:
+        raise ValueError(f"advantage_turn_weight has clip={clip}; it must be above 0")
+    if not 0.0 <= floor <= 1.0:
+        raise ValueError(f"advantage_turn_weight has floor={floor}; it must lie in [0, 1]")
+    turn = row_turns(rows.response_mask)
+    sums, tokens = turn_sums(rows.gap, rows.mask, turn)
+    outcome, _ = turn_sums(rows.advantages, rows.mask, turn)  # one number per turn: its sign is each token's
+    size = torch.expm1((outcome.sign() * sums / tokens.clamp(min=1.0)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    judged = tokens > 0
+    standing = torch.zeros_like(size)
+    groups: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(rows.group_ids):
+        groups.setdefault(group, []).append(row)
+    for members in groups.values():
+        won = rows.scores[members] > 0
+        inside = judged[members]
+        if inside.any() and won.any() and not won.all():
+            mean = size[members][inside].abs().mean()
+            standing[members] = torch.where(inside, size[members] / (mean + epsilon), 0.0)
+    factor = (1.0 + strength * standing.clamp(-clip, clip)).clamp(min=floor).gather(1, turn)
+    return torch.where(rows.mask, rows.advantages * factor.to(rows.advantages), rows.advantages)
+
+
+@register_signal("advantage_surprise", reads=("gap",))
+def advantage_surprise(rows: SignalRows, *, strength: float, share: float = 0.2) -> torch.Tensor:
+    """OCSD (arXiv:2608.04788): the gap weighs tokens on the turns that the student itself found least likely.
+
+        n_k  = mean of -log pi_old(y_t | s_t) over turn k
+        A'_t = A (1 + lambda sign(A) tanh(Delta_t / 2))      on the ``share`` of an episode's turns with the largest n_k
+        A'_t = A                                             elsewhere
+
+    Delta_t is meant between the real next observation and a placeholder (``sdar.context.contrast``). The number of
+    turns is rounded up. Read in a summary, which gives no lambda; up to 1 the sign never changes.
+    """
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"advantage_surprise has strength {strength}; it must lie in [0, 1]")
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"advantage_surprise has share={share}; it must lie in (0, 1]")
+    turn = row_turns(rows.response_mask)
+    likelihood, tokens = turn_sums(rows.old_log_probs, rows.mask, turn)
+    surprise = -likelihood / tokens.clamp(min=1.0)
+    chosen = torch.zeros_like(surprise, dtype=torch.bool)
+    for members in _turns_by_episode(rows, tokens > 0):
+        members.sort(key=lambda place: -surprise[place].item())  # stable: of two alike, the earlier
+        for place in members[: math.ceil(share * len(members))]:
+            chosen[place] = True
+    base = rows.advantages
+    weighed = base * (1.0 + strength * base.sign() * torch.tanh(rows.gap / 2).to(base))
+    return torch.where(rows.mask & chosen.gather(1, turn), weighed, base)
