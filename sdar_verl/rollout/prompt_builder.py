@@ -148,19 +148,27 @@ class PromptBuilder:
         """
         control = control_ids_of(self._tokenizer)
         harmless = self._control_ids("x", control, conversation)
-        for string in (*RESPONSE_TAGS, *self._template.control_strings):
-            found = self._control_ids(disguised([string]), control, conversation)
-            if found != harmless:
-                different = sorted((found - harmless) | (harmless - found))
-                raise PromptTemplateError(
-                    f"a text that holds a disguised {string!r} changes the control tokens of a prompt "
-                    f"({self._tokenizer.convert_ids_to_tokens(different)}): the tokenizer or the chat template of "
-                    "actor_rollout_ref.model.path rewrites texts, so that an observation could forge a turn; use "
-                    "another tokenizer, or one whose added tokens have normalized=false"
-                )
+
+        def changed(strings: Sequence[str]) -> Counter[int]:
+            found = self._control_ids(disguised(strings), control, conversation)
+            return (found - harmless) | (harmless - found)
+
+        strings: Sequence[str] = (*RESPONSE_TAGS, *self._template.control_strings)
+        # All in one text, as encoding thousands one by one takes a minute; halved to find one that does it.
+        if different := changed(strings):
+            while len(strings) > 1:
+                halves = strings[: len(strings) // 2], strings[len(strings) // 2 :]
+                strings = next((half for half in halves if changed(half)), strings[:1])
+            tokens = self._tokenizer.convert_ids_to_tokens(sorted(changed(strings) or different))
+            raise PromptTemplateError(
+                f"a text that holds a disguised {strings[0]!r} changes the control tokens of a prompt ({tokens}): the "
+                "tokenizer or the chat template of actor_rollout_ref.model.path rewrites texts, so that an observation "
+                "could forge a turn; use another tokenizer, or one whose added tokens have normalized=false"
+            )
 
     def _control_ids(self, value: str, control: Set[int], conversation: bool) -> Counter[int]:
-        turn = TurnContext("x", ((value, value),), observation=value, admissible_actions=("x",), step=2, max_steps=9)
+        # In one slot of each message: the template's own check has looked at every slot.
+        turn = TurnContext("x", (("x", "x"),), observation=value, admissible_actions=("x",), step=2, max_steps=9)
         ids = self.encode(turn, value, turn.history)
         if conversation:
             ids = [*ids, *self.follow_up(turn, self._tokenizer.eos_token_id)]
@@ -227,7 +235,12 @@ class PromptBuilder:
     def _apply(self, messages: list[dict[str, str]], *, tokenize: bool) -> Any:
         try:
             return self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False, **self._chat_template_kwargs
+                messages,
+                add_generation_prompt=True,
+                tokenize=tokenize,
+                return_dict=False,
+                tokenizer_kwargs={"verbose": False},  # lengths have limits of their own
+                **self._chat_template_kwargs,
             )
         except TemplateError as error:
             roles = " and ".join(message["role"] for message in messages)
