@@ -230,7 +230,7 @@ class PromptBuilder:
         end = self._tokenizer.convert_ids_to_tokens(last_token)
         if last_token in self._tokenizer.all_special_ids and rest.lstrip().startswith(end):
             rest = rest.lstrip()[len(end) :]
-        return list(self._tokenizer(rest, add_special_tokens=False)["input_ids"])
+        return list(self._tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _apply(self, messages: list[dict[str, str]], *, tokenize: bool) -> Any:
         try:
