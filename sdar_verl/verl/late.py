@@ -11,7 +11,7 @@ from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.recipe import plays_environments
 from sdar_verl.rollout.late_context import LateContexts, LatePrompts, TurnPrompts
 from sdar_verl.rollout.runtime import make_prompts
-from sdar_verl.verl.taught_loop import LateTeacherPrompts, TeacherPrompts
+from sdar_verl.verl.recipe_prompts import LateTeacherPrompts, TeacherPrompts
 
 
 def late_contexts(config: DictConfig, sdar: SdarConfig, tokenizer: Any) -> LateContexts | None:

@@ -112,7 +112,7 @@ def test_a_follow_up_is_what_the_chat_template_writes(model: Any) -> None:
 @pytest.mark.parametrize("tools", [None, [TOOL]], ids=["plain", "tools"])
 def test_a_recipes_teacher_without_a_context_has_the_students_prompt(model: Any, tools: Any) -> None:
     """Token by token, with thinking on and off, and as transformers' own chat template writes it."""
-    from sdar_verl.verl.taught_loop import TeacherPrompts, prompt_maker
+    from sdar_verl.verl.recipe_prompts import TeacherPrompts, prompt_maker
 
     for kwargs in THINKS.get(model.name, ({},)):
         config = OmegaConf.create({"data": {"apply_chat_template_kwargs": kwargs}})
@@ -150,7 +150,7 @@ def test_thinking_off_closes_the_thought_for_student_and_teacher(folder: Path) -
 
 
 def test_a_thinking_teacher_of_a_plain_student(folder: Path) -> None:
-    from sdar_verl.verl.taught_loop import TeacherPrompts, prompt_maker
+    from sdar_verl.verl.recipe_prompts import TeacherPrompts, prompt_maker
 
     tokenizer = load(folder, "qwen3")
     config = OmegaConf.create({"data": {"apply_chat_template_kwargs": {"enable_thinking": False}}})
