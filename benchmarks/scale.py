@@ -117,7 +117,7 @@ def run(tasks: int, order: list[int], args: argparse.Namespace) -> Watched:
         f"actor_rollout_ref.actor.ppo_mini_batch_size={tasks}",
         f"sdar.update.mini_batch_rows={min(args.tasks) * ROLLOUTS * min(order)}",
         "sdar.env.name=counted",
-        "sdar.env.modules=[benchmarks.counted_env]",
+        "sdar.modules=[benchmarks.counted_env]",
         "~sdar.env.options",
         "+sdar.env.options={}",
         "sdar.env.processes=1",

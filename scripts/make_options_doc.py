@@ -46,7 +46,7 @@ NAMES: dict[str, tuple[Callable[[], typing.Iterable[str]], str]] = {
     "sdar.context.sources": (context_names, ", or one registered by `sdar.modules`; a list"),
     "sdar.skills.bank": (bank_names, ", or a folder"),
     "sdar.skills.retrieval": (retriever_names, "; a list"),
-    "sdar.env.name": (known_envs, ", or one registered by `sdar.env.modules`"),
+    "sdar.env.name": (known_envs, ", or one registered by `sdar.modules`"),
     "sdar.prompt.template": (template_names, ", or a `.jinja` file"),
 }
 

@@ -234,9 +234,6 @@ class EnvConfig(_Node):
 
     name: str = Field("alfworld", min_length=1, description="registered environment")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
-    modules: list[str] = Field(
-        default_factory=list, description="modules imported first: they register environments (as sdar.modules does)"
-    )
     invalid_action: Literal["noop", "last_line"] = Field(
         "noop",
         description="an answer without an action: noop lets the environment say that nothing happened, last_line sends "
@@ -383,11 +380,6 @@ class SdarConfig(_Node):
     update: UpdateConfig = UpdateConfig()
     trace: TraceConfig = TraceConfig()
     cloud: CloudConfig = CloudConfig()
-
-    @property
-    def all_modules(self) -> tuple[str, ...]:
-        """``sdar.modules`` and ``sdar.env.modules``, each once, in order."""
-        return tuple(dict.fromkeys([*self.modules, *self.env.modules]))
 
     @model_validator(mode="after")
     def _teacher_for_the_loss(self) -> SdarConfig:

@@ -18,14 +18,14 @@ def import_modules(modules: Iterable[str]) -> None:
     """Import ``modules`` in order; one that is imported already does nothing.
 
     Raises:
-        ConfigError: a module is not there, or fails; names the options, the module and the reason.
+        ConfigError: a module is not there, or fails; names the option, the module and the reason.
     """
     for module in modules:
         try:
             importlib.import_module(module)
         except Exception as error:
             raise ConfigError(
-                f"sdar.modules or sdar.env.modules: {module} cannot be imported here: {type(error).__name__}: {error}; "
+                f"sdar.modules: {module} cannot be imported here: {type(error).__name__}: {error}; "
                 "it must be importable in every process of the run (install its package, or put its folder on "
                 "PYTHONPATH)"
             ) from error

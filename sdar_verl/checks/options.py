@@ -71,15 +71,18 @@ def option_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     return faults
 
 
-def number_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    """Numbers and flags of verl's that are none, or out of range. The other checks calculate with them."""
+def type_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Numbers, flags and texts of verl's that are none, or out of range. The other checks calculate with them."""
     values, defaults, faults = options_of(config), verl_defaults(), []
-    bounds = _table("numbers")
+    bounds, texts = _table("numbers"), _table("texts")
     for key, value in values.items():
         bound = bounds.get(key)
         default = defaults.get(key)
         if key in verl_nodes():
             faults.append(f"{key}={_shown(value)} is a whole node of verl's; leave it out, or set options within it")
+        elif key in texts:
+            if value is None or not str(value).strip():
+                faults.append(f"{key}={_shown(value)} must be {texts[key]}")
         elif isinstance(default, bool):
             if not isinstance(value, bool):
                 faults.append(f"{key}={_shown(value)} must be True or False (verl's default: {default})")

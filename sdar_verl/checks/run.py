@@ -12,7 +12,7 @@ from sdar_verl.checks.data import data_faults
 from sdar_verl.checks.engine import engine_faults, sequence_parallel
 from sdar_verl.checks.loss import loss_faults
 from sdar_verl.checks.modes import mode_faults, parts_of_a_step
-from sdar_verl.checks.options import choice_faults, number_faults, option_faults, path_faults
+from sdar_verl.checks.options import choice_faults, option_faults, path_faults, type_faults
 from sdar_verl.checks.recipe import recipe_faults
 from sdar_verl.checks.resume import resume_faults
 from sdar_verl.checks.skills import skill_faults
@@ -38,7 +38,7 @@ def check_run(config: DictConfig, sdar: SdarConfig) -> None:
     checks = [check for check in _CHECKS if plays_environments(config) or check not in _OF_ENVIRONMENTS]
     if not plays_environments(config) and (sdar.teacher.source == "none" or "skills" not in sdar.context.sources):
         checks.remove(skill_faults)
-    faults = number_faults(config, sdar) or [fault for check in checks for fault in check(config, sdar)]
+    faults = type_faults(config, sdar) or [fault for check in checks for fault in check(config, sdar)]
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -50,7 +50,7 @@ def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
     from sdar_verl.rollout.prompts import PromptTemplate
 
     try:
-        import_modules(sdar.all_modules)
+        import_modules(sdar.modules)
     except ConfigError as error:
         return [str(error)]
     attempts = {"sdar.context.sources": lambda: check_contexts(sdar.context.sources, sdar.context.options)}

@@ -150,7 +150,7 @@ def _factory(name: str) -> Callable[..., TextEnv]:
     if name not in _registered:
         raise ValueError(
             f"unknown environment {name!r}; known: {', '.join(known_envs())}. An environment of another package must "
-            "be imported first: name its module in sdar.env.modules"
+            "be imported first: name its module in sdar.modules"
         )
     return _registered[name]
 

@@ -25,7 +25,7 @@ class Runtime:
 
     def __init__(self, config: DictConfig, tokenizer: Any):
         self.sdar: SdarConfig = load_config(config.sdar)
-        import_modules(self.sdar.all_modules)
+        import_modules(self.sdar.modules)
         self.max_prompt_length = int(config.data.max_prompt_length)
         self.max_response_length = int(config.data.max_response_length)
         self.whole = self.sdar.rollout.rows == "trajectory"
@@ -46,7 +46,7 @@ class Runtime:
             envs_per_process=env.envs_per_process,
             reset_timeout_s=env.reset_timeout_s,
             step_timeout_s=env.step_timeout_s,
-            env_modules=self.sdar.all_modules,
+            env_modules=self.sdar.modules,
         )
 
     def request(self, task: Task, evidence: str | None = None) -> ContextRequest:

@@ -139,9 +139,19 @@ def _about_key(key: str, count: int) -> str:
     return f"front matter: key {shorten(key)} of {count} skill{'s'[: count > 1]} means nothing here{meant}"
 
 
+def _meant(folder: Path) -> str:
+    """What lies in a folder of a bank in place of its file."""
+    if nested := sorted(folder.glob(f"*/{SKILL_FILE}")):
+        return f" (the folder {shorten(folder.name)} is a bank of its own, with {nested[0].parent.name})"
+    here = [file.name for file in sorted(folder.glob("*")) if file.name.lower() == SKILL_FILE.lower()]
+    return f" (rename {here[0]})" if here else ""
+
+
 def _read_skill(path: Path, folder: Path | None, unknown: Counter[str]) -> Skill:
     if not path.is_file():
-        raise SkillBankError(f"{path} is missing; every folder of a skill bank holds a {SKILL_FILE}")
+        raise SkillBankError(
+            f"{path} is missing; every folder of a skill bank holds a {SKILL_FILE}{_meant(path.parent)}"
+        )
     content = read_text(path, MAX_FILE_BYTES, folder, SkillBankError)
     match = _FRONT_MATTER.fullmatch(content)
     if match is None:

@@ -146,7 +146,7 @@ class RecipeRuntime:
 
     def __init__(self, config: DictConfig, tokenizer: Any, model_type: str | None):
         self.sdar = load_config(config.sdar)
-        import_modules(self.sdar.all_modules)
+        import_modules(self.sdar.modules)
         self.contexts = ContextBuilder(self.sdar.context, tokenizer)
         self.prompts = TeacherPrompts(config, self.sdar, tokenizer, model_type)
         uses_skills = "skills" in self.sdar.context.sources

@@ -61,7 +61,7 @@ class PrivilegedTeacher:
         trainer, settings = self._trainer, self._settings
         with open_dict(trainer.config.actor_rollout_ref):
             trainer.config.actor_rollout_ref[TEACHER_NODE] = OmegaConf.create(settings.model_dump())
-            trainer.config.actor_rollout_ref[MODULES_NODE] = list(trainer.sdar.all_modules)
+            trainer.config.actor_rollout_ref[MODULES_NODE] = list(trainer.sdar.modules)
         put_worker(trainer, worker)
         if settings.placement == "pool":
             # verl makes the pool with its own, and refuses when the cluster has too few devices for all of them.

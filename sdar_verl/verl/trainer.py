@@ -168,7 +168,7 @@ class SdarTraining(PPOTrainer):
         if self.teacher is not None:
             self.teacher.start()
             loss = partial(sdar_loss, config=omega_conf_to_dataclass(actor), method=self.method)
-            self.actor_rollout_wg.set_loss_fn(Importing(loss, self.sdar.all_modules))
+            self.actor_rollout_wg.set_loss_fn(Importing(loss, self.sdar.modules))
             self.late_contexts = late_contexts(self.config, self.sdar, self.tokenizer)
         rows = self.sdar.update.mini_batch_rows
         if rows is not None:

@@ -32,7 +32,7 @@ def write_toy_panels(folder: Path, train: int = 8, validation: int = 4) -> list[
         f"data.train_files={files['train']}",
         f"data.val_files={files['validation']}",
         "sdar.env.name=toy_search",
-        "sdar.env.modules=[tests.support.toy_env]",
+        "sdar.modules=[tests.support.toy_env]",
         "~sdar.env.options",
         "+sdar.env.options={}",
     ]

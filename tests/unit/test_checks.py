@@ -58,7 +58,7 @@ CASES = {
     "objective": ({"sdar.loss.objective": "kl"}, ["sdar.loss.objective", "sampled"]),
     "environment": ({"sdar.env.name": "alfwrld"}, ["sdar.env", "alfwrld", "alfworld"]),
     "environment option": ({"sdar.env.options": {"colour": 1}}, ["sdar.env", "colour"]),
-    "environment module": ({"sdar.env.modules": ["no_such_module_here"]}, ["sdar.env.modules", "no_such_module_here"]),
+    "environment module": ({"sdar.modules": ["no_such_module_here"]}, ["sdar.modules", "no_such_module_here"]),
     "template": ({"sdar.prompt.template": "alfwrld"}, ["sdar.prompt.template", "alfworld_compact"]),
     "a template with other tags": (
         {"sdar.prompt.template": "search"},
@@ -133,7 +133,7 @@ CASES = {
         ["sdar.advantage.group_stats=turn", "episode"],
     ),
     "another environment's panel": (
-        {"sdar.env.name": "toy_search", "sdar.env.modules": ["tests.support.toy_env"], "sdar.env.options": {}},
+        {"sdar.env.name": "toy_search", "sdar.modules": ["tests.support.toy_env"], "sdar.env.options": {}},
         ["data.train_files", "tasks of alfworld", "sdar.env.name=toy_search"],
     ),
     "not a panel": ({"data.val_files": __file__}, ["data.val_files", "not a task panel"]),

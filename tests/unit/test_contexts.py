@@ -186,7 +186,7 @@ from sdar_verl.envs.base import Task
 from sdar_verl.modules import import_modules
 node = {"modules": ["their_package"], "context": {"sources": ["weather"], "options": {"weather": {"city": "Rome"}}}}
 sdar = load_config(node)
-import_modules(sdar.all_modules)
+import_modules(sdar.modules)
 contexts = ContextBuilder(sdar.context, tokenizer=None)
 request = ContextRequest(Task("e", "t", "y", "d"), episode=PlayedEpisode("u_0", (), True, 3.0, ""))
 print(contexts.late, contexts.passage(request, {}).text)

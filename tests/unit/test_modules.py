@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 
-from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.modules import Importing, import_modules
 
@@ -37,8 +36,3 @@ def test_a_module_that_is_missing_or_fails_is_named(package):
         import_modules(["no_such_package"])
     with pytest.raises(ConfigError, match="their_fault cannot be imported here: RuntimeError: no licence"):
         import_modules(["their_fault"])
-
-
-def test_both_lists_of_modules_are_one():
-    sdar = SdarConfig(modules=["a", "b"], env={"modules": ["b", "c"]})
-    assert sdar.all_modules == ("a", "b", "c")

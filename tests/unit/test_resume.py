@@ -95,7 +95,7 @@ def test_another_panel_is_another_experiment_and_another_place_of_it_is_not(fold
         ("data.apply_chat_template_kwargs.enable_thinking", True),
         ("trainer.v1.trainer_mode", "sdar_colocate_async"),
         ("sdar.context.options.sibling.choice", "first"),
-        ("sdar.env.modules", ["elsewhere"]),
+        ("sdar.modules", ["elsewhere"]),
         ("sdar.on_nonfinite", "drop"),
         ("sdar.rollout.turn_length", 9),
     ],

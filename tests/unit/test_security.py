@@ -99,7 +99,7 @@ def test_recipes_run_no_remote_code_and_log_to_nobody(recipe: str) -> None:
     assert config.actor_rollout_ref.model.trust_remote_code is False
     assert config.data.trust_remote_code is False
     assert set(config.trainer.logger) <= {"console", "file"}
-    assert config.sdar.modules == [] and config.sdar.env.modules == []
+    assert config.sdar.modules == []
 
 
 def test_statistics_of_ray_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

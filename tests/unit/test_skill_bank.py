@@ -118,6 +118,18 @@ def test_a_bank_of_others_loads_and_says_what_means_nothing(tmp_path: Path) -> N
     assert SkillBank.load(tmp_path, renamed={"warm": ["hot"]}).notes == bank.notes
 
 
+def test_a_file_in_another_place_or_case_is_named(tmp_path: Path) -> None:
+    write_skill(tmp_path / "kitchen", GOOD)
+    write_skill(tmp_path, GOOD, "low").rename(tmp_path / "low" / "skill.md")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(SkillBankError) as error:
+        SkillBank.load(tmp_path)
+    bare, kitchen, low = error.value.faults
+    assert bare.endswith("every folder of a skill bank holds a SKILL.md")
+    assert kitchen.endswith("(the folder 'kitchen' is a bank of its own, with heat)")
+    assert low.endswith("(rename skill.md)")
+
+
 def test_what_means_the_same_is_no_fault(tmp_path: Path) -> None:
     """A blank line before the front matter, a title as name beside a folder's valid one, a key without a value."""
     write_skill(tmp_path, "\n\n" + GOOD.replace("name: heat", "name: Heat It Up").replace("[warm]", ""))

@@ -17,10 +17,10 @@ from sdar_verl.checks.options import (
     choice_faults,
     find_entry,
     flat,
-    number_faults,
     option_faults,
     path_faults,
     table,
+    type_faults,
 )
 from sdar_verl.checks.panel_tasks import panel_tasks
 from sdar_verl.checks.run import check_run
@@ -60,7 +60,7 @@ def schema():
 def quickstart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     panels = write_toy_panels(folder)
-    overrides = [*panels, f"trainer.default_local_dir={folder}/ck", "sdar.env.modules=[tests.support.toy_env]"]
+    overrides = [*panels, f"trainer.default_local_dir={folder}/ck", "sdar.modules=[tests.support.toy_env]"]
     return compose_config("sdar_quickstart", overrides)
 
 
@@ -137,7 +137,7 @@ def test_an_option_has_one_status():
 def test_no_recipe_has_such_a_fault(recipe, hardware):
     config = compose_config(recipe, [f"hardware={hardware}"])
     sdar = load_config(config.sdar)
-    assert [*option_faults(config, sdar), *number_faults(config, sdar), *path_faults(config, sdar)] == []
+    assert [*option_faults(config, sdar), *type_faults(config, sdar), *path_faults(config, sdar)] == []
 
 
 # ---------------------------------------------------------------- faults
@@ -272,22 +272,38 @@ def test_a_number_is_a_number_before_anything_calculates_with_it(quickstart, opt
     for value in NUMBERS[option]:
         config = changed(quickstart, **{option: value})
         shown = "null" if value is None else value
-        assert any(fault.startswith(f"{option}={shown} must be ") for fault in number_faults(config, sdar)), value
+        assert any(fault.startswith(f"{option}={shown} must be ") for fault in type_faults(config, sdar)), value
         with pytest.raises(ConfigError, match="must be"):
             check_run(config, sdar)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "right"),
+    [
+        ("actor_rollout_ref.model.path", None, "a model's folder or its name on the hub"),
+        ("trainer.default_local_dir", None, "a folder"),
+        ("trainer.project_name", "", "a name"),
+    ],
+)
+def test_a_text_that_is_always_read_is_there(quickstart, option, value, right):
+    config, sdar = changed(quickstart, **{option: value}), load_config(quickstart.sdar)
+    assert any(fault.endswith(f" must be {right}") and option in fault for fault in type_faults(config, sdar))
+    with pytest.raises(ConfigError, match=f"{option}=.* must be {right}"):
+        check_run(config, sdar)
+
+
 def test_a_node_set_to_nothing_is_told(quickstart):
     config = changed(quickstart, trainer=None)
-    faults = number_faults(config, load_config(quickstart.sdar))
+    faults = type_faults(config, load_config(quickstart.sdar))
     assert "trainer=null is a whole node of verl's; leave it out, or set options within it" in faults
 
 
 def test_numbers_that_are_fine_are_left_alone(quickstart):
     fine = {"trainer.total_training_steps": None, "trainer.save_freq": -1, "actor_rollout_ref.rollout.temperature": 0.7,
-            "data.train_max_samples": -1, "data.seed": None, "data.train_batch_size": 16.0,
+            "data.train_max_samples": -1, "trainer.experiment_name": 7, "data.seed": None,
+            "data.train_batch_size": 16.0,
             "actor_rollout_ref.actor.optim.lr": 0}  # fmt: skip
-    assert number_faults(changed(quickstart, **fine), load_config(quickstart.sdar)) == []
+    assert type_faults(changed(quickstart, **fine), load_config(quickstart.sdar)) == []
 
 
 @pytest.mark.parametrize(
@@ -321,7 +337,7 @@ def test_the_config_that_hydra_hands_to_its_callback_is_read():
     assert values["actor_rollout_ref.actor.optim.lr"] == 0.5
     assert not any(key.startswith(("hydra", "mine")) for key in values)
     sdar = load_config(config.sdar)
-    assert option_faults(config, sdar) + number_faults(config, sdar) + path_faults(config, sdar) == []
+    assert option_faults(config, sdar) + type_faults(config, sdar) + path_faults(config, sdar) == []
 
 
 # ---------------------------------------------------------------- steps and epochs
