@@ -63,6 +63,18 @@ def prompt_maker(
     return make
 
 
+def model_type(config: DictConfig) -> str | None:
+    """As verl's agent loops read it off the model's config."""
+    from transformers import AutoConfig
+    from verl.utils.fs import copy_to_local
+
+    model = config.actor_rollout_ref.model
+    path = copy_to_local(model.get("hf_config_path", None) or model.path, use_shm=model.get("use_shm", False))
+    described = AutoConfig.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
+    found = getattr(described, "model_type", None)
+    return found if isinstance(found, str) else None
+
+
 def tool_schemas(config: DictConfig) -> list[dict[str, Any]] | None:
     """Of the tools that ``tool_agent`` puts into its prompts; None without tools."""
     from verl.tools.tool_registry import load_all_tools
@@ -91,9 +103,17 @@ class TeacherPrompts:
         self._make = prompt_maker(config, tokenizer, model_type, **further) if further else self._plain
         self.place = ContextPlace(sdar.context.place, tokenizer, config.data.get("apply_chat_template_kwargs", None))
 
+    def student(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> list[int]:
+        """Token ids of the student's prompt, as verl's loops make them."""
+        return self._plain(messages, tools)
+
+    def teacher(self, messages: Sequence[Mapping[str, Any]], tools: Any, context: str) -> list[int]:
+        """Token ids of the same prompt with ``context`` in it, as long as they come."""
+        return self._make(self.place.put(messages, context), tools)
+
     def repeats(self, built: Built) -> bool:
         """Whether our call of verl's tokenisation gives what the loop's gave, token by token."""
-        return self._plain(built.messages, built.tools) == built.ids
+        return self.student(built.messages, built.tools) == built.ids
 
     def add(
         self, info: RowInfo, messages: list[dict[str, Any]], tools: Any, rest: Sequence[int], passage: Passage
@@ -108,7 +128,7 @@ class TeacherPrompts:
             passage: the context; an empty text gives the student's own prompt.
         """
         limit = self._settings.teacher.max_prompt_length
-        ids = [*self._make(self.place.put(messages, passage.text), tools), *rest]
+        ids = [*self.teacher(messages, tools, passage.text), *rest]
         if len(ids) > limit:
             info.truncated = True
             if self._settings.teacher.on_long_prompt != "mask":
@@ -118,7 +138,7 @@ class TeacherPrompts:
                     "the distillation term with sdar.teacher.on_long_prompt=mask"
                 )
             return
-        if passage.text and ids == [*self._plain(messages, tools), *rest]:
+        if passage.text and ids == [*self.student(messages, tools), *rest]:
             info.error = (
                 f"the chat template shows nothing of a context at sdar.context.place={self._settings.context.place}: "
                 f"the teacher's prompt of {info.task_id} is the student's. Use another place"
