@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from sdar_verl.checks.architecture import architecture_faults
 from sdar_verl.checks.cloud import cloud_faults
 from sdar_verl.checks.context import context_faults
 from sdar_verl.checks.data import data_faults
@@ -233,6 +234,7 @@ _CHECKS: tuple[Any, ...] = (
     context_faults,
     _batches,
     engine_faults,
+    architecture_faults,
     _variant,
     data_faults,
     recipe_faults,
