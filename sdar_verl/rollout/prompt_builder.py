@@ -115,7 +115,7 @@ class PromptBuilder:
         self.check_forging(conversation=conversation)
 
     def _check_channels(self) -> None:
-        """Answers of gpt-oss come in channels, whose marks decoding leaves out: thought and action would be one text."""
+        """gpt-oss answers in channels, whose marks decoding leaves out: thought and action would be one text."""
         question = {"role": "user", "content": _QUESTION_MARK}
         answer = {"role": "assistant", "content": _ANSWER_MARK}
         opened = self._apply([question], tokenize=False)
@@ -127,9 +127,9 @@ class PromptBuilder:
         ids = self._tokenizer(head, add_special_tokens=False)["input_ids"]
         if self.reader.text(ids).strip() != head.strip():
             raise PromptTemplateError(
-                f"the model of actor_rollout_ref.model.path begins its answers with {head.strip()!r}, marks that decoding "
-                "leaves out, so that its thoughts could not be told from its action; the text environments do not "
-                "support that. Use verl's tool_agent with --config-name sdar_ppo and "
+                f"the model of actor_rollout_ref.model.path begins its answers with {head.strip()!r}, marks that "
+                "decoding leaves out, so that its thoughts could not be told from its action; the text environments do "
+                "not support that. Use verl's tool_agent with --config-name sdar_ppo and "
                 "actor_rollout_ref.rollout.multi_turn.format=gpt-oss"
             )
 
