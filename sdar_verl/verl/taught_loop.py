@@ -26,7 +26,7 @@ from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import Task
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
 from sdar_verl.recipe import INNER_COLUMN, TAUGHT
-from sdar_verl.rollout.messages import MessagesError
+from sdar_verl.rollout.messages import MessagesError, asks
 from sdar_verl.rollout.outputs import OutputMaker
 from sdar_verl.rollout.prompts import PromptTemplateError
 from sdar_verl.rollout.recipe_rows import record_of, task_of
@@ -76,9 +76,27 @@ class _Recording:
 def recorded(kind: str, **given: Any) -> Any:
     """An agent loop of the class at ``kind``, which notes the prompts that it has tokenised."""
     loop_class = hydra.utils.get_class(kind)
+    built: list[Built] = []
+    given |= {"tokenizer": _recording(given["tokenizer"], built)}
     loop = type(f"Recorded{loop_class.__name__}", (_Recording, loop_class), {})(**given)
-    loop.built = []
+    loop.built = built
     return loop
+
+
+def _recording(tokenizer: Any, built: list[Built]) -> Any:
+    """``tokenizer`` for one loop, whose chat template notes what it encodes: loops of others call it themselves."""
+
+    def apply_chat_template(conversation: Any, tools: Any = None, **kwargs: Any) -> Any:
+        said = copy.deepcopy(conversation)
+        made = tokenizer.apply_chat_template(conversation, tools=tools, **kwargs)
+        ids = made["input_ids"] if isinstance(made, Mapping) else made
+        if isinstance(ids, list) and ids and isinstance(ids[0], int) and asks(said):
+            built.append(Built([dict(message) for message in said], tools, list(ids)))
+        return made
+
+    own = copy.copy(tokenizer)
+    own.apply_chat_template = apply_chat_template
+    return own
 
 
 _runtimes: dict[int, RecipeRuntime] = {}

@@ -12,7 +12,7 @@ from tests.support.recipe_run import train_recipe
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 CAPPED = "gemma2"  # whose logits are not the head's
-OBJECTIVES = {"sampled": [], "reverse_kl": ["sdar.loss.objective=reverse_kl", "sdar.teacher.source=reference"]}
+OBJECTIVES = {"sampled": [], "reverse_kl": ["sdar.loss.objective=reverse_kl"]}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

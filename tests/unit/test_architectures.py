@@ -94,3 +94,22 @@ def test_capped_logits_are_not_taken_for_those_of_the_head() -> None:
     batch = make_batch(PROMPTS, 1, False, HeadRequest("divergence", False, 4, 5, "forward_kl"), **fields)
     with pytest.raises(RuntimeError, match=r"soft-capping.*sdar.loss.objective=sampled"):
         engine.forward_step(batch, loss_function=loss, forward_only=False)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_position_ids_of_four_axes_are_read_as_one_in_a_text(packed: bool) -> None:
+    """As verl gives them where the model has a processor; the engine takes both forms."""
+    from sdar_verl.teacher.rows import ROPE_AXES, teacher_row
+    from sdar_verl.verl.queue import nested
+
+    rows = [
+        teacher_row(prompt, response, torch.ones_like(response), axes=ROPE_AXES)
+        for prompt, response in zip(*make_rows(TEACHER_PROMPTS, 2), strict=True)
+    ]
+    placed = nested([row["position_ids"] for row in rows])
+    batch = make_batch(TEACHER_PROMPTS, 2, packed, HeadRequest("log_probs", True))
+    batch["position_ids"] = placed
+    inputs, _ = make_engine(model_of("qwen3", 0)).prepare_model_inputs(batch)
+    expected = {True: (ROPE_AXES, 1, sum(len(row["input_ids"]) for row in rows)), False: (ROPE_AXES, 3)}[packed]
+    assert inputs["position_ids"].shape[: len(expected)] == expected
+    assert (inputs["position_ids"][0] == inputs["position_ids"][3]).all()
