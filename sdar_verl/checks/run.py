@@ -190,8 +190,14 @@ def _per_part(config: DictConfig) -> str:
 
 def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
     n, rows = config.actor_rollout_ref.rollout.n, sdar.update.mini_batch_rows
-    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    ranks //= sequence_parallel(config.actor_rollout_ref.actor)[1]
+    devices = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    option, together = sequence_parallel(config.actor_rollout_ref.actor)
+    if devices % together:
+        return [
+            f"actor_rollout_ref.actor.{option}={together} does not divide the {devices} devices "
+            "(trainer.n_gpus_per_node * trainer.nnodes); choose a divisor, 1 for none"
+        ]
+    ranks = devices // together
     faults = []
     if rows is not None and rows % n:
         faults.append(f"sdar.update.mini_batch_rows={rows} must be a multiple of actor_rollout_ref.rollout.n={n}")
