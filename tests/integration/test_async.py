@@ -67,6 +67,7 @@ def load(run: Run, name: str) -> dict[str, Any]:
     return torch.load(run.folder / name, weights_only=False)
 
 
+@pytest.mark.slow
 def test_colocated_rollout_runs_ahead_of_the_training(tmp_path):
     run = run_mode(tmp_path, COLOCATE, "sdar.trace.every=2", steps=3, record=True)
     metrics = run.metrics[1]

@@ -29,6 +29,7 @@ def rows(record: dict[str, Any], real: list[bool], name: str) -> list[torch.Tens
     return [row for row, is_real in zip(record[name], real, strict=True) if is_real]
 
 
+@pytest.mark.slow
 def test_a_shuffled_sibling_teaches_every_group_that_has_one(tmp_path: Path) -> None:
     run = train(
         tmp_path,

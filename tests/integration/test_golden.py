@@ -22,7 +22,9 @@ def golden():
     return module
 
 
-@pytest.mark.parametrize("case", ["sdar", "rlsd", pytest.param("jsd-top_k", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", ["sdar", *(pytest.param(case, marks=pytest.mark.slow) for case in ("rlsd", "jsd-top_k"))]
+)
 def test_numbers_are_as_they_were(golden, tmp_path, case):
     old = json.loads(golden.golden_file(case).read_text())
     assert list(golden.differences(old, golden.run_case(case, tmp_path), OTHER_PROCESSORS)) == []

@@ -63,7 +63,7 @@ def train(folder: Path, *overrides: str, **kwargs) -> Run:
     )
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_stock_grpo_trains(tmp_path, world_size):
     """Two processes bring what one does not: gloo collectives, meta-device loading, one server per rank."""
     run = train(tmp_path, f"trainer.n_gpus_per_node={world_size}")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from tests.support.calculator import CONFIG
@@ -48,6 +45,7 @@ def test_a_single_turn_script_with_two_flags(tmp_path):
     assert any("teacher" in name for name in validated if name.startswith("val"))
 
 
+@pytest.mark.slow
 def test_a_tool_agent_with_tools_of_a_yaml(tmp_path):
     """Tool schemas stand in both prompts; the context of a sibling is made when the group has ended."""
     tools = tmp_path / "tools.yaml"
@@ -64,43 +62,60 @@ def test_a_tool_agent_with_tools_of_a_yaml(tmp_path):
     assert run.metrics[1]["sdar/context_share"] > 0
 
 
+@pytest.mark.slow
 def test_a_loop_of_the_users_with_several_outputs(tmp_path):
     run = train_recipe(tmp_path, *own("two_drafts"), "algorithm.adv_estimator=sdar")
     sound(run)
     assert run.metrics[1]["sdar/rows"] == 2 * 16
 
 
+@pytest.mark.slow
 def test_a_loop_that_calls_the_chat_template_itself(tmp_path):
     run = train_recipe(tmp_path, *own("own_template"))
     sound(run)
     assert run.metrics[1]["sdar/foreign_prompt_share"] == 0 and run.metrics[1]["sdar/empty_context_gap"] < 1e-3
 
 
+@pytest.mark.slow
 def test_a_loop_that_gives_the_teachers_prompt(tmp_path):
     sound(train_recipe(tmp_path, *own("own_teacher")))
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["error", "mask"])
-def test_a_prompt_that_verls_tokenisation_does_not_make(tmp_path, masked):
-    overrides = own("own_words")
-    if masked:
-        loops = ("single_turn_agent", "own_words")
-        rows = [{**row, "agent_name": loops[index % 2]} for index, row in enumerate(word_problems(16))]
-        run = train_recipe(tmp_path, *overrides, "sdar.context.on_foreign_prompt=mask", rows=rows)
-        assert 0 < run.metrics[1]["sdar/foreign_prompt_share"] < 1
-        assert run.metrics[1]["sdar/context_share"] == 1 - run.metrics[1]["sdar/foreign_prompt_share"]
-        return
-    arguments = recipe_arguments(tmp_path, *overrides)
+@pytest.mark.slow
+def test_a_prompt_that_verls_tokenisation_does_not_make_is_told(tmp_path):
+    arguments = recipe_arguments(tmp_path, *own("own_words"))
     with pytest.raises(AssertionError) as failed:
         run_main_ppo(tmp_path, arguments, config="sdar_ppo")
     assert "own_words" in str(failed.value) and "teacher_prompt_ids" in str(failed.value)
 
 
+LOOPS = ("single_turn_agent", "tool_agent", "two_drafts", "own_teacher", "own_words", "single_turn_agent")
+
+
 def test_rows_that_name_their_loops(tmp_path):
-    """A data set with ``agent_name``: half of the rows go to another loop."""
-    rows: list[dict[str, Any]] = []
-    for index, row in enumerate(word_problems(16)):
-        rows.append({**row, "agent_name": ("single_turn_agent", "two_drafts")[index % 2]})
-    run = train_recipe(Path(tmp_path), "sdar.modules=[tests.support.agent_loops]", "sdar.context.sources=[column]",
-                       "+sdar.context.options.column.path=extra_info.answer", rows=rows)  # fmt: skip
+    """A data set with ``agent_name``: verl's loops and the user's in one run, one of them with prompts that nobody
+    else makes, which are left to RL; the context is a column."""
+    tools = tmp_path / "tools.yaml"
+    tools.write_text(CONFIG)
+    rows = [{**row, "agent_name": loop} for row, loop in zip(word_problems(len(LOOPS)), LOOPS, strict=True)]
+    run = train_recipe(
+        tmp_path / "run",
+        "sdar.modules=[tests.support.agent_loops]",
+        "sdar.context.sources=[column]",
+        "+sdar.context.options.column.path=extra_info.answer",
+        "sdar.context.on_foreign_prompt=mask",
+        "algorithm.adv_estimator=sdar",
+        "actor_rollout_ref.rollout.multi_turn.enable=True",
+        f"actor_rollout_ref.rollout.multi_turn.tool_config_path={tools}",
+        "data.train_batch_size=3",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=3",
+        "data.shuffle=False",
+        rows=rows,
+    )
     sound(run)
+    first, second = run.metrics[1], run.metrics[2]
+    assert first["sdar/rows"] > 3 * 4, "two_drafts gives two rows an episode"
+    assert first["sdar/context_share"] == 1 and first["sdar/foreign_prompt_share"] == 0
+    assert second["sdar/rows"] == 3 * 4
+    assert second["sdar/foreign_prompt_share"] == pytest.approx(1 / 3)
+    assert second["sdar/context_share"] == pytest.approx(2 / 3)
