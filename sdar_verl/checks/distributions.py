@@ -13,7 +13,7 @@ from sdar_verl.algorithm.schedules import GRAD_SHARE, make_schedule, measures_of
 from sdar_verl.checks.engine import sequence_parallel
 from sdar_verl.config import LossConfig, SdarConfig
 from sdar_verl.errors import ConfigError
-from sdar_verl.planner.architecture import Architecture
+from sdar_verl.planner.families import find_architecture
 from sdar_verl.requests import reads_distributions, top_k
 from sdar_verl.teacher.sources import get_source, has_reference, list_sources, uses_lora
 
@@ -149,7 +149,7 @@ def _vocabulary(path: str) -> int | None:
     file = Path(path) / "config.json"
     if not file.is_file():
         try:
-            return Architecture.find(path).vocabulary
+            return find_architecture(path).vocabulary
         except ConfigError:
             return None
     settings = json.loads(file.read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
-from sdar_verl.planner.architecture import Architecture
+from sdar_verl.planner.families import find_architecture
 from sdar_verl.teacher.sources import uses_lora
 
 SUPPORTED_STRATEGIES = ("fsdp", "fsdp2")
@@ -78,7 +78,7 @@ def _fused_kernels(config: DictConfig) -> Iterator[str]:
     if not node.model.get("use_fused_kernels", False):
         return
     try:
-        tied = Architecture.find(str(node.model.path)).tied
+        tied = find_architecture(str(node.model.path)).tied
     except ConfigError:
         return  # neither on this machine nor one of the recipes' models
     options = [f"actor_rollout_ref.{name}.strategy" for name in ("actor", "ref") if node[name].strategy == "fsdp2"]

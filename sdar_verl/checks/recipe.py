@@ -15,6 +15,7 @@ from sdar_verl.panels import PanelError
 from sdar_verl.recipe import AGENT_LOOP, plays_environments
 from sdar_verl.rollout.messages import load_place
 from sdar_verl.rollout.prompts import PromptTemplateError
+from sdar_verl.untrusted import shorten
 
 _ENVIRONMENTS = (
     *("env", "prompt", "advantage.invalid_action_penalty", "rollout.rows", "rollout.turn_length", "context.student"),
@@ -49,7 +50,7 @@ def recipe_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"sdar.teacher.on_long_prompt=drop_history has no effect with default_agent_loop={agent}, whose prompts "
             "have no history of ours; use error or mask"
         )
-    return [*faults, *_data(config)]
+    return [*faults, *(list(_data(config)) or _tokenisation(config))]
 
 
 def _contexts(sdar: SdarConfig) -> Iterator[str]:
@@ -114,3 +115,27 @@ def _data(config: DictConfig) -> Iterator[str]:
                     f"data.{option}={file}: the column {key!r} holds {type(row[key]).__name__}, not a list of messages "
                     "with role and content, as verl's agent loops read it"
                 )
+
+
+def _tokenisation(config: DictConfig) -> Iterator[str]:
+    """Whether verl's loops can make the first prompt at all; of a model that lies here, nothing is downloaded."""
+    model = config.actor_rollout_ref.model
+    if not Path(str(model.path)).is_dir():
+        return
+    from transformers import AutoTokenizer
+
+    from sdar_verl.verl.recipe_prompts import model_type, prompt_maker
+
+    file = panel_files(config, "train_files")[0]
+    row = next(read_rows(file, 1))
+    try:
+        trust = model.get("trust_remote_code", False)
+        tokenizer = AutoTokenizer.from_pretrained(model.get("tokenizer_path") or model.path, trust_remote_code=trust)
+        make = prompt_maker(config, tokenizer, model_type(config))
+        make([dict(message) for message in row[config.data.get("prompt_key", "prompt")]])
+    except Exception as error:  # transformers, verl and a chat template raise many kinds
+        yield (
+            f"actor_rollout_ref.model.path={model.path}: verl's agent loops cannot make the prompt of the first row of "
+            f"data.train_files={file} with its tokenizer ({type(error).__name__}: {shorten(str(error))}); use a model "
+            "whose tokenizer has a chat template for these messages"
+        )

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from sdar_verl.checks.architecture import architecture_faults
 from sdar_verl.checks.cloud import cloud_faults
 from sdar_verl.checks.context import context_faults
 from sdar_verl.checks.data import data_faults
@@ -194,8 +195,14 @@ def _per_part(config: DictConfig) -> str:
 
 def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
     n, rows = config.actor_rollout_ref.rollout.n, sdar.update.mini_batch_rows
-    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    ranks //= sequence_parallel(config.actor_rollout_ref.actor)[1]
+    devices = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    option, together = sequence_parallel(config.actor_rollout_ref.actor)
+    if devices % together:
+        return [
+            f"actor_rollout_ref.actor.{option}={together} does not divide the {devices} devices "
+            "(trainer.n_gpus_per_node * trainer.nnodes); choose a divisor, 1 for none"
+        ]
+    ranks = devices // together
     faults = []
     if rows is not None and rows % n:
         faults.append(f"sdar.update.mini_batch_rows={rows} must be a multiple of actor_rollout_ref.rollout.n={n}")
@@ -238,6 +245,7 @@ _CHECKS: tuple[Any, ...] = (
     context_faults,
     _batches,
     engine_faults,
+    architecture_faults,
     _variant,
     data_faults,
     recipe_faults,

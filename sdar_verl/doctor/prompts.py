@@ -12,9 +12,11 @@ from sdar_verl.checks.panel_tasks import panel_tasks
 from sdar_verl.checks.skills import spread
 from sdar_verl.config import SdarConfig
 from sdar_verl.doctor.findings import Finding
+from sdar_verl.doctor.recipe_prompts import check_recipe_prompts
 from sdar_verl.envs.base import NO_ACTION, Task
 from sdar_verl.envs.host import checked
 from sdar_verl.envs.registry import make_env
+from sdar_verl.recipe import plays_environments
 from sdar_verl.rollout.control import role_marks_of
 from sdar_verl.rollout.prompt_builder import TurnContext
 from sdar_verl.rollout.runtime import Runtime
@@ -60,6 +62,11 @@ def check_prompts(config: DictConfig, sdar: SdarConfig, resets: int) -> Iterator
         yield Finding("warn", "prompts", f"not checked: the model's tokenizer cannot be read here ({first})",
                       "download the model, and name its folder: actor_rollout_ref.model.path=...")  # fmt: skip
         return
+    yield _white_space(tokenizer)
+    if not plays_environments(config):
+        yield _roles(config, tokenizer)
+        yield from check_recipe_prompts(config, sdar, tokenizer)
+        return
     try:
         runtime = Runtime(config, tokenizer)
     except Exception as error:  # a template, a bank, a context: named by the run's own checks
@@ -80,6 +87,22 @@ def check_prompts(config: DictConfig, sdar: SdarConfig, resets: int) -> Iterator
         yield Finding("ok", "context", f"{', '.join(sdar.context.sources)}: known only when a group has ended")
     if resets:
         yield from _first_prompts(runtime, sdar, spread(tasks, resets), with_teacher=longest_context > 0)
+
+
+def _white_space(tokenizer: Any) -> Finding:
+    """Whether the model sees lines and words apart."""
+    text = "one two\n\nthree"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.decode(ids) == text:
+        return Finding("ok", "tokenizer", "keeps spaces and line breaks")
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokenizer("onetwo\nthree")["input_ids"]:
+        return Finding("ok", "tokenizer", "reads single words, apart by white space of any kind")
+    return Finding(
+        "warn",
+        "tokenizer",
+        f"reads {text!r} as {tokenizer.decode(ids)!r}",
+        "if the model's folder has no config.json, add it: by its model_type transformers chooses the tokenizer",
+    )
 
 
 def _roles(config: DictConfig, tokenizer: Any) -> Finding:

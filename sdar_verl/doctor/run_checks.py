@@ -20,6 +20,7 @@ from sdar_verl.doctor.findings import Finding
 from sdar_verl.doctor.machine import Machine
 from sdar_verl.doctor.prompts import check_prompts
 from sdar_verl.errors import ConfigError
+from sdar_verl.recipe import plays_environments
 
 
 def check_config(config_name: str, overrides: list[str], machine: Machine, resets: int) -> list[Finding]:
@@ -153,7 +154,8 @@ def _devices(config: DictConfig, sdar: SdarConfig, machine: Machine) -> Iterator
 
 def _steps(config: DictConfig, sdar: SdarConfig, machine: Machine) -> Iterator[Finding]:
     episodes = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
-    most = episodes * (sdar.env.max_steps if sdar.rollout.rows == "per_turn" else 1)
+    per_turn = plays_environments(config) and sdar.rollout.rows == "per_turn"
+    most = episodes * (sdar.env.max_steps if per_turn else 1)
     rows = sdar.update.mini_batch_rows
     prompts = config.actor_rollout_ref.actor.ppo_mini_batch_size
     size = rows if rows is not None else prompts * config.actor_rollout_ref.rollout.n
@@ -189,7 +191,7 @@ def _model(config: DictConfig, sdar: SdarConfig, machine: Machine) -> Iterator[F
             yield Finding("warn", "model", f"{path} is not on this machine, so its limits are not checked",
                           "download it first, and name its folder: actor_rollout_ref.model.path=...")  # fmt: skip
         return
-    limit = getattr(described, "max_position_embeddings", None)
+    limit = getattr(described.get_text_config(), "max_position_embeddings", None)
     response = config.data.max_response_length
     needs = {"data.max_prompt_length": config.data.max_prompt_length + response}
     if sdar.teacher.source != "none":

@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from sdar_verl.local.passes import make_passes
 from sdar_verl.local.requests import Completion, Request
-from sdar_verl.local.sampling import SamplingParams, sample, token_log_probs
-from sdar_verl.local.slot_cache import SlotCache
+from sdar_verl.local.sampling import SamplingParams, sample
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ class BatchScheduler:
     """Runs generation requests through one model, sharing every forward pass.
 
     Args:
-        model: a causal language model of transformers with full attention in every layer, attention by sdpa, in eval
-            mode on the CPU.
+        model: a causal language model of transformers in eval mode on the CPU; attention by sdpa where every layer has
+            full attention.
         eos_token_ids: tokens that end a response.
         max_num_seqs: most requests that run at the same time; more wait.
         max_num_batched_tokens: most prompt tokens, padding included, of one prefill.
@@ -77,8 +77,7 @@ class BatchScheduler:
                 f"rollout.max_num_seqs={max_num_seqs}, rollout.max_num_batched_tokens={max_num_batched_tokens}: "
                 "both must be at least 1"
             )
-        self._model = model
-        self._cache = SlotCache(model.config)
+        self._passes = make_passes(model)
         self._eos = frozenset(eos_token_ids)
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -190,50 +189,17 @@ class BatchScheduler:
         return chosen
 
     def _prefill(self, requests: list[Request]) -> None:
-        """Run the prompts of ``requests``, left-padded to a common width, into fresh slots; draw their first token."""
-        width = len(requests[-1].prompt_ids)  # _admit sorts
-        input_ids = torch.zeros(len(requests), width, dtype=torch.long)
-        attention_mask = torch.zeros(len(requests), width, dtype=torch.long)
-        for row, request in enumerate(requests):
-            request.offset = width - len(request.prompt_ids)
-            input_ids[row, request.offset :] = torch.tensor(request.prompt_ids)
-            attention_mask[row, request.offset :] = 1
+        """Run the prompts of ``requests``, which :meth:`_admit` has sorted, and draw their first token."""
         first_slot = len(self._running)
         self._running += requests
-        self._cache.begin_prefill(first_slot)
-        scores = requests[0].params.prompt_logprobs  # _admit does not mix
-        logits = self._model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=0 if scores else 1,  # 0: of all positions
-        ).logits
+        logits = self._passes.prefill(requests, first_slot)
         self._counters.prefills += 1
         self._counters.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
-        if scores:
-            for row, request in enumerate(requests):
-                about = input_ids[row, request.offset + 1 :]
-                values = token_log_probs(logits[row, request.offset : -1], about, request.params.temperature)
-                request.prompt_log_probs = values.tolist()
-        self._append_tokens(first_slot, logits[:, -1])
+        self._append_tokens(first_slot, logits)
 
     def _decode(self) -> None:
         """One more token for every running request."""
-        lengths = torch.tensor([request.length for request in self._running])
-        offsets = torch.tensor([request.offset for request in self._running])
-        width = int(lengths.max())
-        cells = torch.arange(width)
-        visible = (cells >= offsets[:, None]) & (cells < lengths[:, None])
-        self._cache.begin_decode(lengths - 1, width)
-        logits = self._model(
-            input_ids=torch.tensor([request.token_ids[-1:] for request in self._running]),
-            attention_mask=visible[:, None, None, :],  # transformers passes 4-d masks on as they are
-            position_ids=(lengths - 1 - offsets)[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-        ).logits[:, -1]
+        logits = self._passes.decode(self._running)
         self._counters.decode_steps += 1
         self._append_tokens(0, logits)
 
@@ -258,7 +224,7 @@ class BatchScheduler:
         last = self._running.pop()
         if last is not request:
             self._running[slot] = last
-            self._cache.move(len(self._running), slot, last.length - 1)
+            self._passes.move(len(self._running), slot, last.length - 1)
 
     def _abort_all(self) -> int:
         requests = self._running + self._waiting

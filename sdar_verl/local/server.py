@@ -20,7 +20,7 @@ from verl.workers.rollout.replica import TokenOutput
 from sdar_verl.local.requests import Completion
 from sdar_verl.local.sampling import SamplingParams
 from sdar_verl.local.scheduler import BatchScheduler
-from sdar_verl.local.slot_cache import verify_slot_cache
+from sdar_verl.local.slot_cache import attends_fully, verify_slot_cache
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class TransformersServer:
         self._model = AutoModelForCausalLM.from_config(
             hf_config,
             dtype=PrecisionType.to_dtype(config.dtype),
-            attn_implementation="sdpa",
+            attn_implementation="sdpa" if attends_fully(hf_config) else hf_config._attn_implementation,
             trust_remote_code=self.model_config.trust_remote_code,
         ).eval()
         self._scheduler = BatchScheduler(
@@ -161,7 +161,7 @@ class TransformersServer:
                     f"the trainer's weights do not fit the rollout model {self.model_config.path}: missing "
                     f"{sorted(missing)[:3]}, unexpected {list(unexpected)[:3]}"
                 )
-            if first:
+            if first and attends_fully(self._model.config):
                 verify_slot_cache(self._model)
 
         await asyncio.wrap_future(self._scheduler.call(load))

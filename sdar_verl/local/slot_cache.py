@@ -78,6 +78,13 @@ class _SlotLayer(CacheLayerMixin):
         return -1
 
 
+def attends_fully(config: Any) -> bool:
+    """Whether every layer of a model sees all tokens before its own: no sliding window, no linear attention."""
+    config = config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    return {*kinds} == {"full_attention"} if kinds else not getattr(config, "sliding_window", None)
+
+
 class SlotCache(Cache):
     """The cache of all layers. Use: ``begin_prefill`` or ``begin_decode``, then one forward pass of the model.
 
@@ -89,16 +96,9 @@ class SlotCache(Cache):
     """
 
     def __init__(self, config: Any) -> None:
+        if not attends_fully(config):
+            raise ValueError(f"model type {config.model_type!r} has more than full attention")
         config = config.get_text_config(decoder=True)
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"} or (
-            getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None)
-        ):
-            raise ValueError(
-                f"rollout.name=transformers (the CPU default) needs full attention in every layer; model type "
-                f"{config.model_type!r} has {sorted(kinds)} with sliding_window="
-                f"{getattr(config, 'sliding_window', None)}: use another model, or rollout.name=vllm on a GPU"
-            )
         self._slot_layers = [_SlotLayer() for _ in range(config.num_hidden_layers)]
         super().__init__(layers=list(self._slot_layers))
 

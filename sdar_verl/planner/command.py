@@ -22,7 +22,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. model=qwen2.5-7b trainer.n_gpus_per_node=4")
     parser.add_argument("--gpu", default="h100-80gb", help="card (default: h100-80gb)")
     parser.add_argument("--price", type=float, metavar="P", help="of a GPU-hour, in any currency")
-    parser.add_argument("--turns", type=float, help="turns per episode (default: half of sdar.env.max_steps)")
+    parser.add_argument(
+        "--turns", type=float, help="turns per episode (default: half of sdar.env.max_steps; 1 with other agent loops)"
+    )
     parser.add_argument("--prompt", type=float, help="tokens of a prompt (default: half of data.max_prompt_length)")
     parser.add_argument("--context", type=float, help="tokens that the teacher's context adds")
     parser.add_argument("--response", type=float, help="tokens of a response (default: a third of the limit)")

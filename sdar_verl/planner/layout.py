@@ -12,6 +12,8 @@ from sdar_verl.checks.modes import verl_mode
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.architecture import Architecture
+from sdar_verl.planner.families import find_architecture
+from sdar_verl.recipe import plays_environments
 from sdar_verl.requests import CHUNK_TOKENS
 
 
@@ -114,7 +116,8 @@ class Layout:
         Args:
             config: verl's, composed from a recipe.
             sdar: its ``sdar`` node.
-            turns: turns per episode; None: half of ``sdar.env.max_steps``, a guess.
+            turns: turns per episode; None: half of ``sdar.env.max_steps``, a guess, and 1 with agent loops of verl's or
+                the user's, which make a row of a whole conversation.
             prompt: tokens of a prompt; None: half of ``data.max_prompt_length``, a guess.
             context: tokens of the privileged context; None: half of what the teacher's limit leaves, a guess.
             response: tokens of a response; None: a third of ``data.max_response_length``, a guess.
@@ -139,7 +142,7 @@ class Layout:
                 f"divide the {gpus} GPUs (trainer.n_gpus_per_node x trainer.nnodes)"
             )
         return cls(
-            architecture=Architecture.find(str(model.path)),
+            architecture=find_architecture(str(model.path)),
             gpus=gpus,
             rollout_gpus=int(rollout.nnodes * rollout.n_gpus_per_node) if separate else 0,
             tensor_parallel=int(rollout.tensor_model_parallel_size),
@@ -166,7 +169,7 @@ class Layout:
             chunk_tokens=sdar.loss.chunk_tokens or CHUNK_TOKENS,
             lora_rank=lora,
             episodes=int(config.data.train_batch_size * rollout.n),
-            turns=sdar.env.max_steps / 2 if turns is None else turns,
+            turns=turns if turns is not None else sdar.env.max_steps / 2 if plays_environments(config) else 1.0,
             prompt=prompt,
             context=(0.0 if teacher == "none" else room / 2) if context is None else context,
             response=config.data.max_response_length / 3 if response is None else response,

@@ -42,9 +42,7 @@ def trainable(layout: Layout) -> float:
     """Weights that the optimizer updates: all, or LoRA's two factors on every matrix of every layer."""
     if layout.lora_rank == 0:
         return float(layout.architecture.parameters)
-    a = layout.architecture
-    sides = 2 * (a.hidden + a.query_size) + 2 * (a.hidden + a.kv_size) + 3 * (a.hidden + a.intermediate)
-    return float(layout.lora_rank * a.layers * sides)
+    return float(layout.lora_rank * layout.architecture.lora_sides)
 
 
 def resident(layout: Layout) -> dict[str, float]:
@@ -72,10 +70,9 @@ def gathered_bytes(layout: Layout) -> float:
 def activation_bytes(layout: Layout, tokens: float) -> float:
     """Of one micro-batch's backward pass."""
     a = layout.architecture
-    layer = a.layer_activation_bytes()
     if layout.checkpointing:
-        return tokens * (2.0 * a.hidden * a.layers + layer)
-    return tokens * layer * a.layers
+        return tokens * (2.0 * a.hidden * a.layers + a.layer_activation_bytes())
+    return float(tokens * a.activation_bytes())
 
 
 def logits_bytes(layout: Layout, tokens: float, *, backward: bool, entropy: bool) -> float:

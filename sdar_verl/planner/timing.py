@@ -47,7 +47,7 @@ def rollout_seconds(layout: Layout, gpu: Gpu, efficiency: Efficiency) -> float:
     prefill = running * a.forward_flops([round(layout.prompt)], head_tokens=1) / peak
     cache = running * (layout.prompt + layout.response / 2) * a.kv_bytes_per_token()
     compute = running * a.forward_flops([1]) / peak
-    token = max((2.0 * a.parameters + cache) / bandwidth, compute) + efficiency.token_latency
+    token = max((2.0 * a.read_parameters(running) + cache) / bandwidth, compute) + efficiency.token_latency
     return layout.turns * (prefill + layout.response * token + efficiency.env_latency)
 
 

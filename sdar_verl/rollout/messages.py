@@ -72,6 +72,13 @@ class ContextPlace:
         return copied
 
 
+def asks(messages: Any) -> bool:
+    """Whether these are messages of one conversation, with something said by a user."""
+    return isinstance(messages, Sequence) and any(
+        isinstance(message, Mapping) and message.get("role") == "user" for message in messages
+    )
+
+
 def last_user_text(messages: Sequence[Message]) -> str:
     """What the user said last; empty where that is no text."""
     last = next((message for message in reversed(messages) if message.get("role") == "user"), None)

@@ -110,8 +110,28 @@ class PromptBuilder:
                 "decoded they are gone, and no answer could be read; use another tokenizer, or a prompt template (and "
                 "environment) with other action tags"
             )
+        self._check_channels()
         self._check_shown()
         self.check_forging(conversation=conversation)
+
+    def _check_channels(self) -> None:
+        """gpt-oss answers in channels, whose marks decoding leaves out: thought and action would be one text."""
+        question = {"role": "user", "content": _QUESTION_MARK}
+        answer = {"role": "assistant", "content": _ANSWER_MARK}
+        opened = self._apply([question], tokenize=False)
+        try:
+            written, shown, _ = self._apply([question, answer, question], tokenize=False).partition(_ANSWER_MARK)
+        except PromptTemplateError:
+            return  # a conversation is no concern of every run
+        head = written[len(opened) :] if shown and written.startswith(opened) else ""
+        ids = self._tokenizer(head, add_special_tokens=False)["input_ids"]
+        if self.reader.text(ids).strip() != head.strip():
+            raise PromptTemplateError(
+                f"the model of actor_rollout_ref.model.path begins its answers with {head.strip()!r}, marks that "
+                "decoding leaves out, so that its thoughts could not be told from its action; the text environments do "
+                "not support that. Use verl's tool_agent with --config-name sdar_ppo and "
+                "actor_rollout_ref.rollout.multi_turn.format=gpt-oss"
+            )
 
     def _check_shown(self) -> None:
         marked = {
@@ -148,19 +168,27 @@ class PromptBuilder:
         """
         control = control_ids_of(self._tokenizer)
         harmless = self._control_ids("x", control, conversation)
-        for string in (*RESPONSE_TAGS, *self._template.control_strings):
-            found = self._control_ids(disguised([string]), control, conversation)
-            if found != harmless:
-                different = sorted((found - harmless) | (harmless - found))
-                raise PromptTemplateError(
-                    f"a text that holds a disguised {string!r} changes the control tokens of a prompt "
-                    f"({self._tokenizer.convert_ids_to_tokens(different)}): the tokenizer or the chat template of "
-                    "actor_rollout_ref.model.path rewrites texts, so that an observation could forge a turn; use "
-                    "another tokenizer, or one whose added tokens have normalized=false"
-                )
+
+        def changed(strings: Sequence[str]) -> Counter[int]:
+            found = self._control_ids(disguised(strings), control, conversation)
+            return (found - harmless) | (harmless - found)
+
+        strings: Sequence[str] = (*RESPONSE_TAGS, *self._template.control_strings)
+        # All in one text, as encoding thousands one by one takes a minute; halved to find one that does it.
+        if different := changed(strings):
+            while len(strings) > 1:
+                halves = strings[: len(strings) // 2], strings[len(strings) // 2 :]
+                strings = next((half for half in halves if changed(half)), strings[:1])
+            tokens = self._tokenizer.convert_ids_to_tokens(sorted(changed(strings) or different))
+            raise PromptTemplateError(
+                f"a text that holds a disguised {strings[0]!r} changes the control tokens of a prompt ({tokens}): the "
+                "tokenizer or the chat template of actor_rollout_ref.model.path rewrites texts, so that an observation "
+                "could forge a turn; use another tokenizer, or one whose added tokens have normalized=false"
+            )
 
     def _control_ids(self, value: str, control: Set[int], conversation: bool) -> Counter[int]:
-        turn = TurnContext("x", ((value, value),), observation=value, admissible_actions=("x",), step=2, max_steps=9)
+        # In one slot of each message: the template's own check has looked at every slot.
+        turn = TurnContext("x", (("x", "x"),), observation=value, admissible_actions=("x",), step=2, max_steps=9)
         ids = self.encode(turn, value, turn.history)
         if conversation:
             ids = [*ids, *self.follow_up(turn, self._tokenizer.eos_token_id)]
@@ -222,12 +250,17 @@ class PromptBuilder:
         end = self._tokenizer.convert_ids_to_tokens(last_token)
         if last_token in self._tokenizer.all_special_ids and rest.lstrip().startswith(end):
             rest = rest.lstrip()[len(end) :]
-        return list(self._tokenizer(rest, add_special_tokens=False)["input_ids"])
+        return list(self._tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _apply(self, messages: list[dict[str, str]], *, tokenize: bool) -> Any:
         try:
             return self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False, **self._chat_template_kwargs
+                messages,
+                add_generation_prompt=True,
+                tokenize=tokenize,
+                return_dict=False,
+                tokenizer_kwargs={"verbose": False},  # lengths have limits of their own
+                **self._chat_template_kwargs,
             )
         except TemplateError as error:
             roles = " and ".join(message["role"] for message in messages)

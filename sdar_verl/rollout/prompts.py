@@ -20,7 +20,7 @@ from jinja2 import StrictUndefined, Template, TemplateError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sdar_verl.envs.base import DEFAULT_ACTION_TAGS
-from sdar_verl.rollout.control import RESPONSE_TAGS, completes, control_pattern, disguised, joints, neutralise
+from sdar_verl.rollout.control import RESPONSE_TAGS, Completions, control_pattern, disguised, joints, neutralise
 from sdar_verl.text_files import TextFileError, read_text
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
@@ -171,17 +171,20 @@ class PromptTemplate:
             }
             for turn in history
         ]
+        return self._write(
+            task=clean(task),
+            skills=clean(skills),
+            history=turns,
+            observation=clean(observation),
+            admissible_actions=[clean(action) for action in admissible_actions],
+            step=step,
+            max_steps=max_steps,
+            standalone=standalone,
+        )
+
+    def _write(self, **clean: Any) -> str:
         try:
-            return self._template.render(
-                task=clean(task),
-                skills=clean(skills),
-                history=turns,
-                observation=clean(observation),
-                admissible_actions=[clean(action) for action in admissible_actions],
-                step=step,
-                max_steps=max_steps,
-                standalone=standalone,
-            ).strip()
+            return self._template.render(**clean).strip()
         except Exception as error:  # a user's template can fail in any way Python can
             raise PromptTemplateError(f"prompt template {self.name!r}: {type(error).__name__}: {error}") from error
 
@@ -194,7 +197,7 @@ class PromptTemplate:
                 "{% if standalone %} and {% endif %}"
             )
 
-    @property
+    @functools.cached_property
     def control_strings(self) -> tuple[str, ...]:
         """What no slot may contain, beside the response tags."""
         return (*self.special_tokens, *(f"<{slash}{tag}>" for tag in self.action_tags for slash in ("", "/")))
@@ -207,9 +210,10 @@ class PromptTemplate:
         """Breaking control strings within slots must be enough: no slot may complete one together with the text beside
         it, and the template may not put one together again."""
         strings = (*RESPONSE_TAGS, *self.control_strings)
+        completions = Completions(strings)
         for text in self._filled("\ue000x\ue001"):
             for piece, after_slot, before_slot in joints(text, "\ue000", "\ue001"):
-                if (after_slot or before_slot) and (string := completes(piece, after_slot, before_slot, strings)):
+                if string := completions.beside(piece, after_slot, before_slot):
                     raise PromptTemplateError(
                         f"prompt template {self.name!r}: a slot beside the text {piece[-20:]!r} could write {string!r} "
                         "together with it; put a space or a line break between slots, and between slots and brackets"
@@ -225,21 +229,17 @@ class PromptTemplate:
 
     def _filled(self, value: str) -> list[str]:
         """Messages of a first, a later and a follow-up turn, with ``value`` in every slot."""
-        slots: dict[str, Any] = dict.fromkeys(REQUIRED_SLOTS, value)
-        turns: list[dict[str, str | None]] = [
-            {"observation": value, "action": value},
-            {"observation": value, "action": None},
-        ]
-        histories: tuple[list[dict[str, str | None]], ...] = ([], turns)
+        clean = self.clean(value)
+        first: dict[str, Any] = dict.fromkeys(REQUIRED_SLOTS, clean) | {"max_steps": 9, "standalone": True}
+        turns = [{"observation": clean, "action": clean}, {"observation": clean, "action": None}]
         texts = [
-            self.render(**slots, history=history, admissible_actions=actions, step=len(history) + 1, max_steps=9)
-            for history in histories
-            for actions in ([], [value, value])
+            self._write(**first, history=history, admissible_actions=actions, step=len(history) + 1)
+            for history in ([], turns)
+            for actions in ([], [clean, clean])
         ]
         if self.converses:
-            texts.append(
-                self.render(**slots, history=[], admissible_actions=[value], step=2, max_steps=9, standalone=False)
-            )
+            later = first | {"standalone": False}
+            texts.append(self._write(**later, history=[], admissible_actions=[clean], step=2))
         return texts
 
     def _check_required_slots(self) -> None:

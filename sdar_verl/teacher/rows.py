@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from sdar_verl.errors import TeacherError
 from sdar_verl.rollout.rows import RowInfo
 
+ROPE_AXES = 4
+"""Position ids of a token where verl has a processor with ``get_rope_index``: in the text, and three for pictures."""
 
-def teacher_row(prompt: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One row as verl's engines read it: ``prompt`` (prompt tokens,), ``response`` and its mask (response tokens,)."""
+
+def teacher_row(
+    prompt: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor, *, axes: int | None = None
+) -> dict[str, torch.Tensor]:
+    """One row as verl's engines read it.
+
+    Args:
+        prompt: (prompt tokens,).
+        response: (response tokens,).
+        response_mask: (response tokens,).
+        axes: the model reads so many position ids of a token, which in a text are all the same.
+    """
     input_ids = torch.cat([prompt.to(response.dtype), response])
+    places = torch.arange(len(input_ids), device=input_ids.device)
     return {
         "prompts": prompt,
         "responses": response,
         "response_mask": response_mask,
         "loss_mask": response_mask,
         "input_ids": input_ids,
-        "position_ids": torch.arange(len(input_ids), device=input_ids.device),
+        "position_ids": places if axes is None else places.repeat(axes, 1),
     }
+
+
+def rope_axes(processor: Any) -> int | None:
+    """How many position ids verl gives a token of a model with this processor; None: one, without an axis for it."""
+    return ROPE_AXES if hasattr(processor, "get_rope_index") else None
 
 
 def deal(lengths: Sequence[int], ranks: int, balanced: Sequence[Sequence[int]]) -> list[int]:

@@ -11,7 +11,7 @@ from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.recipe import plays_environments
 from sdar_verl.rollout.late_context import LateContexts, LatePrompts, TurnPrompts
 from sdar_verl.rollout.runtime import make_prompts
-from sdar_verl.verl.taught_loop import LateTeacherPrompts, TeacherPrompts
+from sdar_verl.verl.recipe_prompts import LateTeacherPrompts, TeacherPrompts, model_type
 
 
 def late_contexts(config: DictConfig, sdar: SdarConfig, tokenizer: Any) -> LateContexts | None:
@@ -23,17 +23,5 @@ def late_contexts(config: DictConfig, sdar: SdarConfig, tokenizer: Any) -> LateC
     if plays_environments(config):
         prompts = TurnPrompts(sdar, make_prompts(config, sdar, tokenizer))
     else:
-        prompts = LateTeacherPrompts(TeacherPrompts(config, sdar, tokenizer, _model_type(config)))
+        prompts = LateTeacherPrompts(TeacherPrompts(config, sdar, tokenizer, model_type(config)))
     return LateContexts(sdar, contexts, prompts)
-
-
-def _model_type(config: DictConfig) -> str | None:
-    """As verl's agent loops read it off the model's config."""
-    from transformers import AutoConfig
-    from verl.utils.fs import copy_to_local
-
-    model = config.actor_rollout_ref.model
-    path = copy_to_local(model.get("hf_config_path", None) or model.path, use_shm=model.get("use_shm", False))
-    described = AutoConfig.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
-    found = getattr(described, "model_type", None)
-    return found if isinstance(found, str) else None

@@ -81,7 +81,7 @@ def _measure(run: Any, table: StepTable) -> float:
 
 def _row(table: StepTable) -> dict[str, torch.Tensor]:
     """The step's shortest row, at most its first MAX_TOKENS tokens; verl's padding rows are no text."""
-    data = table.rows.read(["prompts", "responses"])
+    data = table.rows.read(["prompts", "responses", "position_ids"])
     texts = [
         torch.cat([prompt, response])
         for prompt, response, info in zip(
@@ -91,4 +91,7 @@ def _row(table: StepTable) -> dict[str, torch.Tensor]:
     ]
     text = min(texts, key=len)[:MAX_TOKENS]
     half = len(text) // 2
-    return teacher_row(text[:half], text[half:], torch.ones_like(text[half:]))
+    form = data["position_ids"].unbind()[0]
+    return teacher_row(
+        text[:half], text[half:], torch.ones_like(text[half:]), axes=len(form) if form.dim() == 2 else None
+    )

@@ -11,37 +11,35 @@ from __future__ import annotations
 import copy
 import logging
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import hydra
 import numpy as np
-from omegaconf import DictConfig
 from tensordict import TensorDict
 from verl.experimental.agent_loop import agent_loop as verl_loops
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
 from verl.utils import tensordict_utils as tu
 
 from sdar_verl.config import SdarConfig, load_config
-from sdar_verl.context.base import ContextRequest, Passage
-from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import Task
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
-from sdar_verl.modules import import_modules
 from sdar_verl.recipe import INNER_COLUMN, TAUGHT
-from sdar_verl.rollout.messages import ContextPlace, MessagesError
+from sdar_verl.rollout.messages import MessagesError, asks
 from sdar_verl.rollout.outputs import OutputMaker
 from sdar_verl.rollout.prompts import PromptTemplateError
 from sdar_verl.rollout.recipe_rows import record_of, task_of
 from sdar_verl.rollout.rows import RETIRED_COLUMN, ROW_KEY, TRACED_COLUMN, RowInfo
 from sdar_verl.rollout.runtime import request_seed
 from sdar_verl.rollout.server_teacher import ServerTeacher
-from sdar_verl.rollout.skills_of import SkillFinder
 from sdar_verl.rollout.uids import seed_part
 from sdar_verl.skills.retrieval import RetrievalError
+from sdar_verl.verl import symbols
 from sdar_verl.verl.outputs import RowOutput
+from sdar_verl.verl.recipe_prompts import Built, RecipeRuntime
+
+symbols.check("loops")
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +55,6 @@ def teach(batch: TensorDict, default: str) -> None:
     names = list(batch["agent_name"]) if "agent_name" in batch else [default] * len(batch)
     tu.assign_non_tensor_stack(batch, INNER_COLUMN, names)
     tu.assign_non_tensor_stack(batch, "agent_name", [TAUGHT] * len(batch))
-
-
-@dataclass(frozen=True)
-class Built:
-    """What a loop gave to verl's tokenisation, and what came back."""
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None
-    ids: list[int]
 
 
 class _Recording:
@@ -90,132 +79,30 @@ class _Recording:
 def recorded(kind: str, **given: Any) -> Any:
     """An agent loop of the class at ``kind``, which notes the prompts that it has tokenised."""
     loop_class = hydra.utils.get_class(kind)
+    built: list[Built] = []
+    given |= {"tokenizer": _recording(given["tokenizer"], built)}
     loop = type(f"Recorded{loop_class.__name__}", (_Recording, loop_class), {})(**given)
-    loop.built = []
+    loop.built = built
     return loop
 
 
-def prompt_maker(
-    config: DictConfig, tokenizer: Any, model_type: str | None, **further: Any
-) -> Callable[..., list[int]]:
-    """``(messages, tools) -> ids`` as verl's agent loops make them of text, without their limit of length.
+def _recording(tokenizer: Any, built: list[Built]) -> Any:
+    """``tokenizer`` for one loop, whose chat template notes what it encodes: loops of others call it themselves."""
 
-    Args:
-        config: verl's whole config.
-        tokenizer: of the policy.
-        model_type: of its Hugging Face config.
-        **further: arguments of the chat template beyond ``data.apply_chat_template_kwargs``.
-    """
-    given: Any = config.data.get("apply_chat_template_kwargs", None) or {}
-    options: dict[str, Any] = dict(given) | further
-    try:
-        from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
-    except ImportError:  # verl 0.9.0
-        from verl.utils.tokenizer import normalize_token_ids
+    def apply_chat_template(conversation: Any, tools: Any = None, **kwargs: Any) -> Any:
+        said = copy.deepcopy(conversation)
+        made = tokenizer.apply_chat_template(conversation, tools=tools, **kwargs)
+        ids = made["input_ids"] if isinstance(made, Mapping) else made
+        if isinstance(ids, list) and ids and isinstance(ids[0], int) and asks(said):
+            built.append(Built([dict(message) for message in said], tools, list(ids)))
+        return made
 
-        def plain(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
-            return normalize_token_ids(
-                tokenizer.apply_chat_template(
-                    messages, tools=tools, add_generation_prompt=True, tokenize=True, **options
-                )
-            )
-
-        return plain
-    builder = create_continuous_token_builder(tokenizer, hf_model_type=model_type, chat_template_kwargs=options)
-
-    def make(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
-        return list(builder.build_initial_tokens(messages, tools=tools))
-
-    return make
+    own = copy.copy(tokenizer)
+    own.apply_chat_template = apply_chat_template
+    return own
 
 
-class TeacherPrompts:
-    """Makes teacher prompts of a recipe's rows; agent loops and, for late contexts, the trainer have one.
-
-    Args:
-        config: verl's whole config.
-        sdar: the ``sdar`` node.
-        tokenizer: of the policy.
-        model_type: of its Hugging Face config.
-    """
-
-    def __init__(self, config: DictConfig, sdar: SdarConfig, tokenizer: Any, model_type: str | None):
-        further = sdar.context.chat_template_kwargs
-        self._settings = sdar
-        self._plain = prompt_maker(config, tokenizer, model_type)
-        self._make = prompt_maker(config, tokenizer, model_type, **further) if further else self._plain
-        self.place = ContextPlace(sdar.context.place, tokenizer, config.data.get("apply_chat_template_kwargs", None))
-
-    def repeats(self, built: Built) -> bool:
-        """Whether our call of verl's tokenisation gives what the loop's gave, token by token."""
-        return self._plain(built.messages, built.tools) == built.ids
-
-    def add(
-        self, info: RowInfo, messages: list[dict[str, Any]], tools: Any, rest: Sequence[int], passage: Passage
-    ) -> None:
-        """Fill in the teacher's prompt of a row.
-
-        Args:
-            info: the row's record.
-            messages: the student's.
-            tools: schemas in its system prompt, or None.
-            rest: token ids of the student's prompt behind those of ``messages``.
-            passage: the context; an empty text gives the student's own prompt.
-        """
-        limit = self._settings.teacher.max_prompt_length
-        ids = [*self._make(self.place.put(messages, passage.text), tools), *rest]
-        if len(ids) > limit:
-            info.truncated = True
-            if self._settings.teacher.on_long_prompt != "mask":
-                info.error = (
-                    f"the teacher's prompt of {info.task_id} has {len(ids)} tokens, more than "
-                    f"sdar.teacher.max_prompt_length={limit}; raise it, shorten the context, or leave such rows out of "
-                    "the distillation term with sdar.teacher.on_long_prompt=mask"
-                )
-            return
-        if passage.text and ids == [*self._plain(messages, tools), *rest]:
-            info.error = (
-                f"the chat template shows nothing of a context at sdar.context.place={self._settings.context.place}: "
-                f"the teacher's prompt of {info.task_id} is the student's. Use another place"
-            )
-            return
-        info.context_tokens = len(ids) - info.prompt_tokens
-        info.teacher_prompt_ids, info.teacher_prompt_tokens = np.asarray(ids, dtype=np.int32), len(ids)
-
-
-class LateTeacherPrompts:
-    """Of a recipe's rows, made by the trainer from what the agent loop has kept."""
-
-    def __init__(self, prompts: TeacherPrompts):
-        self._prompts = prompts
-
-    def add(self, task: Task, infos: Sequence[RowInfo], index: int, passage: Passage) -> None:
-        """Of :class:`sdar_verl.rollout.late_context.LatePrompts`."""
-        info = infos[index]
-        if info.built is not None:
-            self._prompts.add(info, info.built["messages"], info.built["tools"], info.built["rest"], passage)
-
-
-class _Runtime:
-    """What all rows of one process share."""
-
-    def __init__(self, config: DictConfig, tokenizer: Any, model_type: str | None):
-        self.sdar = load_config(config.sdar)
-        import_modules(self.sdar.modules)
-        self.contexts = ContextBuilder(self.sdar.context, tokenizer)
-        self.prompts = TeacherPrompts(config, self.sdar, tokenizer, model_type)
-        uses_skills = "skills" in self.sdar.context.named
-        self.skills = SkillFinder(self.sdar.skills, self.contexts, None) if uses_skills else None
-
-    def request(self, task: Task) -> ContextRequest:
-        """What contexts may read before an episode ends."""
-        skills = self.skills
-        return ContextRequest(
-            task, self.sdar.context.seed, skills=None if skills is None else lambda: skills.find(task)
-        )
-
-
-_runtimes: dict[int, _Runtime] = {}
+_runtimes: dict[int, RecipeRuntime] = {}
 
 
 @register(TAUGHT)
@@ -248,7 +135,7 @@ class TaughtLoop(AgentLoopBase):
             return self._failed(task, arm_name, columns, error=fault)
         if arm_name is not None:
             arm = runtime.sdar.validation.arms[arm_name]
-            shown = self._early(runtime, task)
+            shown = runtime.early(task)
             columns["raw_prompt"] = runtime.prompts.place.put(list(columns["raw_prompt"]), shown.text if shown else "")
             sampling_params = {**sampling_params, "temperature": arm.temperature}
         submitted = seed_part(columns.get("uid"), columns.get("global_steps"))
@@ -299,10 +186,10 @@ class TaughtLoop(AgentLoopBase):
         step = max(int(columns.get("global_steps") or 0) - (arm is None), 0)
         return [outputs.failed_row(task, arm, step, **why)]
 
-    def _runtime(self) -> _Runtime:
+    def _runtime(self) -> RecipeRuntime:
         key = id(self.config)
         if key not in _runtimes:
-            _runtimes[key] = _Runtime(self.config, self.tokenizer, self._given.get("hf_model_type"))
+            _runtimes[key] = RecipeRuntime(self.config, self.tokenizer, self._given.get("hf_model_type"))
         return _runtimes[key]
 
     def _loop(self, name: str) -> Any:
@@ -313,20 +200,15 @@ class TaughtLoop(AgentLoopBase):
         entry |= {"_target_": f"{__name__}.{recorded.__name__}", "kind": entry["_target_"]}
         return hydra.utils.instantiate(entry, **self._given)
 
-    def _server(self, runtime: _Runtime, columns: Mapping[str, Any]) -> ServerTeacher | None:
+    def _server(self, runtime: RecipeRuntime, columns: Mapping[str, Any]) -> ServerTeacher | None:
         teacher, rollout = runtime.sdar.teacher, self.config.actor_rollout_ref.rollout
         if teacher.placement != "rollout_server":
             return None
         checks = columns.get("session_id") == 0 and teacher.sanity_check
         return ServerTeacher(self._given["server_manager"], rollout.name, rollout.temperature, checks=checks)
 
-    def _early(self, runtime: _Runtime, task: Task) -> Passage | None:
-        request = runtime.request(task)
-        found = runtime.contexts.passage(request, runtime.contexts.early_passages(request))
-        return runtime.contexts.controlled(found, task.task_id)
-
     def _teach(
-        self, runtime: _Runtime, loop: str, built: Sequence[Built], one: AgentLoopOutput, info: RowInfo, task: Task
+        self, runtime: RecipeRuntime, loop: str, built: Sequence[Built], one: AgentLoopOutput, info: RowInfo, task: Task
     ) -> None:
         """The teacher's prompt of one output, or why there is none."""
         given = one.extra_fields.pop("teacher_prompt_ids", None)
@@ -357,7 +239,7 @@ class TaughtLoop(AgentLoopBase):
                 early = runtime.contexts.early_passages(runtime.request(task))
                 info.episode.passages = {name: vars(passage) for name, passage in early.items()}
             return
-        passage = self._early(runtime, task)
+        passage = runtime.early(task)
         info.context_empty = passage is None
         if passage is None:
             if runtime.sdar.context.on_empty == "error":

@@ -41,7 +41,7 @@ from sdar_verl.fields import (
 )
 from sdar_verl.modules import import_modules
 from sdar_verl.requests import HEAD_REQUEST, HeadRequest
-from sdar_verl.teacher.rows import teacher_row
+from sdar_verl.teacher.rows import rope_axes, teacher_row
 from sdar_verl.teacher.sources import WeightSource, get_source
 from sdar_verl.verl import symbols
 from sdar_verl.verl.detach import DetachWorker
@@ -106,7 +106,8 @@ class SdarTrainingWorker(TrainingWorker):
         if numbers:
             # A row that only fills up has no prompt: any token will do.
             starts = {i: prompts[i] if len(prompts[i]) else responses[i][:1] for i in numbers}
-            rows = [teacher_row(starts[i], responses[i], masks[i]) for i in numbers]
+            axes = rope_axes(getattr(self.model_config, "processor", None))
+            rows = [teacher_row(starts[i], responses[i], masks[i], axes=axes) for i in numbers]
             found = self._pass(rows, data, numbers, request, options)
             broken = _broken(found, [masks[i] for i in numbers])
             for name, values in found.items():

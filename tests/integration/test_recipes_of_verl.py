@@ -70,6 +70,13 @@ def test_a_loop_of_the_users_with_several_outputs(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_loop_that_calls_the_chat_template_itself(tmp_path):
+    run = train_recipe(tmp_path, *own("own_template"))
+    sound(run)
+    assert run.metrics[1]["sdar/foreign_prompt_share"] == 0 and run.metrics[1]["sdar/empty_context_gap"] < 1e-3
+
+
+@pytest.mark.slow
 def test_a_loop_that_gives_the_teachers_prompt(tmp_path):
     sound(train_recipe(tmp_path, *own("own_teacher")))
 

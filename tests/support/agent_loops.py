@@ -55,6 +55,18 @@ class OwnWords(_Loop):
         return await self.ask(self.tokenizer.encode(text), sampling_params)
 
 
+@register("own_template")
+class OwnTemplate(_Loop):
+    """Calls the tokenizer's chat template itself, as loops around other agent frameworks do."""
+
+    async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
+        encoded = self.tokenizer.apply_chat_template(
+            list(kwargs["raw_prompt"]), add_generation_prompt=True, tokenize=True
+        )
+        ids = encoded if isinstance(encoded, list) else encoded["input_ids"]
+        return await self.ask(ids, sampling_params)
+
+
 @register("own_teacher")
 class OwnTeacher(OwnWords):
     """The same, with the teacher's prompt beside it."""

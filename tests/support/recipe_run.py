@@ -42,12 +42,14 @@ def write_data(folder: Path, rows: Sequence[dict[str, Any]], name: str = "train"
     return path
 
 
-def recipe_arguments(folder: Path, *overrides: str, rows: Sequence[dict[str, Any]] | None = None) -> list[str]:
-    """Flags of a small GRPO script of verl's on a CPU; its files lie in ``folder``."""
+def recipe_arguments(
+    folder: Path, *overrides: str, rows: Sequence[dict[str, Any]] | None = None, model: Path | None = None
+) -> list[str]:
+    """Flags of a small GRPO script of verl's on a CPU; its files lie in ``folder``, the model too if none is given."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = word_problems(16) if rows is None else rows
     data = write_data(folder, rows)
-    model = make_tiny_model(folder / "model", vocab=300, scale=2.0)
+    model = model or make_tiny_model(folder / "model", vocab=300, scale=2.0)
     return [
         *("+hardware=cpu", f"data.train_files={data}", f"data.val_files={data}", "data.val_max_samples=4"),
         *("data.train_batch_size=4", "data.max_prompt_length=256", "data.max_response_length=16"),
@@ -59,7 +61,13 @@ def recipe_arguments(folder: Path, *overrides: str, rows: Sequence[dict[str, Any
     ]
 
 
-def train_recipe(folder: Path, *overrides: str, rows: Sequence[dict[str, Any]] | None = None, **kwargs: Any) -> Run:
+def train_recipe(
+    folder: Path,
+    *overrides: str,
+    rows: Sequence[dict[str, Any]] | None = None,
+    model: Path | None = None,
+    **kwargs: Any,
+) -> Run:
     """Two steps with ``--config-name sdar_ppo`` and these flags."""
-    arguments = recipe_arguments(folder, *overrides, rows=rows)
+    arguments = recipe_arguments(folder, *overrides, rows=rows, model=model)
     return run_main_ppo(folder, arguments, config="sdar_ppo", **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer
 
 from sdar_verl.envs.base import Step, Task
 from sdar_verl.local import start_policy
-from sdar_verl.rollout.control import RESPONSE_TAGS, control_strings_of, role_marks_of
+from sdar_verl.rollout.control import RESPONSE_TAGS, Completions, control_pattern, control_strings_of, role_marks_of
 from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError, template_names
 from sdar_verl.untrusted import whole_characters
@@ -140,6 +141,63 @@ def test_added_words_are_text_and_added_marks_are_not() -> None:
         made = PromptBuilder(tokenizer, PromptTemplate.load(name, strings))
         made.check_forging(conversation=True)
         assert made.clean("a mug, COVID-19 [TOOL]") == "a mug, COVID-19 [ TOOL]"
+
+
+# ---------------------------------------------------------------- thousands of control strings (Gemma 3 has 6,323)
+
+LETTERS = st.text("<>ab|", min_size=1, max_size=4)
+
+
+@quick(200)
+@given(strings=st.lists(LETTERS, max_size=9), text=st.text("<>abB| ", max_size=24))
+def test_control_strings_are_found_as_by_trying_each(strings: list[str], text: str) -> None:
+    tried = re.compile("|".join(re.escape(s) for s in sorted({*RESPONSE_TAGS, *strings})), re.IGNORECASE)
+    assert control_pattern(tuple(strings)).findall(text) == tried.findall(text)
+
+
+@quick(200)
+@given(
+    strings=st.lists(LETTERS, max_size=9), piece=st.text("<>abB| ", max_size=6), sides=st.tuples(*[st.booleans()] * 2)
+)
+def test_completions_are_found_as_by_trying_each(strings: list[str], piece: str, sides: tuple[bool, bool]) -> None:
+    after, before = sides
+    low = piece.lower()
+
+    def completed(string: str) -> bool:
+        splits = range(1, len(string))
+        return (
+            (after and before and low in string[1:-1])
+            or (before and any(low.endswith(string[:at]) for at in splits))
+            or (after and any(low.startswith(string[at:]) for at in splits))
+        )
+
+    found = Completions(strings).beside(piece, after, before)
+    assert (found is None) == (not any(completed(string) for string in strings))
+    assert found is None or (found in strings and completed(found))
+
+
+def test_nested_control_strings_need_no_recursion() -> None:
+    strings = tuple("a" * length + "b" for length in range(1, 2000))
+    assert control_pattern(strings).findall("xaabxb") == ["aab"]
+
+
+def test_the_work_of_the_checks_does_not_grow_with_the_square_of_the_control_strings() -> None:
+    encoded = {}
+    for number in (10, 1000):
+        tokenizer = qwen_like_tokenizer()
+        tokenizer.add_tokens([f"<unused{i}>" for i in range(number)])
+        made = PromptBuilder(tokenizer, PromptTemplate.load("alfworld", control_strings_of(tokenizer)))
+        calls, apply = [], tokenizer.apply_chat_template
+
+        def count(messages: Any, calls: list[int] = calls, apply: Any = apply, **given: Any) -> Any:
+            calls.append(len(messages[-1]["content"]))
+            return apply(messages, **given)
+
+        tokenizer.apply_chat_template = count
+        made.check_forging(conversation=True)
+        encoded[number] = calls
+    assert len(encoded[10]) == len(encoded[1000])
+    assert sum(encoded[1000]) < 110 * sum(encoded[10])
 
 
 # ---------------------------------------------------------------- templates and tokenizers that cannot be protected

@@ -11,6 +11,7 @@ import torch
 from sdar_verl.local.sampling import SamplingParams, sample
 from sdar_verl.local.scheduler import BatchScheduler
 from sdar_verl.local.slot_cache import SlotCache, verify_slot_cache
+from tests.support.architectures import random_model
 from tests.support.tiny_model import make_tiny_model
 
 EOS = 2  # make_tiny_model's <|im_end|>
@@ -273,18 +274,19 @@ def test_a_group_differs_and_a_seed_repeats_in_any_company(make_scheduler):
 def test_new_weights_are_used_from_the_next_request_on(model, make_scheduler):
     import copy
 
-    scheduler = make_scheduler(model=copy.deepcopy(model))
+    changing = copy.deepcopy(model)
+    scheduler = make_scheduler(model=changing)
     sampling = params(temperature=0.0, ignore_eos=True)
     before = scheduler.submit(prompt(11), sampling).result(60)
 
     def change():
-        for parameter in scheduler._model.parameters():
+        for parameter in changing.parameters():
             parameter.mul_(0.5)
 
     scheduler.call(change).result(60)
     after = scheduler.submit(prompt(11), sampling).result(60)
     assert before.log_probs != after.log_probs
-    expected = plain_log_probs(scheduler._model, prompt(11), after.token_ids)
+    expected = plain_log_probs(changing, prompt(11), after.token_ids)
     torch.testing.assert_close(torch.tensor(after.log_probs), expected, atol=1e-5, rtol=0)
 
 
@@ -379,13 +381,33 @@ def test_an_empty_prompt_is_an_error(make_scheduler):
 # The cache.
 
 
-def test_models_with_sliding_windows_are_refused(model):
+def test_models_with_sliding_windows_have_no_slots(model):
     import copy
 
     config = copy.deepcopy(model.config)
     config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match="sliding_attention"):
+    with pytest.raises(ValueError, match="more than full attention"):
         SlotCache(config)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss", "qwen3_5_text", "qwen3_moe"])
+def test_models_of_every_kind_of_attention_get_the_log_probs_of_plain_passes(make_scheduler, kind):
+    """Requests of different lengths join and leave; some want their prompt's log-probs."""
+    other = random_model(kind, scale=3.0).eval()
+    scheduler = make_scheduler(model=other, max_num_seqs=3)
+    prompts = [prompt(length, seed) for seed, length in enumerate((5, 40, 17, 1, 23))]
+    futures = [
+        scheduler.submit(ids, params(seed=i, max_tokens=4 + 3 * i, prompt_logprobs=bool(i % 2)))
+        for i, ids in enumerate(prompts)
+    ]
+    for i, (ids, future) in enumerate(zip(prompts, futures, strict=True)):
+        done = future.result(timeout=120)
+        torch.testing.assert_close(
+            torch.tensor(done.log_probs), plain_log_probs(other, ids, done.token_ids), rtol=1e-3, atol=1e-3
+        )
+        if i % 2 and len(ids) > 1:
+            expected = plain_log_probs(other, ids[:1], ids[1:])
+            torch.testing.assert_close(torch.tensor(done.prompt_log_probs), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_model_that_the_cache_does_not_serve_is_found_out(model):

@@ -172,9 +172,9 @@ def test_bad_options_are_told(capsys, words, told):
 
 
 def _architecture():
-    from sdar_verl.planner.architecture import Architecture
+    from sdar_verl.planner.families import find_architecture
 
-    return Architecture.find("Qwen/Qwen2.5-7B-Instruct")
+    return find_architecture("Qwen/Qwen2.5-7B-Instruct")
 
 
 def test_a_node_is_as_old_as_its_source():

@@ -10,12 +10,14 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sdar_verl.cli import main
 from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from sdar_verl.errors import ConfigError
-from sdar_verl.planner.architecture import KNOWN, Architecture
+from sdar_verl.planner.families import CONFIGS as MODELS
+from sdar_verl.planner.families import find_architecture, read_config
 from sdar_verl.planner.hardware import GIB, Efficiency, find_gpu
 from sdar_verl.planner.layout import Layout
 from sdar_verl.planner.memory import activation_bytes, phases, resident, trainable
@@ -24,57 +26,111 @@ from sdar_verl.planner.show import as_dict, as_text
 from sdar_verl.planner.timing import phase_flops, step_seconds
 
 SMALL = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4}
+SMALL |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+FEW = {**SMALL, "num_key_value_heads": 2, "head_dim": 48}
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24}
+DELTA |= {"linear_conv_kernel_dim": 3}
+
+
+def config_of(kind: str, **settings):
+    return CONFIG_MAPPING[kind](**settings)
+
+
 CONFIGS = {
-    "qwen2, tied": Qwen2Config(**SMALL, num_hidden_layers=3, num_key_value_heads=2, tie_word_embeddings=True),
-    "qwen2, own head": Qwen2Config(**SMALL, num_hidden_layers=2, num_key_value_heads=4, tie_word_embeddings=False),
-    "qwen3, wide heads": Qwen3Config(
-        **SMALL, num_hidden_layers=3, num_key_value_heads=2, head_dim=48, tie_word_embeddings=True
+    "qwen2, tied": config_of("qwen2", **SMALL, num_hidden_layers=3, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2, own head": config_of("qwen2", **SMALL, num_hidden_layers=2, num_key_value_heads=4),
+    "qwen3, wide heads": config_of("qwen3", **FEW, num_hidden_layers=3, tie_word_embeddings=True),
+    "qwen3, biases": config_of("qwen3", **FEW, num_hidden_layers=3, attention_bias=True),
+    "llama": config_of("llama", **FEW, num_hidden_layers=3),
+    "llama, biases": config_of("llama", **FEW, num_hidden_layers=3, attention_bias=True, mlp_bias=True),
+    "qwen3_moe": config_of("qwen3_moe", **FEW, **MOE, num_hidden_layers=3),
+    "qwen3_moe, two dense": config_of(
+        "qwen3_moe", **FEW, **MOE, num_hidden_layers=4, mlp_only_layers=[1], decoder_sparse_step=2
     ),
+    "qwen3_5": config_of("qwen3_5_text", **FEW, **DELTA, num_hidden_layers=5, tie_word_embeddings=True),
+    "qwen3_5_moe": config_of(
+        "qwen3_5_moe_text", **FEW, **DELTA, **MOE, num_hidden_layers=4, shared_expert_intermediate_size=56
+    ),
+    "gemma3": config_of("gemma3_text", **FEW, num_hidden_layers=3),
+    "glm4": config_of("glm4", **FEW, num_hidden_layers=3),
+    "glm4, biases": config_of("glm4", **FEW, num_hidden_layers=3, attention_bias=True),
+    "gpt_oss": config_of("gpt_oss", **FEW, num_hidden_layers=3, num_local_experts=4, num_experts_per_tok=2),
 }
 H100 = find_gpu("h100-80gb")
-RUN = Layout(architecture=KNOWN["qwen2.5-3b-instruct"], gpus=8, tensor_parallel=2)
+RUN = Layout(architecture=find_architecture("qwen2.5-3b"), gpus=8, tensor_parallel=2)
+
+
+def weights_of(config) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameters_are_those_of_the_real_module(name):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIGS[name])
-    assert Architecture.from_config(CONFIGS[name].to_dict()).parameters == sum(p.numel() for p in model.parameters())
+    assert read_config(CONFIGS[name].to_dict()).parameters == weights_of(CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_recipes_models_have_as_many_weights_as_transformers_builds(name):
+    settings = {key: value for key, value in MODELS[name].items() if key != "model_type"}
+    config = config_of(MODELS[name]["model_type"], **settings)
+    assert find_architecture(name).parameters == weights_of(config)
 
 
 @pytest.mark.parametrize(
-    ("name", "config"),
+    ("name", "billions"),
     [
-        ("qwen2.5-3b-instruct", Qwen2Config),
-        ("qwen2.5-7b-instruct", Qwen2Config),
-        ("qwen3-1.7b", Qwen3Config),
+        ("Qwen/Qwen2.5-3B-Instruct", 3.09),
+        ("Qwen/Qwen2.5-7B-Instruct", 7.62),
+        ("Qwen/Qwen3-1.7B", 1.72),
+        ("Qwen/Qwen3-4B-Instruct-2507", 4.02),
+        ("Qwen/Qwen3-8B-Base", 8.19),
+        ("Qwen/Qwen3-30B-A3B-Thinking-2507", 30.53),
+        ("Qwen/Qwen3.5-4B", 4.21),
     ],
 )
-def test_the_recipes_models_have_as_many_weights_as_transformers_builds(name, config):
-    a = KNOWN[name]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config(
-                hidden_size=a.hidden,
-                intermediate_size=a.intermediate,
-                num_hidden_layers=a.layers,
-                num_attention_heads=a.heads,
-                num_key_value_heads=a.kv_heads,
-                head_dim=a.head_dim,
-                vocab_size=a.vocabulary,
-                tie_word_embeddings=a.tied,
-            )
-        )
-    assert a.parameters == sum(p.numel() for p in model.parameters())
+def test_they_have_their_published_sizes(name, billions):
+    assert find_architecture(name).parameters / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+def test_the_text_model_of_one_with_a_vision_tower_is_read():
+    text = CONFIGS["qwen3_5"].to_dict()
+    whole = {"model_type": "qwen3_5", "text_config": text, "tie_word_embeddings": True, "vision_config": {"depth": 2}}
+    assert read_config(whole).parameters == weights_of(CONFIGS["qwen3_5"])
+
+
+def test_what_a_config_leaves_out_is_transformers_default():
+    sparse = {"model_type": "gemma3_text", **FEW, "num_hidden_layers": 3}
+    del sparse["vocab_size"]
+    assert read_config(sparse).vocabulary == CONFIG_MAPPING["gemma3_text"]().vocab_size
+
+
+def test_a_token_meets_its_own_experts_alone():
+    a = read_config(MODELS["qwen3-30b-a3b"])
+    met = a.matrix_parameters + 2 * a.vocabulary * a.hidden
+    assert met / 1e9 == pytest.approx(3.35, abs=0.005), "published: 3.3 B"
+    assert a.read_parameters(1) == pytest.approx(a.parameters - 48 * 120 * 3 * 2048 * 768)
+    assert a.read_parameters(4096) == pytest.approx(a.parameters)
+
+
+def test_linear_attention_has_no_cache():
+    a = read_config(MODELS["qwen3.5-4b"])
+    assert a.kv_bytes_per_token() == 2 * 2 * 8 * 4 * 256
+    of_8, of_32 = (a.forward_flops([2048]) - 2 * a.forward_flops([1024]) for a in (a, replace(a, linear=None)))
+    assert of_32 == pytest.approx(4 * of_8), "a quarter of the layers grows with the square of the length"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forward_flops_are_within_five_per_cent_of_torchs_counter(name):
     config, tokens = CONFIGS[name], 64
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    # The counter does not see what a grouped product of experts does.
+    experts = {"experts_implementation": "eager"} if read_config(config.to_dict()).experts else {}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **experts).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.zeros(1, tokens, dtype=torch.int64))
-    expected = Architecture.from_config(config.to_dict()).forward_flops([tokens], causal=False)
+    expected = read_config(config.to_dict()).forward_flops([tokens], causal=False)
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
@@ -101,7 +157,7 @@ def test_a_layers_activations_are_what_autograd_keeps(kind):
     shapes = [kind(**SMALL, num_hidden_layers=layers, num_key_value_heads=2, head_dim=32) for layers in (2, 4)]
     two, four = (saved_bytes(shape, tokens) for shape in shapes)
     per_layer = (four - two) / 2 / tokens
-    assert Architecture.from_config(shapes[0].to_dict()).layer_activation_bytes() == pytest.approx(per_layer, rel=0.01)
+    assert read_config(shapes[0].to_dict()).layer_activation_bytes() == pytest.approx(per_layer, rel=0.01)
 
 
 def test_adam_keeps_eight_bytes_a_weight_and_gradients_four():
@@ -188,14 +244,14 @@ def test_twice_the_turns_take_twice_the_time():
 
 
 def test_a_layout_that_does_not_fit_says_which_phase_and_what_to_change():
-    tight = replace(RUN, gpus=1, tensor_parallel=1, architecture=KNOWN["qwen2.5-7b-instruct"])
+    tight = replace(RUN, gpus=1, tensor_parallel=1, architecture=find_architecture("qwen2.5-7b"))
     plan = make_plan(tight, H100)
     assert not plan.fits
     assert any("optimizer_offload" in fault for fault in plan.faults)
 
 
 def test_the_recommendation_fits_on_no_more_cards_than_needed():
-    wished = replace(RUN, architecture=KNOWN["qwen2.5-7b-instruct"])
+    wished = replace(RUN, architecture=find_architecture("qwen2.5-7b"))
     found = recommend(wished, H100)
     assert found is not None and found.fits
     if found.layout.gpus > 1:
@@ -205,7 +261,7 @@ def test_the_recommendation_fits_on_no_more_cards_than_needed():
 
 
 def test_nothing_is_recommended_where_nothing_fits():
-    huge = replace(KNOWN["qwen2.5-7b-instruct"], hidden=65536, intermediate=262144, layers=200)
+    huge = replace(find_architecture("qwen2.5-7b"), hidden=65536, intermediate=262144, layers=200)
     assert recommend(replace(RUN, architecture=huge), H100) is None
 
 
@@ -266,18 +322,18 @@ def test_text_and_json_say_the_same():
 
 def test_an_unknown_model_or_card_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no-such-model"):
-        Architecture.find("no-such-model")
+        find_architecture("no-such-model")
     with pytest.raises(ConfigError, match="h100-80gb"):
         find_gpu("abacus")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
     with pytest.raises(ConfigError, match="mixtral"):
-        Architecture.find(str(tmp_path))
+        find_architecture(str(tmp_path))
 
 
 def test_a_local_folder_is_read(tmp_path):
     config = CONFIGS["qwen3, wide heads"]
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    assert Architecture.find(str(tmp_path)) == Architecture.from_config(config.to_dict(), name=tmp_path.name)
+    assert find_architecture(str(tmp_path)) == read_config(config.to_dict(), name=tmp_path.name)
 
 
 def test_the_command_plans_a_recipe_with_overrides(capsys, tmp_path):
@@ -321,3 +377,13 @@ def test_overrides_may_stand_on_both_sides_of_an_option(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "model=qwen2.5-7b", "--gpus=4"])
     assert "--gpus=4" in capsys.readouterr().err
+
+
+def test_a_recipe_of_verls_has_a_row_per_conversation(capsys):
+    arguments = ["plan", "--config-name", "sdar_ppo", "+model=qwen3-8b", "+hardware=8gpu", "data.train_batch_size=64"]
+    arguments += ["actor_rollout_ref.rollout.n=8", "sdar.context.sources=[answer]", "--json"]
+    assert main(arguments) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["tokens_per_step"]["read by the student"] == 64 * 8 * 512 / 2
+    assert main([*arguments, "--turns", "3", "--prompt", "100"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens_per_step"]["read by the student"] == 64 * 8 * 3 * 100

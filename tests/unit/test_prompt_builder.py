@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from sdar_verl.rollout.control import control_strings_of
 from sdar_verl.rollout.prompt_builder import PromptBuilder, PromptTooLong, TurnContext
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError
-from tests.support.chatml import chatml_tokenizer
+from tests.support.chatml import chatml_tokenizer, qwen_like_tokenizer
 
 
 class WordTokenizer:
@@ -130,3 +131,16 @@ def test_a_chat_template_without_system_messages_is_named(chatml):
         PromptTemplateError, match=r"system and user messages: no system role; use .*skill_position=user"
     ):
         builder.encode(TURN, SKILLS, ())
+
+
+def test_a_model_whose_answers_come_in_channels_is_refused() -> None:
+    """Decoding drops the marks, and the analysis would be read as the answer."""
+    tokens = ("<|start|>", "<|end|>", "<|endoftext|>", "<|channel|>", "<|message|>", "<|return|>")
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}"
+        "<|message|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    )
+    tokenizer = qwen_like_tokenizer(tokens, template)
+    made = PromptBuilder(tokenizer, PromptTemplate.load("alfworld", control_strings_of(tokenizer)))
+    with pytest.raises(PromptTemplateError, match=r"<\|channel\|>final<\|message\|>.*multi_turn.format=gpt-oss"):
+        made.check()

@@ -76,6 +76,10 @@ def test_grpo_needs_no_context(tmp_path):
         (["sdar.context.sources=[answer]", "sdar.teacher.on_long_prompt=drop_history"], "use error or mask"),
         (["sdar.context.sources=[answer]", "data.prompt_key=question"], "has no column 'question'"),
         (
+            ["sdar.context.sources=[answer]", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=4"],
+            "ulysses_sequence_parallel_size=4 does not divide the 1 devices",
+        ),
+        (
             ["sdar.context.sources=[column]", "+sdar.context.options.column.path=extra_info.nothing"],
             "has nothing to show for the first 8 tasks",
         ),

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from sdar_verl.envs.search.dataset import QuestionFile, read_questions
 from sdar_verl.envs.search.passages import Passage, read_corpus
 from sdar_verl.envs.webshop.catalogue import stream_array
-from sdar_verl.planner.architecture import Architecture
+from sdar_verl.planner.families import find_architecture
 from sdar_verl.rollout.actions import parse_action
 from sdar_verl.rollout.answers import AnswerReader, leaves_thought_open
 from sdar_verl.rollout.prompt_builder import PromptBuilder
@@ -193,7 +193,7 @@ def test_whatever_file_a_user_brings_may_have_one(tmp_path: Path) -> None:
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 10, "hidden_size": 8}
     config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 4}
     with_mark(tmp_path / "model" / "config.json", json.dumps(config))
-    assert Architecture.find(str(tmp_path / "model")).vocabulary == 10
+    assert find_architecture(str(tmp_path / "model")).vocabulary == 10
 
 
 def test_another_encoding_is_named(tmp_path: Path) -> None:

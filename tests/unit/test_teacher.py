@@ -372,3 +372,14 @@ def test_a_step_without_any_context_is_an_error_when_it_is_the_set_ups_fault(inf
         else:
             with pytest.raises(TeacherError, match=said):
                 stop_without_contexts(infos, step)
+
+
+def test_positions_have_the_axes_of_a_model_with_a_processor():
+    from types import SimpleNamespace
+
+    from sdar_verl.teacher.rows import rope_axes, teacher_row
+
+    processor = SimpleNamespace(get_rope_index=lambda: None)
+    assert rope_axes(processor) == 4 and rope_axes(None) is None and rope_axes(SimpleNamespace()) is None
+    row = teacher_row(torch.tensor([5, 5]), torch.tensor([7]), torch.tensor([1]), axes=rope_axes(processor))
+    assert row["position_ids"].tolist() == [[0, 1, 2]] * 4

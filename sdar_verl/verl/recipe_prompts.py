@@ -1,0 +1,186 @@
+"""Prompts of a recipe that is not ours, as verl's agent loops make them of messages and tools: the student's, and the
+same with a context in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from sdar_verl.config import SdarConfig, load_config
+from sdar_verl.context.base import ContextRequest, Passage
+from sdar_verl.context.builder import ContextBuilder
+from sdar_verl.envs.base import Task
+from sdar_verl.modules import import_modules
+from sdar_verl.rollout.messages import ContextPlace
+from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.rollout.skills_of import SkillFinder
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a loop gave to verl's tokenisation, and what came back."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    ids: list[int]
+
+
+def prompt_maker(
+    config: DictConfig, tokenizer: Any, model_type: str | None, **further: Any
+) -> Callable[..., list[int]]:
+    """``(messages, tools) -> ids`` as verl's agent loops make them of text, without their limit of length.
+
+    Args:
+        config: verl's whole config.
+        tokenizer: of the policy.
+        model_type: of its Hugging Face config.
+        **further: arguments of the chat template beyond ``data.apply_chat_template_kwargs``.
+    """
+    given: Any = config.data.get("apply_chat_template_kwargs", None) or {}
+    options: dict[str, Any] = dict(given) | further
+    try:
+        from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+    except ImportError:  # verl 0.9.0
+        from verl.utils.tokenizer import normalize_token_ids
+
+        def plain(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
+            return normalize_token_ids(
+                tokenizer.apply_chat_template(
+                    messages, tools=tools, add_generation_prompt=True, tokenize=True, **options
+                )
+            )
+
+        return plain
+    builder = create_continuous_token_builder(tokenizer, hf_model_type=model_type, chat_template_kwargs=options)
+
+    def make(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
+        return list(builder.build_initial_tokens(messages, tools=tools))
+
+    return make
+
+
+def model_type(config: DictConfig) -> str | None:
+    """As verl's agent loops read it off the model's config."""
+    from transformers import AutoConfig
+    from verl.utils.fs import copy_to_local
+
+    model = config.actor_rollout_ref.model
+    path = copy_to_local(model.get("hf_config_path", None) or model.path, use_shm=model.get("use_shm", False))
+    described = AutoConfig.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
+    found = getattr(described, "model_type", None)
+    return found if isinstance(found, str) else None
+
+
+def tool_schemas(config: DictConfig) -> list[dict[str, Any]] | None:
+    """Of the tools that ``tool_agent`` puts into its prompts; None without tools."""
+    from verl.tools.tool_registry import load_all_tools
+    from verl.utils.import_utils import resolve_config_path
+
+    settings = config.actor_rollout_ref.rollout.multi_turn
+    files = (settings.get("tool_config_path"), settings.get("function_tool_path"))
+    found = load_all_tools(*(resolve_config_path(file) if file else None for file in files))
+    return [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True) for tool in found] or None
+
+
+class TeacherPrompts:
+    """Makes teacher prompts of a recipe's rows; agent loops and, for late contexts, the trainer have one.
+
+    Args:
+        config: verl's whole config.
+        sdar: the ``sdar`` node.
+        tokenizer: of the policy.
+        model_type: of its Hugging Face config.
+    """
+
+    def __init__(self, config: DictConfig, sdar: SdarConfig, tokenizer: Any, model_type: str | None):
+        further = sdar.context.chat_template_kwargs
+        self._settings = sdar
+        self._plain = prompt_maker(config, tokenizer, model_type)
+        self._make = prompt_maker(config, tokenizer, model_type, **further) if further else self._plain
+        self.place = ContextPlace(sdar.context.place, tokenizer, config.data.get("apply_chat_template_kwargs", None))
+
+    def student(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> list[int]:
+        """Token ids of the student's prompt, as verl's loops make them."""
+        return self._plain(messages, tools)
+
+    def teacher(self, messages: Sequence[Mapping[str, Any]], tools: Any, context: str) -> list[int]:
+        """Token ids of the same prompt with ``context`` in it, as long as they come."""
+        return self._make(self.place.put(messages, context), tools)
+
+    def repeats(self, built: Built) -> bool:
+        """Whether our call of verl's tokenisation gives what the loop's gave, token by token."""
+        return self.student(built.messages, built.tools) == built.ids
+
+    def add(
+        self, info: RowInfo, messages: list[dict[str, Any]], tools: Any, rest: Sequence[int], passage: Passage
+    ) -> None:
+        """Fill in the teacher's prompt of a row.
+
+        Args:
+            info: the row's record.
+            messages: the student's.
+            tools: schemas in its system prompt, or None.
+            rest: token ids of the student's prompt behind those of ``messages``.
+            passage: the context; an empty text gives the student's own prompt.
+        """
+        limit = self._settings.teacher.max_prompt_length
+        ids = [*self.teacher(messages, tools, passage.text), *rest]
+        if len(ids) > limit:
+            info.truncated = True
+            if self._settings.teacher.on_long_prompt != "mask":
+                info.error = (
+                    f"the teacher's prompt of {info.task_id} has {len(ids)} tokens, more than "
+                    f"sdar.teacher.max_prompt_length={limit}; raise it, shorten the context, or leave such rows out of "
+                    "the distillation term with sdar.teacher.on_long_prompt=mask"
+                )
+            return
+        if passage.text and ids == [*self.student(messages, tools), *rest]:
+            info.error = (
+                f"the chat template shows nothing of a context at sdar.context.place={self._settings.context.place}: "
+                f"the teacher's prompt of {info.task_id} is the student's. Use another place"
+            )
+            return
+        info.context_tokens = len(ids) - info.prompt_tokens
+        info.teacher_prompt_ids, info.teacher_prompt_tokens = np.asarray(ids, dtype=np.int32), len(ids)
+
+
+class LateTeacherPrompts:
+    """Of a recipe's rows, made by the trainer from what the agent loop has kept."""
+
+    def __init__(self, prompts: TeacherPrompts):
+        self._prompts = prompts
+
+    def add(self, task: Task, infos: Sequence[RowInfo], index: int, passage: Passage) -> None:
+        """Of :class:`sdar_verl.rollout.late_context.LatePrompts`."""
+        info = infos[index]
+        if info.built is not None:
+            self._prompts.add(info, info.built["messages"], info.built["tools"], info.built["rest"], passage)
+
+
+class RecipeRuntime:
+    """What all rows of one process share: contexts, skills and the maker of teacher prompts."""
+
+    def __init__(self, config: DictConfig, tokenizer: Any, model_type: str | None):
+        self.sdar = load_config(config.sdar)
+        import_modules(self.sdar.modules)
+        self.contexts = ContextBuilder(self.sdar.context, tokenizer)
+        self.prompts = TeacherPrompts(config, self.sdar, tokenizer, model_type)
+        uses_skills = "skills" in self.sdar.context.named
+        self.skills = SkillFinder(self.sdar.skills, self.contexts, None) if uses_skills else None
+
+    def request(self, task: Task) -> ContextRequest:
+        """What contexts may read before an episode ends."""
+        skills = self.skills
+        return ContextRequest(
+            task, self.sdar.context.seed, skills=None if skills is None else lambda: skills.find(task)
+        )
+
+    def early(self, task: Task) -> Passage | None:
+        """What the teacher sees of a task before an episode ends; None where that is nothing."""
+        request = self.request(task)
+        found = self.contexts.passage(request, self.contexts.early_passages(request))
+        return self.contexts.controlled(found, task.task_id)
