@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-
 from sdar_verl.rollout.answers import AnswerReader, leaves_thought_open, shows
 from sdar_verl.rollout.control import RESPONSE_TAGS, control_ids_of, disguised
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError
@@ -262,7 +260,7 @@ class PromptBuilder:
                 tokenizer_kwargs={"verbose": False},  # lengths have limits of their own
                 **self._chat_template_kwargs,
             )
-        except TemplateError as error:
+        except Exception as error:  # no template, a wrong argument for it, or whatever a template of Jinja2 raises
             roles = " and ".join(message["role"] for message in messages)
             remedy = "; use sdar.prompt.skill_position=user" if messages[0]["role"] == "system" else ""
             raise PromptTemplateError(

@@ -144,3 +144,15 @@ def test_a_model_whose_answers_come_in_channels_is_refused() -> None:
     made = PromptBuilder(tokenizer, PromptTemplate.load("alfworld", control_strings_of(tokenizer)))
     with pytest.raises(PromptTemplateError, match=r"<\|channel\|>final<\|message\|>.*multi_turn.format=gpt-oss"):
         made.check()
+
+
+@pytest.mark.parametrize(
+    ("template", "given"), [(None, {}), ("{{ tools | length }}", {}), ("{{ messages[0].content }}", {"tokenize": True})]
+)
+def test_whatever_a_chat_template_raises_is_told_as_its_fault(template, given):
+    tokenizer = qwen_like_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(PromptTemplateError, match="the model's chat template fails on user messages: "):
+        PromptBuilder(tokenizer, PromptTemplate.load("alfworld"), given).fit(
+            TURN, "", limit=1000, drop_history=False, option="o"
+        )
