@@ -64,6 +64,7 @@ class Trainer:
         self.tables: list[StepTable] = []
         self.late_contexts = SimpleNamespace(fill=self.fill) if late else None
         self.teacher = self if teacher else None
+        self.taught = teacher
         self.phases: list[str] = []
         for name in ("colocated_reward_model", "use_reference_policy", "use_critic"):
             setattr(self, name, settings.get(name, False))
@@ -219,6 +220,13 @@ def test_rows_that_broke_are_gone_before_anything_is_computed_from_them(column):
     assert metrics["sdar/nonfinite_rows"] == 1 and metrics["sdar/nonfinite_teacher_rows"] == 0
     assert run.seen["estimated"] == [False, True, False]
     assert run.seen["verified"] == run.seen["judged"] == [False, True, False]
+
+
+def test_a_retired_teacher_is_not_asked_and_the_policy_gradients_weight_still_counts():
+    run = Trainer(teacher=False)
+    run.taught = True
+    local_update(run, {}, 4)
+    assert "judge" in run.calls and "score_teacher" not in run.calls
 
 
 def test_a_teacher_that_broke_has_no_say_and_its_row_is_trained():
