@@ -182,7 +182,8 @@ class RunWarnings(Observer):
 
 def _teacher(settings: SdarConfig, metrics: Mapping[str, Any], distributions: Mapping[str, Any]) -> dict[str, str]:
     """Whether the teacher has anything to say on this step."""
-    if settings.teacher.source == "none":
+    retired = metrics.get("sdar/lambda") == 0 and "sdar/gap_mean" not in metrics
+    if settings.teacher.source == "none" or retired:
         return {}
     seen = _context(metrics)
     if "gap_quantiles" not in distributions:

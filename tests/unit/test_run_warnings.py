@@ -86,6 +86,10 @@ def test_a_warning_is_told_once_and_counted_from_then_on(run):
 def test_a_step_on_which_the_teacher_sees_nothing_at_all(run):
     run.record.latest = {"reward": {}}  # no distilled token, no distribution
     assert run.look({**SOUND, "sdar/context_share": 0.0}) == {"sdar/warnings/no_context": 1}
+    retired = {**SOUND, "sdar/context_share": 0.0, "sdar/lambda": 0.0}
+    assert run.look({name: value for name, value in retired.items() if name != "sdar/gap_mean"}) == {
+        "sdar/warnings/no_context": 1
+    }, "a teacher that has retired is not missed"
     assert "sdar/context_empty_share" in run.said[0]
 
 
