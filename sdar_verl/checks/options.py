@@ -25,7 +25,7 @@ Status = Literal["works", "verls", "needs", "recipes", "no_effect", "refused"]
 _PLAIN = ("algorithm.", "data.", "trainer.")
 _NUMBER = (int, float)
 
-_DATACLASSES = ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout", "algorithm")
+_DATACLASSES = ("actor_rollout_ref.actor", "actor_rollout_ref.rollout", "algorithm")
 
 
 def _is_whole(value: float, _: int) -> bool:

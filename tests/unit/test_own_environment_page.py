@@ -46,7 +46,9 @@ def test_the_pages_environment_panel_template_and_rule_pass_the_checks_of_a_run(
     command = re.search(r"--config-name sdar_alfworld \\\n(.*?)\n\n", PAGE, re.DOTALL).group(1)
     overrides = command.replace("\\\n", " ").replace("'", "").split()
     rule = re.search(r"^    (sdar\.modules=\[my_rules\].*)$", RULE, re.MULTILINE).group(1).split()
-    done = run(tmp_path, "-c", SCRIPT, *overrides, *rule, "hardware=cpu")
+    # One list names the modules of both pages.
+    given = [word for word in (*overrides, *rule) if not word.startswith("sdar.modules=")]
+    done = run(tmp_path, "-c", SCRIPT, *given, "sdar.modules=[my_envs,my_rules]", "hardware=cpu")
     assert "sound guess ['longest']" in done.stdout, done.stdout + done.stderr
     kept = [word for word in overrides if not word.startswith("~")]
     done = run(tmp_path, "-c", SCRIPT, *kept, "hardware=cpu")
