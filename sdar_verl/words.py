@@ -37,7 +37,14 @@ def _words(text: str) -> list[str]:
             ):  # of an alphabet with cases, one letter says nothing
                 found.append(word)
             found += _ideographs()(word) if len(word) > 1 else []
+            found += _hangul_pairs(word)
     return found
+
+
+def _hangul_pairs(word: str) -> list[str]:
+    """Korean writes particles onto its nouns: of a longer word its pairs of syllables are words, too."""
+    hangul = len(word) > 2 and all("\uac00" <= letter <= "\ud7a3" for letter in word)
+    return [word[at : at + 2] for at in range(len(word) - 1)] if hangul else []
 
 
 def first_words(text: str, limit: int) -> str | None:

@@ -335,6 +335,7 @@ SCRIPTS = {
     "zh": ("北京大学的校长是蔡元培。", "上海是中国最大的城市之一。", "村上春树写了《挪威的森林》。"),
     "ja": ("東京都知事は小池百合子です。", "大阪は日本の都市で、たこ焼きが有名だ。", "宮崎駿監督の映画は人気がある。"),
     "th": ("กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย", "เชียงใหม่อยู่ทางภาคเหนือ", "ภาษาไทยมีวรรณยุกต์"),
+    "ko": ("서울은 대한민국의 수도이다.", "부산은 항구 도시이다.", "한강은 도시를 흐르는 강이다."),
     "hi": ("दिल्ली भारत की राजधानी है।", "मुंबई एक बड़ा शहर है।", "गंगा एक नदी है।"),
 }
 
@@ -348,6 +349,9 @@ SCRIPTS = {
         *(("ja", query, 0) for query in ("東京都知事", "小池百合子とは誰ですか", "百合子")),
         *(("ja", query, 1) for query in ("大阪", "たこ焼き")),
         *(("ja", query, 2) for query in ("宮崎駿", "映画の監督")),
+        *(("ko", query, 0) for query in ("서울", "대한민국", "수도는 어디인가")),
+        *(("ko", query, 1) for query in ("부산", "항구")),
+        ("ko", "한강", 2),
         ("th", "เมืองหลวงของไทย", 0),
         ("th", "เชียงใหม่", 1),
         ("hi", "भारत की राजधानी", 0),
@@ -364,7 +368,7 @@ def test_words_of_spaced_scripts_are_bm25s_own():
         "Don’t stop: café-bar naïve I a é",
         "foo_bar x86 3.14 AT&T",
         "Привет, я мир",
-        "Zürich Straße 서울의 The of",
+        "Zürich Straße The of",
     ]
     [*ours] = map(search_words, texts)
     assert ours == bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
