@@ -15,8 +15,10 @@ from sdar_verl.envs.base import DEFAULT_ACTION_TAGS
 
 # Letter case is that of ASCII: elsewhere "ſearch" would be a tag, too, and name one that no environment knows.
 _FLAGS = re.IGNORECASE | re.ASCII
-_THINK_OPEN = re.compile(r"<think>", _FLAGS)
-_THINK_CLOSE = re.compile(r"</think>", _FLAGS)
+# Of Qwen, DeepSeek and most; of reasoning prompts; of Seed; in brackets, of Magistral.
+_THOUGHTS = "think|thinking|thought|reasoning|seed:think"
+_THINK_OPEN = re.compile(rf"<(?:{_THOUGHTS})>|\[THINK\]", _FLAGS)
+_THINK_CLOSE = re.compile(rf"</(?:{_THOUGHTS})>|\[/THINK\]", _FLAGS)
 _FREE_PART = re.compile(r"<\w+>")
 
 
@@ -45,8 +47,9 @@ def parse_action(
 ) -> ParsedAction:
     """Read thought and action; a response it cannot read is an error in the result, never an exception.
 
-    The thought ends at the first ``</think>``; it may have been opened by the chat template, so ``<think>`` need not
-    be there. Action tags inside the thought belong to the thought, and a thought that was cut off holds no action.
+    The thought ends at the first ``</think>``, or what other models write for it; it may have been opened by the chat
+    template, so ``<think>`` need not be there. Action tags inside the thought belong to the thought, and a thought that
+    was cut off holds no action.
     After it comes one block in one of the tags, with any text around. Several blocks are an error unless they agree:
     taking the first or the last would reward guessing.
 
@@ -69,6 +72,17 @@ def parse_action(
         return ParsedAction(None, thought, "think block opened again" if close else "think block not closed")
     action, error = _read_action_block(answer, tags)
     return ParsedAction(action, thought, error)
+
+
+def leaves_thought_open(text: str) -> bool:
+    """Whether ``text``, what a chat template writes in front of an answer, opens a thought and does not close it."""
+    *_, opened = (-1, *(match.start() for match in _THINK_OPEN.finditer(text)))
+    return opened >= 0 and not _THINK_CLOSE.search(text, opened)
+
+
+def marks_thought(token: str) -> bool:
+    """Whether a token's text begins or ends a thought."""
+    return bool(_THINK_OPEN.search(token) or _THINK_CLOSE.search(token))
 
 
 def match_admissible(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
-_THINK = re.compile(r"<(/?)think>", re.IGNORECASE | re.ASCII)
+from sdar_verl.rollout.actions import marks_thought
 
 
 class AnswerReader:
@@ -37,13 +36,7 @@ class AnswerReader:
         return [tag for tag, ids in zip(self.tags, encoded, strict=True) if tag not in self.text(ids).lower()]
 
     def _holds_tag(self, token: object) -> bool:
-        return any(tag in str(token).lower() for tag in self.tags)
-
-
-def leaves_thought_open(text: str) -> bool:
-    """Whether ``text``, what a chat template writes in front of an answer, opens a thought and does not close it."""
-    tags = _THINK.findall(text)
-    return bool(tags) and not tags[-1]
+        return marks_thought(str(token)) or any(tag in str(token).lower() for tag in self.tags)
 
 
 def shows(tokenizer: Any, ids: Sequence[int], line: str) -> bool:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from sdar_verl.rollout.answers import AnswerReader, leaves_thought_open, shows
+from sdar_verl.rollout.actions import leaves_thought_open
+from sdar_verl.rollout.answers import AnswerReader, shows
 from sdar_verl.rollout.control import RESPONSE_TAGS, control_ids_of, disguised
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError
 

@@ -13,8 +13,8 @@ from sdar_verl.envs.search.dataset import QuestionFile, read_questions
 from sdar_verl.envs.search.passages import Passage, read_corpus
 from sdar_verl.envs.webshop.catalogue import stream_array
 from sdar_verl.planner.families import find_architecture
-from sdar_verl.rollout.actions import parse_action
-from sdar_verl.rollout.answers import AnswerReader, leaves_thought_open
+from sdar_verl.rollout.actions import leaves_thought_open, parse_action
+from sdar_verl.rollout.answers import AnswerReader
 from sdar_verl.rollout.prompt_builder import PromptBuilder
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError
 from sdar_verl.skills.bank import SkillBank
@@ -87,6 +87,21 @@ def test_a_thought_that_the_prompt_opened_ends_with_its_tag_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("begin", "end"), [("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>"), ("<seed:think>", "</seed:think>")]
+)
+def test_other_models_marks_of_a_thought(begin: str, end: str) -> None:
+    """They may be special tokens, as Magistral's are."""
+    tokenizer = tokenizer_with([begin, end])
+    reader = AnswerReader(tokenizer, ["action"])
+    for said, action, thought in (
+        (f"{begin}maybe <action>look</action> would", None, None),
+        (f"{begin}maybe <action>look</action>{end}<action>go</action>", "go", "maybe <action>look</action>"),
+    ):
+        parsed = parse_action(reader.text(tokenizer(said, add_special_tokens=False)["input_ids"]))
+        assert (parsed.action, parsed.thought) == (action, thought)
+
+
+@pytest.mark.parametrize(
     ("end", "opened"),
     [
         ("<|assistant|>", False),
@@ -94,6 +109,10 @@ def test_a_thought_that_the_prompt_opened_ends_with_its_tag_alone() -> None:
         ("<|assistant|><THINK>Okay, ", True),
         ("<think>\n\n</think>\n\n", False),
         ("<think></think><think>", True),
+        ("[THINK]", True),
+        ("[THINK]a[/THINK]", False),
+        ("<reasoning>\n", True),
+        ("<seed:think>a</seed:think>", False),
     ],
 )
 def test_how_a_prompt_ends(end: str, opened: bool) -> None:
