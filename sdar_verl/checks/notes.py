@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from sdar_verl.checks.options import idle_options
 from sdar_verl.config import SdarConfig
 
 NO_LIMIT = 1000
@@ -15,7 +16,7 @@ NO_LIMIT = 1000
 
 def run_notes(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """One text each; :func:`~sdar_verl.checks.run.check_run` has passed."""
-    trainer, rollout, notes = config.trainer, config.actor_rollout_ref.rollout, []
+    trainer, rollout, notes = config.trainer, config.actor_rollout_ref.rollout, idle_options(config)
     whole = {"top_p": 1, "top_k": -1}
     cut = {name: rollout[name] for name, value in whole.items() if rollout.get(name, value) != value}
     if cut:

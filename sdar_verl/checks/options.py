@@ -54,25 +54,38 @@ class Entry:
 
 
 def option_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    """Every option of verl's that is set to something that does nothing here, or breaks a run; one text each."""
-    values, defaults, faults = options_of(config), Defaults(config), []
+    """Every option of verl's that is set to something that does nothing here, or breaks a run; one text each.
+
+    In a recipe of verl's, whose flags stay as they are, what does nothing is no fault (:func:`idle_options`).
+    """
+    broken, idle = _option_faults(config)
+    return broken + idle if plays_environments(config) else broken
+
+
+def idle_options(config: DictConfig) -> list[str]:
+    """Flags of a recipe of verl's that do nothing; most of them do nothing without us, either."""
+    return [] if plays_environments(config) else _option_faults(config)[1]
+
+
+def _option_faults(config: DictConfig) -> tuple[list[str], list[str]]:
+    values, defaults, broken, idle = options_of(config), Defaults(config), [], []
     for key, value in values.items():
         if key.startswith("sdar.") or key.endswith("_target_"):
             continue
         entry = find_entry(key)
         if entry is None and key.startswith(_PLAIN) and not key.startswith("trainer.v1."):
             like = get_close_matches(key, verl_defaults(), 1)
-            faults.append(f"{key}={value}: verl has no such option" + (f"; is {like[0]} meant?" if like else ""))
+            broken.append(f"{key}={value}: verl has no such option" + (f"; is {like[0]} meant?" if like else ""))
         if entry is None or entry.status in ("works", "verls") or defaults.has(key, value):
             continue
         if entry.status == "needs" and not _switched(config, entry.why):
             switch = entry.why.replace("|", " or ")
-            faults.append(f"{key}={value} has no effect without {switch}; leave it out, or set that")
+            idle.append(f"{key}={value} has no effect without {switch}; leave it out, or set that")
         elif entry.status == "no_effect" or (entry.status == "recipes" and plays_environments(config)):
-            faults.append(f"{key}={value} has no effect: {entry.why}")
+            idle.append(f"{key}={value} has no effect: {entry.why}")
         elif entry.status == "refused":
-            faults.append(f"{key}={value} is not supported: {entry.why}")
-    return faults
+            broken.append(f"{key}={value} is not supported: {entry.why}")
+    return broken, idle
 
 
 def type_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:

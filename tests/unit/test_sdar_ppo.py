@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from sdar_verl.checks.notes import run_notes
 from sdar_verl.checks.options import flat
 from sdar_verl.checks.run import check_run
 from sdar_verl.compose import compose_config
@@ -69,6 +70,7 @@ def test_grpo_needs_no_context(tmp_path):
     [
         ([], "say what the teacher of this recipe shall see: sdar.context.sources=[answer]"),
         (["sdar.context.sources=[column]"], "needs sdar.context.options.column.path"),
+        (["sdar.context.sources=[answer]", "distillation.enabled=True"], "distillation.enabled=True is not supported"),
         (["sdar.context.sources=[answer]", "sdar.env.max_steps=7"], "sdar.env.max_steps=7 has no effect"),
         (["sdar.context.sources=[answer]", "sdar.prompt.history_length=1"], "sdar.prompt.history_length=1 has no"),
         (["sdar.context.sources=[answer]", "sdar.skills.bank=mine"], "sdar.skills.bank=mine has no effect"),
@@ -87,6 +89,26 @@ def test_grpo_needs_no_context(tmp_path):
 )
 def test_a_fault_is_told_with_its_remedy(tmp_path, overrides, told):
     assert told in faults(tmp_path, *overrides)
+
+
+SCRIPT = (
+    # As verl's own examples have them: switched off, or read by trainers of before.
+    *("algorithm.use_kl_in_reward=False", "algorithm.kl_ctrl.kl_coef=0.0", "actor_rollout_ref.actor.use_kl_loss=False"),
+    *("actor_rollout_ref.actor.kl_loss_coef=0.0", "actor_rollout_ref.actor.kl_loss_type=mse"),
+    *("actor_rollout_ref.actor.clip_ratio_low=0.2", "actor_rollout_ref.actor.clip_ratio_high=0.28"),
+    *("actor_rollout_ref.actor.clip_ratio_c=10.0", "actor_rollout_ref.rollout.multi_stage_wake_up=True"),
+    *("actor_rollout_ref.rollout.over_sample_rate=0.1", "critic.ppo_max_token_len_per_gpu=8192"),
+    *("actor_rollout_ref.model.lora_alpha=32", "trainer.critic_warmup=0"),
+)
+
+
+def test_flags_of_a_script_that_do_nothing_stay_and_are_told(tmp_path):
+    flags = ["sdar.context.sources=[answer]", *SCRIPT]
+    assert faults(tmp_path, *flags) == ""
+    config = composed("sdar_ppo", recipe_arguments(tmp_path, *flags))
+    told = [note for note in run_notes(config, load_config(config.sdar)) if "has no effect" in note]
+    for option in ("kl_loss_type=mse", "multi_stage_wake_up=True", "over_sample_rate=0.1", "lora_alpha=32"):
+        assert any(option in note for note in told), option
 
 
 def test_a_template_that_loses_the_prompt_is_refused(tmp_path):
