@@ -137,9 +137,14 @@ def differences(found: dict[str, Any], wanted: dict[str, Any], config: DictConfi
         there, here = found.get(key), wanted.get(key)
         if key not in found and defaults.has(key, here):
             continue
-        if there != here and str(there).rstrip("/") != str(here).rstrip("/"):
+        if _bare(there) != _bare(here):
             changes.append(f"{key}: {there!r} there, {here!r} here")
     return changes
+
+
+def _bare(value: Any) -> Any:
+    """A folder is the same with a slash at its end."""
+    return value.rstrip("/") if isinstance(value, str) else value
 
 
 def _counts(key: str) -> bool:

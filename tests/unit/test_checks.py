@@ -7,10 +7,7 @@ import sys
 
 import pytest
 import verl  # noqa: F401  loads the plugin, which puts our configs on the search path
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
-from sdar_verl.checks.run import check_run
 from sdar_verl.checks.teacher import teacher_faults
 from sdar_verl.compat import check_verl_version
 from sdar_verl.config import load_config
@@ -18,20 +15,13 @@ from sdar_verl.envs import registry
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import write_panel
+from tests.support.checked_recipe import checked_recipe, run_checks
 from tests.support.tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """The quick start's recipe, with panels that exist."""
-    folder = tmp_path_factory.mktemp("panels")
-    panels = [folder / "train.parquet", folder / "test.parquet"]
-    for panel in panels:
-        tasks = [Task("alfworld", f"game-{i:02d}", "pick_and_place_simple", "put a mug on desk") for i in range(16)]
-        write_panel(tasks, panel, panel.stem)
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("sdar_quickstart", overrides=[f"data.train_files={panels[0]}", f"data.val_files={panels[1]}"])
-    return config
+    return checked_recipe(tmp_path_factory.mktemp("panels"))
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +30,6 @@ def no_toy_environment():
     yield
     registry._registered.pop("toy_search", None)
     sys.modules.pop("tests.support.toy_env", None)
-
-
-def run_checks(recipe, **overrides) -> None:
-    config = copy.deepcopy(recipe)
-    for option, value in overrides.items():
-        OmegaConf.update(config, option, value, force_add=True)
-    check_run(config, load_config(config.sdar))
 
 
 def test_the_quick_starts_recipe_is_sound(recipe):
@@ -98,96 +81,6 @@ CASES = {
             "sdar.validation.arms": {"student": {"context": "none", "temperature": 1.0}},
         },
         ["retrieval=[none]", "sdar.context.student"],
-    ),
-    "an anchor of no distribution": (
-        {"sdar.loss.anchor.student": 0.5},
-        ["sdar.loss.anchor.student=0.5 has no effect", "sdar.loss.objective=sampled"],
-    ),
-    "an anchor without the start policy": (
-        {
-            "sdar.loss.anchor.reference": 0.1,
-            "sdar.loss.objective": "forward_kl",
-            "actor_rollout_ref.actor.use_kl_loss": False,
-            "sdar.teacher.source": "actor",
-        },
-        ["sdar.loss.anchor.reference=0.1", "does not start", "use_kl_loss=True"],
-    ),
-    "an anchor of an adapter": (
-        {
-            "sdar.loss.anchor.reference": 0.1,
-            "sdar.loss.objective": "forward_kl",
-            "actor_rollout_ref.model.lora_rank": 4,
-            "sdar.teacher.source": "actor",
-        },
-        ["sdar.loss.anchor.reference=0.1", "adapter", "anchor.student"],
-    ),
-    "an anchor within the update": (
-        {
-            "sdar.loss.anchor.reference": 0.1,
-            "sdar.loss.objective": "forward_kl",
-            "sdar.teacher.source": "actor_fresh",
-        },
-        ["sdar.loss.anchor.reference=0.1 is a pass before the update", "sdar.teacher.source=actor_fresh"],
-    ),
-    "contexts by turn in one row": (
-        {
-            "sdar.context.sources": ["next_observation"],
-            "sdar.rollout.rows": "trajectory",
-            "sdar.rollout.turn_length": 20,
-            "sdar.prompt.history_length": 0,
-        },
-        ["next_observation differ by turn", "sdar.rollout.rows=trajectory", "rows=per_turn"],
-    ),
-    "episodes without a teacher": (
-        {"sdar.context.episodes": "failed", "sdar.teacher.source": "none", "sdar.loss.coef": 0},
-        ["sdar.context.episodes=failed has no effect", "sdar.teacher.source=none"],
-    ),
-    "a contrast of nothing": (
-        {"sdar.context.contrast.texts": 3},
-        ["sdar.context.contrast.texts=3 has no effect", "sdar.context.contrast.sources=[]"],
-    ),
-    "a contrast with itself": (
-        {"sdar.context.contrast.sources": ["skills"]},
-        ["sdar.context.contrast.sources=['skills']", "gap between them is 0", "control=shuffled"],
-    ),
-    "a contrast without a teacher": (
-        {"sdar.context.contrast.sources": ["failed_sibling"], "sdar.teacher.source": "none", "sdar.loss.coef": 0},
-        ["sdar.context.contrast.sources=['failed_sibling'] has no effect", "sdar.teacher.source=none"],
-    ),
-    "a contrast that is not read": (
-        {"sdar.context.contrast.sources": ["failed_sibling"], "sdar.loss.gate": "none", "sdar.loss.objective": "k1"},
-        ["sdar.context.contrast.sources=['failed_sibling'] changes the gap", "sdar.loss.gate=none does not read"],
-    ),
-    "a contrast within the update": (
-        {"sdar.context.contrast.sources": ["failed_sibling"], "sdar.teacher.source": "actor_fresh"},
-        ["sdar.context.contrast.sources=['failed_sibling'] needs the teacher's", "sdar.teacher.source=actor_fresh"],
-    ),
-    "a contrast of prompts with other histories": (
-        {"sdar.context.contrast.sources": ["failed_sibling"], "sdar.teacher.on_long_prompt": "drop_history"},
-        ["sdar.context.contrast.sources=['failed_sibling']", "sdar.teacher.on_long_prompt=drop_history", "mask"],
-    ),
-    "an unknown bad context": (
-        {"sdar.context.contrast.sources": ["failing"]},
-        ["sdar.context.contrast: unknown context 'failing'", "failed_sibling"],
-    ),
-    "an option of no bad context": (
-        {
-            "sdar.context.contrast.sources": ["failed_sibling"],
-            "sdar.context.contrast.options": {"sibling": {"choice": "first"}},
-        },
-        ["sdar.context.contrast.options.sibling has no effect: sdar.context.contrast.sources=['failed_sibling']"],
-    ),
-    "the bad context of another task type": (
-        {"sdar.context.contrast.sources": ["skills"], "sdar.context.contrast.control": "wrong"},
-        ["sdar.context.contrast.control=wrong shows", "pick_and_place_simple"],
-    ),
-    "two means of another mean": (
-        {
-            "sdar.loss.signal": "advantage_nudge",
-            "sdar.loss.signal_options": {"means": "two"},
-            "actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-mean",
-        },
-        ["means: two", "re-weigh a token mean", "loss_agg_mode=seq-mean-token-mean"],
     ),
     "one task type": ({"sdar.context.control": "wrong"}, ["sdar.context.control=wrong", "pick_and_place_simple"]),
     "a late context in validation": (
