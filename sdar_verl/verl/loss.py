@@ -64,10 +64,9 @@ def sdar_loss(
         config, model_output, data if method.settings.policy_gradient else _without_advantages(data)
     )
 
-    values = tu.get_non_tensor_data(data, STEP_VALUES, None)
-    if values is None:  # the teacher has retired
+    step = StepValues.from_dict(tu.get_non_tensor_data(data, STEP_VALUES, None))
+    if step.coef == 0 and TEACHER_LOG_PROBS not in data:  # the teacher has retired
         return loss, metrics
-    step = StepValues.from_dict(values)
     log_probs = no_padding_2_padding(model_output["log_probs"], data)
     try:
         terms = _terms(method, step, log_probs, model_output, data)

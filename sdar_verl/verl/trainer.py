@@ -287,8 +287,7 @@ class SdarTraining(PPOTrainer):
         if judged.change is not None:
             metrics["sdar/advantage_change"] = judged.change
         table.write(judged.columns)
-        if self.teacher is not None:
-            batch.extra_info[STEP_VALUES] = judged.values.as_dict()
+        batch.extra_info[STEP_VALUES] = judged.values.as_dict()
         return metrics
 
     def update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:

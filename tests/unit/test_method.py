@@ -212,5 +212,5 @@ def test_a_retired_teacher_leaves_the_workers_verls_loss_and_the_weight_of_the_p
     one.teacher, one.global_steps = None, 2
     metrics = SdarTraining.judge(one, table.rows.batch, table)
     assert metrics == {"sdar/lambda": 0.0, "sdar/beta": 5.0, "sdar/rl_weight": 0.5}
-    assert STEP_VALUES not in table.rows.batch.extra_info
+    assert StepValues.from_dict(table.rows.batch.extra_info[STEP_VALUES]).coef == 0
     assert torch.equal(stored(table)["advantages"][0], torch.full((3,), 0.5))

@@ -204,6 +204,22 @@ def test_lambda_zero_is_verls_loss_and_still_counts() -> None:
     assert sums(metrics)["tokens"] == sum(RESPONSES) - RESPONSES[3]
 
 
+def test_rows_without_a_teachers_column_are_verls_alone_when_lambda_is_zero() -> None:
+    """The teacher has retired; a column that was lost on the way is an error, as are a step's lost values."""
+    step, settings = Step(), LossConfig()
+    for coef in (0.0, 0.5):
+        output, data = step.micro_batch(range(ROWS), settings, coef=coef)
+        bare = data.exclude(TEACHER_LOG_PROBS)
+        if coef:
+            with pytest.raises(KeyError, match=TEACHER_LOG_PROBS):
+                sdar_loss(actor(), Method(settings), output, bare)
+        else:
+            loss, metrics = sdar_loss(actor(), Method(settings), output, bare)
+            assert loss == run(step, LossConfig(coef=0.0))[0] and "sdar/loss" not in metrics
+        with pytest.raises(TypeError):
+            sdar_loss(actor(), Method(settings), output, data.exclude(STEP_VALUES))
+
+
 def test_lambda_and_beta_are_the_steps_not_the_settings() -> None:
     step, settings = Step(), LossConfig(coef=0.0)
     output, data = step.micro_batch(range(ROWS), settings, coef=0.0)
