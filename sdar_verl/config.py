@@ -7,7 +7,8 @@ otherwise. Options that belong to verl (group size, KL, learning rate, clip rang
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -470,10 +471,24 @@ def load_config(node: Mapping[str, Any] | DictConfig | None) -> SdarConfig:
             "the config has no `sdar:` node; start from one of our recipes, e.g. --config-name sdar_alfworld"
         )
     raw = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    if strange := list(_not_finite(raw, "sdar")):
+        raise ConfigError("\n".join(strange))
     try:
         return SdarConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _not_finite(value: Any, name: str) -> Iterator[str]:
+    """Numbers that no comparison finds wrong, in options of gates, contexts and environments, too."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name}={value} must be a finite number"
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _not_finite(inner, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from _not_finite(inner, f"{name}[{number}]")
 
 
 def _explain(item: Any) -> str:

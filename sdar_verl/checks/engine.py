@@ -34,17 +34,35 @@ def sequence_parallel(node: DictConfig) -> tuple[str, int]:
 
 def engine_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Every fault of model, engine, device and attention, one message each."""
-    model = missing_model("actor_rollout_ref.model.path", str(config.actor_rollout_ref.model.path))
-    return [*model, *_strategy(config), *_fused_kernels(config), *_device(config), *_attention(config)]
+    return [*_model(config), *_strategy(config), *_fused_kernels(config), *_device(config), *_attention(config)]
 
 
-def missing_model(option: str, path: str) -> list[str]:
+def _model(config: DictConfig) -> Iterator[str]:
+    node, option = config.actor_rollout_ref.model, "actor_rollout_ref.model"
+    yield from missing_model(f"{option}.path", str(node.path))
+    for name, file in (("tokenizer_path", "tokenizer_config.json"), ("hf_config_path", "config.json")):
+        if node.get(name, None) not in (None, node.path):
+            yield from missing_model(f"{option}.{name}", str(node[name]), file)
+    external = node.get("external_lib", None) or []
+    for module in [external] if isinstance(external, str) else external:
+        try:
+            found = util.find_spec(module)
+        except (ImportError, ValueError):
+            found = None
+        if found is None:
+            yield (
+                f"{option}.external_lib={external}: there is no module {module} here; it must be "
+                "importable in every process of the run (install its package, or put its folder on PYTHONPATH)"
+            )
+
+
+def missing_model(option: str, path: str, file: str = "config.json") -> list[str]:
     """A fault where ``path`` can only be a folder of this machine and holds no model; names of a hub are not asked."""
     local = path.startswith(("/", ".", "~")) or path.count("/") > 1
-    if not local or "://" in path or (Path(path) / "config.json").is_file():
+    if not local or "://" in path or (Path(path) / file).is_file():
         return []
     return [
-        f"{option}={path}: there is no model here (a folder with config.json); give the folder of one, or a name of "
+        f"{option}={path}: there is no model here (a folder with {file}); give the folder of one, or a name of "
         "Hugging Face's hub such as Qwen/Qwen2.5-3B-Instruct"
     ]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from importlib import resources
+from importlib import resources, util
 from typing import Any, Literal
 
 import yaml
@@ -21,10 +21,10 @@ from sdar_verl.recipe import plays_environments
 
 Status = Literal["works", "verls", "needs", "recipes", "no_effect", "refused"]
 
-# Nodes that verl reads as they are, so that a misspelt key in them would be passed over without a word.
-_PLAIN = ("algorithm.", "data.", "trainer.")
 _NUMBER = (int, float)
 
+_OPTIM = "actor_rollout_ref.actor.optim"
+_OPTIMIZER = ("optimizer_impl", "optimizer", "lr", "weight_decay", "betas", "override_optimizer_config")
 _DATACLASSES = ("actor_rollout_ref.actor", "actor_rollout_ref.rollout", "algorithm")
 
 
@@ -73,9 +73,12 @@ def _option_faults(config: DictConfig) -> tuple[list[str], list[str]]:
         if key.startswith("sdar.") or key.endswith("_target_"):
             continue
         entry = find_entry(key)
-        if entry is None and key.startswith(_PLAIN) and not key.startswith("trainer.v1."):
+        if entry is None and not key.startswith("trainer.v1."):  # a trainer of somebody's has a node there
             like = get_close_matches(key, verl_defaults(), 1)
-            broken.append(f"{key}={value}: verl has no such option" + (f"; is {like[0]} meant?" if like else ""))
+            broken.append(
+                f"{key}={value}: verl has no such option, or nothing in a run reads it"
+                + (f"; is {like[0]} meant?" if like else "; leave it out")
+            )
         if entry is None or entry.status in ("works", "verls") or defaults.has(key, value):
             continue
         if entry.status == "needs" and not _switched(config, entry.why):
@@ -136,6 +139,25 @@ def dataclass_faults(config: DictConfig) -> list[str]:
             told = " ".join(str(error).split())
             faults.append(f"{node}: verl does not take these settings ({type(error).__name__}: {told[:400]})")
     return faults
+
+
+def optimizer_faults(config: DictConfig) -> list[str]:
+    """What PyTorch's optimizer refuses: it is made in the workers. Those of other packages may need a device."""
+    from torch import nn, zeros
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.config.optimizer import build_optimizer
+
+    settings = config.actor_rollout_ref.actor.optim
+    if settings.optimizer_impl.split(".")[0] != "torch":
+        found = util.find_spec(settings.optimizer_impl.split(".")[0])
+        return [] if found else [f"{_OPTIM}.optimizer_impl={settings.optimizer_impl}: no such package here; install it"]
+    try:
+        build_optimizer([nn.Parameter(zeros(1))], omega_conf_to_dataclass(settings))
+    except Exception as error:  # whatever it raises, verl would raise it later
+        given = ", ".join(f"{name}={settings[name]}" for name in _OPTIMIZER if settings[name] is not None)
+        told = " ".join(str(error).split()).partition("Available optimizers")[0]
+        return [f"{_OPTIM}: {given}: the optimizer cannot be made ({type(error).__name__}: {told[:400]})"]
+    return []
 
 
 def choice_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:

@@ -111,8 +111,8 @@ def _tracker_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     tracker = folder / TRACKER
     if not tracker.is_file():
         return []
-    text = tracker.read_text().strip()
-    if not text.isdigit():
+    text = tracker.read_text(errors="replace").strip()
+    if not text.isdecimal():
         fault = f"{tracker} should hold the step of the newest checkpoint, but holds {text[:20]!r}"
     else:
         latest = folder / f"global_step_{int(text)}"

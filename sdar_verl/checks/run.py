@@ -7,13 +7,22 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.checks.architecture import architecture_faults
+from sdar_verl.checks.chat_template import chat_template_faults
 from sdar_verl.checks.cloud import cloud_faults
 from sdar_verl.checks.context import context_faults
 from sdar_verl.checks.data import data_faults
 from sdar_verl.checks.engine import engine_faults, sequence_parallel
 from sdar_verl.checks.loss import loss_faults
 from sdar_verl.checks.modes import mode_faults, parts_of_a_step
-from sdar_verl.checks.options import choice_faults, dataclass_faults, option_faults, path_faults, type_faults
+from sdar_verl.checks.options import (
+    choice_faults,
+    dataclass_faults,
+    optimizer_faults,
+    option_faults,
+    path_faults,
+    type_faults,
+    verl_defaults,
+)
 from sdar_verl.checks.recipe import recipe_faults
 from sdar_verl.checks.resume import resume_faults
 from sdar_verl.checks.skills import skill_faults
@@ -40,7 +49,8 @@ def check_run(config: DictConfig, sdar: SdarConfig) -> None:
     if not plays_environments(config) and (sdar.teacher.source == "none" or "skills" not in sdar.context.named):
         checks.remove(skill_faults)
     faults = type_faults(config, sdar) or [fault for check in checks for fault in check(config, sdar)]
-    faults = faults or dataclass_faults(config)  # last, for verl's own words name neither option nor remedy
+    # Last, for the words of others name neither option nor remedy.
+    faults = faults or dataclass_faults(config) or optimizer_faults(config)
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -206,6 +216,14 @@ def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
     faults = []
     if rows is not None and rows % n:
         faults.append(f"sdar.update.mini_batch_rows={rows} must be a multiple of actor_rollout_ref.rollout.n={n}")
+    own = config.actor_rollout_ref.actor.ppo_mini_batch_size
+    idle = own not in (config.data.train_batch_size, verl_defaults()["actor_rollout_ref.actor.ppo_mini_batch_size"])
+    if rows is not None and idle and parts_of_a_step(config) == 1:
+        faults.append(
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={own} has no effect with sdar.update.mini_batch_rows={rows}, "
+            "which says how many rows an update takes; set that, or sdar.update.mini_batch_rows=null to count in "
+            f"prompts, and leave ppo_mini_batch_size at data.train_batch_size={config.data.train_batch_size}"
+        )
     if rows is not None and rows % ranks:
         faults.append(f"sdar.update.mini_batch_rows={rows} must be a multiple of the {ranks} ranks")
     if n < 2 and config.algorithm.adv_estimator == "sdar":
@@ -245,6 +263,7 @@ _CHECKS: tuple[Any, ...] = (
     context_faults,
     _batches,
     engine_faults,
+    chat_template_faults,
     architecture_faults,
     _variant,
     data_faults,

@@ -102,7 +102,16 @@ def test_a_crash_while_the_tracker_is_written_names_the_whole_checkpoint(tmp_pat
     write(writes(tmp_path, 4))
     (tmp_path / TRACKER).write_text("")
     (fault,) = resume_faults(config(tmp_path), EMA)
-    assert "holds ''" in fault and f"echo 4 > {tmp_path / TRACKER}" in fault and "resume_mode=disable" in fault
+    assert "holds ''" in fault
+    assert f"echo 4 > {tmp_path / TRACKER}" in fault and "resume_mode=disable" in fault
+
+
+def test_a_tracker_that_another_systems_shell_wrote_is_told(tmp_path):
+    write(writes(tmp_path, 2))
+    for content in ("2".encode("utf-16"), "²".encode(), b"\xef\xbb\xbf2"):
+        (tmp_path / TRACKER).write_bytes(content)
+        (fault,) = resume_faults(config(tmp_path), EMA)
+        assert "should hold the step of the newest checkpoint" in fault and f"echo 2 > {tmp_path / TRACKER}" in fault
 
 
 def test_a_tracker_without_its_folder_is_no_new_start(tmp_path):

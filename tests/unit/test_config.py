@@ -43,6 +43,9 @@ def test_defaults_are_the_papers():
         ({"env": {"max_steps": "many"}}, ["sdar.env.max_steps='many'"]),
         ({"skills": {"retrieval": []}}, ["sdar.skills.retrieval=[]"]),
         ({"validation": {"arms": {"a": {"context": "none"}}}}, ["sdar.validation.arms.a.temperature"]),
+        ({"loss": {"coef": float("nan")}}, ["sdar.loss.coef=nan must be a finite number"]),
+        ({"loss": {"gate_options": {"beta": float("inf")}}}, ["sdar.loss.gate_options.beta=inf must be a finite"]),
+        ({"env": {"options": {"rewards": [1.0, float("nan")]}}}, ["sdar.env.options.rewards[1]=nan must be a finite"]),
         ({"teacher": {"source": "none"}}, ["sdar.loss.coef=0.01 needs a teacher", "sdar.loss.coef=0"]),
     ],
 )

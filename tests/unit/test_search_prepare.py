@@ -249,7 +249,7 @@ def test_a_question_with_its_answers_in_another_order_is_the_same_question(tmp_p
 
 def test_a_folder_as_flashrag_has_it_names_the_data_set(tmp_path):
     (tmp_path / "popqa").mkdir()
-    lines = [json.dumps({"id": f"train_{i}", "question": f"q{i}?", "golden_answers": ["a"]}) for i in range(9)]
+    lines = [json.dumps({"id": f"train_{i}", "question": f"q{i}?", "golden_answers": ["x"]}) for i in range(9)]
     (tmp_path / "popqa" / "train.jsonl").write_text("\n".join(lines))
     read = read_questions([QuestionFile("train", tmp_path / "popqa" / "train.jsonl")])
     assert {task.task_type for task in read.tasks.values()} == {"popqa"} and not read.skipped
@@ -270,7 +270,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_question_files_are_named_with_the_remedy(tmp_path, monkeypatch, capsys, case):
     monkeypatch.chdir(tmp_path)
-    good = [json.dumps({"question": f"q{i}?", "golden_answers": ["a"], "data_source": "nq"}) for i in range(3)]
+    good = [json.dumps({"question": f"q{i}?", "golden_answers": ["x"], "data_source": "nq"}) for i in range(3)]
     Path("questions.jsonl").write_text("\n".join(good))
     Path("broken.parquet").write_bytes(b"PAR1 and then nothing")
     Path("cut.jsonl").write_text(good[0] + "\n" + good[1][:-9])
@@ -382,15 +382,37 @@ def test_answers_in_the_text_of_a_list_are_read(found, answers):
         '{"text": ["Paris"]}',
         "[]",
         "[null]",
+        ["The"],
+        ["!", "a "],
     ],
 )
 def test_answers_that_cannot_be_told_are_left_out_and_counted(tmp_path, found, capsys):
-    good = [{"question": f"q{i}", "golden_answers": ["a"], "data_source": "nq"} for i in range(9)]
+    good = [{"question": f"q{i}", "golden_answers": ["x"], "data_source": "nq"} for i in range(9)]
     rows = [*good, {"question": "bad", "golden_answers": found, "data_source": "nq"}]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     read = read_questions([QuestionFile("train", tmp_path / "train.jsonl")])
     assert len(read.tasks) == 9 and sum(read.skipped.values()) == 1
     assert next(iter(read.skipped)).startswith(("golden answers", "no golden answers"))
+
+
+def test_an_answer_of_which_the_scorer_leaves_nothing_is_no_golden_answer(tmp_path):
+    """It would be met by an empty answer."""
+    rows = [{"question": "q", "golden_answers": ["The", "The Who", "?"], "data_source": "nq"}]
+    (tmp_path / "train.jsonl").write_text(json.dumps(rows[0]))
+    (task,) = read_questions([QuestionFile("train", tmp_path / "train.jsonl")]).tasks.values()
+    assert task.data["answers"] == ["The Who"]
+
+
+def test_columns_that_are_maps_are_read(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {
+        "data_source": pa.array(["nq"]),
+        "extra_info": pa.array([[("question", "who?")]], pa.map_(pa.string(), pa.string())),
+        "reward_model": pa.array([[("ground_truth", '["Paris"]')]], pa.map_(pa.string(), pa.string())),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    (task,) = read_questions([QuestionFile("train", tmp_path / "train.parquet")]).tasks.values()
+    assert (task.description, task.data["answers"]) == ("who?", ["Paris"])
 
 
 def test_a_corpus_is_read_whole_when_the_panels_are_made(files, tmp_path, capsys):

@@ -45,6 +45,11 @@ HIDDEN = {
     "data.chat_template_func",
     "trainer.remove_previous_ckpt_in_save",
     "trainer.wandb_proxy",
+    "actor_rollout_ref.actor.checkpoint.save_lora_only",
+    "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
+    "actor_rollout_ref.rollout.moe_tensor_parallel_size",
+    "actor_rollout_ref.rollout.repetition_penalty",
+    "actor_rollout_ref.rollout.server.*",
     "algorithm.gdpo_reward_keys",
     "algorithm.gdpo_reward_weights",
 }
@@ -173,8 +178,12 @@ FAULTS = {
     "trainer.v1.sampler.max_off_policy_threshold": (2, "sdar_colocate_async or sdar_separate_async"),
     "skip.rollout.enable": (True, "is not supported"),
     "trainer.resume_from_path": ("/x/global_step_2", "has no effect without trainer.resume_mode=resume_path"),
-    "trainer.sav_freq": (5, "verl has no such option; is trainer.save_freq meant?"),
-    "data.train_batchsize": (5, "verl has no such option; is data.train_batch_size meant?"),
+    "trainer.sav_freq": (5, "; is trainer.save_freq meant?"),
+    "data.train_batchsize": (5, "; is data.train_batch_size meant?"),
+    "actor_rollout_ref.ref.entropy_coef": (0.1, "verl has no such option, or nothing in a run reads it"),
+    "actor_rollout_ref.rollout.repetition_penalty": (1.1, "verl's agent loops always ask for 1"),
+    "actor_rollout_ref.rollout.limit_images": (2, "verl has no such option, or nothing in a run reads it"),
+    "actor_rollout_ref.model.load_tokenizer": (False, "verl has no such option, or nothing in a run reads it"),
 }
 
 
@@ -237,6 +246,47 @@ def test_the_words_are_verls_own():
 def test_names_that_verl_looks_up_late_are_looked_up_early(quickstart, values, said):
     with pytest.raises(ConfigError, match=said):
         check_run(changed(quickstart, **values), load_config(quickstart.sdar))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"betas": [0.9, 1.5]}, "betas=[0.9, 1.5]"),
+        ({"betas": [0.9]}, "betas=[0.9]"),
+        ({"optimizer": "AdamX"}, "optimizer=AdamX"),
+        ({"optimizer_impl": "torch.optimm"}, "optimizer_impl=torch.optimm"),
+        ({"optimizer_impl": "bitsandbytess.optim"}, "optimizer_impl=bitsandbytess.optim: no such package here"),
+        ({"override_optimizer_config": {"momentumm": 1}}, "momentumm"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_made_is_told_early(quickstart, values, said):
+    config = changed(quickstart, **{f"actor_rollout_ref.actor.optim.{name}": value for name, value in values.items()})
+    with pytest.raises(ConfigError) as raised:
+        check_run(config, load_config(quickstart.sdar))
+    assert said in str(raised.value) and str(raised.value).startswith("actor_rollout_ref.actor.optim")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"tokenizer_path": "/no/such/tokenizer"}, "tokenizer_path=/no/such/tokenizer: there is no model here"),
+        ({"hf_config_path": "/no/such/config"}, "hf_config_path=/no/such/config: there is no model here"),
+        ({"external_lib": "no_such_lib.models"}, "external_lib=no_such_lib.models: there is no module no_such_lib"),
+        ({"external_lib": ["json", "no_such_lib"]}, "there is no module no_such_lib here"),
+    ],
+)
+def test_parts_of_a_model_that_are_not_here_are_told_early(quickstart, values, said):
+    config = changed(quickstart, **{f"actor_rollout_ref.model.{name}": value for name, value in values.items()})
+    with pytest.raises(ConfigError, match=said):
+        check_run(config, load_config(quickstart.sdar))
+
+
+def test_a_mini_batch_in_prompts_beside_one_in_rows_is_told(quickstart):
+    option = "actor_rollout_ref.actor.ppo_mini_batch_size"
+    with pytest.raises(ConfigError, match=f"{option}=2 has no effect with sdar.update.mini_batch_rows="):
+        check_run(changed(quickstart, **{option: 2}), load_config(quickstart.sdar))
+    by_prompts = changed(quickstart, **{option: 2, "sdar.update.mini_batch_rows": None})
+    check_run(by_prompts, load_config(by_prompts.sdar))
 
 
 NUMBERS = {
@@ -326,7 +376,7 @@ def test_checkpoints_go_to_a_folder_and_from_there_to_a_bucket(quickstart, place
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("actor_rollout_ref.actor.loss_agg_mode", "mean"), ("actor_rollout_ref.rollout.temprature", 0.5)],
+    [("actor_rollout_ref.actor.loss_agg_mode", "mean"), ("actor_rollout_ref.rollout.expert_parallel_size", 3)],
 )
 def test_what_verls_own_classes_refuse_is_told_before_the_start(quickstart, option, value):
     node = option.rpartition(".")[0]

@@ -111,7 +111,7 @@ def test_a_file_cut_short_is_named(tmp_path, cut, told):
 
 def test_a_product_without_a_field_is_named(tmp_path):
     raw = {key: value for key, value in RAW.items() if key != "query"}
-    with pytest.raises(CatalogueError, match=r"items_shuffle.json: product number 0 is damaged \(KeyError: 'query'\)"):
+    with pytest.raises(CatalogueError, match=r"product number 0 \(asin \w+\) is damaged \(KeyError: 'query'\)"):
         read(write(tmp_path, [raw]))
 
 

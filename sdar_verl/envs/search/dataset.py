@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.envs.base import Task
+from sdar_verl.envs.search.scoring import has_content
 from sdar_verl.errors import SdarError
 from sdar_verl.text_files import TextFileError, numbered_lines
 from sdar_verl.untrusted import parse_json, whole_characters
@@ -152,7 +153,11 @@ def _answers(row: Mapping[str, Any]) -> list[str]:
         holder = _parsed(row.get(name))
         if found is None and isinstance(holder, Mapping):
             found = holder.get("ground_truth")
-    return list(dict.fromkeys(_texts(found)))
+    answers = list(dict.fromkeys(_texts(found)))
+    told = [answer for answer in answers if has_content(answer)]  # the others would be met by an answer of nothing
+    if answers and not told:
+        raise ValueError("golden answers of which the scorer leaves nothing (articles, punctuation)")
+    return told
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -220,7 +225,7 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
         if not columns:
             raise QuestionFileError(f"{path} has the columns {', '.join(file.schema_arrow.names)}; needed are {_FORMS}")
         for batch in file.iter_batches(columns=columns):
-            yield from batch.to_pylist()
+            yield from batch.to_pylist(maps_as_pydicts="lossy")
     except (OSError, pa.ArrowException) as error:
         raise QuestionFileError(
             f"{path} is no readable parquet file ({error}); download it again, or give a .jsonl file"

@@ -6,15 +6,16 @@ Lower case, no punctuation, no articles, white space squeezed; any of the golden
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 _FILE = Path("utils", "reward_score", "search_r1_like_qa_em.py")
 
 
 @functools.cache
-def _em_check() -> Callable[[str, Sequence[str]], int]:
+def _verls() -> Any:
     # From the file: importing the package would load torch and Ray into every environment process.
     package = util.find_spec("verl")
     if package is None or package.origin is None:
@@ -23,9 +24,14 @@ def _em_check() -> Callable[[str, Sequence[str]], int]:
     assert spec is not None and spec.loader is not None
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.em_check
+    return module
 
 
 def exact_match(answer: str, golden: Sequence[str]) -> bool:
     """Whether ``answer`` is one of ``golden``, in verl's (SQuAD's) normal form."""
-    return bool(_em_check()(answer, list(golden)))
+    return bool(_verls().em_check(answer, list(golden)))
+
+
+def has_content(answer: str) -> bool:
+    """Whether the normal form leaves something of ``answer``; an answer of nothing would be equal to the others."""
+    return bool(_verls().normalize_answer(answer))

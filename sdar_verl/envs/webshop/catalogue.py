@@ -152,10 +152,14 @@ def read_products(files: DataFiles) -> Iterator[Product]:
             product = _clean(raw, _whole(attributes.get(asin, {})), _whole(human.get(asin, ())))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CatalogueError(
-                f"{files.products}: product number {number} is damaged ({type(error).__name__}: {error}); "
+                f"{files.products}: product number {number}{_named(raw)} is damaged ({type(error).__name__}: {error}); "
                 "download the file again"
             ) from error
         yield product
+
+
+def _named(raw: Any) -> str:
+    return f" (asin {raw['asin']})" if isinstance(raw, dict) and "asin" in raw else ""
 
 
 def stream_array(path: Path) -> Iterator[Any]:
