@@ -19,6 +19,8 @@ from omegaconf import DictConfig
 from sdar_verl.atomic import write_text_atomically
 from sdar_verl.cloud import ledger, stop
 from sdar_verl.cloud.store import Store
+from sdar_verl.config import load_config
+from sdar_verl.errors import SdarError
 
 GUARD = "SDAR_GUARD"
 """Environment variable: the file in which the driver leaves, for a guard around it, where the run lies."""
@@ -44,17 +46,51 @@ def before_ray(config: DictConfig) -> str | None:
             stop.forget(stores)
             return reason
     known = [name for store in stores for name in [ledger.newest(store)] if name is not None]
-    tell_guard(stores, known, int(config.trainer.nnodes), int(config.trainer.n_gpus_per_node))
+    step_s = planned_step_s(config, _card()) if os.environ.get(GUARD) else None
+    tell_guard(stores, known, int(config.trainer.nnodes), int(config.trainer.n_gpus_per_node), step_s)
     answer_sigterm(lambda: _stop(stores, known))
     return None
 
 
-def tell_guard(stores: list[Store], known: list[str], nodes: int, cards: int) -> None:
-    """Leave word for the guard, if there is one: where the run lies, which attempts were before it, cards per node."""
+def tell_guard(stores: list[Store], known: list[str], nodes: int, cards: int, step_s: float | None = None) -> None:
+    """Leave word for the guard, if there is one.
+
+    Args:
+        stores: where the run lies.
+        known: attempts that were before this one.
+        nodes, cards: nodes, and cards on each.
+        step_s: seconds that a step will take by the planner; None: unknown.
+    """
     note = os.environ.get(GUARD)
     if note:
         facts = {"places": [store.place for store in stores], "nodes": nodes, "cards": nodes * cards, "before": known}
-        write_text_atomically(Path(note), json.dumps(facts))
+        write_text_atomically(Path(note), json.dumps(facts | {"step_s": step_s}))
+
+
+def planned_step_s(config: DictConfig, card: str | None) -> float | None:
+    """Seconds of a step by the planner; None for a card or a model that it does not know.
+
+    Args:
+        config: verl's.
+        card: what its driver calls the card.
+    """
+    from sdar_verl.planner.hardware import recognised
+    from sdar_verl.planner.layout import Layout
+    from sdar_verl.planner.timing import step_seconds
+
+    gpu = recognised(card) if card else None
+    if gpu is None:
+        return None
+    try:
+        return sum(step_seconds(Layout.from_config(config, load_config(config.sdar)), gpu).values())
+    except SdarError:
+        return None  # the run's own checks tell what is wrong, if something is
+
+
+def _card() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def opened(stores: list[Store], before: list[str]) -> str | None:

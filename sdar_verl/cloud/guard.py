@@ -260,9 +260,12 @@ class Guard:
         _say(f"{spent:.2f} of {budget:g} USD are spent by earlier attempts")
         if spent >= budget:
             return f"the budget of {budget:g} USD over all attempts is spent"
-        step = (self.limits.price or 0.0) * max((line.slowest for line in self._earlier), default=0.0) / 3600
+        slowest = max((line.slowest for line in self._earlier), default=0.0)
+        step = (self.limits.price or 0.0) * (slowest or self._facts.get("step_s") or 0.0) / 3600
         if budget - spent < step:
-            return f"what is left of the budget, {budget - spent:.2f} USD, does not pay for one step ({step:.2f})"
+            planned = "" if slowest else ", by the planner"
+            left = f"what is left of the budget, {budget - spent:.2f} USD, does not pay for one step"
+            return f"{left} ({step:.2f}{planned})"
         return None
 
     def _write(self, why: str | None, status: int | None) -> None:

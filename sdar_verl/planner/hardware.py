@@ -45,6 +45,14 @@ def find_gpu(name: str) -> Gpu:
     return GPUS[name.lower()]
 
 
+def recognised(name: str) -> Gpu | None:
+    """The card that a driver calls ``name``, such as ``NVIDIA A100-SXM4-80GB``; None when it is not listed."""
+    words = name.lower().replace("-", " ").split()
+    found = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words]
+    sized = [gpu for gpu in found if gpu.name.split("-")[1] in words]
+    return (sized or found)[0] if sized or len(found) == 1 else None
+
+
 @dataclass(frozen=True)
 class Efficiency:
     """Shares of the data sheet's figures that real runs reach; estimates, to be set from a measured step.

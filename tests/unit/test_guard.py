@@ -14,20 +14,22 @@ import pytest
 from sdar_verl.cli import main
 from sdar_verl.cloud import guard as guards
 from sdar_verl.cloud import ledger
+from sdar_verl.cloud.driver import planned_step_s
 from sdar_verl.cloud.guard import Guard, Limits
 from sdar_verl.cloud.notice import Ec2Notice
 from sdar_verl.cloud.store import Store
+from sdar_verl.compose import compose_config
 from tests.support.metadata_server import metadata_server
 
 RUN = """
-import sys, time
+import os, sys, time
 from sdar_verl.cloud import ledger, stop
 from sdar_verl.cloud.driver import tell_guard
 from sdar_verl.cloud.store import Store
 folder, steps, first, status = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 store = Store(folder)
 known = [name for name in [ledger.newest(store)] if name]
-tell_guard([store], known, 1, 8)
+tell_guard([store], known, 1, 8, float(os.environ.get("STEP_S", 0)) or None)
 if steps < 0:
     sys.exit(status)
 own, step, ended = ledger.open_id(store), first, None
@@ -150,6 +152,26 @@ def test_a_budget_that_does_not_pay_for_a_step_starts_none(tmp_path):
     ledger.write(Store(tmp_path), "0001-aaaaaa", {"price": 10.0, "seconds": 3600.0}, guard=True)
     assert guard(tmp_path, steps=100000, first=9, price=10.0, budget=12.0).run() == 0
     assert "does not pay for one step" in (attempts(tmp_path)[1].ended or "")
+
+
+def test_a_budget_that_does_not_pay_for_the_planned_first_step_starts_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEP_S", "720")
+    assert guard(tmp_path, steps=100000, price=10.0, budget=1.5).run() == 0
+    (attempt,) = attempts(tmp_path)
+    assert "1.50 USD, does not pay for one step (2.00, by the planner)" in (attempt.ended or "")
+    assert guard(tmp_path / "other", price=10.0, budget=2.5).run() == 0
+    assert attempts(tmp_path / "other")[0].ended == "finished"
+
+
+def test_what_a_step_takes_is_planned_for_cards_that_are_known():
+    config = compose_config("sdar_alfworld", ["model=qwen2.5-7b"])
+    a100, h100 = (planned_step_s(config, f"NVIDIA {name}") for name in ("A100-SXM4-80GB", "H100 80GB HBM3"))
+    assert a100 is not None and h100 is not None and 60 < h100 < a100 < 10000
+    for card in (None, "NVIDIA GeForce RTX 3090", "NVIDIA A100"):
+        assert planned_step_s(config, card) is None
+    assert planned_step_s(compose_config("sdar_alfworld", ["hardware=cpu"]), "NVIDIA H200") is not None
+    unknown = compose_config("sdar_alfworld", ["actor_rollout_ref.model.path=nobodys/model"])
+    assert planned_step_s(unknown, "NVIDIA H200") is None
 
 
 def test_attempts_without_a_price_count_at_this_ones(tmp_path):
