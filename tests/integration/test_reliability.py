@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -75,6 +77,44 @@ def test_a_killed_run_goes_on_as_if_never_stopped(tmp_path):
     assert teachers[0]["record"] == teachers[1]["record"] == {"source": "ema", "step": 6, "updates": 6}
     for name, value in teachers[0]["weights"].items():
         torch.testing.assert_close(teachers[1]["weights"][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own, of 64 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"no disk can be mounted here: {made.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_in_mid_save_keeps_the_checkpoint_before(tmp_path, disk):
+    folder, marker, ballast = tmp_path / "run", tmp_path / "half written", disk / "ballast"
+    words = (f"trainer.default_local_dir={disk / 'checkpoints'}", "trainer.save_freq=1")
+    faults = {"VERL_USE_EXTERNAL_MODULES": FAULTS, "SDAR_STOP_SAVE": f"3:{marker}"}
+    first = LiveRun(folder, *words, steps=3, mode="sdar_faults", env=faults)
+    try:
+        first.wait_for(marker.exists)
+    finally:
+        first.kill_all()
+    saved = disk / "checkpoints" / "global_step_2"
+    size = sum(path.stat().st_size for path in saved.rglob("*"))
+    shutil.rmtree(disk / "checkpoints" / "global_step_3")
+    ballast.write_bytes(b"\0" * (shutil.disk_usage(disk).free - size // 2))
+
+    common = {"steps": 3, "mode": "sdar_faults", "VERL_USE_EXTERNAL_MODULES": FAULTS}
+    full = train(folder, *words, check=False, **common)
+    assert full.returncode not in (0, 2), "the next start may have room"
+    assert "No space left on device" in full.output or "PytorchStreamWriter failed" in full.output
+    assert (disk / "checkpoints" / TRACKER).read_text() == "2"
+
+    ballast.unlink()
+    rest = train(folder, *words, **common)
+    assert sorted(rest.metrics) == [3] and (disk / "checkpoints" / TRACKER).read_text() == "3"
+    assert (disk / "checkpoints" / "global_step_3" / "data.pt").is_file()
 
 
 def compared(name: str) -> bool:
