@@ -34,7 +34,7 @@ from sdar_verl.local import start_policy
 from sdar_verl.local.sampling import SamplingParams
 from sdar_verl.local.scheduler import BatchScheduler
 from sdar_verl.rollout.actions import match_admissible, parse_action
-from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
+from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnView
 from sdar_verl.rollout.prompts import PromptTemplate
 from sdar_verl.skills.loading import load_run_bank
 from sdar_verl.skills.retrieval import render_skills, retrieve
@@ -101,7 +101,7 @@ class Episode:
 
     async def generate(self, turn: int) -> list[int]:
         """Prompt and answer of a turn."""
-        shown = TurnContext(
+        shown = TurnView(
             task=self.task.description,
             history=tuple(self.history[-HISTORY:]),
             observation=self.step.observation,

@@ -28,7 +28,7 @@ from sdar_verl.envs.alfworld.env import AlfworldEnv
 from sdar_verl.envs.base import Task
 from sdar_verl.panels import write_panel
 from sdar_verl.rollout.control import control_strings_of
-from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
+from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnView
 from sdar_verl.rollout.prompts import PromptTemplate
 from sdar_verl.skills.loading import load_run_bank
 from sdar_verl.skills.retrieval import render_skills, retrieve
@@ -40,14 +40,14 @@ WINDOW, ROLLOUTS = 2, 4
 # ---------------------------------------------------------------- tokens
 
 
-def conversation(game: Path, turns: int) -> list[TurnContext]:
+def conversation(game: Path, turns: int) -> list[TurnView]:
     """What the agent knows before each turn of random play, with its whole history."""
     env, rng = AlfworldEnv(), random.Random(0)
     task = as_task(game)
     state, history, seen = env.reset(task), [], []
     for step in range(1, turns + 1):
         seen.append(
-            TurnContext(
+            TurnView(
                 task.description, tuple(history), state.observation, state.admissible_actions, step, max_steps=turns
             )
         )
@@ -58,7 +58,7 @@ def conversation(game: Path, turns: int) -> list[TurnContext]:
     return seen
 
 
-def tokens(prompts: PromptBuilder, seen: list[TurnContext], skills: str, answer: list[int]) -> dict[str, int]:
+def tokens(prompts: PromptBuilder, seen: list[TurnView], skills: str, answer: list[int]) -> dict[str, int]:
     """Tokens of the rows that these turns become, prompts and answers, for each way of making rows."""
     whole = sum(len(prompts.encode(turn, skills, turn.history)) + len(answer) for turn in seen)
     window = sum(len(prompts.encode(turn, skills, turn.history[-WINDOW:])) + len(answer) for turn in seen)

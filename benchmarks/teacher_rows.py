@@ -30,7 +30,7 @@ from sdar_verl.config import SkillsConfig, TeacherConfig
 from sdar_verl.context.base import Passage
 from sdar_verl.envs.alfworld.env import AlfworldEnv
 from sdar_verl.rollout.control import control_strings_of
-from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
+from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnView
 from sdar_verl.rollout.prompts import PromptTemplate
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
@@ -43,18 +43,18 @@ TEMPLATE, HISTORY, MAX_STEPS = "alfworld", 2, 50
 SETTINGS = TeacherConfig(max_prompt_length=8192)
 
 
-def turns(games: list[Path], count: int, seed: int = 0) -> list[tuple[TurnContext, str]]:
+def turns(games: list[Path], count: int, seed: int = 0) -> list[tuple[TurnView, str]]:
     """``count`` turns of random play, and the skills of their tasks."""
     bank = load_run_bank(SkillsConfig(bank="alfworld"), "alfworld")
     env, rng = AlfworldEnv(), random.Random(seed)
-    found: list[tuple[TurnContext, str]] = []
+    found: list[tuple[TurnView, str]] = []
     while len(found) < count:
         for game in games:
             task = as_task(game)
             skills = render_skills(retrieve(bank, task, ["task_type"], 0, {}, None).skills)
             state, history = env.reset(task), []
             for step in range(1, 13):
-                seen = TurnContext(
+                seen = TurnView(
                     task.description,
                     tuple(history[-HISTORY:]),
                     state.observation,
@@ -71,7 +71,7 @@ def turns(games: list[Path], count: int, seed: int = 0) -> list[tuple[TurnContex
 class Rows:
     """The turns of a step with sampled answers, and the three ways."""
 
-    def __init__(self, tokenizer: Any, contexts: list[tuple[TurnContext, str]], response_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, contexts: list[tuple[TurnView, str]], response_tokens: int) -> None:
         self.tokenizer = tokenizer
         self.prompts = PromptBuilder(tokenizer, PromptTemplate.load(TEMPLATE, control_strings_of(tokenizer)))
         self.contexts = contexts

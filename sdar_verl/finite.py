@@ -93,7 +93,7 @@ def leave_out_broken_rows(
                 + ("" if drops else " sdar.on_nonfinite=drop leaves such rows out of the update and counts them.")
             )
         _take_out(table, sorted(broken), eos_token_id)
-    return {"sdar/nonfinite_rows": table.broken} if drops else {}
+    return {"sdar/nonfinite_rows": table.taken_out} if drops else {}
 
 
 def _take_out(table: StepTable, numbers: Sequence[int], eos_token_id: int) -> None:

@@ -51,7 +51,7 @@ class StepTable:
         infos: the agent loop's record of each row; None for rows that fill the batch up, which count nowhere.
         columns: name -> (rows, response_length), 0 behind the end of a response; what :meth:`read` has fetched.
         lengths: (rows,) response tokens; there after :meth:`read`.
-        broken: rows that were taken out.
+        taken_out: how many rows were taken out.
     """
 
     step: int
@@ -60,7 +60,7 @@ class StepTable:
     infos: list[RowInfo | None]
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
-    broken: int = 0
+    taken_out: int = 0
 
     def read(self, names: Sequence[str]) -> None:
         """Fetch columns of all rows, in one call; those that this run does not have are left out."""
@@ -76,7 +76,7 @@ class StepTable:
 
     def take_out(self, numbers: Sequence[int]) -> None:
         """Let these rows count nowhere, as if they filled the batch up."""
-        self.broken += len(numbers)
+        self.taken_out += len(numbers)
         for i in numbers:
             self.infos[i] = None
             for values in self.columns.values():
@@ -189,7 +189,7 @@ def stop_on_errors(errors: Sequence[str | None]) -> None:
         raise RolloutError(f"{faults[0]}\n({len(faults)} of {len(errors)} rows of this step have such a fault)")
 
 
-def stop_on_losses(failures: Sequence[str | None], asked: int) -> None:
+def stop_on_lost_episodes(failures: Sequence[str | None], asked: int) -> None:
     """Stop a run that loses most of its episodes: those that are left are no sample of what the policy does.
 
     Args:

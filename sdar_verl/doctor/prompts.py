@@ -18,7 +18,7 @@ from sdar_verl.envs.host import checked
 from sdar_verl.envs.registry import make_env
 from sdar_verl.recipe import plays_environments
 from sdar_verl.rollout.control import role_marks_of
-from sdar_verl.rollout.prompt_builder import TurnContext
+from sdar_verl.rollout.prompt_builder import TurnView
 from sdar_verl.rollout.runtime import Runtime
 
 MAX_TASKS = 1000
@@ -196,7 +196,7 @@ def _first_prompts(
             for task in tasks:
                 started, method = task.task_id, "reset"
                 state = checked(env.reset(task))
-                shown = TurnContext(
+                shown = TurnView(
                     task=task.description,
                     history=(),
                     observation=state.observation,

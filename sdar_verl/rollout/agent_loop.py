@@ -26,7 +26,7 @@ from sdar_verl.envs.pool import EnvError, EnvProcessError
 from sdar_verl.panels import task_from_json
 from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
 from sdar_verl.rollout.outputs import Episode, OutputMaker, Turn, conversation
-from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnContext
+from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnView
 from sdar_verl.rollout.prompts import PromptTemplateError
 from sdar_verl.rollout.rows import EVIDENCE_COLUMN, RETIRED_COLUMN, TRACED_COLUMN, EpisodeNote, RowInfo, turn_text
 from sdar_verl.rollout.runtime import Runtime, get_runtime
@@ -176,7 +176,7 @@ class SdarAgentLoop(AgentLoopBase):
             state: Step = await session.reset()
             episode.env_s += time.perf_counter() - started
             for turn_index in range(settings.env.max_steps):
-                shown = TurnContext(
+                shown = TurnView(
                     task=task.description,
                     history=tuple(history[-settings.prompt.history_length :] if settings.prompt.history_length else ()),
                     observation=state.observation,
@@ -253,7 +253,7 @@ class SdarAgentLoop(AgentLoopBase):
         return ServerTeacher(self.server_manager, rollout.name, rollout.temperature, checks=checks)
 
     @staticmethod
-    def _follow_up(runtime: Runtime, shown: TurnContext, episode: Episode) -> list[int]:
+    def _follow_up(runtime: Runtime, shown: TurnView, episode: Episode) -> list[int]:
         """The conversation up to the next answer, earlier answers verbatim; empty when a whole answer has no room."""
         last = episode.turns[-1]
         if not last.response_ids:  # the server was cut off: nothing to go on from
@@ -287,7 +287,7 @@ class SdarAgentLoop(AgentLoopBase):
             )
         return replace(texts, teacher=teacher, found=found, empty=teacher is None)
 
-    def _info(self, task: Task, shown: TurnContext, dropped: int, texts: _Texts, prompt_tokens: int) -> RowInfo:
+    def _info(self, task: Task, shown: TurnView, dropped: int, texts: _Texts, prompt_tokens: int) -> RowInfo:
         return RowInfo(
             turn=shown.step - 1,
             task_type=task.task_type,

@@ -20,7 +20,7 @@ from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import Task
 from sdar_verl.fields import TEACHER_PROMPTS, contrast_prompts
-from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
+from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnView
 from sdar_verl.rollout.rows import EpisodeNote, RowId, RowInfo
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
 from sdar_verl.table import StepTable, stop_on_errors
@@ -225,7 +225,7 @@ class TurnPrompts:
         """Fill in the teacher's prompt of a turn: what the student was shown, as the agent loop put it."""
         info = infos[index]
         length = min(self._settings.prompt.history_length, index) - info.history_dropped
-        shown = TurnContext(
+        shown = TurnView(
             task=task.description,
             history=tuple((past.observation, past.action) for past in infos[index - length : index]),
             observation=info.observation,

@@ -11,7 +11,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopO
 from sdar_verl.envs.base import Task
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
 from sdar_verl.rollout.rows import ROW_KEY, RowInfo, TurnNote
-from sdar_verl.verl.outputs import RowOutput
+from sdar_verl.verl.row_output import RowOutput
 
 
 @dataclass

@@ -25,7 +25,7 @@ class PromptTooLong(ValueError):
 
 
 @dataclass(frozen=True)
-class TurnContext:
+class TurnView:
     """What the agent knows before a turn.
 
     Attributes:
@@ -139,7 +139,7 @@ class PromptBuilder:
         }
         task, observation, context = ("\n".join(lines) for lines in marked.values())
         for history in ((), (("earlier", "look"),)):
-            turn = TurnContext(task, history, observation, ("look",), step=len(history) + 1, max_steps=9)
+            turn = TurnView(task, history, observation, ("look",), step=len(history) + 1, max_steps=9)
             ids, without = (self.encode(turn, skills, history) for skills in (context, ""))
             hidden = [slot for slot, lines in marked.items() if not all(shows(self._tokenizer, ids, x) for x in lines)]
             if ids == without and "context" not in hidden:
@@ -187,13 +187,13 @@ class PromptBuilder:
 
     def _control_ids(self, value: str, control: Set[int], conversation: bool) -> Counter[int]:
         # In one slot of each message: the template's own check has looked at every slot.
-        turn = TurnContext("x", (("x", "x"),), observation=value, admissible_actions=("x",), step=2, max_steps=9)
+        turn = TurnView("x", (("x", "x"),), observation=value, admissible_actions=("x",), step=2, max_steps=9)
         ids = self.encode(turn, value, turn.history)
         if conversation:
             ids = [*ids, *self.follow_up(turn, self._tokenizer.eos_token_id)]
         return Counter(i for i in ids if i in control)
 
-    def encode(self, context: TurnContext, skills: str, history: Sequence[tuple[str, str | None]]) -> list[int]:
+    def encode(self, context: TurnView, skills: str, history: Sequence[tuple[str, str | None]]) -> list[int]:
         """Token ids of ``context`` with ``skills`` in the slot and this much ``history``."""
         text = self._template.render(
             task=context.task,
@@ -214,7 +214,7 @@ class PromptBuilder:
             return [*in_front, *ids]
         return ids
 
-    def follow_up(self, context: TurnContext, last_token: int) -> list[int]:
+    def follow_up(self, context: TurnView, last_token: int) -> list[int]:
         """Token ids between an answer and the next one in a conversation: what ends the assistant's turn, the new user
         message, and what opens the assistant's next turn.
 
@@ -269,7 +269,7 @@ class PromptBuilder:
             ) from error
 
     def fit(
-        self, context: TurnContext, skills: str, *, limit: int, drop_history: bool, option: str
+        self, context: TurnView, skills: str, *, limit: int, drop_history: bool, option: str
     ) -> tuple[list[int], int]:
         """Encode ``context`` within ``limit`` tokens.
 

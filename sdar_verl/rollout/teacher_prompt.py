@@ -6,12 +6,12 @@ import numpy as np
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.context.base import Passage
-from sdar_verl.rollout.prompt_builder import PromptBuilder, PromptTooLong, TurnContext
+from sdar_verl.rollout.prompt_builder import PromptBuilder, PromptTooLong, TurnView
 from sdar_verl.rollout.rows import RowInfo
 
 
 def add_teacher_prompt(
-    info: RowInfo, prompts: PromptBuilder, shown: TurnContext, passage: Passage, settings: TeacherConfig
+    info: RowInfo, prompts: PromptBuilder, shown: TurnView, passage: Passage, settings: TeacherConfig
 ) -> None:
     """Fill in the teacher's prompt and what belongs to it.
 

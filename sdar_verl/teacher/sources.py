@@ -91,7 +91,7 @@ class WeightSource:
         return 0
 
     @property
-    def engine(self) -> Any:
+    def worker(self) -> Any:
         """The ``TrainingWorker`` through which the pass runs."""
         return self.host.actor
 
@@ -177,13 +177,13 @@ class Reference(WeightSource):
         return None if settings.path is not None else steps_done
 
     @property
-    def engine(self) -> Any:
+    def worker(self) -> Any:
         return self.host.other or self.host.ref or self.host.actor
 
     @contextmanager
     def scoring(self) -> Iterator[dict[str, Any]]:
         # Without an engine of its own, the start weights are the base under the adapter.
-        yield {"no_lora_adapter": True} if self.engine is self.host.actor else {}
+        yield {"no_lora_adapter": True} if self.worker is self.host.actor else {}
 
 
 @register_source("lora_base")

@@ -36,8 +36,8 @@ from sdar_verl.rollout.server_teacher import ServerTeacher
 from sdar_verl.rollout.uids import seed_part
 from sdar_verl.skills.retrieval import RetrievalError
 from sdar_verl.verl import symbols
-from sdar_verl.verl.outputs import RowOutput
 from sdar_verl.verl.recipe_prompts import Built, RecipeRuntime
+from sdar_verl.verl.row_output import RowOutput
 
 symbols.check("loops")
 

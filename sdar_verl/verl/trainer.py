@@ -45,7 +45,7 @@ from sdar_verl.rollout.rows import RETIRED_COLUMN, TRACED_COLUMN
 from sdar_verl.rollout.runtime import make_prompts
 from sdar_verl.rollout.uids import PromptUids
 from sdar_verl.step import local_update
-from sdar_verl.table import StepTable, joined, stop_on_errors, stop_on_losses
+from sdar_verl.table import StepTable, joined, stop_on_errors, stop_on_lost_episodes
 from sdar_verl.verl import symbols
 from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
 from sdar_verl.verl.late import late_contexts
@@ -235,7 +235,7 @@ class SdarTraining(PPOTrainer):
         """Episodes that were asked for and left no row; too many stop the run."""
         tasks = self.config.data.train_batch_size // self.parameter_sync_step
         asked, failures = tasks * self.config.actor_rollout_ref.rollout.n, table.failures()
-        stop_on_losses(failures, asked)
+        stop_on_lost_episodes(failures, asked)
         return {"sdar/crashed_episodes": asked - len(failures)}
 
     def first_checks(self, table: StepTable, metrics: dict[str, Any]) -> None:
@@ -344,7 +344,7 @@ class SdarTraining(PPOTrainer):
             kwargs |= {EXPECTED: counts} if counts else {}
         metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
         stop_on_errors(reward_extra_infos_dict.get("error", []))
-        stop_on_losses([failure or None for failure in reward_extra_infos_dict.get("failure", [])], asked=0)
+        stop_on_lost_episodes([failure or None for failure in reward_extra_infos_dict.get("failure", [])], asked=0)
         if not self._environments:
             return metrics
         rollouts = self.config.actor_rollout_ref.rollout.val_kwargs.n

@@ -228,15 +228,15 @@ class WithTeacher(ActorRolloutRefWorker):
             frozen.init_model()
             self._other = frozen.ref
         self._source = get_source(self._settings.source)(self._settings, self)
-        self.set_dispatch_collect(mesh_name=MESH, **self._source.engine.get_dispatch_collect())
+        self.set_dispatch_collect(mesh_name=MESH, **self._source.worker.get_dispatch_collect())
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name=MESH))
     @DistProfiler.annotate(color="cyan", role="teacher_compute_log_prob")
     def compute_teacher_log_prob(self, data: TensorDict) -> TensorDict:
         """Score teacher rows with the teacher's weights; see :meth:`SdarTrainingWorker.score`."""
         with self.source.scoring() as extra:
-            fields = score(self.source.engine, data, **extra)
-        heads = self.source.engine.engine.heads
+            fields = score(self.source.worker, data, **extra)
+        heads = self.source.worker.engine.heads
         if heads.kept is not None:
             self.actor.engine.heads.teacher, heads.kept = heads.kept, None
         return fields

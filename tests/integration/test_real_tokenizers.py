@@ -14,7 +14,7 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.context.base import Passage
 from sdar_verl.rollout.control import control_ids_of, control_strings_of, disguised
 from sdar_verl.rollout.messages import ContextPlace
-from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
+from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnView
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError, template_names
 from sdar_verl.rollout.recipe_rows import record_of, task_of
 from tests.support.npm_tokenizers import TOKENIZERS, install, load
@@ -56,8 +56,8 @@ def model(request: pytest.FixtureRequest, folder: Path) -> Any:
     )
 
 
-def turn(text: str) -> TurnContext:
-    return TurnContext(text, ((text, text), (text, None)), text, (text, "look"), step=3, max_steps=9)
+def turn(text: str) -> TurnView:
+    return TurnView(text, ((text, text), (text, None)), text, (text, "look"), step=3, max_steps=9)
 
 
 def control(model: Any, ids: list[int]) -> Counter[int]:

@@ -14,7 +14,7 @@ from sdar_verl.config import load_config
 from sdar_verl.context.words import WORDS
 from sdar_verl.local import start_policy
 from sdar_verl.observe.metrics import row_metrics
-from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
+from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnView
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError, template_names
 from sdar_verl.rollout.rows import RowInfo, TurnNote
 from sdar_verl.verl.advantage import AdvantageRows, advantage_rows, compute_sdar_advantage
@@ -25,7 +25,7 @@ from tests.support.table import make_table
 from tests.support.verl_version import IS_VERL_090
 
 TURNS = [
-    TurnContext("put a mug on desk", (), f"sight {i}", ("look", "go to desk 1"), step=i, max_steps=9) for i in (1, 2, 3)
+    TurnView("put a mug on desk", (), f"sight {i}", ("look", "go to desk 1"), step=i, max_steps=9) for i in (1, 2, 3)
 ]
 ANSWERS = ["<think> where is it </think>\n<action> look </action>", "<action>go to desk 1</action>"]
 WHOLE = {"rollout__rows": "trajectory", "rollout__turn_length": 20, "prompt__history_length": 0}

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from sdar_verl.envs.base import Step, Task
 from sdar_verl.local import start_policy
 from sdar_verl.rollout.control import RESPONSE_TAGS, Completions, control_pattern, control_strings_of, role_marks_of
-from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
+from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnView
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError, template_names
 from sdar_verl.untrusted import whole_characters
 from tests.support.chatml import QWEN3_TOKENS, qwen_like_tokenizer
@@ -63,10 +63,10 @@ def builder(name: str, template: str, **kwargs: Any) -> PromptBuilder:
 BUILDERS = {(name, template): builder(name, template) for name in TOKENIZERS for template in template_names()}
 
 
-def turn(*texts: str) -> TurnContext:
+def turn(*texts: str) -> TurnView:
     task, observation, earlier, action, offered = texts
     history = ((earlier, action), (observation, None))
-    return TurnContext(task, history, observation, admissible_actions=(offered, "look"), step=3, max_steps=9)
+    return TurnView(task, history, observation, admissible_actions=(offered, "look"), step=3, max_steps=9)
 
 
 def control_ids(name: str, ids: list[int]) -> Counter[int]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sdar_verl.rollout.control import control_strings_of
-from sdar_verl.rollout.prompt_builder import PromptBuilder, PromptTooLong, TurnContext
+from sdar_verl.rollout.prompt_builder import PromptBuilder, PromptTooLong, TurnView
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError
 from tests.support.chatml import chatml_tokenizer, qwen_like_tokenizer
 
@@ -44,7 +44,7 @@ def builder(tokenizer):
     return PromptBuilder(tokenizer, PromptTemplate.load("alfworld"))
 
 
-TURN = TurnContext(
+TURN = TurnView(
     task="put a mug in the fridge",
     history=(("first sight", "go to desk 1"), ("second sight", None)),
     observation="third sight",

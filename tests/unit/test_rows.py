@@ -14,7 +14,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopO
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from sdar_verl.rollout.rows import COLUMNS, ROW_KEY, EpisodeNote, RowInfo, TurnNote
-from sdar_verl.verl.outputs import RowOutput
+from sdar_verl.verl.row_output import RowOutput
 from tests.support.fuzzing import quick
 
 TEXT = st.text(max_size=5)

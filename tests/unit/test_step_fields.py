@@ -19,7 +19,7 @@ from sdar_verl.envs.host import EnvHost, EnvRaised
 from sdar_verl.envs.registry import check_env, demonstration_of, register_env
 from sdar_verl.errors import RolloutError
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.table import stop_on_losses
+from sdar_verl.table import stop_on_lost_episodes
 from tests.support.table import make_table
 
 TASK = Task("theirs", "t", "", "")
@@ -213,9 +213,9 @@ def test_a_run_that_loses_most_of_its_episodes_stops_and_says_why() -> None:
     infos = [row(None) if key < "p2" else row("KeyError: 'a bug'") for key in keys]
     failures = make_table([*keys, "pad_0_0"], [*infos, None]).failures()
     assert failures == [None, None, "KeyError: 'a bug'", "KeyError: 'a bug'"]
-    stop_on_losses(failures, 4)  # half of them
-    stop_on_losses([], 0)
+    stop_on_lost_episodes(failures, 4)  # half of them
+    stop_on_lost_episodes([], 0)
     with pytest.raises(RolloutError, match=r"(?s)3 of 5 episodes .*2 times: KeyError.*1 times: nothing came back"):
-        stop_on_losses(failures, 5)
+        stop_on_lost_episodes(failures, 5)
     with pytest.raises(RolloutError, match="3 of 5 episodes"):
-        stop_on_losses([*failures, "another"], 3)
+        stop_on_lost_episodes([*failures, "another"], 3)

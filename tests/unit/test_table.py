@@ -57,7 +57,7 @@ def test_a_row_that_is_taken_out_counts_nowhere():
     table = two_episodes(old_log_probs=[[-1.0] * 4, [-2.0], [-3.0, -4.0], [-5.0]])
     assert table.mask.any(1).tolist() == [True, True, False, False]  # known before, and known anew
     table.take_out([0, 2])
-    assert table.broken == 2 and table.episodes().keys() == {"a_0"}
+    assert table.taken_out == 2 and table.episodes().keys() == {"a_0"}
     assert table.response.any(1).tolist() == table.mask.any(1).tolist() == [False, True, False, False]
     assert not table.columns["old_log_probs"][[0, 2]].any()
 

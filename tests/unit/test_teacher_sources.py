@@ -29,7 +29,7 @@ def weight(value: float) -> nn.Linear:
 
 def teachers_weight(source: Any) -> float:
     with source.scoring():
-        return source.engine.engine.module.weight.item()
+        return source.worker.engine.module.weight.item()
 
 
 def run(settings: TeacherConfig, steps: int) -> list[float]:
