@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from tests.support.verl_run import RAY_IS_LATE, RAY_STARTS
+from tests.support.verl_run import RAY_IS_LATE, STARTS
 
 CPUS = 16
 """Virtual, per node: verl reserves three per training worker and one per helper."""
@@ -18,7 +18,7 @@ CPUS = 16
 
 def add_node(cluster: Any, **arguments: Any) -> None:
     """``cluster.add_node``, again where a loaded machine needs more than Ray's 30 s to start one."""
-    for left in reversed(range(RAY_STARTS)):
+    for left in reversed(range(STARTS)):
         try:
             cluster.add_node(**arguments)
             return
