@@ -24,6 +24,7 @@ exec python -m verl.trainer.main_ppo --config-name sdar_ppo +hardware=cpu \
   trainer.total_training_steps=30 \
   trainer.test_freq=10 \
   trainer.save_freq=-1 \
+  sdar.rollout.poll_interval_s=0.1 \
   sdar.teacher.max_prompt_length=192 \
   sdar.context.sources=[column] \
   +sdar.context.options.column.path=extra_info.answer \

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,3 +73,13 @@ def train_recipe(
     """Two steps with ``--config-name sdar_ppo`` and these flags."""
     arguments = recipe_arguments(folder, *overrides, rows=rows, model=model)
     return run_main_ppo(folder, arguments, config="sdar_ppo", **kwargs)
+
+
+def command_of(script: Path, folder: Path, *extra: str) -> list[str]:
+    """Arguments that ``script`` gives to Python, from a stand-in for it that prints them."""
+    stand_in = folder / "python"
+    stand_in.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    env = {**os.environ, "PATH": os.pathsep.join([str(folder), os.environ["PATH"]])}
+    run = subprocess.run(["bash", str(script), *extra], env=env, capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()

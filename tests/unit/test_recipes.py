@@ -26,6 +26,7 @@ from sdar_verl.panels import write_panel
 from sdar_verl.planner.hardware import find_gpu
 from sdar_verl.planner.layout import Layout
 from sdar_verl.planner.plan import make_plan
+from tests.support.recipe_run import command_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ENVIRONMENTS = ("alfworld", "search", "webshop")
@@ -214,16 +215,6 @@ def test_panels_that_do_not_exist_are_named(env, recipe):
 
 def test_the_same_recipe_is_sound_on_a_cpu(recipe, panels):
     assert faults(recipe("hardware=cpu", *panels)) == []
-
-
-def command_of(script: Path, folder: Path, *extra: str) -> list[str]:
-    """Arguments that ``script`` gives to Python, from a stand-in for it that prints them."""
-    stand_in = folder / "python"
-    stand_in.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
-    stand_in.chmod(0o755)
-    env = {**os.environ, "PATH": os.pathsep.join([str(folder), os.environ["PATH"]])}
-    run = subprocess.run(["bash", str(script), *extra], env=env, capture_output=True, text=True, check=True)
-    return run.stdout.splitlines()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -1,0 +1,95 @@
+"""GSM8K's recipe for a CPU: problems that verl's reward can read, a policy that can read the worked solution."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from verl.utils.reward_score.gsm8k import compute_score
+
+from sdar_verl.checks.run import check_run
+from sdar_verl.compose import compose_config
+from sdar_verl.config import load_config
+from tests.support.recipe_run import command_of, write_data
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def small() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("small_gsm8k", ROOT / "recipes" / "gsm8k" / "small.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small: ModuleType) -> Any:
+    return small.make_tokenizer()
+
+
+def test_verls_reward_pays_the_worked_solution_and_nothing_else(small: ModuleType) -> None:
+    for row in small.problems(64, 0, "train"):
+        truth = row["reward_model"]["ground_truth"]
+        assert compute_score(row["extra_info"]["answer"], truth) == 1
+        a, b = (int(word) for word in row["prompt"][0]["content"].split() if word.isdigit())
+        assert compute_score(small.solution(a, b, a + b + 1), truth) == 0
+
+
+def test_the_same_seed_gives_the_same_problems_and_splits_differ(small: ModuleType) -> None:
+    assert small.problems(20, 0, "train") == small.problems(20, 0, "train")
+    questions = [[row["extra_info"]["question"] for row in small.problems(20, *which)]
+                 for which in ((0, "train"), (1, "train"), (0, "test"))]  # fmt: skip
+    assert questions[0] != questions[1] != questions[2] != questions[0]
+
+
+def test_every_digit_is_a_token_and_any_text_is_read(small: ModuleType, tokenizer: Any) -> None:
+    assert len(tokenizer.encode("1729")) == 4
+    for text in (small.question("Ann", "pens", 3, 4), small.solution(9, 9, 18), "Grüße, 你好\n"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("\n")) == 1, "verl's loops want a newline to be a token"
+
+
+def test_lessons_are_right_where_the_policy_is_to_know(small: ModuleType, tokenizer: Any) -> None:
+    right: dict[tuple[bool, bool], list[bool]] = {}
+    for messages, answer in itertools.islice(small.lessons(tokenizer, 0), 2000):
+        a, b = (int(word) for word in messages[0]["content"].split("?")[0].split() if word.isdigit())
+        told = "####" in messages[0]["content"]
+        right.setdefault((told, small.known(a, b)), []).append(answer == small.solution(a, b, a + b))
+    shares = {case: sum(found) / len(found) for case, found in right.items()}
+    assert shares[True, True] == shares[True, False] == shares[False, True] == 1
+    assert shares[False, False] == pytest.approx(1 / (2 * small.NEAR + 1), abs=0.08)
+
+
+def test_only_answers_are_learnt_and_a_few_batches_lower_the_loss(small: ModuleType, tokenizer: Any) -> None:
+    rows = list(itertools.islice(small.lessons(tokenizer, 1), 8))
+    batch = small.collate(tokenizer, rows)
+    for row, (_, answer) in enumerate(rows):
+        learnt = batch["labels"][row][batch["labels"][row] != -100]
+        assert tokenizer.decode(learnt) == answer + tokenizer.eos_token
+    losses = []
+    for steps in (2, 30):
+        model = small.warm_start(tokenizer, steps, 8, 0)
+        with torch.no_grad():
+            losses.append(model(**batch).loss.item())
+    assert losses[1] < 0.7 * losses[0]
+
+
+def test_the_script_passes_all_checks(small: ModuleType, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "policy").mkdir()
+    for split in ("train", "test"):
+        write_data(tmp_path, small.problems(16, 0, split), split)
+    small.warm_start(tokenizer, 1, 2, 0).save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    monkeypatch.setenv("DATA", str(tmp_path))
+    command = command_of(ROOT / "recipes" / "gsm8k" / "small.sh", tmp_path, "method=revkl_frozen")
+    assert command[:4] == ["-m", "verl.trainer.main_ppo", "--config-name", "sdar_ppo"]
+    config = compose_config("sdar_ppo", command[4:])
+    assert config.sdar.method == "revkl_frozen"
+    check_run(config, load_config(config.sdar))
