@@ -4,7 +4,7 @@
 
 "Ann has 3 pens and gets 4 more" needs the sum of two numbers up to nine. The policy has seen every sum with a worked
 solution in the prompt, and copies it; without one it knows every second of the 81 sums, and of the others says a number
-within two of the right one. What training must teach it is these sums; the reward is verl's own of GSM8K.
+within four of the right one. What training must teach it is these sums; the reward is verl's own of GSM8K.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana")
 THINGS = ("pens", "cards", "nuts", "coins", "books", "eggs")
 LARGEST = 9
-NEAR = 2
+NEAR = 4
 """How far from the sum a policy that does not know it guesses."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
