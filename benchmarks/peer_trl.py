@@ -4,10 +4,10 @@
     python -m benchmarks.peer_trl --trl TRL/bin/python [--seeds 0,1,2] [--steps 20] [--data DIR]
 
 Both train the policy of recipes/gsm8k/small.py on the same problems: 8 prompts x 8 answers a step, one update, AdamW
-with the same constants, and nothing but the reverse KL over the whole vocabulary to the current weights with the worked
-solution behind the question (the very same teacher prompts). One thread of the CPU for each process of either. Seed by
-seed in turn, TRL first in one and last in the next. TRL is one process; ours is verl's: driver, trainer, rollout server, agent
-loop, queue, reward.
+with the same constants, and nothing but the reverse KL over the whole vocabulary to the current weights with the
+worked solution behind the question (the very same teacher prompts). One thread of the CPU for each process of either.
+Seed by seed in turn, TRL first in one and last in the next. TRL is one process; ours is verl's: driver, trainer,
+rollout server, agent loop, queue, reward.
 
 Memory is the largest sum of proportional set sizes over a run's processes, twice a second. The first two steps are left
 out of the seconds.
