@@ -215,7 +215,10 @@ def test_whatever_an_environment_raises_travels_as_text(error: BaseException) ->
         ({"longest_step_s": float("nan")}, "longest_step_s must be a number of seconds"),
         ({"longest_step_s": property(lambda self: self.limit)}, "cannot be made: AttributeError: .*'limit'"),
         # As gym's are called.
-        ({"reset": lambda self, *, seed=None, options=None: Step("o")}, r"reset must be defined as reset\(self, task\) "),
+        (
+            {"reset": lambda self, *, seed=None, options=None: Step("o")},
+            r"reset must be defined as reset\(self, task\) ",
+        ),
         ({"step": lambda self, action, done: Step("o")}, r"step must be .* step\(self, action\) \(missing .*'done'"),
         *(({method: coroutine_method}, f"{method} must be a plain function .*not an async") for method in METHODS),
     ],
@@ -247,7 +250,12 @@ def test_a_demonstration_is_a_list_of_texts() -> None:
         step = reset  # type: ignore[assignment]
 
     register_env("theirs")(Theirs)
-    for Theirs.said, actions in ((None, []), ("go on", ["go on"]), (("a", "b"), ["a", "b"]), ([*Move], ["look around"])):
+    for Theirs.said, actions in (
+        (None, []),
+        ("go on", ["go on"]),
+        (("a", "b"), ["a", "b"]),
+        ([*Move], ["look around"]),
+    ):
         assert demonstration_of(TASK) == actions
     for Theirs.said in ([("go", 1.0)], {"go": 1}, {"go", "on"}, 3, [""]):
         with pytest.raises(ValueError, match="demonstration of task 't': it must be a list of actions"):
