@@ -131,7 +131,7 @@ def _as_json(task: Task) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         raise PanelError(
             f"the data of task {shorten(task.task_id)} are no JSON ({error}): {shorten(task.data)}; use texts, "
-            "numbers, True, False, None, lists, and dicts with texts as keys; int(), float() or .tolist() for those of numpy"
+            "numbers, True, False, None, lists and dicts with texts as keys; of numpy's, int(), float() or .tolist()"
         ) from error
 
 
