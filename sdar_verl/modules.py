@@ -23,7 +23,7 @@ def import_modules(modules: Iterable[str]) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script's parser of the command line ends the process
             raise ConfigError(
                 f"sdar.modules: {module} cannot be imported here: {type(error).__name__}: {error}; "
                 "it must be importable in every process of the run (install its package, or put its folder on "

@@ -11,7 +11,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
-from sdar_verl.untrusted import is_inside, parse_json
+from sdar_verl.untrusted import is_inside, parse_json, shorten
 
 PANEL_FILE = "panel.json"
 _HASH_KEY = b"sdar_panel_hash"
@@ -70,7 +70,7 @@ def choose(tasks: Iterable[Task], count: int, seed: int = 0) -> list[Task]:
     return [task for _, _, task in ranked[:count]]
 
 
-def write_panel(tasks: Sequence[Task], path: str | Path, split: str) -> str:
+def write_panel(tasks: Iterable[Task], path: str | Path, split: str) -> str:
     """Write one panel, atomically.
 
     The columns are those of verl's ``RLHFDataset``: ``prompt`` (the task's description as a chat; the agent loop builds
@@ -78,7 +78,7 @@ def write_panel(tasks: Sequence[Task], path: str | Path, split: str) -> str:
     task_type), and ``task``, the task as JSON, which the agent loop plays.
 
     Args:
-        tasks: at least one; ids must be unique.
+        tasks: at least one; ids must be unique, data must be JSON.
         path: the parquet file.
         split: name of the split, for ``extra_info``.
 
@@ -86,11 +86,12 @@ def write_panel(tasks: Sequence[Task], path: str | Path, split: str) -> str:
         The panel's hash.
 
     Raises:
-        PanelError: no task, or an id twice.
+        PanelError: no task, an id twice, or data that would not come back from the file as they are.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    tasks = list(tasks)
     if not tasks:
         raise PanelError(f"no tasks for {path}")
     doubles = [task_id for task_id, n in Counter(task.task_id for task in tasks).items() if n > 1]
@@ -102,7 +103,7 @@ def write_panel(tasks: Sequence[Task], path: str | Path, split: str) -> str:
             "data_source": task.env,
             "reward_model": {"style": "rule", "ground_truth": task.task_id},
             "extra_info": {"index": index, "split": split, "task_id": task.task_id, "task_type": task.task_type},
-            "task": json.dumps(asdict(task), sort_keys=True),
+            "task": _as_json(task),
         }
         for index, task in enumerate(sorted(tasks, key=lambda task: task.task_id))
     ]
@@ -114,6 +115,32 @@ def write_panel(tasks: Sequence[Task], path: str | Path, split: str) -> str:
     pq.write_table(table, partial)
     partial.replace(path)
     return digest
+
+
+def _as_json(task: Task) -> str:
+    """The task as a line of JSON.
+
+    Raises:
+        PanelError: its data would not come back as they are: JSON has texts, numbers, True, False, None, lists, and
+            objects whose keys are texts; it would make texts of other keys.
+    """
+    try:
+        if other := [key for key in _keys(task.data) if not isinstance(key, str)]:
+            raise TypeError(f"{shorten(other[0])} as a key, where only a text can be one")
+        return json.dumps(asdict(task), sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PanelError(
+            f"the data of task {shorten(task.task_id)} are no JSON ({error}): {shorten(task.data)}; use texts, "
+            "numbers, True, False, None, lists and dicts with texts as keys; of numpy's, int(), float() or .tolist()"
+        ) from error
+
+
+def _keys(value: Any) -> Iterator[Any]:
+    for key, inner in value.items() if isinstance(value, Mapping) else ():
+        yield key
+        yield from _keys(inner)
+    for inner in value if isinstance(value, list | tuple) else ():
+        yield from _keys(inner)
 
 
 def task_from_json(text: str) -> Task:
@@ -172,7 +199,7 @@ def panel_digest(path: str | Path) -> str:
 
 
 def write_panels(
-    panels: Mapping[str, Sequence[Task]],
+    panels: Mapping[str, Iterable[Task]],
     folder: str | Path,
     settings: Mapping[str, Any],
     versions: Mapping[str, str] | None = None,
@@ -192,7 +219,8 @@ def write_panels(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PANEL_FILE).unlink(missing_ok=True)
     described: dict[str, Any] = {"panels": {}, "settings": dict(settings), "versions": dict(versions or {})}
-    for name, tasks in panels.items():
+    for name, given in panels.items():
+        tasks = list(given)
         described["panels"][name] = {
             "file": f"{name}.parquet",
             "hash": write_panel(tasks, folder / f"{name}.parquet", name),

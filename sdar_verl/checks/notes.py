@@ -32,11 +32,17 @@ def run_notes(config: DictConfig, sdar: SdarConfig) -> list[str]:
         notes.append(
             f"trainer.total_epochs={epochs} has no effect: trainer.total_training_steps={steps} ends the run before"
         )
-    saved = list(OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.save_contents") or ())
-    lacking = [part for part in ("model", "optimizer", "extra") if part not in saved]
-    if saved and lacking and trainer.save_freq > 0:
+    warmup = OmegaConf.select(config, "actor_rollout_ref.actor.optim.lr_warmup_steps") or 0
+    if steps is not None and warmup >= steps:
         notes.append(
-            f"actor_rollout_ref.actor.checkpoint.save_contents={saved} leaves out "
+            f"actor_rollout_ref.actor.optim.lr_warmup_steps={warmup}: the learning rate rises over all of "
+            f"trainer.total_training_steps={steps}, and never gets to actor_rollout_ref.actor.optim.lr"
+        )
+    saved = OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.save_contents")
+    lacking = [part for part in ("model", "optimizer", "extra") if saved is not None and part not in saved]
+    if lacking and trainer.save_freq > 0:
+        notes.append(
+            f"actor_rollout_ref.actor.checkpoint.save_contents={list(saved)} leaves out "
             f"{', '.join(lacking)}: no run can go on from these checkpoints as if never stopped"
         )
     if trainer.get("max_actor_ckpt_to_keep", None) == 1:

@@ -41,6 +41,7 @@ _BOUNDS: dict[str, list[tuple[Callable[[Any, Any], bool], float]]] = {
     "at least 0": [(operator.ge, 0)],
     "above 0": [(operator.gt, 0)],
     "above 0 and at most 1": [(operator.gt, 0), (operator.le, 1)],
+    "at least 0 and at most 1": [(operator.ge, 0), (operator.le, 1)],
     "any": [],
 }
 

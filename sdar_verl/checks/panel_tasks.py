@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.envs.base import Task
 from sdar_verl.panels import PanelError, panel_digest, read_panel
@@ -27,7 +27,7 @@ def panel_files(config: DictConfig, option: str) -> list[str]:
     As they are written: verl's dataset does not expand a ``~`` either.
     """
     files = config.data[option]
-    listed = [files] if isinstance(files, str) else list(files or [""])
+    listed = list(files or [""]) if OmegaConf.is_list(files) else [files]
     return [str(file) for file in listed if "://" not in str(file)]
 
 

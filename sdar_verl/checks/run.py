@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,7 +14,7 @@ from sdar_verl.checks.context import context_faults
 from sdar_verl.checks.data import data_faults
 from sdar_verl.checks.engine import engine_faults, sequence_parallel
 from sdar_verl.checks.loss import loss_faults
-from sdar_verl.checks.modes import mode_faults, parts_of_a_step
+from sdar_verl.checks.modes import mode_faults, parts_of_a_step, verl_mode
 from sdar_verl.checks.options import (
     choice_faults,
     dataclass_faults,
@@ -159,14 +160,20 @@ def _registered_in_verl(config: DictConfig) -> list[str]:
 
 def _rows(config: DictConfig, sdar: SdarConfig) -> list[str]:
     rollout, limit = sdar.rollout, config.data.max_response_length
+    faults = []
+    room, needed = config.actor_rollout_ref.rollout.max_model_len, config.data.max_prompt_length + limit
+    if room is not None and room < needed:
+        faults.append(
+            f"actor_rollout_ref.rollout.max_model_len={room} is less than a row may have, "
+            f"data.max_prompt_length + data.max_response_length = {needed}; raise it, or lower one of them"
+        )
     if rollout.rows == "per_turn":
         if rollout.turn_length is not None:
-            return [
+            faults.append(
                 f"sdar.rollout.turn_length={rollout.turn_length} has no effect with sdar.rollout.rows=per_turn, where "
                 "data.max_response_length is the limit of an answer; set it to null, or rows=trajectory"
-            ]
-        return []
-    faults = []
+            )
+        return faults
     if rollout.turn_length is None or rollout.turn_length > limit:
         faults.append(
             f"sdar.rollout.turn_length={'null' if rollout.turn_length is None else rollout.turn_length}: with "
@@ -185,12 +192,6 @@ def _rows(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"sdar.update.mini_batch_rows={mini_batch}, but with sdar.rollout.rows=trajectory a step has {episodes} "
             f"rows (data.train_batch_size * rollout.n{_per_part(config)}), and verl would fill it up with padding; set "
             f"it to {episodes} or a divisor"
-        )
-    room, needed = config.actor_rollout_ref.rollout.max_model_len, config.data.max_prompt_length + limit
-    if room is not None and room < needed:
-        faults.append(
-            f"actor_rollout_ref.rollout.max_model_len={room} is less than a conversation may have, "
-            f"data.max_prompt_length + data.max_response_length = {needed}; raise it, or lower max_response_length"
         )
     if sdar.advantage.group_stats == "turn":
         faults.append(
@@ -213,7 +214,7 @@ def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
             "(trainer.n_gpus_per_node * trainer.nnodes); choose a divisor, 1 for none"
         ]
     ranks = devices // together
-    faults = []
+    faults = _devices(config, devices)
     if rows is not None and rows % n:
         faults.append(f"sdar.update.mini_batch_rows={rows} must be a multiple of actor_rollout_ref.rollout.n={n}")
     own = config.actor_rollout_ref.actor.ppo_mini_batch_size
@@ -236,6 +237,31 @@ def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
                 f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={micro} does not divide the {mini} rows of a "
                 "mini-batch on one rank; choose a divisor or set actor_rollout_ref.actor.use_dynamic_bsz=True"
             )
+    return faults
+
+
+def _devices(config: DictConfig, devices: int) -> list[str]:
+    """What verl's workers assert or divide by when they are made."""
+    node, rollout, faults = config.actor_rollout_ref, config.actor_rollout_ref.rollout, []
+    for role in ("actor", "ref"):
+        size = node[role].fsdp_config.fsdp_size
+        if 0 < size < devices and devices % size:
+            faults.append(
+                f"actor_rollout_ref.{role}.fsdp_config.fsdp_size={size} does not divide the {devices} devices "
+                "(trainer.n_gpus_per_node * trainer.nnodes); choose a divisor, -1 for all of them"
+            )
+    sizes = {name: rollout[f"{name}_parallel_size"] for name in ("tensor_model", "data", "pipeline_model")}
+    if verl_mode(config.trainer.v1.trainer_mode) != "separate_async" and devices % math.prod(sizes.values()):
+        named = " * ".join(f"{name}_parallel_size={size}" for name, size in sizes.items() if size > 1)
+        faults.append(
+            f"actor_rollout_ref.rollout.{named} does not divide the {devices} devices (trainer.n_gpus_per_node * "
+            "trainer.nnodes), which the rollout shares; choose a divisor"
+        )
+    if not rollout.log_prob_use_dynamic_bsz and rollout.log_prob_micro_batch_size_per_gpu is None:
+        faults.append(
+            "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=False needs "
+            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu, the rows of one pass; set it"
+        )
     return faults
 
 

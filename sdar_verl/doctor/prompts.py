@@ -14,8 +14,7 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.doctor.findings import Finding
 from sdar_verl.doctor.recipe_prompts import check_recipe_prompts
 from sdar_verl.envs.base import NO_ACTION, Task
-from sdar_verl.envs.host import checked
-from sdar_verl.envs.registry import make_env
+from sdar_verl.envs.host import EnvHost, EnvRaised
 from sdar_verl.recipe import plays_environments
 from sdar_verl.rollout.control import role_marks_of
 from sdar_verl.rollout.prompt_builder import TurnView
@@ -190,36 +189,32 @@ def _first_prompts(
     student: list[tuple[int, str]] = []
     teacher: list[tuple[int, str]] = []
     started, method = "none yet", "reset"
+    host = EnvHost(sdar.env.name, sdar.env.options, sdar.modules)
     try:
-        env = make_env(sdar.env.name, **sdar.env.options)
-        try:
-            for task in tasks:
-                started, method = task.task_id, "reset"
-                state = checked(env.reset(task))
-                shown = TurnView(
-                    task=task.description,
-                    history=(),
-                    observation=state.observation,
-                    admissible_actions=(*state.action_forms, *state.admissible_actions),
-                    step=1,
-                    max_steps=sdar.env.max_steps,
-                )
-                student.append((len(runtime.prompts.encode(shown, "", ())), task.task_id))
-                if with_teacher:
-                    request = runtime.request(task)
-                    text = runtime.contexts.passage(request, runtime.contexts.early_passages(request)).text
-                    teacher.append((len(runtime.prompts.encode(shown, text, ())), task.task_id))
-                method = "step"  # with what an answer without an action sends
-                checked(env.step(NO_ACTION))
-        finally:
-            env.close()
+        for task in tasks:
+            started, method = task.task_id, "reset"
+            state = host.reset(0, task).step
+            shown = TurnView(
+                task=task.description,
+                history=(),
+                observation=state.observation,
+                admissible_actions=(*state.action_forms, *state.admissible_actions),
+                step=1,
+                max_steps=sdar.env.max_steps,
+            )
+            student.append((len(runtime.prompts.encode(shown, "", ())), task.task_id))
+            if with_teacher:
+                request = runtime.request(task)
+                text = runtime.contexts.passage(request, runtime.contexts.early_passages(request)).text
+                teacher.append((len(runtime.prompts.encode(shown, text, ())), task.task_id))
+            method = "step"  # with what an answer without an action sends
+            host.step(0, NO_ACTION)
     except Exception as error:  # an engine raises what it likes
-        yield Finding(
-            "fail",
-            "environment",
-            f"{sdar.env.name} fails in a {method} of task {started}: {type(error).__name__}: {error}",
-        )
+        told = error.text if isinstance(error, EnvRaised) else f"{type(error).__name__}: {error}"
+        yield Finding("fail", "environment", f"{sdar.env.name} fails in a {method} of task {started}: {told}")
         return
+    finally:
+        host.close()
     yield Finding("ok", "environment", f"{len(tasks)} tasks of {sdar.env.name} were started, and answered a step")
     limits = [("student", student, "data.max_prompt_length", runtime.max_prompt_length)]
     if teacher:

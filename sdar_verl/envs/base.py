@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ from sdar_verl.untrusted import shorten, whole_characters
 
 DEFAULT_ACTION_TAGS = ("action",)
 """An answer carries its action between ``<action>`` and ``</action>``, unless the environment says otherwise."""
+
+TAG_NAME = re.compile(r"[a-z][a-z0-9_-]*")
+"""Names of action tags: tags are read whatever their case, their names are handed on in lower case."""
 
 NO_ACTION = "none"
 """Sent to the environment, which does not know it, where an answer held no action."""

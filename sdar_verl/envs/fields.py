@@ -33,7 +33,7 @@ def text_of(field: str, value: Any) -> str:
     """``value`` as text whose halves of surrogate pairs became U+FFFD."""
     if not isinstance(value, str):
         raise StepError(f"a step's {field} must be text, not {shorten(value)}")
-    return whole_characters(str(value))
+    return whole_characters(str.__str__(value))  # an Enum's own str() is its name
 
 
 def texts_of(field: str, value: Any) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ def texts_of(field: str, value: Any) -> tuple[str, ...]:
         raise StepError(f"a step's {field} must be a tuple of texts, () for none, not {shorten(value)}")
     if any(not text.strip() for text in texts):
         raise StepError(f"a step's {field} holds an empty text, which no answer can name: {shorten(value)}")
-    return tuple(whole_characters(str(text)) for text in texts)
+    return tuple(text_of(field, text) for text in texts)
 
 
 def forms_of(field: str, value: Any) -> tuple[str, ...]:

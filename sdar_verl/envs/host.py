@@ -10,7 +10,7 @@ import importlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sdar_verl.envs.base import Step, Task, TextEnv
@@ -61,7 +61,10 @@ def checked(answer: Any) -> Step:
     """
     if not isinstance(answer, Step):
         raise not_a_step(answer)
-    return answer
+    if type(answer) is Step:
+        return answer
+    # A subclass may not have checked its fields, and its module need not be there where the answer goes.
+    return Step(**{field.name: getattr(answer, field.name) for field in fields(Step)})
 
 
 def check_beginning(step: Step) -> None:
@@ -80,7 +83,7 @@ def check_beginning(step: Step) -> None:
 def _told() -> Iterator[None]:
     try:
         yield
-    except Exception as raised:
+    except (Exception, SystemExit) as raised:
         error = (isinstance(raised, TypeError) and not_its_fields(raised)) or raised
         text = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
         raise EnvRaised(" ".join(text.split())[:800], isinstance(error, StepError)) from raised
@@ -131,9 +134,19 @@ class EnvHost:
                 if method == "reset":
                     check_beginning(step)
         except BaseException:
-            self._envs.pop(slot, None)  # its state is unknown: the next episode gets a new one
+            self._drop(slot)  # its state is unknown: the next episode gets a new one
             raise
         return Timed(step, time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Close all environments, whatever they raise."""
+        for slot in list(self._envs):
+            self._drop(slot)
+
+    def _drop(self, slot: int) -> None:
+        with contextlib.suppress(Exception, SystemExit):
+            if slot in self._envs:
+                self._envs.pop(slot).close()
 
     def _env(self, slot: int) -> TextEnv:
         if slot not in self._envs:

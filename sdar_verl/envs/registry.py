@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import util
 from numbers import Real
 from typing import Any, TypeVar
 
-from sdar_verl.envs.base import Task, TextEnv
+from sdar_verl.envs.base import TAG_NAME, Task, TextEnv
+from sdar_verl.envs.fields import StepError, texts_of
 from sdar_verl.untrusted import shorten
 
 Factory = TypeVar("Factory", bound=Callable[..., TextEnv])
@@ -69,7 +71,7 @@ def known_envs() -> tuple[str, ...]:
     return tuple(sorted(_BUILTINS.keys() | _registered.keys()))
 
 
-def make_env(name: str, **options: Any) -> TextEnv:
+def make_env(name: str, /, **options: Any) -> TextEnv:
     """Construct the environment called ``name``.
 
     Args:
@@ -85,7 +87,7 @@ def make_env(name: str, **options: Any) -> TextEnv:
     _check_options(name, factory, options)
     with _authors_faults(name, "cannot be made"):
         env = factory(**options)
-    _check_class(name, env)
+        _check_class(name, env)
     return env
 
 
@@ -100,14 +102,15 @@ def demonstration_of(task: Task) -> list[str]:
     """
     stored = task.data.get("demonstration")
     expert = getattr(_factory(task.env), "demonstration", None) if not stored else None
-    actions = stored or (expert(task) if expert is not None else None) or ()
-    actions = [actions] if isinstance(actions, str) else list(actions)
-    if not all(isinstance(action, str) for action in actions):
+    actions = stored or (expert(task) if expert is not None else None)
+    try:
+        given = [actions] if isinstance(actions, str) else () if actions is None else actions
+        return list(texts_of("demonstration", given))
+    except StepError:
         raise ValueError(
             f"environment {task.env!r}, demonstration of task {shorten(task.task_id)}: it must be a list of actions, "
-            f"each a text, not {shorten(actions)}"
-        )
-    return actions
+            f"each a text and none empty, not {shorten(actions)}"
+        ) from None
 
 
 def task_types_of(name: str) -> tuple[tuple[str, ...], Mapping[str, tuple[str, ...]]]:
@@ -128,7 +131,8 @@ def check_env(name: str, options: dict[str, Any]) -> None:
         with _authors_faults(name, "raised in its check"):
             env.check()
     finally:
-        env.close()
+        with _authors_faults(name, "raised in its close"):
+            env.close()
 
 
 def check_installed(name: str) -> None:
@@ -174,12 +178,13 @@ def _check_options(name: str, factory: Callable[..., TextEnv], options: dict[str
 
 @contextlib.contextmanager
 def _authors_faults(name: str, what: str) -> Iterator[None]:
-    """Errors that an environment raises on purpose pass; others (a TypeError for an abstract method) are named."""
+    """Errors that an environment raises on purpose pass; others (a TypeError for an abstract method, the exit of a
+    parser that reads the command line) are named."""
     try:
         yield
     except (ValueError, ImportError, OSError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"environment {name!r} {what}: {type(error).__name__}: {error}") from error
 
 
@@ -194,13 +199,40 @@ def _check_class(name: str, env: Any) -> None:
                 f"environment {name!r}: {attribute} must be a tuple of names, such as ('search', 'answer') or "
                 f"('action',), not {shorten(texts)}"
             )
+    if bad := [tag for tag in env.action_tags if not TAG_NAME.fullmatch(tag)]:
+        raise ValueError(
+            f"environment {name!r}: action_tags holds {shorten(bad[0])}; a tag's name is in lower case and without "
+            "brackets, such as 'search'"
+        )
     if not env.action_tags:
         raise ValueError(f"environment {name!r}: action_tags is empty; ('action',) is the default")
-    if not isinstance(env.longest_step_s, Real):
+    _check_methods(name, env)
+    if not isinstance(env.thread_safe, bool):
+        raise ValueError(f"environment {name!r}: thread_safe must be True or False, not {shorten(env.thread_safe)}")
+    if not isinstance(env.task_type_aliases, Mapping):
+        raise ValueError(
+            f"environment {name!r}: task_type_aliases must be a dict of a type and its other names, not "
+            f"{shorten(env.task_type_aliases)}"
+        )
+    if not isinstance(env.longest_step_s, Real) or math.isnan(env.longest_step_s):
         raise ValueError(
             f"environment {name!r}: longest_step_s must be a number of seconds, 0 for no limit of its own, "
             f"not {shorten(env.longest_step_s)}"
         )
+
+
+def _check_methods(name: str, env: TextEnv) -> None:
+    """Raise ValueError for a method that cannot be called as the agent loop does: gym's have other arguments, and what
+    an async one does is never awaited."""
+    for method, arguments in (("reset", ("task",)), ("step", ("action",)), ("check", ()), ("close", ())):
+        function, right = getattr(env, method), f"{method}({', '.join(('self', *arguments))})"
+        try:
+            with contextlib.suppress(ValueError):  # what is written in C may have no signature
+                inspect.signature(function).bind(*arguments)
+        except TypeError as error:
+            raise ValueError(f"environment {name!r}: {method} must be defined as {right} ({error})") from error
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise ValueError(f"environment {name!r}: {method} must be a plain function {right}, not an async one")
 
 
 def _origin(factory: Callable[..., TextEnv]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -90,6 +91,9 @@ def match_admissible(
 ) -> str | None:
     """The admissible action that ``action`` means, whatever its case and white space; None when there is none.
 
+    Nor does it matter how Unicode writes a letter: many tokenizers compose ``e`` and its accent before they encode a
+    prompt, and the model copies what it was shown.
+
     Whether a response parses and whether its action is admissible are two figures; an action is valid when both hold.
 
     Args:
@@ -100,12 +104,16 @@ def match_admissible(
         shown: how the prompt shows an action, where that differs: a title with a control string in it is shown broken,
             and copied so.
     """
-    wanted, admissible = _squeeze(action).casefold(), list(admissible)
+    wanted, admissible = _alike(action), list(admissible)
     for show in (_as_it_is, *([shown] if shown is not None else [])):
-        meant = [candidate for candidate in admissible if _squeeze(show(candidate)).casefold() == wanted]
+        meant = [candidate for candidate in admissible if _alike(show(candidate)) == wanted]
         if meant:  # of two that differ in case alone, the one that was written
             return next((one for one in meant if _squeeze(show(one)) == _squeeze(action)), meant[0])
     return next((filled for form in forms if (filled := _fill(form, action)) is not None), None)
+
+
+def _alike(text: str) -> str:
+    return unicodedata.normalize("NFKC", _squeeze(text)).casefold()
 
 
 def _as_it_is(text: str) -> str:

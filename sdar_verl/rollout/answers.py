@@ -27,7 +27,8 @@ class AnswerReader:
     def text(self, ids: Sequence[int]) -> str:
         """What the model wrote, tags and all."""
         kept = [i for i in ids if i not in self._left_out]
-        return str(self._tokenizer.decode(kept, skip_special_tokens=False))
+        # Cleaned up, "a , b" would be "a, b", and no longer the action that the prompt showed.
+        return str(self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def lost_tags(self) -> list[str]:
         """Tags that do not come back when they are written and read; an action in one of them is never seen."""

@@ -154,6 +154,13 @@ class PromptBuilder:
                 raise PromptTemplateError(
                     f"the encoded prompt does not show the whole {' and '.join(hidden)} at turn {turn.step}; {option}"
                 )
+            for line in self._message(turn, context, history).splitlines():
+                if not shows(self._tokenizer, ids, line):
+                    raise PromptTemplateError(
+                        f"the encoded prompt does not show the line {line.strip()!r} of sdar.prompt.template at turn "
+                        f"{turn.step}: the chat template of actor_rollout_ref.model.path changes it (some take /think "
+                        "out, and with it </think>); say it in other words, or use another chat template"
+                    )
 
     def check_forging(self, *, conversation: bool = False) -> None:
         """Make sure, with this very tokenizer and chat template, that no slot becomes a control token.
@@ -195,16 +202,7 @@ class PromptBuilder:
 
     def encode(self, context: TurnView, skills: str, history: Sequence[tuple[str, str | None]]) -> list[int]:
         """Token ids of ``context`` with ``skills`` in the slot and this much ``history``."""
-        text = self._template.render(
-            task=context.task,
-            skills=skills if self._position == "user" else "",
-            history=[{"observation": observation, "action": action} for observation, action in history],
-            observation=context.observation,
-            admissible_actions=list(context.admissible_actions),
-            step=context.step,
-            max_steps=context.max_steps,
-        )
-        messages = [{"role": "user", "content": text}]
+        messages = [{"role": "user", "content": self._message(context, skills, history)}]
         if skills and self._position == "system":
             content = f"{SYSTEM_INTRODUCTION}\n{self._template.clean(skills)}"
             messages.insert(0, {"role": "system", "content": content})
@@ -213,6 +211,17 @@ class PromptBuilder:
             in_front = self._tokenizer(self._template.clean(skills) + "\n\n", add_special_tokens=False)["input_ids"]
             return [*in_front, *ids]
         return ids
+
+    def _message(self, context: TurnView, skills: str, history: Sequence[tuple[str, str | None]]) -> str:
+        return self._template.render(
+            task=context.task,
+            skills=skills if self._position == "user" else "",
+            history=[{"observation": observation, "action": action} for observation, action in history],
+            observation=context.observation,
+            admissible_actions=list(context.admissible_actions),
+            step=context.step,
+            max_steps=context.max_steps,
+        )
 
     def follow_up(self, context: TurnView, last_token: int) -> list[int]:
         """Token ids between an answer and the next one in a conversation: what ends the assistant's turn, the new user

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,13 @@ from typing import Any
 from jinja2 import StrictUndefined, Template, TemplateError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sdar_verl.envs.base import DEFAULT_ACTION_TAGS
+from sdar_verl.envs.base import DEFAULT_ACTION_TAGS, TAG_NAME
 from sdar_verl.rollout.control import RESPONSE_TAGS, Completions, control_pattern, disguised, joints, neutralise
 from sdar_verl.text_files import TextFileError, read_text
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 # A template that asks for other action tags says so: {% set action_tags = ['search', 'answer'] %}
 TAGS_VARIABLE = "action_tags"
-_TAG_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 SLOTS = ("task", "skills", "history", "observation", "admissible_actions", "step", "max_steps", "standalone")
 # A template may leave out the others; without one of these the agent, or its teacher, would be blind.
 REQUIRED_SLOTS = ("task", "skills", "observation")
@@ -74,7 +72,7 @@ def _declared_tags(parsed: nodes.Template, path: Path) -> tuple[str, ...]:
             tags = node.node.as_const() if isinstance(node.node, nodes.List | nodes.Tuple) else ()
         except nodes.Impossible:
             tags = ()
-        if not tags or not all(isinstance(tag, str) and _TAG_NAME.fullmatch(tag) for tag in tags):
+        if not tags or not all(isinstance(tag, str) and TAG_NAME.fullmatch(tag) for tag in tags):
             raise PromptTemplateError(
                 f"prompt template {path}: {TAGS_VARIABLE} must be a list of tag names, such as ['search', 'answer']"
             )

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from sdar_verl.untrusted import printable
+from sdar_verl.untrusted import parse_json, printable
 
 if TYPE_CHECKING:
     from sdar_verl.skills.bank import SkillBank
@@ -41,9 +41,20 @@ def add_parser(commands: Any) -> None:
                 "--retrieval", nargs="+", default=["keyword", "task_type"], metavar="RULE", help="rules, in order"
             )
             action.add_argument(
-                "--options", type=json.loads, default={}, metavar="JSON", help='rule -> options: {"ucb": {"c": 2}}'
+                "--options", type=_options, default={}, metavar="JSON", help='rule -> options: {"ucb": {"c": 2}}'
             )
             action.add_argument("--seed", type=int, default=0, help="sdar.skills.seed")
+
+
+def _options(text: str) -> dict[str, dict[str, Any]]:
+    """``--options``: rule -> its options."""
+    try:
+        options = parse_json(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    if not isinstance(options, dict) or not all(isinstance(given, dict) for given in options.values()):
+        raise argparse.ArgumentTypeError(f'{text!r} must be rule -> options, such as {{"ucb": {{"c": 2}}}}')
+    return options
 
 
 def _load(arguments: argparse.Namespace) -> SkillBank:

@@ -180,6 +180,16 @@ def test_an_action_is_known_by_the_form_in_which_it_was_shown() -> None:
     assert match_admissible("click[a]", offered, shown=neutralise) == "click[a]"
 
 
+def test_an_action_is_known_however_unicode_writes_it() -> None:
+    """Tokenizers compose accents (NFC) or undo ligatures and widths (NFKC): the model copies what it was shown."""
+    apart, ligature = "take cafe\u0301 sign", "open \ufb01le \uff11"
+    offered = [apart, ligature, "look"]
+    assert match_admissible("take caf\u00e9 sign", offered) == apart
+    assert match_admissible("Open file 1", offered) == ligature
+    assert match_admissible("size 2", ["size \u00b2", "size 2"]) == "size 2"
+    assert match_admissible("take cafe sign", offered) is None
+
+
 def test_letters_outside_ascii_make_no_tag() -> None:
     assert parse_action("<ſearch>a</ſearch>", tags=SEARCH).error == "no search or answer block"
     assert parse_action("<thınK>a</thınK><action>look</action>").thought is None

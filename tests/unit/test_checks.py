@@ -111,6 +111,22 @@ CASES = {
         {"sdar.rollout.rows": "trajectory", "actor_rollout_ref.rollout.max_model_len": 300},
         ["max_model_len=300", "= 340"],
     ),
+    "no room for a prompt and an answer": (
+        {"actor_rollout_ref.rollout.max_model_len": 300},
+        ["max_model_len=300", "a row may have", "= 340"],
+    ),
+    "shards that do not divide the devices": (
+        {"trainer.n_gpus_per_node": 4, "actor_rollout_ref.actor.fsdp_config.fsdp_size": 3},
+        ["actor_rollout_ref.actor.fsdp_config.fsdp_size=3 does not divide the 4 devices"],
+    ),
+    "a rollout larger than its devices": (
+        {"actor_rollout_ref.rollout.tensor_model_parallel_size": 2},
+        ["rollout.tensor_model_parallel_size=2 does not divide the 1 devices"],
+    ),
+    "passes of no size": (
+        {"actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": False},
+        ["log_prob_use_dynamic_bsz=False needs actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu"],
+    ),
     "turn statistics of a conversation": (
         {"sdar.rollout.rows": "trajectory", "sdar.advantage.group_stats": "turn"},
         ["sdar.advantage.group_stats=turn", "episode"],

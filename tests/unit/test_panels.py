@@ -7,8 +7,11 @@ import random
 import shutil
 from collections import Counter
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -52,6 +55,26 @@ def test_the_rows_are_what_verl_reads(tmp_path: Path) -> None:
     assert row["reward_model"]["ground_truth"] == "t003"
     assert row["extra_info"] == {"index": 3, "split": "train", "task_id": "t003", "task_type": "pick"}
     assert Task(**json.loads(row["task"])) == tasks()[3]
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"number": np.int64(3)}, "int64 is not JSON"),
+        ({"grid": np.zeros(2)}, "ndarray is not JSON"),
+        ({"day": date(2026, 1, 1)}, "date is not JSON"),
+        ({"rooms": {0: "kitchen"}}, "0 as a key, where only a text can be one"),  # would come back as "0"
+        ({"moves": [{("a", "b"): 1}]}, r"\('a', 'b'\) as a key"),
+    ],
+)
+def test_data_that_would_not_come_back_are_refused(tmp_path: Path, data: dict[str, Any], told: str) -> None:
+    with pytest.raises(PanelError, match=rf"the data of task 't000' are no JSON \(.*{told}.*; use texts, numbers"):
+        write_panels({"train": [replace(task, data=data) for task in tasks(2)]}, tmp_path, {})
+
+
+def test_tasks_may_come_one_by_one(tmp_path: Path) -> None:
+    write_panels({"train": iter(tasks())}, tmp_path, {})
+    assert read_panel(tmp_path / "train.parquet") == tasks()
 
 
 def test_the_bytes_are_the_same_for_every_order(tmp_path: Path) -> None:

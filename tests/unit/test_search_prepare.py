@@ -403,6 +403,14 @@ def test_an_answer_of_which_the_scorer_leaves_nothing_is_no_golden_answer(tmp_pa
     assert task.data["answers"] == ["The Who"]
 
 
+@pytest.mark.parametrize(("asked", "shown"), [("who", "who?"), ("who?", "who?"), ("谁？", "谁？"), ("من؟", "من؟")])
+def test_a_question_ends_with_one_mark(tmp_path, asked, shown):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"question": asked, "golden_answers": ["me"], "data_source": "nq"}))
+    (task,) = read_questions([QuestionFile("train", path)]).tasks.values()
+    assert task.description == shown
+
+
 def test_columns_that_are_maps_are_read(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     columns = {

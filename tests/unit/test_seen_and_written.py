@@ -147,6 +147,22 @@ def builder(template: str, position: str = "user") -> PromptBuilder:
     return PromptBuilder(qwen_like_tokenizer(template=template), PromptTemplate.load("alfworld"), {}, position)
 
 
+def test_an_action_is_read_as_it_was_written() -> None:
+    tokenizer = qwen_like_tokenizer()
+    reader, text = AnswerReader(tokenizer, ["action"]), "<action>click[2 , 3 . do n't]</action>"
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert (tokenizer.decode(ids), reader.text(ids)) == ("<action>click[2, 3. don't]</action>", text)
+
+
+def test_a_chat_template_that_takes_words_out_is_named() -> None:
+    """As one of Nemotron's, whose switch is also in a tag."""
+    changes = TEMPLATE.replace("message['content']", "message['content'].replace('/think', '')")
+    with pytest.raises(PromptTemplateError, match=r"does not show the line '.*</think>.* of sdar\.prompt\.template"):
+        builder(changes).check()
+
+
 @pytest.mark.parametrize("position", ["user", "system", "front"])
 @pytest.mark.parametrize("template", [TEMPLATE, OPENS])
 def test_a_sound_chat_template_passes(template: str, position: str) -> None:

@@ -128,6 +128,21 @@ def test_a_file_in_another_place_or_case_is_named(tmp_path: Path) -> None:
     assert low.endswith("(rename skill.md)")
 
 
+def test_one_skill_is_no_bank(tmp_path: Path) -> None:
+    """With and without the folders that a skill may have, and named by its file."""
+    for name, further in (("heat", ()), ("wash", ("scripts", "references"))):
+        folder = tmp_path / "skills" / name
+        for sub in (folder, *(folder / sub for sub in further)):
+            sub.mkdir(parents=True)
+        (folder / "SKILL.md").write_text(f"---\nname: {name}\ndescription: d\n---\ntext\n")
+        for given in (folder, folder / "SKILL.md"):
+            with pytest.raises(
+                SkillBankError, match=rf"{given} is one skill; a bank is .*: {tmp_path}/skills\. Put it"
+            ):
+                SkillBank.load(given)
+    assert len(SkillBank.load(tmp_path / "skills")) == 2
+
+
 def test_folders_beside_the_skills_are_passed_over_by_name(tmp_path: Path) -> None:
     (tmp_path / "assets").mkdir()
     with pytest.raises(SkillBankError, match=r"assets/SKILL\.md is missing"):

@@ -48,6 +48,13 @@ def test_match_prints_the_text_that_the_teacher_gets(capsys) -> None:
     assert len(json.loads(text)["skills"]) == 2
 
 
+@pytest.mark.parametrize("given", ["{bad", "[1]", '{"keyword": 3}'])
+def test_options_of_rules_are_objects(capsys, given: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["skills", "match", "--bank", "alfworld", "x", "--options", given])
+    assert "--options: " in (told := capsys.readouterr().err) and given in told
+
+
 def test_check_tells_a_sound_bank_from_others(capsys, tmp_path: Path) -> None:
     pytest.importorskip("alfworld")
     status, text = run(capsys, "check", "--bank", "alfworld", "--env", "alfworld", "--json")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from argparse import ArgumentParser
 from collections.abc import Iterator
+from dataclasses import dataclass
 from decimal import Decimal
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -78,6 +81,34 @@ def test_numbers_of_numpy_and_torch_become_pythons() -> None:
     assert Step("o", admissible_actions=np.array(["a", "b"])).admissible_actions == ("a", "b")
 
 
+class Move(str, Enum):
+    """Its members are texts, whose str() is another."""
+
+    LOOK = "look around"
+
+
+def test_a_member_of_an_enumeration_is_the_text_that_it_stands_for() -> None:
+    step = Step(Move.LOOK, admissible_actions=[*Move])
+    assert (step.observation, step.admissible_actions) == ("look around", ("look around",))
+    assert {type(text) for text in (step.observation, *step.admissible_actions)} == {str}
+
+
+@dataclass(frozen=True)
+class Theirs(Step):
+    lives: int = 3
+
+    def __post_init__(self) -> None:
+        """Does not check what it inherits."""
+
+
+def test_a_step_of_a_class_of_theirs_is_checked_and_travels_as_ours() -> None:
+    step = host_of(lambda: Theirs("o", np.float32(0.5))).step(0, "look").step
+    assert type(step) is Step and step == Step("o", 0.5)
+    with pytest.raises(EnvRaised, match="reward must be a number, not None") as caught:
+        host_of(lambda: Theirs("o", None)).step(0, "look")  # type: ignore[arg-type]
+    assert caught.value.authors
+
+
 def host_of(answer: Any) -> EnvHost:
     """A host of an environment whose methods return ``answer()``."""
 
@@ -90,6 +121,13 @@ def host_of(answer: Any) -> EnvHost:
 
     register_env("theirs")(Theirs)
     return EnvHost("theirs", {}, ())
+
+
+METHODS = ("reset", "step", "check", "close")
+
+
+async def coroutine_method(self: Any, given: Any = None) -> Step:
+    return Step("o")
 
 
 async def coroutine() -> Step:
@@ -144,8 +182,10 @@ class TwoParts(Exception):
         super().__init__(f"{code} {what}")
 
 
-@pytest.mark.parametrize("error", [TwoParts(503, "busy"), StopIteration("no more"), asyncio.TimeoutError("mine")])
-def test_whatever_an_environment_raises_travels_as_text(error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error", [TwoParts(503, "busy"), StopIteration("no more"), asyncio.TimeoutError("mine"), SystemExit(2)]
+)
+def test_whatever_an_environment_raises_travels_as_text(error: BaseException) -> None:
     def answer() -> Step:
         raise error
 
@@ -165,6 +205,22 @@ def test_whatever_an_environment_raises_travels_as_text(error: Exception) -> Non
         ({"reset": TextEnv.reset}, "cannot be made: TypeError: .*abstract"),
         ({"__init__": lambda self: {}["key"]}, "cannot be made: KeyError: 'key'"),
         ({"check": lambda self: 1 / 0}, "raised in its check: ZeroDivisionError"),
+        ({"close": lambda self: {}["key"]}, "raised in its close: KeyError: 'key'"),
+        # A class that reads the command line, as those that were scripts do.
+        ({"__init__": lambda self: ArgumentParser().parse_args(["--no"])}, "cannot be made: SystemExit: 2"),
+        ({"action_tags": ("<action>",)}, "action_tags holds '<action>'; a tag's name is in lower case and without"),
+        ({"action_tags": ("Search", "answer")}, "action_tags holds 'Search'"),
+        ({"thread_safe": lambda self: False}, "thread_safe must be True or False, not <bound method"),
+        ({"task_type_aliases": ["pick"]}, r"task_type_aliases must be a dict .*not \['pick'\]"),
+        ({"longest_step_s": float("nan")}, "longest_step_s must be a number of seconds"),
+        ({"longest_step_s": property(lambda self: self.limit)}, "cannot be made: AttributeError: .*'limit'"),
+        # As gym's are called.
+        (
+            {"reset": lambda self, *, seed=None, options=None: Step("o")},
+            r"reset must be defined as reset\(self, task\) ",
+        ),
+        ({"step": lambda self, action, done: Step("o")}, r"step must be .* step\(self, action\) \(missing .*'done'"),
+        *(({method: coroutine_method}, f"{method} must be a plain function .*not an async") for method in METHODS),
     ],
 )
 def test_a_class_that_says_something_wrong_about_itself_is_refused(attributes: dict[str, Any], message: str) -> None:
@@ -194,11 +250,44 @@ def test_a_demonstration_is_a_list_of_texts() -> None:
         step = reset  # type: ignore[assignment]
 
     register_env("theirs")(Theirs)
-    for Theirs.said, actions in ((None, []), ("go on", ["go on"]), (("a", "b"), ["a", "b"])):
+    for Theirs.said, actions in (
+        (None, []),
+        ("go on", ["go on"]),
+        (("a", "b"), ["a", "b"]),
+        ([*Move], ["look around"]),
+    ):
         assert demonstration_of(TASK) == actions
-    Theirs.said = [("go", 1.0)]
-    with pytest.raises(ValueError, match="demonstration of task 't': it must be a list of actions"):
-        demonstration_of(TASK)
+    for Theirs.said in ([("go", 1.0)], {"go": 1}, {"go", "on"}, 3, [""]):
+        with pytest.raises(ValueError, match="demonstration of task 't': it must be a list of actions"):
+            demonstration_of(TASK)
+
+
+def test_an_environment_that_failed_is_closed_and_another_made() -> None:
+    made: list[str] = []
+
+    class Theirs(TextEnv):
+        def __init__(self, name: str) -> None:
+            made.append(name)
+
+        def reset(self, task: Task) -> Step:
+            return Step("o")
+
+        def step(self, action: str) -> Step:
+            raise KeyError(action)
+
+        def close(self) -> None:
+            made.append("closed")
+            raise OSError("no such engine")
+
+    register_env("theirs")(Theirs)
+    host = EnvHost("theirs", {"name": "an option of theirs"}, ())
+    for _ in range(2):
+        host.reset(0, TASK)
+        with pytest.raises(EnvRaised, match="KeyError"):
+            host.step(0, "look")
+    assert made == ["an option of theirs", "closed"] * 2
+    host.close()
+    assert len(made) == 4
 
 
 # ---------------------------------------------------------------- runs that lose most of their episodes

@@ -216,6 +216,7 @@ def test_a_default_that_follows_another_option_is_none_of_the_users(quickstart):
 CHOICES = {
     "trainer.resume_mode": ["atuo", None],
     "trainer.logger": [["console", "wandbb"], "csv"],
+    "actor_rollout_ref.actor.checkpoint.load_contents": [["modle"]],
     "actor_rollout_ref.actor.optim.lr_scheduler_type": ["linear"],
     "actor_rollout_ref.actor.kl_loss_type": ["k4"],
 }
@@ -307,6 +308,14 @@ NUMBERS = {
     "data.seed": ["abc", 1.5],
     "data.shuffle": [None, "yes"],
     "trainer.n_gpus_per_node": [0, None, "auto"],
+    "actor_rollout_ref.actor.optim.lr_warmup_steps": [0.1],
+    "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": [10, -0.1],
+    "actor_rollout_ref.actor.optim.min_lr_ratio": [2],
+    "actor_rollout_ref.actor.loss_scale_factor": [0],
+    "actor_rollout_ref.actor.fsdp_config.fsdp_size": [0],
+    "actor_rollout_ref.model.lora_alpha": [0],
+    "algorithm.kl_ctrl.kl_coef": [-0.1],
+    "transfer_queue.backend.SimpleStorage.num_data_storage_units": [0],
     "trainer.nnodes": [0],
     "trainer.save_freq": [None, 1.5],
     "trainer.test_freq": [None, "never"],
@@ -428,6 +437,19 @@ def test_a_panel_that_is_cut_below_a_batch_is_told(quickstart):
     config = changed(quickstart, **{"data.train_max_samples": batch - 1})
     (fault,) = data_faults(config, load_config(config.sdar))
     assert f"data.train_batch_size={batch}, but data.train_max_samples={batch - 1} leaves {batch - 1} tasks" in fault
+
+
+def test_files_that_are_no_list_are_told(quickstart):
+    with pytest.raises(ConfigError, match=r"data\.train_files=3 does not exist"):
+        check_run(changed(quickstart, **{"data.train_files": 3}), load_config(quickstart.sdar))
+
+
+def test_a_warm_up_over_the_whole_run_and_checkpoints_of_nothing_are_noted(quickstart):
+    sdar, steps = load_config(quickstart.sdar), quickstart.trainer.total_training_steps
+    (note,) = run_notes(changed(quickstart, **{"actor_rollout_ref.actor.optim.lr_warmup_steps": steps}), sdar)
+    assert f"lr_warmup_steps={steps}: the learning rate rises over all of trainer.total_training_steps={steps}" in note
+    (note,) = run_notes(changed(quickstart, **{"actor_rollout_ref.actor.checkpoint.save_contents": []}), sdar)
+    assert "save_contents=[] leaves out model, optimizer, extra" in note
 
 
 def test_notes_before_the_start(quickstart, monkeypatch):

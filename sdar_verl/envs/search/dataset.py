@@ -28,6 +28,8 @@ _FORMS = (
     "`reward_model` with a `ground_truth` (SkyRL, SDAR), and `data_source`"
 )
 
+_QUESTION_MARKS = ("?", "？", "؟", "⁇")
+
 # The text of a list or an object, whole or cut off; "[sic]" is an answer.
 _LISTED = re.compile(
     r"""(?s)(array\()?[\[{]\s*b?["']|\[\s*[\[{]|\[\s*(None|null|nan|NaN|-?\d[\d.]*)\s*[,\]]|\[\s*\]\Z"""
@@ -134,7 +136,7 @@ def _task(row: Mapping[str, Any], default: str = "") -> tuple[Task | None, str]:
         return None, "no golden answers"
     if not source:
         return None, "no data_source"
-    if not question.endswith("?"):
+    if not question.endswith(_QUESTION_MARKS):
         question += "?"  # as Search-R1 does
     name = hashlib.sha256(json.dumps([question, answers]).encode()).hexdigest()[:16]
     return Task("search", f"{source}/{name}", source, question, {"answers": answers}), ""
