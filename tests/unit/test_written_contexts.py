@@ -7,11 +7,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from sdar_verl.config import WriterConfig, load_config
 from sdar_verl.context import registry
 from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode, PlayedTurn
+from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.context.hindsight import GUIDE, HINT, LESSON
 from sdar_verl.context.prompt import LEFT_OUT, Prompt, UnreadableAnswer
 from sdar_verl.context.registry import ContextError, get_context, register_context
@@ -19,6 +22,8 @@ from sdar_verl.context.writing import written_passages
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import RolloutError
 from sdar_verl.local import start_policy
+from sdar_verl.rollout.late_context import LateContexts
+from sdar_verl.rollout.recipe_rows import record_of, task_of
 from sdar_verl.verl.late import late_contexts
 from sdar_verl.writer.base import Answer
 from sdar_verl.writer.policy import PolicyWriter
@@ -501,3 +506,63 @@ def test_passages_of_contexts_that_write_nothing_are_empty(step):
     assert all(info.context_missing and info.teacher_prompt_ids is None for info in rows.values())
     assert metrics["sdar/writer/unparsed"] == 4
     assert Passage("").text == ""
+
+
+# ---------------------------------------------------------------- recipes of verl's
+
+
+class Kept:
+    """In the place of the maker of prompts: keeps the passages."""
+
+    def __init__(self):
+        self.passages = {}
+
+    def add(self, task, infos, index, passage):
+        self.passages[infos[index].task_id, infos[index].turn] = passage.text
+
+
+class Letters:
+    """Text of token ids, a letter each."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(chr(i) for i in ids)
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_rows_of_any_agent_loop_are_written_about(tokenizer):
+    """A single answer, and a conversation with a tool; what the reward function said is the outcome."""
+    letters = Letters()
+    node = scripted_config(context__sources=["lesson"]).sdar
+    sdar = load_config(node)
+    infos = []
+    for name, said, mask in (("sum", "it is 4", [1] * 7), ("tool", "ask|told|say", [1] * 4 + [0] * 5 + [1] * 3)):
+        task = task_of({"raw_prompt": [{"role": "user", "content": f"question {name}"}], "data_source": "maths"})
+        info = record_of(task, 0, 9, [ord(c) for c in said], mask, letters, keep_data=True)
+        info.episode.reward, info.success = float(name == "sum"), name == "sum"
+        infos.append(info)
+    writer = Scripted(lambda text: json.dumps({"lesson": "right" if "earned 1" in text else "wrong"}))
+    kept = Kept()
+    late = LateContexts(sdar, ContextBuilder(sdar.context, letters), kept, StepWriting(writer, ()))
+    metrics = late.fill(make_table(["u0_0_0", "u1_0_0"], infos))
+    first, second = writer.batches[0]
+    assert "The task: question sum\n\nTurn 1. done: it is 4\n\nThe attempt succeeded and earned 1." in first
+    assert "Turn 1. done: ask|\nTurn 2. seen: told|\n   done: say" in second and "did not succeed" in second
+    assert sorted(kept.passages.values()) == [f"{LESSON}\nright", f"{LESSON}\nwrong"]
+    assert metrics["sdar/writer/answered"] == 2
+
+
+KEYS = st.sampled_from(["hints", "turn", "hint", "lesson"])
+VALUES = st.recursive(
+    st.none() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+)
+
+
+@given(st.text(max_size=60) | st.builds(json.dumps, VALUES))
+def test_whatever_is_answered_is_a_context_or_unreadable(said):
+    for name, options in (("lesson", {}), ("hint", {"rest": "lesson"}), ("hint", {"most": 1})):
+        texts, _, counts = made(name, [request(1, turn) for turn in range(3)], lambda text: said, **options)
+        assert counts["answered"] == 1
+        assert all(text is None or (isinstance(text, str) and text.strip()) for text in texts)
