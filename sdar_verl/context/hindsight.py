@@ -30,7 +30,7 @@ def lesson(request: ContextRequest, *, form: Literal["json", "text"] = "json") -
     """
     answer = yield Prompt(
         "An agent has made an attempt at a task. Read what happened.",
-        *_story(request.task, _episode(request, "lesson")),
+        *story(request.task, _episode(request, "lesson")),
         "Write down what this attempt teaches about doing the task: what worked and should be done again, what was a "
         "waste or a mistake, and what to do instead. Speak to somebody who is about to begin the same task and has not "
         "read the above. Be concrete, in at most six short sentences.",
@@ -56,7 +56,7 @@ def guide(request: ContextRequest) -> Generator[list[Prompt] | Prompt, Any, str 
     said: list[str | None] = yield [
         Prompt(
             "An agent has made an attempt at a task. Read what happened.",
-            *_story(request.task, episode),
+            *story(request.task, episode),
             "In at most four short sentences: which decisions made it end as it did, and what would have been better?",
         )
         for episode in episodes
@@ -100,7 +100,7 @@ def hint(
     lesson_asked = '"lesson": "one for the whole attempt", ' if rest == "lesson" else ""
     answer = yield Prompt(
         "An agent has made an attempt at a task. Read what happened.",
-        *_story(request.task, episode),
+        *story(request.task, episode),
         f"Choose {wanted} at which something else should have been done, or at which the right thing was done "
         "although it was not obvious. For each write a hint, one or two sentences, that would have helped the agent at "
         "that very turn: say what to look at or what to do, not how the attempt ended.",
@@ -158,7 +158,7 @@ def _after(episode: PlayedEpisode, turn: int) -> list[str]:
     return [*shown, f"The attempt {_outcome(episode)}."]
 
 
-def _story(task: Task, episode: PlayedEpisode) -> list[Piece]:
+def story(task: Task, episode: PlayedEpisode) -> list[Piece]:
     """Task, turns and outcome of an episode, as pieces of a prompt whose oldest turns may be left out."""
     turns = []
     for number, turn in enumerate(episode.turns, 1):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sdar_verl.context.base import ContextRequest, Passage
+from sdar_verl.context.base import Passage
 from sdar_verl.context.prompt import Prompt, UnreadableAnswer
 from sdar_verl.context.registry import Context, ContextError
 
@@ -15,8 +15,8 @@ Key = TypeVar("Key", bound=Hashable)
 Ask = Callable[[Sequence[Prompt]], Sequence[str | None]]
 """Answers prompts, in order; the same prompt may be there several times."""
 
-Job = tuple[Context, ContextRequest, Mapping[str, Any]]
-"""A context to be made, of what, and its options."""
+Job = tuple[Context, Any, Mapping[str, Any]]
+"""A context to be made, of what (a :class:`~sdar_verl.context.base.ContextRequest`), and its options."""
 
 
 @dataclass

@@ -15,42 +15,18 @@ import numpy as np
 import torch
 
 from sdar_verl.config import SdarConfig
-from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode, PlayedTurn
+from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.context.registry import ContextError
 from sdar_verl.context.writing import Job
 from sdar_verl.envs.base import Task
 from sdar_verl.fields import TEACHER_PROMPTS, contrast_prompts
+from sdar_verl.rollout.groups import Episode, Group, groups_of
 from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnContext
-from sdar_verl.rollout.rows import EpisodeNote, RowId, RowInfo
+from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
 from sdar_verl.table import StepTable, stop_on_errors
 from sdar_verl.writer.step import StepWriting
-
-
-@dataclass
-class _Episode:
-    """Rows of one finished episode, in order of their turns."""
-
-    name: str
-    note: EpisodeNote
-    infos: list[RowInfo]
-
-    @property
-    def played(self) -> PlayedEpisode:
-        steps = [step for info in self.infos for step in info.steps]
-        turns = [PlayedTurn(step.observation, step.action, not step.invalid) for step in steps]
-        first = self.infos[0]
-        note = self.note
-        return PlayedEpisode(self.name, tuple(turns), first.success, note.reward, note.last_observation, note.said)
-
-
-@dataclass
-class _Group:
-    """Finished episodes of one prompt, in order of their names."""
-
-    task: Task
-    episodes: list[_Episode] = field(default_factory=list)
 
 
 @dataclass
@@ -117,15 +93,15 @@ class LateContexts:
         """
         assert self._writing is not None
         jobs: dict[tuple[_Place, str], Job] = {}
-        for uid, group in _groups(table).items():
+        for group in groups_of(table).values():
             for episode in group.episodes:
                 for turn in self._turns(episode):
-                    jobs |= self._jobs(uid, group, episode, turn)
+                    jobs |= self._jobs(group, episode, turn)
         self._written = {}
         for (place, name), passage in self._writing.passages(jobs, table.step).items():
             self._written.setdefault(place, {})[name] = passage
 
-    def _jobs(self, uid: str, group: _Group, episode: _Episode, turn: int) -> dict[tuple[_Place, str], Job]:
+    def _jobs(self, group: Group, episode: Episode, turn: int) -> dict[tuple[_Place, str], Job]:
         """What is written for one turn, or for an episode as a whole, in both slots."""
         found: dict[tuple[_Place, str], Job] = {}
         for slot in filter(None, (self._contexts, self._contexts.contrast)):
@@ -148,7 +124,7 @@ class LateContexts:
         """
         if self._writing is not None and self._written is None:
             self.write(table)
-        groups = _groups(table)
+        groups = groups_of(table)
         for uid, group in groups.items():
             for episode in group.episodes:
                 self._fill_episode(groups, uid, episode)
@@ -164,7 +140,7 @@ class LateContexts:
         self._written = None
         return {} if self._writing is None else self._writing.metrics()
 
-    def _fill_episode(self, groups: Mapping[str, _Group], uid: str, episode: _Episode) -> None:
+    def _fill_episode(self, groups: Mapping[str, Group], uid: str, episode: Episode) -> None:
         group, shown = groups[uid], None
         for index, info in enumerate(episode.infos):
             if shown is None or self._contexts.by_turn:
@@ -182,7 +158,7 @@ class LateContexts:
             if index == 0 and seen is not None and info.teacher_prompt_tokens is not None:
                 episode.note.context = seen.text
 
-    def _shown(self, groups: Mapping[str, _Group], group: _Group, episode: _Episode, info: RowInfo) -> _Shown:
+    def _shown(self, groups: Mapping[str, Group], group: Group, episode: Episode, info: RowInfo) -> _Shown:
         """What the teacher sees on the rows of an episode, or on one of them where contexts differ by turn."""
         contrast = self._contexts.contrast
         if not self._looked_at(episode):
@@ -198,11 +174,11 @@ class LateContexts:
         bad = self._texts(contrast, groups, group, episode, info.turn)
         return _Shown(real, seen if bad else None, bad)
 
-    def _looked_at(self, episode: _Episode) -> bool:
+    def _looked_at(self, episode: Episode) -> bool:
         wanted = self._settings.context.episodes
         return wanted == "all" or episode.infos[0].success == (wanted == "solved")
 
-    def _turns(self, episode: _Episode) -> list[int]:
+    def _turns(self, episode: Episode) -> list[int]:
         """Of the rows that may get a context of their own; the first stands for all where they share one."""
         if not self._looked_at(episode):
             return []
@@ -227,7 +203,7 @@ class LateContexts:
             info.teacher_prompt_ids = info.teacher_prompt_tokens = None
 
     def _texts(
-        self, contexts: ContextBuilder, groups: Mapping[str, _Group], group: _Group, episode: _Episode, turn: int
+        self, contexts: ContextBuilder, groups: Mapping[str, Group], group: Group, episode: Episode, turn: int
     ) -> list[Passage]:
         """The different texts of a slot, as many as it may have and there are."""
         found: dict[str, Passage] = {}
@@ -240,9 +216,9 @@ class LateContexts:
     def _seen(
         self,
         contexts: ContextBuilder,
-        groups: Mapping[str, _Group],
-        group: _Group,
-        episode: _Episode,
+        groups: Mapping[str, Group],
+        group: Group,
+        episode: Episode,
         turn: int,
         number: int = 0,
     ) -> tuple[Passage, Passage | None]:
@@ -251,16 +227,14 @@ class LateContexts:
         other = self._other(contexts, groups, group, turn) if contexts.control == "wrong" and real.text else None
         return real, contexts.controlled(real, group.task.task_id, other, number)
 
-    def _passage(
-        self, contexts: ContextBuilder, group: _Group, episode: _Episode, turn: int, number: int = 0
-    ) -> Passage:
+    def _passage(self, contexts: ContextBuilder, group: Group, episode: Episode, turn: int, number: int = 0) -> Passage:
         made = {name: Passage(**fields) for name, fields in episode.note.passages.items()}
         if self._written is not None:
             place = _Place(episode.name, turn if self._contexts.by_turn else 0, number)
             made |= self._written.get(place, {})
         return contexts.passage(self._request(group, episode, turn, number), made)
 
-    def _request(self, group: _Group, episode: _Episode, turn: int, number: int) -> ContextRequest:
+    def _request(self, group: Group, episode: Episode, turn: int, number: int) -> ContextRequest:
         return ContextRequest(
             group.task,
             seed=self._settings.context.seed,
@@ -270,9 +244,7 @@ class LateContexts:
             number=number,
         )
 
-    def _other(
-        self, contexts: ContextBuilder, groups: Mapping[str, _Group], group: _Group, turn: int
-    ) -> Passage | None:
+    def _other(self, contexts: ContextBuilder, groups: Mapping[str, Group], group: Group, turn: int) -> Passage | None:
         """The context of an episode of this step whose task is of another type, or, where there is one type alone, of
         another task; None when there is none."""
         others = [other for other in groups.values() if other.task.task_type != group.task.task_type]
@@ -315,19 +287,3 @@ def _column(prompts: Sequence[Sequence[np.ndarray]], number: int) -> torch.Tenso
     none = torch.zeros(0, dtype=torch.int32)
     rows = [torch.from_numpy(row[number]) if number < len(row) else none for row in prompts]
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-
-
-def _groups(table: StepTable) -> dict[str, _Group]:
-    """uid -> group, in order of uid; rows that do not count and failed episodes are left out."""
-    rows: dict[RowId, list[RowInfo]] = {}
-    for row, info in zip(table.ids, table.infos, strict=True):
-        if info is not None and not info.failed:
-            rows.setdefault(row._replace(number=0), []).append(info)
-    groups: dict[str, _Group] = {}
-    for row, members in sorted(rows.items(), key=lambda item: item[0]):
-        members = sorted(members, key=lambda info: info.turn)
-        note = members[0].episode
-        assert note is not None, "the first row of an episode carries its note"
-        group = groups.setdefault(row.uid, _Group(Task(**note.task)))
-        group.episodes.append(_Episode(row.episode, note, members))
-    return groups
