@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from sdar_verl.errors import RolloutError
@@ -27,6 +27,9 @@ class Answer:
     cached: bool = False
     failure: str | None = None
 
+
+LEAST = 8
+"""Prompts that must have been sent before their failures are judged."""
 
 NOT_PAID = Answer()
 """The budget is spent."""
@@ -80,7 +83,6 @@ class WriterCounts:
     unparsed: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    reasons: Counter[str] = field(default_factory=Counter)
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Count what a writer gave."""
@@ -88,30 +90,45 @@ class WriterCounts:
         self.cached += sum(answer.cached for answer in answers)
         self.over_budget += sum(answer == NOT_PAID for answer in answers)
         self.tokens += sum(answer.tokens for answer in answers)
-        failures = [answer.failure for answer in answers if answer.failure is not None]
-        self.failed += len(failures)
-        self.reasons.update(failures)
+        self.failed += sum(answer.failure is not None for answer in answers)
 
     def metrics(self) -> dict[str, float]:
         """Under the names of docs/metrics.md."""
         names = ("asked", "too_long", "cut", "answered", "cached", "failed", "over_budget", "unparsed", "tokens")
         return {f"sdar/writer/{name}": getattr(self, name) for name in names} | {"timing_s/writer": self.seconds}
 
-    def check(self, what: str) -> None:
-        """Stop a run whose writer does not do its work, as one that loses most of its episodes.
 
-        Args:
-            what: names the writer.
+class FailureWatch:
+    """Stops a run whose writer does not do its work, as one that loses most of its episodes is stopped.
+
+    Looked at are at least :data:`LEAST` prompts: of one step, or where steps have few, of several. So a single prompt
+    that a server refuses ends nothing.
+
+    Args:
+        what: names the writer.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._sent = 0
+        self._reasons: Counter[str] = Counter()
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Look at what a writer gave; known answers, and prompts that no budget was left for, are not its doing.
 
         Raises:
-            RolloutError: more than half of the prompts that were sent failed.
+            RolloutError: more than half failed.
         """
-        sent = self.failed + self.answered - self.cached
-        if self.failed <= LOST_LIMIT * sent:
+        asked = [answer for answer in answers if not answer.cached and answer != NOT_PAID]
+        self._sent += len(asked)
+        self._reasons.update(answer.failure for answer in asked if answer.failure is not None)
+        if self._sent < LEAST:
             return
-        told = "\n".join(f"{count} times: {reason}" for reason, count in self.reasons.most_common(3))
-        raise RolloutError(
-            f"{what} left {self.failed} of {sent} prompts of this step without an answer, so most contexts would be "
-            "missing. Mend the cause and start again: trainer.resume_mode=auto goes on from the last checkpoint.\n"
-            f"{told}"
-        )
+        failed, sent = self._reasons.total(), self._sent
+        told = "\n".join(f"{count} times: {reason}" for reason, count in self._reasons.most_common(3))
+        self._sent, self._reasons = 0, Counter()
+        if failed > LOST_LIMIT * sent:
+            raise RolloutError(
+                f"{self._what} left {failed} of {sent} prompts without an answer, so most contexts would be missing. "
+                "Mend the cause and start again: trainer.resume_mode=auto goes on from the last checkpoint.\n" + told
+            )

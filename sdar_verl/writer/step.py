@@ -10,7 +10,7 @@ from sdar_verl.context.base import Passage
 from sdar_verl.context.prompt import Prompt
 from sdar_verl.context.writing import Job, written_passages
 from sdar_verl.rollout.control import neutralise
-from sdar_verl.writer.base import Writer, WriterCounts
+from sdar_verl.writer.base import FailureWatch, Writer, WriterCounts
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -27,6 +27,7 @@ class StepWriting:
         self._writer = writer
         self._control = tuple(control)
         self._counts = WriterCounts()
+        self._watch = FailureWatch(str(writer))
 
     @property
     def during_rollout(self) -> bool:
@@ -52,7 +53,7 @@ class StepWriting:
             if new:
                 found = self._writer.write(new, step)
                 self._counts.add(found)
-                self._counts.check(str(self._writer))
+                self._watch.add(found)
                 answers.update({text: answer.text for text, answer in zip(new, found, strict=True)})
             texts = [fitted[prompt] for prompt in prompts]
             return [None if text is None else answers[text] for text in texts]

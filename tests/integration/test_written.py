@@ -158,4 +158,31 @@ def test_an_endpoint_that_is_down_stops_the_run_with_the_cause(tmp_path: Path) -
             check=False,
         )
     assert run.returncode != 0
-    assert "prompts of this step without an answer" in run.output and "status 500" in run.output
+    assert "prompts without an answer" in run.output and "status 500" in run.output
+
+
+@pytest.mark.parametrize(
+    ("mode", "further"),
+    [
+        ("sdar_colocate_async", []),
+        (
+            "sdar_separate_async",
+            [
+                "trainer.v1.separate_async.parameter_sync_step=2",
+                "trainer.v1.separate_async.num_warmup_batches=0",
+                "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+                "sdar.update.mini_batch_rows=24",
+                "actor_rollout_ref.rollout.nnodes=1",
+                "actor_rollout_ref.rollout.n_gpus_per_node=1",
+            ],
+        ),
+    ],
+)
+def test_the_policy_writes_while_other_episodes_still_run(mode: str, further: list[str], tmp_path: Path) -> None:
+    """Asynchronous modes; with two updates per weight sync, both parts of a step are counted together."""
+    arguments = ["method=seed", "+sdar.context.options.lesson.form=text", "trainer.save_freq=-1", *further]
+    run = train(tmp_path, *arguments, base=SMALL, steps=2, mode=mode)
+    for metrics in run.metrics.values():
+        assert 8 < metrics["sdar/writer/asked"] <= 16
+        assert metrics["sdar/writer/answered"] == metrics["sdar/writer/asked"] and metrics["sdar/writer/failed"] == 0
+        assert 0 < metrics["sdar/context_share"] < 1

@@ -10,7 +10,7 @@ import pytest
 from sdar_verl.config import WriterConfig
 from sdar_verl.errors import ConfigError, RolloutError
 from sdar_verl.report.layout import WRITTEN_FILE
-from sdar_verl.writer.base import NOT_PAID, Answer, WriterCounts
+from sdar_verl.writer.base import NOT_PAID, Answer, FailureWatch, WriterCounts
 from sdar_verl.writer.endpoint import EndpointWriter, endpoint_address, endpoint_key
 from tests.support.chat_server import Reply, chat_server, says
 
@@ -179,12 +179,18 @@ def test_a_key_that_is_not_there_or_is_none_is_told(monkeypatch):
     assert "a\nb" not in str(error.value)
 
 
-def test_a_step_stops_when_more_than_half_of_what_was_sent_failed():
+def test_a_run_stops_when_more_than_half_of_what_was_sent_failed():
+    fails, says_so, known = Answer(failure="status 500"), Answer("x"), Answer("y", cached=True)
+    watch = FailureWatch("the endpoint")
+    watch.add([fails] * 4 + [says_so] * 4 + [known] * 9 + [NOT_PAID] * 9)
+    for _ in range(3):  # a prompt that is refused in a step without others
+        watch.add([fails])
+    watch.add([says_so] * 5)
+    watch.add([Answer(failure="status 502"), *[fails] * 6])
+    with pytest.raises(RolloutError, match=r"the endpoint left 8 of 8 prompts") as error:
+        watch.add([fails])
+    assert "7 times: status 500\n1 times: status 502" in str(error.value)
     counts = WriterCounts()
-    counts.add([Answer(failure="status 500")] * 2 + [Answer("x")] * 2 + [Answer("y", cached=True)] * 9)
-    counts.check("the endpoint")
-    counts.add([Answer(failure="status 502"), NOT_PAID])
-    with pytest.raises(RolloutError, match=r"left 3 of 5 prompts") as error:
-        counts.check("the endpoint")
-    assert "2 times: status 500" in str(error.value)
-    assert counts.metrics()["sdar/writer/over_budget"] == 1
+    counts.add([fails, says_so, known, NOT_PAID])
+    metrics = counts.metrics()
+    assert [metrics[f"sdar/writer/{name}"] for name in ("failed", "answered", "cached", "over_budget")] == [1, 2, 1, 1]

@@ -181,8 +181,10 @@ def test_most_prompts_failing_stops_the_step_with_the_causes():
     def answer(text):
         return Answer(failure="down") if "did not succeed" in text else '{"lesson": "x"}'
 
-    with pytest.raises(RolloutError, match=r"the scripted writer left 2 of 3 prompts.*[\s\S]*2 times: down"):
-        made("lesson", [request(i) for i in range(3)], answer)
+    group = (GROUP[0], *(replace(GROUP[1], last_observation=f"end {i}") for i in range(8)))
+    with pytest.raises(RolloutError, match=r"the scripted writer left 8 of 9 prompts.*[\s\S]*8 times: down"):
+        made("lesson", [request(i, group=group) for i in range(9)], answer)
+    assert made("lesson", [request(i) for i in range(3)], answer)[2]["failed"] == 2, "too few to judge by"
 
 
 def test_control_strings_of_the_template_are_broken_in_what_is_sent():
@@ -495,8 +497,9 @@ def test_with_the_policy_all_is_written_before_the_servers_sleep(step, tokenizer
     client.answer = lambda text: RuntimeError("asleep")
     late.fill(table)
     assert len(client.asked) == asked
-    with pytest.raises(RolloutError, match="the policy's rollout server left 4 of 4"):
-        monkeypatch.setattr("sdar_verl.writer.policy.PAUSE_S", 0.0)
+    monkeypatch.setattr("sdar_verl.writer.policy.PAUSE_S", 0.0)
+    assert late.fill(table)["sdar/writer/failed"] == 4
+    with pytest.raises(RolloutError, match="the policy's rollout server left 8 of 8"):
         late.fill(table)
 
 
