@@ -126,7 +126,7 @@ def test_rows_that_name_their_loops(tmp_path):
 
 @pytest.mark.slow
 def test_the_policy_writes_of_rows_of_verls_own_loop(tmp_path):
-    """A lesson per answer, from the same servers; the tiny model writes noise, of which the teacher's prompts are made."""
+    """A lesson per answer, from the same servers; the tiny model writes noise."""
     run = train_recipe(
         tmp_path,
         "sdar.context.sources=[lesson]",
