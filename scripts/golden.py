@@ -51,11 +51,22 @@ PACKED = ["actor_rollout_ref.model.use_remove_padding=True"]
 
 METHODS = (
     *("adrs", "agent_opsd", "grpo", "grpo_opsd", "opsd", "revkl_frozen", "rlsd", "sdar", "sdar_frozen", "sdpo"),
-    *("icsd", "rlcsd", "sipo", "retire_opd", "grsd", "opid", "ahead", "ocsd", "sr_opsd"),
+    *("icsd", "rlcsd", "sipo", "retire_opd", "ocsd", "sr_opsd"),
 )
+# Contexts that nobody writes, in place of those of the preset.
+SIBLINGS = ["sdar.context.sources=[sibling,failed_sibling]"]
+FEEDBACK = ["sdar.context.sources=[feedback]", "~sdar.context.options.hint"]
+NEXT_AND_FEEDBACK = ["sdar.context.sources=[next_observation,feedback]"]
+# The small policy writes no JSON.
+LESSON_IN_WORDS = ["+sdar.context.options.lesson.form=text"]
 CASES: dict[str, list[str]] = {
     **{name: [f"method={name}"] for name in (*METHODS, "skill_grpo", "skill_sd")},
     **{f"{name}-released": [f"method={name}", "variant=released"] for name in ("sdar", "opsd", "grpo_opsd", "rlsd")},
+    "grsd": ["method=grsd", *SIBLINGS],
+    "opid": ["method=opid", *FEEDBACK],
+    "ahead": ["method=ahead", *NEXT_AND_FEEDBACK],
+    "grsd-written": ["method=grsd"],
+    "seed": ["method=seed", *LESSON_IN_WORDS],
     "skill_prompt": ["method=skill_prompt", "trainer.val_before_train=True"],
     "validation": ["trainer.val_before_train=True", "trainer.test_freq=2"],
     **{f"source-{name}": [f"sdar.teacher.source={name}"] for name in ("actor_fresh", "reference", "ema", "snapshot")},

@@ -215,6 +215,57 @@ class ContrastConfig(_Node):
     )
 
 
+class WriterConfig(_Node):
+    """Who writes, for contexts that ask somebody (docs/contexts.md): prompts go out once the episodes have ended."""
+
+    source: Literal["policy", "endpoint"] = Field(
+        "policy",
+        description="the policy itself, by its rollout servers and with the weights of the step, or an "
+        "OpenAI-compatible chat endpoint",
+    )
+    url: str | None = Field(
+        None, min_length=1, description="endpoint: its base address, such as http://127.0.0.1:8000/v1"
+    )
+    model: str | None = Field(None, min_length=1, description="endpoint: the model's name there")
+    key_variable: str | None = Field(
+        None,
+        min_length=1,
+        description="endpoint: environment variable that holds the key; it must be set where verl's driver runs; null: "
+        "no key is sent",
+    )
+    body: dict[str, Any] = Field(
+        default_factory=dict,
+        description="endpoint: further fields of every request, such as {reasoning_effort: low}; one that is null is "
+        "left out ({max_tokens: null, max_completion_tokens: 2048}, {seed: null})",
+    )
+    temperature: float | None = Field(
+        None, ge=0, description="null: the rollout's for the policy, the server's own for an endpoint"
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, description="of an answer; null: data.max_response_length for the policy, 1024 for an endpoint"
+    )
+    max_prompt_length: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of the policy's tokenizer; the oldest turns of what is shown are left out until it fits, "
+        "counted in sdar/writer/cut; null: data.max_prompt_length for the policy, 8192 for an endpoint",
+    )
+    in_flight: int = Field(16, ge=1, description="endpoint: requests at a time")
+    timeout_s: float = Field(120.0, gt=0, description="endpoint: seconds of one attempt")
+    retries: int = Field(
+        4,
+        ge=0,
+        description="further attempts, after growing pauses; of an endpoint after a time-out, a lost connection, or a "
+        "status that says that it is busy or down",
+    )
+    budget: int | None = Field(
+        None,
+        ge=0,
+        description="endpoint: answers that may be paid for in this run's folder; after that contexts are missing, "
+        "counted in sdar/writer/over_budget; null: no limit",
+    )
+
+
 class ContextConfig(_Node):
     """Privileged context: what the teacher sees and the student does not."""
 
@@ -222,7 +273,7 @@ class ContextConfig(_Node):
         default_factory=lambda: ["skills"],
         min_length=1,
         description="registered contexts, in this order: skills (paper), answer, column, demonstration, sibling, "
-        "failed_sibling, feedback",
+        "failed_sibling, feedback, next_observation; written by sdar.context.writer: lesson, guide, hint",
     )
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="context -> its keyword arguments, for contexts named in sources"
@@ -233,6 +284,7 @@ class ContextConfig(_Node):
         "shuffled (its words permuted), wrong (that of a task of another type), random_text (everyday words)",
     )
     contrast: ContrastConfig = ContrastConfig()
+    writer: WriterConfig = WriterConfig()
     episodes: Literal["all", "failed", "solved"] = Field(
         "all",
         description="which episodes the teacher looks at, by how they ended; the rows of the others are not scored and "

@@ -36,7 +36,7 @@ def local_update(run: SdarTraining, metrics: dict[str, Any], size: int) -> Any:
     table = run.read_table(batch)
     metrics |= run.count_crashed(table)
     if run.late_contexts is not None:
-        run.late_contexts.fill(table)
+        metrics |= run.late_contexts.fill(table)
     metrics |= row_metrics(table)
     run.first_checks(table, metrics)
 

@@ -28,6 +28,7 @@ from sdar_verl.checks.recipe import recipe_faults
 from sdar_verl.checks.resume import resume_faults
 from sdar_verl.checks.skills import skill_faults
 from sdar_verl.checks.teacher import teacher_faults
+from sdar_verl.checks.writer import writer_faults
 from sdar_verl.compat import check_verl_version
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
@@ -287,6 +288,7 @@ _CHECKS: tuple[Any, ...] = (
     _rows,
     skill_faults,
     context_faults,
+    writer_faults,
     _batches,
     engine_faults,
     chat_template_faults,

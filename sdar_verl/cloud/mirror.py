@@ -22,6 +22,7 @@ from sdar_verl.report import layout
 
 MANIFEST = "manifest.json"
 RUN_FILE = "sdar_run.json"
+_NOTES = (RUN_FILE, layout.WRITTEN_FILE)
 _SCHEMA = 1
 _FOLDER = re.compile(r"global_step_(\d+)/")
 _STREAMS = 4
@@ -75,8 +76,9 @@ class Mirror:
         return {file: facts for part in parts for file, facts in part.items()}
 
     def sync(self, folder: Path) -> None:
-        """Copy what changed of the run's record, and its note of what makes the experiment."""
-        paths = [path for path in (folder / RUN_FILE, *(folder / layout.RECORD).rglob("*")) if path.is_file()]
+        """Copy what changed of the run's record, and its notes: of the experiment, of answers paid for."""
+        paths = [*(folder / note for note in _NOTES), *(folder / layout.RECORD).rglob("*")]
+        paths = [path for path in paths if path.is_file()]
         here = {path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
         for name, state in here.items():
             if self._synced.get(name) != state:
@@ -132,8 +134,8 @@ class Mirror:
             if fault:
                 self._say(f"{name}: {fault}: passed over")
                 continue
-            for note in (RUN_FILE, *self.store.names(layout.RECORD)):
-                if note != RUN_FILE or self.store.read(note) is not None:
+            for note in (*_NOTES, *self.store.names(layout.RECORD)):
+                if note not in _NOTES or self.store.read(note) is not None:
                     self.store.download(_inside(note), folder / note)
             write_text_atomically(folder / TRACKER, str(step))  # last: only now verl sees the checkpoint
             self._say(

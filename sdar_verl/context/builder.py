@@ -15,7 +15,7 @@ from sdar_verl.config import ContextConfig, ContrastConfig
 from sdar_verl.context import builtin  # noqa: F401  registers the contexts of this package
 from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.context.controls import placebo
-from sdar_verl.context.registry import ContextError, check_contexts, get_context
+from sdar_verl.context.registry import Context, ContextError, check_contexts, get_context
 from sdar_verl.context.words import WORDS
 
 MIN_KNOWN_WORDS = 16
@@ -77,21 +77,33 @@ class ContextBuilder:
         }
         return found if self.contrast is None else found | self.contrast.early_passages(request)
 
-    def passage(self, request: ContextRequest, early: Mapping[str, Passage]) -> Passage:
+    @property
+    def writes(self) -> bool:
+        """Whether a context of either slot asks the run's writer."""
+        return bool(self.written) or (self.contrast is not None and self.contrast.writes)
+
+    @property
+    def written(self) -> dict[str, tuple[Context, Mapping[str, Any]]]:
+        """Contexts of this slot that ask the run's writer: name among early passages -> context and its options."""
+        found = (context for context in self._contexts if context.writes)
+        return {self._prefix + context.name: (context, self._options(context.name)) for context in found}
+
+    def passage(self, request: ContextRequest, made: Mapping[str, Passage]) -> Passage:
         """All contexts in the order of ``sdar.context.sources``; with an empty text when there is none.
 
         Args:
             request: with the finished episodes, where a context is late.
-            early: see :meth:`early_passages`.
+            made: those made already, see :meth:`early_passages` and :attr:`written`; none was written where one is
+                missing.
         """
-        return join(
-            [
-                context.make(request, self._options(context.name))
-                if context.late
-                else early[self._prefix + context.name]
-                for context in self._contexts
-            ]
-        )
+        passages = []
+        for context in self._contexts:
+            name = self._prefix + context.name
+            if context.writes:
+                passages.append(made.get(name, Passage("")))
+            else:
+                passages.append(context.make(request, self._options(context.name)) if context.late else made[name])
+        return join(passages)
 
     def controlled(self, real: Passage, task_id: str, other: Passage | None = None, number: int = 0) -> Passage | None:
         """What the teacher sees: ``real``, or its placebo by ``sdar.context.control``; None when it has no say.

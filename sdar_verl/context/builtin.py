@@ -13,6 +13,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any, Literal, get_args
 
+from sdar_verl.context import hindsight  # noqa: F401  registers those that somebody writes
 from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode
 from sdar_verl.context.registry import ContextError, register_context
 from sdar_verl.envs.registry import demonstration_of

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.errors import SdarError
 
-ContextFunction = TypeVar("ContextFunction", bound=Callable[..., "Passage | str | None"])
+ContextFunction = TypeVar("ContextFunction", bound=Callable[..., "Passage | str | Generator[Any, Any, Any] | None"])
 
 
 class ContextError(SdarError):
@@ -23,15 +24,18 @@ class Context:
 
     Attributes:
         name: as in ``sdar.context.sources``.
-        function: ``(request, **options) -> Passage, text, or None`` (there is none for this row).
+        function: ``(request, **options) -> Passage, text, or None`` (there is none for this row); a generator of that
+            where it asks a writer.
         late: it reads finished episodes, so it can only be made when the whole group has ended.
         by_turn: it differs by the turn of the episode (and is late).
+        writes: it asks the run's writer (and is late).
     """
 
     name: str
-    function: Callable[..., Passage | str | None]
+    function: Callable[..., Any]
     late: bool
     by_turn: bool = False
+    writes: bool = False
 
     def make(self, request: ContextRequest, options: Mapping[str, Any]) -> Passage:
         """The passage for ``request``; with an empty text when there is none.
@@ -39,12 +43,22 @@ class Context:
         Raises:
             ContextError: the function fails, or gives something else than text.
         """
-        try:
+        with self.named_faults():
             made = self.function(request, **options)
+        return self.passage(made)
+
+    @contextmanager
+    def named_faults(self) -> Iterator[None]:
+        """Around a third party's function, which can fail in any way Python can: a :class:`ContextError` comes out."""
+        try:
+            yield
         except ContextError:
             raise
-        except Exception as error:  # a third party's function can fail in any way Python can
+        except Exception as error:
             raise ContextError(f"context {self.name!r}: {type(error).__name__}: {error}") from error
+
+    def passage(self, made: Any) -> Passage:
+        """What a function gave, as a passage."""
         passage = Passage(made or "") if made is None or isinstance(made, str) else made
         if not isinstance(passage, Passage):
             raise ContextError(f"context {self.name!r} gave {type(made).__name__}; it must give text, Passage or None")
@@ -64,6 +78,11 @@ def register_context(
     before the run starts. It gives the teacher's text (or a ``Passage``), None when there is none for this row, and
     raises :class:`ContextError` when the set-up is at fault.
 
+    One that needs somebody to write is a generator: it yields a :class:`~sdar_verl.context.prompt.Prompt` (or a list of
+    them), is sent the answer of ``sdar.context.writer`` (or their list), None where there is none, may yield again, and
+    returns what other functions return. It is late. Answers that it cannot read it tells by
+    :class:`~sdar_verl.context.prompt.UnreadableAnswer`.
+
     Args:
         name: of the context.
         late: the function reads ``request.episode`` or ``request.siblings``.
@@ -79,7 +98,8 @@ def register_context(
             raise ContextError(
                 f"context {name!r} is registered already by {'.'.join(_origin(known.function))}; choose another name"
             )
-        _contexts[name] = Context(name, function, late or by_turn, by_turn)
+        writes = inspect.isgeneratorfunction(function)
+        _contexts[name] = Context(name, function, late or by_turn or writes, by_turn, writes)
         return function
 
     return enter
@@ -120,7 +140,10 @@ def check_contexts(
         _check_options(get_context(name), options.get(name, {}), node)
     unused = sorted(set(options) - set(sources))
     if unused:
-        raise ContextError(f"{node}.options.{unused[0]} has no effect: {node}.sources={list(sources)} does not name it")
+        raise ContextError(
+            f"{node}.options.{unused[0]} has no effect: {node}.sources={list(sources)} does not name it; leave it out "
+            f"(~{node}.options.{unused[0]} on the command line, where a preset sets it)"
+        )
 
 
 def _check_options(context: Context, options: Mapping[str, Any], node: str) -> None:

@@ -21,6 +21,7 @@ _COUNTS = (
     "sdar/groups_without_variance",
     "sdar/nonfinite_",
     "sdar/skill_episodes/",
+    "sdar/writer/",
 )
 """Added up; so is every name that begins with one that ends in a slash or an underscore."""
 

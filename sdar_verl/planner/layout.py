@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -10,11 +11,14 @@ from sdar_verl.algorithm.divergences import DIVERGENCES
 from sdar_verl.algorithm.gates import gate_reads
 from sdar_verl.checks.modes import verl_mode
 from sdar_verl.config import SdarConfig
+from sdar_verl.context import builtin  # noqa: F401  registers the contexts of this package
+from sdar_verl.context.registry import get_context
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.architecture import Architecture
 from sdar_verl.planner.families import find_architecture
 from sdar_verl.recipe import plays_environments
 from sdar_verl.requests import CHUNK_TOKENS
+from sdar_verl.writer.endpoint import ANSWER_TOKENS, PROMPT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class Layout:
         support: of a distribution-level objective, ``full`` or ``top_k``; None: the objective is on sampled tokens.
         chunk_tokens: tokens whose logits such an objective has in memory at a time.
         lora_rank: 0 without LoRA.
+        writer: of contexts that somebody writes, ``policy`` or ``endpoint``; empty without such.
+        writings: texts that it writes per step, at most.
+        writer_prompt: tokens that it reads for one, on average.
+        writer_answer: tokens that it writes, on average.
         episodes: episodes per step.
         turns: turns per episode, on average.
         prompt: tokens of a student's prompt, on average.
@@ -83,6 +91,10 @@ class Layout:
     support: str | None = None
     chunk_tokens: int = CHUNK_TOKENS
     lora_rank: int = 0
+    writer: str = ""
+    writings: int = 0
+    writer_prompt: float = 0.0
+    writer_answer: float = 0.0
     episodes: int = 128
     turns: float = 30.0
     prompt: float = 1000.0
@@ -168,6 +180,7 @@ class Layout:
             support=(sdar.loss.support or "full") if sdar.loss.objective in DIVERGENCES else None,
             chunk_tokens=sdar.loss.chunk_tokens or CHUNK_TOKENS,
             lora_rank=lora,
+            **_writing(config, sdar),
             episodes=int(config.data.train_batch_size * rollout.n),
             turns=turns if turns is not None else sdar.env.max_steps / 2 if plays_environments(config) else 1.0,
             prompt=prompt,
@@ -179,3 +192,23 @@ class Layout:
             ),
             steps=int(config.trainer.total_training_steps or 0),
         )
+
+
+def _writing(config: DictConfig, sdar: SdarConfig) -> dict[str, Any]:
+    """Fields about the writer: as if every group were mixed and every episode looked at; half of its limits."""
+    contexts = [get_context(name) for name in sdar.context.named if sdar.teacher.source != "none"]
+    contexts = [context for context in contexts if context.writes]
+    if not contexts:
+        return {}
+    settings, tasks = sdar.context.writer, int(config.data.train_batch_size)
+    here = settings.source == "policy"
+    prompt = settings.max_prompt_length or (config.data.max_prompt_length if here else PROMPT_TOKENS)
+    answer = settings.max_tokens or (config.data.max_response_length if here else ANSWER_TOKENS)
+    episodes = tasks * int(config.actor_rollout_ref.rollout.n)
+    return {
+        "writer": settings.source,
+        # A guide is one more per group.
+        "writings": sum(episodes + (tasks if context.name == "guide" else 0) for context in contexts),
+        "writer_prompt": prompt / 2,
+        "writer_answer": answer / 2,
+    }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.planner.hardware import GIB
+from sdar_verl.planner.layout import Layout
 from sdar_verl.planner.plan import Plan
 from sdar_verl.planner.timing import tokens_per_step
 
@@ -38,6 +39,7 @@ def as_text(plan: Plan, price: float | None = None) -> str:
         f"objective: {layout.objective}",
         f"{layout.episodes} episodes of {layout.turns:g} turns a step: {layout.rows:,.0f} rows of {layout.prompt:g} + "
         f"{layout.response:g} tokens, {layout.context:g} more for the teacher",
+        *_writings(layout),
         "",
         f"memory of one GPU, GiB of {memory / GIB:.0f}",
     ]
@@ -60,6 +62,16 @@ def as_text(plan: Plan, price: float | None = None) -> str:
     lines += ["", total, "", "fits" if plan.fits else "does not fit:"]
     lines += [f"  - {fault}" for fault in plan.faults]
     return "\n".join(lines)
+
+
+def _writings(layout: Layout) -> list[str]:
+    if not layout.writer:
+        return []
+    who = "the policy" if layout.writer == "policy" else "the endpoint"
+    return [
+        f"up to {layout.writings} contexts a step, {layout.writings * layout.steps:,} in all, written by {who}: "
+        f"{layout.writer_prompt:g} tokens read and {layout.writer_answer:g} written for each"
+    ]
 
 
 def _passes(number: int) -> str:

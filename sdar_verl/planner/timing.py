@@ -3,6 +3,7 @@
     pass      forward FLOPs / (N * peak * forward efficiency)
     update    3 x forward FLOPs (4 x with checkpointing) / (N * peak * training efficiency)
     rollout   turns * (prefill + answer tokens * time of a decoding step + environment)
+    writing   prefill + tokens * time of a decoding step, where the policy writes contexts (of an endpoint: not known)
 
 An episode's turns follow each other; all episodes run at once, spread over the N / TP engines (N of the rollout's own
 GPUs in mode ``sdar_separate_async``, where the slower of rollout and training sets the pace). A decoding step reads
@@ -40,15 +41,23 @@ def phase_flops(layout: Layout) -> dict[str, float]:
 
 def rollout_seconds(layout: Layout, gpu: Gpu, efficiency: Efficiency) -> float:
     """Seconds until the last of a step's episodes has ended, if all have the mean number of turns."""
+    answer = answer_seconds(layout, gpu, efficiency, layout.episodes, layout.prompt, layout.response)
+    return layout.turns * (answer + efficiency.env_latency)
+
+
+def answer_seconds(
+    layout: Layout, gpu: Gpu, efficiency: Efficiency, requests: float, prompt: float, response: float
+) -> float:
+    """Seconds until so many requests, spread over the engines and running at once, are answered."""
     a, tp = layout.architecture, layout.tensor_parallel
     engines = max((layout.rollout_gpus or layout.gpus) // tp, 1)
-    running = layout.episodes / engines
+    running = requests / engines
     peak, bandwidth = gpu.flops * tp * efficiency.prefill, gpu.bandwidth * tp * efficiency.decode
-    prefill = running * a.forward_flops([round(layout.prompt)], head_tokens=1) / peak
-    cache = running * (layout.prompt + layout.response / 2) * a.kv_bytes_per_token()
+    prefill = running * a.forward_flops([round(prompt)], head_tokens=1) / peak
+    cache = running * (prompt + response / 2) * a.kv_bytes_per_token()
     compute = running * a.forward_flops([1]) / peak
     token = max((2.0 * a.read_parameters(running) + cache) / bandwidth, compute) + efficiency.token_latency
-    return layout.turns * (prefill + layout.response * token + efficiency.env_latency)
+    return prefill + response * token
 
 
 def step_seconds(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None) -> dict[str, float]:
@@ -61,6 +70,9 @@ def step_seconds(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None)
     """
     efficiency = efficiency or Efficiency()
     seconds = {"rollout": rollout_seconds(layout, gpu, efficiency)}
+    if layout.writer == "policy":
+        read, written = layout.writer_prompt, layout.writer_answer
+        seconds["writing"] = answer_seconds(layout, gpu, efficiency, layout.writings, read, written)
     for phase, flops in phase_flops(layout).items():
         if phase == "teacher" and layout.teacher_placement == "rollout_server":
             seconds["rollout"] += flops / (layout.gpus * gpu.flops * efficiency.prefill)
@@ -75,8 +87,12 @@ def step_seconds(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None)
 def tokens_per_step(layout: Layout) -> dict[str, float]:
     """Tokens that a step reads and writes."""
     teacher = 0.0 if layout.teacher == "none" else layout.teacher_passes
-    return {
+    tokens = {
         "written by the policy": layout.rows * layout.response,
         "read by the student": layout.rows * layout.prompt,
         "read by the teacher": layout.rows * teacher * (layout.prompt + layout.context),
     }
+    if layout.writer:
+        tokens["read by the writer of contexts"] = layout.writings * layout.writer_prompt
+        tokens["written by it"] = layout.writings * layout.writer_answer
+    return tokens

@@ -22,6 +22,9 @@ WARNINGS_FILE = "warnings.jsonl"
 OUTCOMES = "outcomes"
 TRACES = "traces"
 
+WRITTEN_FILE = "sdar_written.jsonl"
+"""Beside the record: answers of ``sdar.context.writer.url`` that were paid for."""
+
 
 class RecordError(SdarError):
     """A run's folder is not one, or its record cannot be read; the message says what to do."""

@@ -81,6 +81,19 @@ def leaves_thought_open(text: str) -> bool:
     return opened >= 0 and not _THINK_CLOSE.search(text, opened)
 
 
+def without_thought(text: str, *, opened: bool = False) -> str:
+    """What an answer says behind its thought; empty where the thought was cut off.
+
+    Args:
+        text: the answer.
+        opened: the prompt ended within a thought, so that the answer begins in it.
+    """
+    *_, close = (None, *_THINK_CLOSE.finditer(text))
+    if close is not None:
+        opened, text = False, text[close.end() :]
+    return "" if opened or _THINK_OPEN.match(text.lstrip()) else text.strip()
+
+
 def marks_thought(token: str) -> bool:
     """Whether a token's text begins or ends a thought."""
     return bool(_THINK_OPEN.search(token) or _THINK_CLOSE.search(token))

@@ -9,46 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from sdar_verl.config import SdarConfig
-from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode, PlayedTurn
+from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.context.registry import ContextError
+from sdar_verl.context.writing import Job
 from sdar_verl.envs.base import Task
 from sdar_verl.fields import TEACHER_PROMPTS, contrast_prompts
+from sdar_verl.rollout.groups import Episode, Group, groups_of
 from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnView
-from sdar_verl.rollout.rows import EpisodeNote, RowId, RowInfo
+from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
 from sdar_verl.table import StepTable, stop_on_errors
-
-
-@dataclass
-class _Episode:
-    """Rows of one finished episode, in order of their turns."""
-
-    name: str
-    note: EpisodeNote
-    infos: list[RowInfo]
-
-    @property
-    def played(self) -> PlayedEpisode:
-        steps = [step for info in self.infos for step in info.steps]
-        turns = [PlayedTurn(step.observation, step.action, not step.invalid) for step in steps]
-        first = self.infos[0]
-        note = self.note
-        return PlayedEpisode(self.name, tuple(turns), first.success, note.reward, note.last_observation, note.said)
-
-
-@dataclass
-class _Group:
-    """Finished episodes of one prompt, in order of their names."""
-
-    task: Task
-    episodes: list[_Episode] = field(default_factory=list)
+from sdar_verl.writer.step import StepWriting
 
 
 @dataclass
@@ -66,6 +44,15 @@ class _Shown:
     bad: list[Passage] = field(default_factory=list)
 
 
+class _Place(NamedTuple):
+    """What something is written for: a turn of an episode, or its turn 0 where all turns share a context; and which of
+    several texts."""
+
+    episode: str
+    turn: int
+    number: int
+
+
 class LatePrompts(Protocol):
     """Makes the teacher's prompt of a row after its episode."""
 
@@ -80,21 +67,64 @@ class LateContexts:
         settings: the ``sdar`` node.
         contexts: of the run.
         prompts: make one as the agent loop would have.
+        writing: asks the run's writer; None where no context needs one.
     """
 
-    def __init__(self, settings: SdarConfig, contexts: ContextBuilder, prompts: LatePrompts) -> None:
+    def __init__(
+        self, settings: SdarConfig, contexts: ContextBuilder, prompts: LatePrompts, writing: StepWriting | None = None
+    ) -> None:
         self._settings = settings
         self._contexts = contexts
         self._prompts = prompts
+        self._writing = writing
+        self._written: dict[_Place, dict[str, Passage]] | None = None
 
-    def fill(self, table: StepTable) -> None:
-        """Add the teacher's prompt to every row whose context exists, in its record and as a column.
+    @property
+    def during_rollout(self) -> bool:
+        """Whether :meth:`write` is to be called while the rollout servers are awake."""
+        return self._writing is not None and self._writing.during_rollout
+
+    def write(self, table: StepTable) -> None:
+        """Have everything written that the contexts of these rows ask for; the next :meth:`fill` reads it.
 
         Raises:
             ContextError: a context function fails.
-            RolloutError: a prompt is too long, and that is an error.
+            RolloutError: the writer does not do its work.
         """
-        groups = _groups(table)
+        assert self._writing is not None
+        jobs: dict[tuple[_Place, str], Job] = {}
+        for group in groups_of(table).values():
+            for episode in group.episodes:
+                for turn in self._turns(episode):
+                    jobs |= self._jobs(group, episode, turn)
+        self._written = {}
+        for (place, name), passage in self._writing.passages(jobs, table.step).items():
+            self._written.setdefault(place, {})[name] = passage
+
+    def _jobs(self, group: Group, episode: Episode, turn: int) -> dict[tuple[_Place, str], Job]:
+        """What is written for one turn, or for an episode as a whole, in both slots."""
+        found: dict[tuple[_Place, str], Job] = {}
+        for slot in filter(None, (self._contexts, self._contexts.contrast)):
+            for number in range(slot.texts):
+                request = self._request(group, episode, turn, number)
+                place = _Place(episode.name, turn, number)
+                for name, (context, options) in slot.written.items():
+                    found[place, name] = (context, request, options)
+        return found
+
+    def fill(self, table: StepTable) -> dict[str, float]:
+        """Add the teacher's prompt to every row whose context exists, in its record and as a column.
+
+        Returns:
+            Metrics of the writer, where there is one.
+
+        Raises:
+            ContextError: a context function fails.
+            RolloutError: a prompt is too long, and that is an error; or see :meth:`write`.
+        """
+        if self._writing is not None and self._written is None:
+            self.write(table)
+        groups = groups_of(table)
         for uid, group in groups.items():
             for episode in group.episodes:
                 self._fill_episode(groups, uid, episode)
@@ -107,8 +137,10 @@ class LateContexts:
         bad = [() if info is None else info.contrast_prompt_ids for info in table.infos]
         for number in range(max(map(len, bad))):
             table.rows.write({contrast_prompts(number): _column(bad, number)})
+        self._written = None
+        return {} if self._writing is None else self._writing.metrics()
 
-    def _fill_episode(self, groups: Mapping[str, _Group], uid: str, episode: _Episode) -> None:
+    def _fill_episode(self, groups: Mapping[str, Group], uid: str, episode: Episode) -> None:
         group, shown = groups[uid], None
         for index, info in enumerate(episode.infos):
             if shown is None or self._contexts.by_turn:
@@ -126,10 +158,10 @@ class LateContexts:
             if index == 0 and seen is not None and info.teacher_prompt_tokens is not None:
                 episode.note.context = seen.text
 
-    def _shown(self, groups: Mapping[str, _Group], group: _Group, episode: _Episode, info: RowInfo) -> _Shown:
+    def _shown(self, groups: Mapping[str, Group], group: Group, episode: Episode, info: RowInfo) -> _Shown:
         """What the teacher sees on the rows of an episode, or on one of them where contexts differ by turn."""
-        wanted, contrast = self._settings.context.episodes, self._contexts.contrast
-        if wanted != "all" and episode.infos[0].success != (wanted == "solved"):
+        contrast = self._contexts.contrast
+        if not self._looked_at(episode):
             return _Shown(Passage(""), None)
         if info.turns and self._contexts.by_turn:
             raise ContextError(
@@ -141,6 +173,19 @@ class LateContexts:
             return _Shown(real, seen)
         bad = self._texts(contrast, groups, group, episode, info.turn)
         return _Shown(real, seen if bad else None, bad)
+
+    def _looked_at(self, episode: Episode) -> bool:
+        wanted = self._settings.context.episodes
+        return wanted == "all" or episode.infos[0].success == (wanted == "solved")
+
+    def _turns(self, episode: Episode) -> list[int]:
+        """Of the rows that may get a context of their own; the first stands for all where they share one."""
+        if not self._looked_at(episode):
+            return []
+        if not self._contexts.by_turn:
+            return [0]
+        # A conversation of several turns is refused when its prompt is made.
+        return [] if any(info.turns for info in episode.infos) else [info.turn for info in episode.infos]
 
     def _add_contrast(self, task: Task, infos: Sequence[RowInfo], index: int, texts: Sequence[Passage]) -> None:
         """The prompts of a row with each text of the bad context; without one, the row has no teacher."""
@@ -158,7 +203,7 @@ class LateContexts:
             info.teacher_prompt_ids = info.teacher_prompt_tokens = None
 
     def _texts(
-        self, contexts: ContextBuilder, groups: Mapping[str, _Group], group: _Group, episode: _Episode, turn: int
+        self, contexts: ContextBuilder, groups: Mapping[str, Group], group: Group, episode: Episode, turn: int
     ) -> list[Passage]:
         """The different texts of a slot, as many as it may have and there are."""
         found: dict[str, Passage] = {}
@@ -171,9 +216,9 @@ class LateContexts:
     def _seen(
         self,
         contexts: ContextBuilder,
-        groups: Mapping[str, _Group],
-        group: _Group,
-        episode: _Episode,
+        groups: Mapping[str, Group],
+        group: Group,
+        episode: Episode,
         turn: int,
         number: int = 0,
     ) -> tuple[Passage, Passage | None]:
@@ -182,10 +227,15 @@ class LateContexts:
         other = self._other(contexts, groups, group, turn) if contexts.control == "wrong" and real.text else None
         return real, contexts.controlled(real, group.task.task_id, other, number)
 
-    def _passage(
-        self, contexts: ContextBuilder, group: _Group, episode: _Episode, turn: int, number: int = 0
-    ) -> Passage:
-        request = ContextRequest(
+    def _passage(self, contexts: ContextBuilder, group: Group, episode: Episode, turn: int, number: int = 0) -> Passage:
+        made = {name: Passage(**fields) for name, fields in episode.note.passages.items()}
+        if self._written is not None:
+            place = _Place(episode.name, turn if self._contexts.by_turn else 0, number)
+            made |= self._written.get(place, {})
+        return contexts.passage(self._request(group, episode, turn, number), made)
+
+    def _request(self, group: Group, episode: Episode, turn: int, number: int) -> ContextRequest:
+        return ContextRequest(
             group.task,
             seed=self._settings.context.seed,
             episode=episode.played,
@@ -193,12 +243,8 @@ class LateContexts:
             turn=turn,
             number=number,
         )
-        early = {name: Passage(**fields) for name, fields in episode.note.passages.items()}
-        return contexts.passage(request, early)
 
-    def _other(
-        self, contexts: ContextBuilder, groups: Mapping[str, _Group], group: _Group, turn: int
-    ) -> Passage | None:
+    def _other(self, contexts: ContextBuilder, groups: Mapping[str, Group], group: Group, turn: int) -> Passage | None:
         """The context of an episode of this step whose task is of another type, or, where there is one type alone, of
         another task; None when there is none."""
         others = [other for other in groups.values() if other.task.task_type != group.task.task_type]
@@ -241,19 +287,3 @@ def _column(prompts: Sequence[Sequence[np.ndarray]], number: int) -> torch.Tenso
     none = torch.zeros(0, dtype=torch.int32)
     rows = [torch.from_numpy(row[number]) if number < len(row) else none for row in prompts]
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-
-
-def _groups(table: StepTable) -> dict[str, _Group]:
-    """uid -> group, in order of uid; rows that do not count and failed episodes are left out."""
-    rows: dict[RowId, list[RowInfo]] = {}
-    for row, info in zip(table.ids, table.infos, strict=True):
-        if info is not None and not info.failed:
-            rows.setdefault(row._replace(number=0), []).append(info)
-    groups: dict[str, _Group] = {}
-    for row, members in sorted(rows.items(), key=lambda item: item[0]):
-        members = sorted(members, key=lambda info: info.turn)
-        note = members[0].episode
-        assert note is not None, "the first row of an episode carries its note"
-        group = groups.setdefault(row.uid, _Group(Task(**note.task)))
-        group.episodes.append(_Episode(row.episode, note, members))
-    return groups

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +17,7 @@ from sdar_verl.rollout.control import control_strings_of
 from sdar_verl.rollout.prompt_builder import PromptBuilder
 from sdar_verl.rollout.prompts import PromptTemplate
 from sdar_verl.rollout.skills_of import SkillFinder
+from sdar_verl.rollout.uids import request_seed
 
 
 class Runtime:
@@ -68,14 +68,6 @@ class Runtime:
         Seeds are per request: one seed for a whole group would make its rollouts identical.
         """
         return request_seed(self.sdar.rollout.seed, *parts)
-
-
-def request_seed(seed: int | None, *parts: object) -> int | None:
-    """A sampling seed from ``sdar.rollout.seed`` and what tells this request from others; None without."""
-    if seed is None:
-        return None
-    text = "|".join(str(part) for part in (seed, *parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
 def make_prompts(config: DictConfig, sdar: SdarConfig, tokenizer: Any) -> PromptBuilder:

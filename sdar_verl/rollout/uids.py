@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -48,3 +49,11 @@ def seed_part(uid: object, step: int | None) -> str:
     """
     match = _UID.fullmatch(str(uid))
     return f"{int(match[1])}{match[2] or ''}" if match else str(step)
+
+
+def request_seed(seed: int | None, *parts: object) -> int | None:
+    """A sampling seed from ``sdar.rollout.seed`` and what tells this request from others; None without."""
+    if seed is None:
+        return None
+    text = "|".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from sdar_verl.skills import learn_command
 from sdar_verl.untrusted import parse_json, printable
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def add_parser(commands: Any) -> None:
                 "--options", type=_options, default={}, metavar="JSON", help='rule -> options: {"ucb": {"c": 2}}'
             )
             action.add_argument("--seed", type=int, default=0, help="sdar.skills.seed")
+    learn_command.add_actions(actions)
 
 
 def _options(text: str) -> dict[str, dict[str, Any]]:

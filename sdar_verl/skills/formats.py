@@ -126,7 +126,7 @@ def _read_bank(path: Path, shipped: bool) -> BankFiles:
     for file in (entry / SKILL_FILE for entry in entries):
         with collecting(found.faults):
             skill = _read_skill(file, None if shipped else path, unknown)
-            if skill.name != file.parent.name and _is_name(file.parent.name):
+            if skill.name != file.parent.name and is_skill_name(file.parent.name):
                 found.notes.append(
                     f"{file}: name {skill.name!r} differs from the folder's, which is the one that counts"
                 )
@@ -191,7 +191,7 @@ def _build_skill(path: Path, front: Mapping[str, Any], text: str) -> Skill:
     ]
     name = front.get("name")
     # Else the folder's name is the one that counts.
-    if isinstance(name, str) and name.strip() and not _is_name(name) and not _is_name(path.parent.name):
+    if isinstance(name, str) and name.strip() and not is_skill_name(name) and not is_skill_name(path.parent.name):
         faults.append(f"{path}: name {shorten(name)} must be at most 64 lower-case letters, digits and single hyphens")
     if not text:
         faults.append(f"{path} has no text below the front matter; a teacher would learn nothing from it")
@@ -210,7 +210,8 @@ def _build_skill(path: Path, front: Mapping[str, Any], text: str) -> Skill:
     )
 
 
-def _is_name(text: str) -> bool:
+def is_skill_name(text: str) -> bool:
+    """At most 64 lower-case letters, digits and single hyphens."""
     return len(text) <= 64 and bool(_NAME.fullmatch(text))
 
 

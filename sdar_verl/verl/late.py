@@ -1,7 +1,9 @@
-"""Which late contexts a run has, and how it makes their prompts."""
+"""Which late contexts a run has, who writes for them, and how it makes their prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -9,13 +11,27 @@ from omegaconf import DictConfig
 from sdar_verl.config import SdarConfig
 from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.recipe import plays_environments
+from sdar_verl.rollout.control import control_strings_of
 from sdar_verl.rollout.late_context import LateContexts, LatePrompts, TurnPrompts
 from sdar_verl.rollout.runtime import make_prompts
 from sdar_verl.verl.recipe_prompts import LateTeacherPrompts, TeacherPrompts, model_type
+from sdar_verl.writer.base import Writer
+from sdar_verl.writer.endpoint import EndpointWriter
+from sdar_verl.writer.policy import PolicyWriter
+from sdar_verl.writer.step import StepWriting
 
 
-def late_contexts(config: DictConfig, sdar: SdarConfig, tokenizer: Any) -> LateContexts | None:
-    """The run's, or None where the agent loop makes the teacher's prompts."""
+def late_contexts(
+    config: DictConfig, sdar: SdarConfig, tokenizer: Any, client: Callable[[], Any]
+) -> LateContexts | None:
+    """The run's, or None where the agent loop makes the teacher's prompts.
+
+    Args:
+        config: verl's whole config.
+        sdar: its ``sdar`` node.
+        tokenizer: of the policy.
+        client: gives verl's client of the rollout servers.
+    """
     contexts = ContextBuilder(sdar.context, tokenizer)
     if not contexts.late:
         return None
@@ -24,4 +40,27 @@ def late_contexts(config: DictConfig, sdar: SdarConfig, tokenizer: Any) -> LateC
         prompts = TurnPrompts(sdar, make_prompts(config, sdar, tokenizer))
     else:
         prompts = LateTeacherPrompts(TeacherPrompts(config, sdar, tokenizer, model_type(config)))
-    return LateContexts(sdar, contexts, prompts)
+    writing = None
+    if contexts.writes:
+        control = control_strings_of(tokenizer, config.data.get("apply_chat_template_kwargs", None))
+        writing = StepWriting(_writer(config, sdar, tokenizer, contexts, client), control)
+    return LateContexts(sdar, contexts, prompts, writing)
+
+
+def _writer(
+    config: DictConfig, sdar: SdarConfig, tokenizer: Any, contexts: ContextBuilder, client: Callable[[], Any]
+) -> Writer:
+    settings = sdar.context.writer
+    if settings.source == "endpoint":
+        folder = Path(str(config.trainer.default_local_dir))
+        return EndpointWriter(settings, folder, contexts.count_tokens, sdar.rollout.seed)
+    return PolicyWriter(
+        client,
+        tokenizer,
+        settings,
+        prompt_tokens=int(config.data.max_prompt_length),
+        answer_tokens=int(config.data.max_response_length),
+        temperature=float(config.actor_rollout_ref.rollout.temperature),
+        seed=sdar.rollout.seed,
+        chat_template_kwargs=config.data.get("apply_chat_template_kwargs", None),
+    )

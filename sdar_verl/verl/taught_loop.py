@@ -31,9 +31,8 @@ from sdar_verl.rollout.outputs import OutputMaker
 from sdar_verl.rollout.prompts import PromptTemplateError
 from sdar_verl.rollout.recipe_rows import record_of, task_of
 from sdar_verl.rollout.rows import RETIRED_COLUMN, ROW_KEY, TRACED_COLUMN, RowInfo
-from sdar_verl.rollout.runtime import request_seed
 from sdar_verl.rollout.server_teacher import ServerTeacher
-from sdar_verl.rollout.uids import seed_part
+from sdar_verl.rollout.uids import request_seed, seed_part
 from sdar_verl.skills.retrieval import RetrievalError
 from sdar_verl.verl import symbols
 from sdar_verl.verl.recipe_prompts import Built, RecipeRuntime

@@ -171,7 +171,7 @@ class SdarTraining(PPOTrainer):
             self.teacher.start()
             loss = partial(sdar_loss, config=omega_conf_to_dataclass(actor), method=self.method)
             self.actor_rollout_wg.set_loss_fn(Importing(loss, self.sdar.modules))
-            self.late_contexts = late_contexts(self.config, self.sdar, self.tokenizer)
+            self.late_contexts = late_contexts(self.config, self.sdar, self.tokenizer, self.get_llm_client)
         rows = self.sdar.update.mini_batch_rows
         if rows is not None:
             # verl counts a mini-batch in prompts and bounds it by the prompts of a step; a step of T-turn episodes has
@@ -224,8 +224,11 @@ class SdarTraining(PPOTrainer):
         )
         metrics.update(sampled)
         batch.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
+        batch = in_order(batch)
+        if self.late_contexts is not None and self.late_contexts.during_rollout:
+            self.late_contexts.write(self.read_table(batch))
         self.on_sample_end()
-        return in_order(batch)
+        return batch
 
     def read_table(self, batch: KVBatchMeta) -> StepTable:
         """The rows' records."""

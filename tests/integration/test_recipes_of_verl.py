@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.support.calculator import CONFIG
+from tests.support.chat_server import chat_server, says
 from tests.support.recipe_run import recipe_arguments, train_recipe, word_problems
 from tests.support.verl_run import Run, run_main_ppo
 
@@ -119,3 +122,41 @@ def test_rows_that_name_their_loops(tmp_path):
     assert second["sdar/rows"] == 3 * 4
     assert second["sdar/foreign_prompt_share"] == pytest.approx(1 / 3)
     assert second["sdar/context_share"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.slow
+def test_the_policy_writes_of_rows_of_verls_own_loop(tmp_path):
+    """A lesson per answer, from the same servers; the tiny model writes noise."""
+    run = train_recipe(
+        tmp_path,
+        "sdar.context.sources=[lesson]",
+        "+sdar.context.options.lesson.form=text",
+        "sdar.context.writer.max_prompt_length=1500",
+        "actor_rollout_ref.rollout.max_model_len=1600",
+        "sdar.rollout.seed=0",
+        "sdar.trace.every=1",
+    )
+    for step in (1, 2):
+        metrics = run.metrics[step]
+        assert metrics["sdar/writer/asked"] > 4 and metrics["sdar/writer/failed"] == 0
+        assert metrics["sdar/writer/answered"] > 0 and metrics["sdar/context_share"] > 0
+
+
+@pytest.mark.slow
+def test_an_endpoint_gives_hints_to_a_loop_of_several_outputs(tmp_path):
+    """Each output is a turn with a row of its own: the hint stands on the second alone."""
+    answer = json.dumps({"hints": [{"turn": 2, "hint": "Add both numbers."}]})
+    with chat_server(lambda *_: says(answer)) as server:
+        run = train_recipe(
+            tmp_path,
+            *own("two_drafts"),
+            "sdar.context.sources=[hint]",
+            "sdar.context.writer.source=endpoint",
+            f"sdar.context.writer.url={server.url}",
+            "sdar.context.writer.model=toy",
+            "algorithm.adv_estimator=sdar",
+        )
+    sound(run)
+    metrics = run.metrics[1]
+    assert metrics["sdar/rows"] == 2 * 16 and metrics["sdar/context_share"] == 0.5
+    assert "How many" in server.prompts[0] and "Turn 2." in server.prompts[0]

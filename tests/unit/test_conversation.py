@@ -212,7 +212,7 @@ def test_late_contexts_read_conversations_too(play, tokenizer):
     _, first, _, _ = play([WRONG, GOOD], **settings)
     _, second, _, _ = play([LOST, LOST, LOST], **settings)
     config = scripted_config(max_response_length=200, **settings)
-    late = late_contexts(config, load_config(config.sdar), tokenizer)
+    late = late_contexts(config, load_config(config.sdar), tokenizer, lambda: None)
     assert late is not None
     late.fill(make_table(["u_0_0", "u_1_0"], [*first, *second]))
     assert first[0].teacher_prompt_ids is None and first[0].context_missing

@@ -38,6 +38,7 @@ from sdar_verl.rollout.rows import EpisodeNote, RowInfo, TurnNote
 from sdar_verl.skills.ucb import TypeStatistics
 from sdar_verl.teacher.server_check import ServerCheck, answer_metrics
 from sdar_verl.verl.validation import arm_metrics
+from sdar_verl.writer.base import WriterCounts
 from tests.support.table import make_table
 from tests.support.verl_version import IS_VERL_090
 
@@ -93,7 +94,7 @@ def emitted_metrics() -> set[str]:
     names |= {*gap_metrics(three, one, one, ["e"] * 3, [0, 1, 2], three), *gap_size(three, one, one)}
     names |= {*answer_metrics([seen]), *ServerCheck(0.0, 0.0, 0.0).metrics()}
     names |= {*HISTOGRAMS, *(f"sdar/warnings/{name}" for name in warnings.NAMES)}
-    names |= set(statistics_metrics({"<task type>": TypeStatistics()}))
+    names |= set(statistics_metrics({"<task type>": TypeStatistics()})) | set(WriterCounts().metrics())
     return names | {name for source in SOURCES for name in constants(source)}
 
 

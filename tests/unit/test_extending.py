@@ -42,6 +42,7 @@ def page(tmp_path_factory):
     signals._SIGNALS._entries.pop("damp")
     schedules._SCHEDULES._entries.pop("inverse")
     registry._contexts.pop("failures")
+    registry._contexts.pop("question")
 
 
 def test_the_gate_endorses_only(page):
@@ -68,6 +69,29 @@ def test_the_context_tells_how_others_failed(page):
     text = page.failures(ContextRequest(task, siblings=played))
     assert text.splitlines()[1:] == ["- it ended with: take a mug", "- it ended with: no action"]
     assert page.failures(ContextRequest(task, siblings=played[1:2])) is None
+
+
+def test_the_written_context_asks_and_reads(page):
+    from sdar_verl.context.base import ContextRequest, PlayedEpisode, PlayedTurn
+    from sdar_verl.context.prompt import UnreadableAnswer
+    from sdar_verl.envs.base import Task
+
+    context = registry.get_context("question")
+    assert context.writes and context.late
+    episode = PlayedEpisode("1", (PlayedTurn("a room", "take a mug", True),), False, 0.0, "end")
+    request = ContextRequest(Task("alfworld", "t", "look", "look at a book"), episode=episode)
+    seen = []
+    for answer, expected in (("Where is it?", "Ask yourself: Where is it?"), (None, None)):
+        asking = context.function(request, words=7)
+        seen.append(next(asking).fit(1000, len)[0])
+        with pytest.raises(StopIteration) as end:
+            asking.send(answer)
+        assert end.value.value == expected
+    assert "a room -> take a mug" in seen[0] and "At most 7 words" in seen[0]
+    asking = context.function(request)
+    next(asking)
+    with pytest.raises(UnreadableAnswer):
+        asking.send("no idea")
 
 
 def test_the_objective_is_quadratic_and_then_linear(page):

@@ -46,7 +46,7 @@ def step(tokenizer, monkeypatch):
             _, records, _, _ = play_episode(monkeypatch, tokenizer, script, task=task, **settings)
             keys += [f"{uid}_{session}_{i}" for i in range(len(records))]
             infos += records
-        late = late_contexts(config, load_config(config.sdar), tokenizer)
+        late = late_contexts(config, load_config(config.sdar), tokenizer, lambda: None)
         if late is not None:
             table = make_table([*keys, "pad_0_0"], [*infos, None])
             late.fill(table)

@@ -35,7 +35,12 @@ PAPER = {
     "rlcsd": (0.5, "advantage_nudge", "gap", "sampled", True, "snapshot"),
     "sipo": (0.15, "advantage_nudge", "gap", "sampled", True, "snapshot"),
     "icsd": (0.01, "loss", "calibrated", "sampled", True, "actor"),
+    "seed": (0.01, "loss", "gap", "sampled", True, "actor"),
+    "hero": (1.0, "loss", "none", "jsd", False, "actor"),
 }
+# What is written elsewhere needs to know where.
+ENDPOINT = ["sdar.context.writer.url=http://127.0.0.1:9/v1", "sdar.context.writer.model=m"]
+FURTHER = {"opid": ENDPOINT, "ahead": ENDPOINT}
 # What the released code does otherwise, by method.
 RELEASED = {
     "opsd": (0.01, "loss", "half", "sampled", False, "actor"),
@@ -62,7 +67,7 @@ def essence(config) -> tuple:
 
 @pytest.mark.parametrize("method", PAPER)
 def test_a_preset_is_its_papers_method_and_passes_all_checks(method, panels):
-    config = compose_config("sdar_quickstart", [f"method={method}", *panels])
+    config = compose_config("sdar_quickstart", [f"method={method}", *FURTHER.get(method, []), *panels])
     assert config.sdar.method == method
     assert config.sdar.variant == "paper"
     assert essence(config) == PAPER[method]
@@ -71,7 +76,8 @@ def test_a_preset_is_its_papers_method_and_passes_all_checks(method, panels):
 
 @pytest.mark.parametrize("method", PAPER)
 def test_the_released_variant_is_the_released_codes_or_an_error(method, panels):
-    config = compose_config("sdar_quickstart", [f"method={method}", "variant=released", *panels])
+    further = FURTHER.get(method, [])
+    config = compose_config("sdar_quickstart", [f"method={method}", "variant=released", *further, *panels])
     sdar = load_config(config.sdar)
     if method not in RELEASED_METHODS:
         with pytest.raises(ConfigError, match=rf"sdar.variant=released has no effect with sdar.method={method}"):

@@ -14,6 +14,7 @@ from sdar_verl.checks.resume import TRACKER
 from sdar_verl.cloud.mirror import MANIFEST, Mirror, MirrorError, local_step
 from sdar_verl.cloud.nodes import first_with
 from sdar_verl.cloud.store import Store, StoreError
+from sdar_verl.report.layout import WRITTEN_FILE
 from tests.support.s3 import BUCKET, s3_server
 
 
@@ -71,6 +72,14 @@ def test_an_empty_folder_is_filled_with_all_that_a_run_needs(place, tmp_path):
         assert (new / name).read_bytes() == (old / name).read_bytes()
     assert not (new / "global_step_2").exists() and local_step(new) == 4
     assert "global_step_4 came from" in said[-1]
+
+
+def test_answers_that_were_paid_for_come_along(place, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / WRITTEN_FILE).write_text('{"request": "a"}\n')
+    put(Mirror(place), tmp_path / "run", 2)
+    assert Mirror(place).fill(tmp_path / "new") == 2
+    assert (tmp_path / "new" / WRITTEN_FILE).read_text() == '{"request": "a"}\n'
 
 
 def test_a_checkpoint_without_its_manifest_is_passed_over_by_name(place, tmp_path):

@@ -387,3 +387,29 @@ def test_a_recipe_of_verls_has_a_row_per_conversation(capsys):
     assert plan["tokens_per_step"]["read by the student"] == 64 * 8 * 512 / 2
     assert main([*arguments, "--turns", "3", "--prompt", "100"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens_per_step"]["read by the student"] == 64 * 8 * 3 * 100
+
+
+def planned(*overrides: str) -> Layout:
+    config = compose_config("sdar_alfworld", ["model=qwen2.5-3b", *overrides])
+    return Layout.from_config(config, load_config(config.sdar))
+
+
+def test_what_the_policy_writes_is_counted_in_generations_and_seconds():
+    lesson, guide, plain = planned("method=seed"), planned("method=grsd"), planned("method=sdar")
+    assert (lesson.writings, guide.writings, plain.writings) == (128, 128 + 16, 0), "16 groups of 8: G + 1 each"
+    assert (lesson.writer_prompt, lesson.writer_answer) == (1024, 256)
+    plan, without = make_plan(lesson, H100), make_plan(plain, H100)
+    assert "writing" not in without.seconds
+    # As many as episodes, and as long as a turn: the time of a turn without its environment.
+    alike = replace(RUN, writer="policy", writings=RUN.episodes, writer_prompt=RUN.prompt, writer_answer=RUN.response)
+    seconds = make_plan(alike, H100).seconds
+    assert seconds["writing"] == pytest.approx(seconds["rollout"] / RUN.turns - Efficiency().env_latency)
+    assert "up to 128 contexts a step, 19,200 in all, written by the policy" in as_text(plan)
+
+
+def test_calls_of_an_endpoint_are_counted_and_take_none_of_our_time():
+    layout = planned("method=opid")
+    assert (layout.writer, layout.writings, layout.writer_prompt) == ("endpoint", 128, 4096)
+    plan = make_plan(layout, H100)
+    assert "writing" not in plan.seconds and "written by the endpoint" in as_text(plan)
+    assert as_dict(plan, None)["tokens_per_step"]["written by it"] == 128 * 512

@@ -109,9 +109,10 @@ class Trainer:
     def count_crashed(self, table: StepTable) -> dict[str, float]:
         return {"sdar/crashed_episodes": 0}
 
-    def fill(self, table: StepTable) -> None:
+    def fill(self, table: StepTable) -> dict[str, float]:
         self.calls.append("fill")
         table.infos[0].teacher_prompt_tokens = 4  # type: ignore[union-attr]
+        return {"sdar/writer/asked": 2}
 
     def first_checks(self, table: StepTable, metrics: dict[str, Any]) -> None:
         self.calls.append("first_checks")

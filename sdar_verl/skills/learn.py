@@ -1,0 +1,183 @@
+"""``sdar-verl skills learn``: write or revise skills from a run's traced training episodes.
+
+What comes out is a *candidate*: a bank of its own, with a note of what it was made of. Whether a skill of it is worth
+keeping is measured, on a panel that neither the run nor the writer has seen (:mod:`sdar_verl.skills.take`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdar_verl.atomic import write_text_atomically
+from sdar_verl.context.base import PlayedEpisode, PlayedTurn
+from sdar_verl.context.hindsight import story
+from sdar_verl.context.prompt import Piece, Prompt, UnreadableAnswer, read_object, read_text
+from sdar_verl.envs.base import Task
+from sdar_verl.report.read import RunData, episodes
+from sdar_verl.skills.bank import SkillBank
+from sdar_verl.skills.formats import SKILL_FILE, is_skill_name
+from sdar_verl.skills.skill import Skill, SkillBankError
+
+NOTE = "learned.json"
+"""Beside a candidate's skills: of what it was made."""
+
+_READ = 10_000
+"""Episodes of a run that are looked at, at most."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Traced episodes of one task type.
+
+    Attributes:
+        task_type: the environment's.
+        tasks: the task of each.
+        played: what happened, as contexts read it.
+    """
+
+    task_type: str
+    tasks: tuple[Task, ...]
+    played: tuple[PlayedEpisode, ...]
+
+
+def evidence(run: RunData, number: int, task_types: Sequence[str] = ()) -> list[Evidence]:
+    """What a run's traces hold, by task type in alphabetical order.
+
+    Args:
+        run: a run that traced (``sdar.trace.every``).
+        number: episodes per type, the latest ones; failures and successes in turn as long as there are both.
+        task_types: only these; none: all that were played.
+
+    Raises:
+        SkillBankError: no trace, or a type that nobody played.
+    """
+    found: dict[str, list[tuple[Task, PlayedEpisode]]] = {}
+    for turns in episodes(run, _READ):
+        first = turns[0]
+        task = Task("trace", str(first["task_id"]), str(first["task_type"]), str(first["task"]))
+        found.setdefault(task.task_type, []).append((task, _played(turns)))
+    if not found:
+        raise SkillBankError(f"{run.folder} traced no episode to learn from; run it with sdar.trace.every=1")
+    unknown = sorted(set(task_types) - set(found))
+    if unknown:
+        raise SkillBankError(
+            f"{run.folder} traced no task of type {', '.join(unknown)}; it has {', '.join(sorted(found))}"
+        )
+    chosen = []
+    for name in sorted(task_types or found):
+        latest = list(reversed(found[name]))
+        halves = [[pair for pair in latest if pair[1].success == success] for success in (False, True)]
+        mixed = [pair for both in _alternately(*halves) for pair in both][:number]
+        chosen.append(Evidence(name, tuple(task for task, _ in mixed), tuple(played for _, played in mixed)))
+    return chosen
+
+
+def ask(
+    known: Sequence[Skill], seen: Evidence, max_words: int, taken: Collection[str] = ()
+) -> Generator[Prompt, str | None, Skill | None]:
+    """Have one skill of a task type written or revised.
+
+    Args:
+        known: skills that the bank has for the type.
+        seen: what to learn from.
+        max_words: of its text.
+        taken: names of skills for other tasks.
+
+    Raises:
+        UnreadableAnswer: the answer is no skill, too long, or takes a name that is none.
+    """
+    shown: list[Piece] = []
+    for skill in known:
+        shown.append(f"The skill {skill.name} ({skill.description}):\n{skill.text}")
+    for number, (task, played) in enumerate(zip(seen.tasks, seen.played, strict=True), 1):
+        shown += [f"Attempt {number}.", *story(task, played)]
+    names = ", ".join(skill.name for skill in known)
+    answer = yield Prompt(
+        f"An agent is told skills before it begins a task. You keep those for tasks of the type {seen.task_type}.",
+        *shown,
+        (f"Revise one of the skills ({names}), or write a further one" if known else "Write a skill for these tasks")
+        + ", so that attempts like those that failed would succeed. Keep what is right and was useful. Say what holds "
+        "for all tasks of the type, never an answer that fits one of them alone (where one object was, what one page "
+        f"said). At most {max_words} words, in plain sentences or a short list.",
+        'Answer with one JSON object and nothing else: {"name": "lower-case-words-with-hyphens", "description": "one '
+        'line", "text": "..."}. The name of an existing skill means that the text takes its place.',
+    )
+    if answer is None:
+        return None
+    found = read_object(answer)
+    name, description, text = (read_text(found.get(key), key) for key in ("name", "description", "text"))
+    if not is_skill_name(name):
+        raise UnreadableAnswer(f"{name!r} is no name of a skill")
+    if len(text.split()) > max_words:
+        raise UnreadableAnswer(f"the text has {len(text.split())} words, more than {max_words}")
+    if name in taken:
+        raise UnreadableAnswer(f"{name} is the name of a skill for other tasks")
+    old = next((skill for skill in known if skill.name == name), None)
+    made = Skill(name, " ".join(description.split()), text, (seen.task_type,))
+    return made if old is None else replace(old, description=made.description, text=text)
+
+
+def merged(bank: SkillBank, learned: Iterable[Skill]) -> list[Skill]:
+    """The bank's skills with the learned ones in the place of their namesakes."""
+    return list({skill.name: skill for skill in (*bank, *learned)}.values())
+
+
+def write_bank(skills: Iterable[Skill], folder: Path, provenance: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write skills as a folder of Agent Skills.
+
+    Args:
+        skills: all of the bank.
+        folder: a skill's file is ``<name>/SKILL.md`` in it.
+        provenance: name -> plain values for the front matter's ``metadata``.
+    """
+    for skill in skills:
+        front: dict[str, Any] = {"name": skill.name, "description": skill.description}
+        front |= {"task-types": list(skill.task_types)} if skill.task_types else {}
+        front |= {"keywords": list(skill.keywords)} if skill.keywords else {}
+        front |= {"metadata": dict(provenance[skill.name])} if skill.name in provenance else {}
+        head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=110)
+        write_text_atomically(folder / skill.name / SKILL_FILE, f"---\n{head}---\n{skill.text}\n")
+
+
+def write_note(folder: Path, note: Mapping[str, Any]) -> None:
+    """Write a candidate's note; last, for without it the folder is no candidate."""
+    write_text_atomically(folder / NOTE, json.dumps(note, indent=1, ensure_ascii=False) + "\n")
+
+
+def difference_of(old: Skill | None, new: Skill) -> str:
+    """What a person reads: a unified diff of description and text."""
+    before = [] if old is None else [old.description, "", *old.text.splitlines()]
+    lines = difflib.unified_diff(
+        before,
+        [new.description, "", *new.text.splitlines()],
+        fromfile="(new)" if old is None else f"{new.name} (bank)",
+        tofile=f"{new.name} (learned)",
+        lineterm="",
+    )
+    return "\n".join(lines)
+
+
+def _alternately(one: Sequence[Any], other: Sequence[Any]) -> Iterable[list[Any]]:
+    for number in range(max(len(one), len(other))):
+        yield [row[number] for row in (one, other) if number < len(row)]
+
+
+def _played(turns: Sequence[Mapping[str, Any]]) -> PlayedEpisode:
+    last = turns[-1]
+    return PlayedEpisode(
+        str(turns[0]["episode"]),
+        tuple(
+            PlayedTurn(str(turn["observation"] or ""), turn["action"], not (turn["unparsed"] or turn["inadmissible"]))
+            for turn in turns
+        ),
+        bool(last["success"]),
+        float(last["episode_reward"] or 0.0),
+        str(last["result"] or ""),
+    )

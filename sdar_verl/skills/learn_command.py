@@ -1,0 +1,167 @@
+"""``sdar-verl skills learn`` and ``sdar-verl skills take``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdar_verl.untrusted import printable
+
+if TYPE_CHECKING:
+    from sdar_verl.skills.bank import SkillBank
+    from sdar_verl.skills.skill import Skill
+
+CHARACTERS_PER_TOKEN = 3
+"""A guess on the safe side: there is no tokenizer here."""
+
+
+def add_actions(actions: Any) -> None:
+    """Add both to ``sdar-verl skills``."""
+    text = "have skills written or revised from a run's traces: a candidate bank, and a diff to read"
+    learn = actions.add_parser("learn", help=text, description=text[0].upper() + text[1:] + ".")
+    learn.set_defaults(run=_learn)
+    learn.add_argument("folder", metavar="RUN", help="folder of a run that traced (sdar.trace.every)")
+    learn.add_argument("--bank", required=True, help="name of a shipped bank, or a path: what is revised")
+    learn.add_argument("--out", required=True, type=Path, metavar="DIR", help="the candidate; a new folder")
+    learn.add_argument("--url", required=True, help="of an OpenAI-compatible endpoint; it may serve the policy itself")
+    learn.add_argument("--model", required=True, help="its name there")
+    learn.add_argument("--key-variable", metavar="NAME", help="environment variable that holds the key")
+    learn.add_argument("--task-type", nargs="+", default=[], metavar="TYPE", help="only these; by default all traced")
+    learn.add_argument("--episodes", type=int, default=6, help="shown per type, failures and successes (default 6)")
+    learn.add_argument("--max-words", type=int, default=200, help="of a skill's text (default 200)")
+    text = "keep of a candidate's skills those with which success rose outside its interval, on a panel of its own"
+    take = actions.add_parser("take", help=text, description=text[0].upper() + text[1:] + ".")
+    take.set_defaults(run=_take)
+    take.add_argument("candidate", type=Path, metavar="DIR", help="what `learn` made")
+    take.add_argument("--before", required=True, metavar="RUN", help="evaluation with the bank that it was made of")
+    take.add_argument("--after", required=True, metavar="RUN", help="evaluation with the candidate as sdar.skills.bank")
+    take.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new bank; a new folder")
+    take.add_argument("--arm", default="with_skills", help="validation arm that shows the skills (default with_skills)")
+    take.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _learn(arguments: argparse.Namespace) -> int:
+    from sdar_verl.config import WriterConfig
+    from sdar_verl.context.registry import Context
+    from sdar_verl.errors import ConfigError
+    from sdar_verl.report.read import read_run
+    from sdar_verl.skills import learn
+    from sdar_verl.skills.bank import SkillBank
+    from sdar_verl.writer.endpoint import EndpointWriter
+    from sdar_verl.writer.step import StepWriting
+
+    for option, value in (("--episodes", arguments.episodes), ("--max-words", arguments.max_words)):
+        if value < 1:
+            raise ConfigError(f"{option} {value}: give a number of at least 1")
+    if (arguments.out / learn.NOTE).exists():
+        raise ConfigError(f"--out {arguments.out} holds a candidate already; name a new folder")
+    run, bank = read_run(arguments.folder), SkillBank.load(arguments.bank)
+    seen = learn.evidence(run, arguments.episodes, arguments.task_type)
+    settings = WriterConfig(
+        source="endpoint", url=arguments.url, model=arguments.model, key_variable=arguments.key_variable
+    )
+    writer = EndpointWriter(settings, arguments.out, lambda text: len(text) // CHARACTERS_PER_TOKEN + 1)
+    # The same machinery as for contexts: one batch, fitted, counted.
+    known = {one.task_type: [skill for skill in bank if one.task_type in skill.task_types] for one in seen}
+    made: dict[str, Skill] = {}
+    context = Context("skills learn", _keeping(made, bank, known, arguments.max_words), late=True, writes=True)
+    writing = StepWriting(writer, ())
+    writing.passages({one.task_type: (context, one, {}) for one in seen}, step=0)
+    for line in _told(writing.metrics()):
+        print(line)
+    learned = list(made.values())
+    if not learned:
+        print("no skill was written; the candidate is not made")
+        return 1
+    skills = learn.merged(bank, learned)
+    about = {"learned-from": str(run.name), "writer": arguments.model, "revises": bank.digest[:16]}
+    shown = {one.task_type: len(one.played) for one in seen}
+    provenance = {skill.name: {**about, "episodes": shown[task_type]} for task_type, skill in made.items()}
+    learn.write_bank(skills, arguments.out, provenance)
+    panels = [digest for digests in run.run.get("panels", {}).values() for digest in digests]
+    origin = bank.origin if bank.origin is not None else Path(arguments.bank)
+    learn.write_note(
+        arguments.out,
+        {
+            "bank": str(origin.resolve()),
+            "digest": bank.digest,
+            "skills": sorted(skill.name for skill in learned),
+            "panels": panels,
+            "tasks": sorted({task.task_id for one in seen for task in one.tasks}),
+        },
+    )
+    old = {skill.name: skill for skill in bank}
+    for skill in learned:
+        print(printable("\n" + learn.difference_of(old.get(skill.name), skill)))
+    print(f"\n{arguments.out} is a candidate. Evaluate both banks on a panel that the run has not seen, then take:")
+    for name, where in (("before", arguments.bank), ("after", arguments.out.resolve())):
+        print(
+            "  python -m verl.trainer.main_ppo --config-name ... method=skill_prompt "
+            f"actor_rollout_ref.model.path=POLICY data.val_files=PANEL sdar.skills.bank={where} "
+            f"trainer.experiment_name={name}"
+        )
+    print(f"  sdar-verl skills take {arguments.out} --before RUN --after RUN --out NEW_BANK")
+    return 0
+
+
+def _keeping(made: dict[str, Skill], bank: SkillBank, known: Mapping[str, list[Skill]], max_words: int) -> Any:
+    """Like a context's function, one that keeps the skill of each task type."""
+    from sdar_verl.skills import learn
+
+    def one(seen: Any) -> Any:
+        own = known[seen.task_type]
+        others = {skill.name for skill in (*bank, *made.values())} - {skill.name for skill in own}
+        skill = yield from learn.ask(own, seen, max_words, others)
+        if skill is None:
+            return None
+        made[seen.task_type] = skill
+        return skill.text
+
+    return one
+
+
+def _told(metrics: Mapping[str, float]) -> list[str]:
+    counts = {name.removeprefix("sdar/writer/"): int(value) for name, value in metrics.items() if "writer/" in name}
+    said = {"answered": "written", "cached": "known from before", "unparsed": "no skill", "failed": "without an answer"}
+    parts = [f"{counts[name]} {words}" for name, words in said.items() if counts[name] or name == "answered"]
+    cut = f"; of {counts['cut']} the oldest turns were left out" if counts["cut"] else ""
+    return [f"{counts['asked']} task types asked about: {', '.join(parts)}{cut}"]
+
+
+def _take(arguments: argparse.Namespace) -> int:
+    from sdar_verl.errors import ConfigError
+    from sdar_verl.skills import learn
+    from sdar_verl.skills.bank import SkillBank
+    from sdar_verl.skills.take import as_json, judge, read_note
+
+    if arguments.out.exists():
+        raise ConfigError(f"--out {arguments.out} exists already; name a new folder")
+    verdicts = judge(arguments.candidate, arguments.before, arguments.after, arguments.arm)
+    taken = [verdict.skill for verdict in verdicts if verdict.taken]
+    if arguments.json:
+        print(as_json(verdicts))
+    else:
+        for verdict in verdicts:
+            gain, word = verdict.gain, "taken" if verdict.taken else "left"
+            print(
+                printable(
+                    f"{word}  {verdict.skill.name}: {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] "
+                    f"over {verdict.tasks} tasks"
+                )
+            )
+    if not taken:
+        if not arguments.json:
+            print("no skill is taken; no bank is written")
+        return 1
+    note = read_note(arguments.candidate)
+    base: SkillBank = SkillBank.load(note["bank"])
+    measured = {v.skill.name: {"gain": round(v.gain.value, 4), "tasks": v.tasks} for v in verdicts}
+    provenance = {
+        skill.name: {"learned-as": str(arguments.candidate.resolve().name), **measured[skill.name]} for skill in taken
+    }
+    learn.write_bank(learn.merged(base, taken), arguments.out, provenance)
+    if not arguments.json:
+        print(f"{arguments.out} is the bank {base.name} with them")
+    return 0

@@ -1,0 +1,169 @@
+"""``sdar-verl skills take``: keeps of a candidate's skills those with which success rose, on a panel of its own.
+
+Two evaluations are compared that differ in nothing but the bank: one with the bank that the candidate was made of, one
+with the candidate, task by task. A skill is judged by the tasks of its types, and taken when the whole 95 % interval of
+the difference lies above 0. A panel that the run had trained or validated on, or that shares a task with what the
+writer was shown, is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdar_verl.report.compare import Comparison, Group, load
+from sdar_verl.report.estimates import Estimate, difference, measures
+from sdar_verl.report.read import RunData
+from sdar_verl.skills.bank import SkillBank
+from sdar_verl.skills.learn import NOTE
+from sdar_verl.skills.skill import Skill, SkillBankError
+from sdar_verl.untrusted import parse_json, shorten
+
+_BANK = "sdar.skills.bank"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the panel says of one learned skill.
+
+    Attributes:
+        skill: the learned one.
+        tasks: of its types in the panel.
+        gain: success with it minus success without.
+    """
+
+    skill: Skill
+    tasks: int
+    gain: Estimate
+
+    @property
+    def taken(self) -> bool:
+        """Success rose outside the interval."""
+        return self.gain.low > 0
+
+
+def read_note(candidate: Path) -> dict[str, Any]:
+    """A candidate's note.
+
+    Raises:
+        SkillBankError: the folder is no candidate, or its note is damaged.
+    """
+    file = candidate / NOTE
+    try:
+        note = parse_json(file.read_bytes())
+    except FileNotFoundError:
+        raise SkillBankError(
+            f"{candidate} holds no {NOTE}: it is no candidate; `sdar-verl skills learn` makes one"
+        ) from None
+    except ValueError as error:
+        raise SkillBankError(f"{file} is damaged ({error}); make the candidate again") from error
+    kinds = {"bank": str, "digest": str, "skills": list, "panels": list, "tasks": list}
+    if not isinstance(note, dict) or any(not isinstance(note.get(key), kind) for key, kind in kinds.items()):
+        raise SkillBankError(f"{file} is damaged (it holds {shorten(note)}); make the candidate again")
+    return note
+
+
+def judge(candidate: Path, before: str, after: str, arm: str) -> list[Verdict]:
+    """Compare two evaluations.
+
+    Args:
+        candidate: the folder that ``skills learn`` made.
+        before: folder of an evaluation with the bank that it was made of.
+        after: of one with the candidate.
+        arm: validation arm with the skills in the prompt.
+
+    Raises:
+        SkillBankError: the evaluations do not answer the question; says which way.
+        ComparisonError, RecordError: they cannot be compared at all.
+    """
+    note = read_note(candidate)
+    learned, base = SkillBank.load(candidate), SkillBank.load(note["bank"])
+    if base.digest != note["digest"]:
+        raise SkillBankError(f"the bank {note['bank']} has changed since {candidate} was made of it; make it again")
+    comparison = load([f"without={before}", f"with={after}"], arm=arm)
+    without, with_it = (comparison.group(name).runs[0] for name in ("without", "with"))
+    _check_runs(candidate, base, without, with_it)
+    _check_panel(note, with_it, comparison)
+    types = _task_types(with_it, arm)
+    verdicts = []
+    for skill in learned:
+        if skill.name in note["skills"]:
+            chosen = [i for i, task in enumerate(comparison.tasks) if types.get(task) in skill.task_types]
+            verdicts.append(Verdict(skill, len(chosen), _gain(comparison, chosen)))
+    return verdicts
+
+
+def _gain(comparison: Comparison, tasks: list[int]) -> Estimate:
+    if not tasks:
+        return Estimate(float("nan"), float("nan"), float("nan"))
+
+    def only(group: Group) -> Group:
+        return replace(group, success=group.success[:, :, np.array(tasks)])
+
+    final = next(measure for measure in measures(0.5) if measure.key == "final")
+    return difference(only(comparison.group("with")), only(comparison.group("without")), final)
+
+
+def _check_runs(candidate: Path, base: SkillBank, without: RunData, with_it: RunData) -> None:
+    one, other = (dict(run.run.get("settings", {})) for run in (without, with_it))
+    banks = [settings.pop(_BANK, "") for settings in (one, other)]
+    if not str(banks[1]) or Path(str(banks[1])).resolve() != candidate.resolve():
+        raise SkillBankError(f"{with_it.folder} was run with {_BANK}={banks[1]}, not with the candidate {candidate}")
+    if SkillBank.load(str(banks[0])).digest != base.digest:
+        raise SkillBankError(
+            f"{without.folder} was run with {_BANK}={banks[0]}, not with the bank that {candidate} was made of"
+        )
+    different = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    if different:
+        raise SkillBankError(
+            f"{without.folder} and {with_it.folder} differ in more than the bank: {', '.join(different[:6])}; a rise "
+            "would not be the skills'"
+        )
+
+
+def _check_panel(note: Mapping[str, Any], run: RunData, comparison: Comparison) -> None:
+    panels = {str(digest) for digest in run.run.get("panels", {}).get("val_files") or []}
+    if panels & set(note["panels"]):
+        raise SkillBankError(
+            f"{run.folder} was validated on a panel of the run that the skills were learned from; evaluate on one that "
+            "neither training nor validation nor test have seen (data.val_files)"
+        )
+    shared = sorted(set(comparison.tasks) & set(note["tasks"]))
+    if shared:
+        raise SkillBankError(
+            f"{len(shared)} tasks of the panel of {run.folder} are among those that the writer was shown, "
+            f"{shared[0]} for one; use a panel without them"
+        )
+    if not comparison.tasks:
+        raise SkillBankError(f"{run.folder} kept no outcomes per task; evaluate with trainer.v1.trainer_mode=sdar")
+
+
+def _task_types(run: RunData, arm: str) -> dict[str, str]:
+    """Task -> its type, from the outcomes of a run's validations."""
+    found: dict[str, str] = {}
+    for columns in run.outcomes.values():
+        for name, task, kind in zip(columns["arm"], columns["task_id"], columns["task_type"], strict=True):
+            if name == arm and task is not None:
+                found[str(task)] = str(kind)
+    return found
+
+
+def as_json(verdicts: list[Verdict]) -> str:
+    """For scripts."""
+    rows = [
+        {
+            "skill": verdict.skill.name,
+            "tasks": verdict.tasks,
+            "gain": verdict.gain.value,
+            "low": verdict.gain.low,
+            "high": verdict.gain.high,
+            "taken": verdict.taken,
+        }
+        for verdict in verdicts
+    ]
+    return json.dumps(rows, indent=1)

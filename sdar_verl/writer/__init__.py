@@ -1,0 +1,1 @@
+"""Who writes contexts: the policy, or an endpoint (``sdar.context.writer``)."""

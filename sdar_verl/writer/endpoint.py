@@ -1,0 +1,271 @@
+"""Writes contexts at an OpenAI-compatible chat endpoint: ``POST <url>/chat/completions``."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from sdar_verl.config import WriterConfig
+from sdar_verl.errors import ConfigError
+from sdar_verl.report.layout import WRITTEN_FILE
+from sdar_verl.rollout.actions import without_thought
+from sdar_verl.rollout.uids import request_seed
+from sdar_verl.table import LOST_LIMIT
+from sdar_verl.untrusted import parse_json, shorten, whole_characters
+from sdar_verl.writer.base import NOT_PAID, Answer
+from sdar_verl.writer.cache import AnswerCache
+
+if TYPE_CHECKING:
+    from urllib3 import BaseHTTPResponse
+
+PROMPT_TOKENS = 8192
+ANSWER_TOKENS = 1024
+MAX_ANSWER_BYTES = 4 << 20
+"""A longer answer is no text of some thousand tokens."""
+
+PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
+
+# Worth another attempt: too slow, too many requests, and a server or proxy that is down or starting.
+_TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+
+
+class _Again(Exception):
+    """An attempt failed in a way that another one may mend; ``pause`` is what the server asked for, seconds."""
+
+    def __init__(self, why: str, pause: float | None = None):
+        super().__init__(why)
+        self.pause = pause
+
+
+class _Refused(Exception):
+    """An attempt failed as every further one would."""
+
+
+class EndpointWriter:
+    """The model behind ``sdar.context.writer.url``.
+
+    Answers are kept in the run's folder (:class:`AnswerCache`), so that a resumed run, or the same text at a later
+    step, costs nothing; ``budget`` counts those. With ``sdar.rollout.seed`` every request carries a seed of its own.
+
+    Args:
+        settings: the ``sdar.context.writer`` node; url and model are set.
+        folder: of the run.
+        count_tokens: of a text, by the policy's tokenizer.
+        seed: ``sdar.rollout.seed``.
+        pause_s: before the second attempt; it doubles with each, up to :data:`LONGEST_PAUSE_S`.
+
+    Raises:
+        ConfigError: the address is none, or the key's variable is not set.
+    """
+
+    during_rollout = False
+
+    def __init__(
+        self,
+        settings: WriterConfig,
+        folder: Path,
+        count_tokens: Callable[[str], int],
+        seed: int | None = None,
+        pause_s: float = PAUSE_S,
+    ) -> None:
+        import urllib3
+
+        assert settings.url is not None and settings.model is not None, "checked before the start"
+        self.limit = settings.max_prompt_length or PROMPT_TOKENS
+        self.tokens = count_tokens
+        self._settings = settings
+        self._seed = seed
+        self._pause_s = pause_s
+        self._url = endpoint_address(settings.url)
+        self._key = endpoint_key(settings.key_variable)
+        self._cache = AnswerCache(folder / WRITTEN_FILE)
+        self._enough, self._failed = 0.0, 0
+        self._pool = urllib3.PoolManager(
+            maxsize=settings.in_flight, retries=False, timeout=urllib3.Timeout(total=settings.timeout_s)
+        )
+
+    def write(self, texts: Sequence[str], step: int) -> list[Answer]:
+        """Of :class:`~sdar_verl.writer.base.Writer`; at most ``in_flight`` requests at a time."""
+        bodies = [self._body(text) for text in texts]
+        answers = [self._cache.get(body) for body in bodies]
+        unknown = [number for number, answer in enumerate(answers) if answer is None]
+        if self._settings.budget is not None:
+            left = max(0, self._settings.budget - len(self._cache))
+            for number in unknown[left:]:
+                answers[number] = NOT_PAID
+            unknown = unknown[:left]
+        self._enough, self._failed = LOST_LIMIT * len(unknown), 0
+        if unknown:
+            with ThreadPoolExecutor(max_workers=self._settings.in_flight) as pool:
+                for number, answer in zip(unknown, pool.map(self._ask, [bodies[i] for i in unknown]), strict=True):
+                    answers[number] = answer
+        return [answer for answer in answers if answer is not None]
+
+    def __str__(self) -> str:
+        return f"the endpoint sdar.context.writer.url={self._settings.url}"
+
+    def _body(self, text: str) -> dict[str, Any]:
+        settings = self._settings
+        body = {
+            "model": settings.model,
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": settings.max_tokens or ANSWER_TOKENS,
+            "temperature": settings.temperature,
+            "seed": request_seed(self._seed, "writer", text),
+            **settings.body,
+        }
+        return {name: value for name, value in body.items() if value is not None}
+
+    def _ask(self, body: Mapping[str, Any]) -> Answer:
+        if self._failed > self._enough:  # so many that the step stops: a dead server shall not cost hours
+            return Answer(failure="not asked, for too many others had failed")
+        answer = self._try(body)
+        self._failed += answer.failure is not None
+        return answer
+
+    def _try(self, body: Mapping[str, Any]) -> Answer:
+        for attempt in range(self._settings.retries + 1):
+            try:
+                answer = self._attempt(body)
+            except _Again as error:
+                why = str(error)
+                if attempt < self._settings.retries:
+                    pause = min(self._pause_s * 2**attempt, LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
+                    time.sleep(max(pause, min(error.pause or 0.0, LONGEST_PAUSE_S)))
+            except _Refused as error:
+                return Answer(failure=self._without_key(str(error)))
+            else:
+                self._cache.put(body, answer)
+                return answer
+        return Answer(failure=self._without_key(f"{why}, in {self._settings.retries + 1} attempts"))
+
+    def _attempt(self, body: Mapping[str, Any]) -> Answer:
+        import urllib3
+
+        started, late = time.monotonic(), f"no answer within timeout_s={self._settings.timeout_s:g}"
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        try:
+            # Neither redirected to another server, nor unpacked: a small compressed answer could fill the memory.
+            response = self._pool.request(
+                "POST", self._url, json=dict(body), headers=headers, preload_content=False, decode_content=False
+            )
+            data = self._read(response, started)
+        except urllib3.exceptions.NewConnectionError as error:  # refused; called a time-out by descent only
+            raise _Again(f"it cannot be reached ({type(error).__name__})") from None
+        except (urllib3.exceptions.TimeoutError, TimeoutError):
+            raise _Again(late) from None
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise _Again(f"the connection broke ({type(error).__name__})") from None
+        if response.status in _TRANSIENT:
+            raise _Again(f"status {response.status} ({_start_of(data)})", _seconds(response.headers.get("Retry-After")))
+        if response.status != 200:
+            raise _Refused(f"status {response.status} ({_start_of(data)}){_HINTS.get(response.status, '')}")
+        return _answer(data)
+
+    def _read(self, response: BaseHTTPResponse, started: float) -> bytes:
+        """The whole answer; one that comes drop by drop is a TimeoutError."""
+        pieces: list[bytes] = []
+        size = 0
+        while piece := response.read1(1 << 16):
+            pieces.append(piece)
+            size += len(piece)
+            late = time.monotonic() - started > self._settings.timeout_s
+            if size > MAX_ANSWER_BYTES or late:
+                response.close()  # and the connection with it: the rest is not wanted
+                if late:
+                    raise TimeoutError
+                raise _Refused(f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB; check the address")
+        response.release_conn()
+        return b"".join(pieces)
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+_HINTS = {
+    400: "; check model, max_tokens and body of sdar.context.writer",
+    401: "; check the key in sdar.context.writer.key_variable",
+    403: "; check the key in sdar.context.writer.key_variable",
+    404: "; check url (it ends in /v1 with most servers) and model of sdar.context.writer",
+}
+
+
+def endpoint_address(url: str) -> str:
+    """Where requests go.
+
+    Raises:
+        ConfigError: ``url`` is no address, or holds a password.
+    """
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        raise ConfigError(
+            f"sdar.context.writer.url={shown} has a user or password before the host, which would stand in logs; put "
+            "the key into an environment variable and name that in sdar.context.writer.key_variable"
+        )
+    try:
+        parts.port  # noqa: B018  a number above 65535 raises
+    except ValueError as error:
+        raise ConfigError(f"sdar.context.writer.url={url}: {error}") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"sdar.context.writer.url={url} is no address; give one such as http://127.0.0.1:8000/v1")
+    path = parts.path.rstrip("/").removesuffix("/chat/completions")
+    return parts._replace(path=f"{path}/chat/completions").geturl()
+
+
+def endpoint_key(variable: str | None) -> str | None:
+    """The key; None without a variable.
+
+    Raises:
+        ConfigError: the variable is not set, or holds what no header can.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigError(
+            f"sdar.context.writer.key_variable={variable}: that environment variable is "
+            f"{'not set' if not key else 'no key (it holds letters that no header can)'} where the driver runs; "
+            "export it before the run, or before `ray start` on a cluster that runs already"
+        )
+    return key
+
+
+def _answer(data: bytes) -> Answer:
+    """The text in a chat completion.
+
+    Raises:
+        _Again: it is none, as a proxy's page or an answer that was cut off.
+    """
+    try:
+        found = parse_json(data)
+        message = found["choices"][0]["message"]
+        text = message["content"] or ""  # null where thinking took all tokens
+        if not isinstance(text, str):
+            raise TypeError(f"the content is {shorten(text)}")
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise _Again(f"no chat completion but {_start_of(data)} ({type(error).__name__}: {error})") from None
+    usage = found.get("usage")
+    tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+    return Answer(
+        without_thought(whole_characters(text)),
+        tokens if isinstance(tokens, int) and not isinstance(tokens, bool) and tokens > 0 else 0,
+    )
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        return max(0.0, float(text)) if text else None
+    except ValueError:  # a date
+        return None
+
+
+def _start_of(data: bytes) -> str:
+    return shorten(data[:300].decode("utf-8", "replace"))

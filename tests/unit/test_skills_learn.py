@@ -1,0 +1,220 @@
+"""``sdar-verl skills learn`` and ``take``: from a run's traces to a bank, over a panel that nobody has seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sdar_verl.cli import main
+from sdar_verl.report.read import read_run
+from sdar_verl.skills.bank import SkillBank
+from sdar_verl.skills.learn import NOTE, evidence
+from sdar_verl.skills.skill import SkillBankError
+from tests.support.chat_server import Reply, chat_server, says
+from tests.support.recorded_run import TYPES, write_run
+
+PLACE, LOOK = TYPES
+
+
+def skill(name: str, types: str, text: str) -> str:
+    return f"---\nname: {name}\ndescription: about {name}\ntask-types: [{types}]\n---\n{text}\n"
+
+
+@pytest.fixture
+def bank(tmp_path) -> Path:
+    for name, types in (("placing", PLACE), ("looking", LOOK)):
+        file = tmp_path / "bank" / name / "SKILL.md"
+        file.parent.mkdir(parents=True)
+        file.write_text(skill(name, types, f"old text of {name}"))
+    return tmp_path / "bank"
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return write_run(tmp_path / "run", steps=4)
+
+
+def learned(text: str = "Open what is closed before you look.", name: str = "placing") -> str:
+    return json.dumps({"name": name, "description": "About placing", "text": text})
+
+
+def learn(run: Path, bank: Path, out: Path, script, *further: str) -> tuple[int, list[str]]:
+    with chat_server(script) as server:
+        words = ["skills", "learn", str(run), "--bank", str(bank), "--out", str(out)]
+        return main([*words, "--url", server.url, "--model", "m", *further]), server.prompts
+
+
+def by_type(number: int, prompt: str) -> Reply:
+    return says(learned() if PLACE in prompt else learned("Carry it to the lamp.", "with-the-lamp"))
+
+
+def test_a_candidate_holds_revised_and_new_skills_with_where_they_come_from(run, bank, tmp_path, capsys):
+    status, prompts = learn(run, bank, tmp_path / "new", by_type)
+    assert status == 0 and len(prompts) == 2, "one per task type"
+    made = {one.name: one for one in SkillBank.load(tmp_path / "new")}
+    assert set(made) == {"placing", "looking", "with-the-lamp"}
+    assert made["placing"].text.startswith("Open what is closed") and made["placing"].task_types == (PLACE,)
+    assert made["looking"].text == "old text of looking" and made["with-the-lamp"].task_types == (LOOK,)
+    front = (tmp_path / "new" / "placing" / "SKILL.md").read_text().split("---")[1]
+    assert "learned-from: sdar" in front and "writer: m" in front and "episodes: 6" in front
+    assert "learned-from" not in (tmp_path / "new" / "looking" / "SKILL.md").read_text()
+    note = json.loads((tmp_path / "new" / NOTE).read_text())
+    assert note["skills"] == ["placing", "with-the-lamp"] and note["tasks"] == ["task-0", "task-1"]
+    assert note["panels"] == ["b" * 64, "a" * 64] and note["digest"] == SkillBank.load(bank).digest
+    said = capsys.readouterr().out
+    assert "-old text of placing" in said and "+Open what is closed before you look." in said
+    assert "2 task types asked about: 2 written" in said and "skills take" in said
+
+
+def test_the_writer_sees_the_old_skills_and_both_outcomes(run, bank, tmp_path):
+    _, prompts = learn(run, bank, tmp_path / "new", by_type, "--task-type", PLACE, "--episodes", "2")
+    (prompt,) = prompts
+    assert "old text of placing" in prompt and "old text of looking" not in prompt
+    assert "did not succeed and earned 0" in prompt and "succeeded and earned 1" in prompt
+    assert prompt.count("Attempt ") == 2 and "go to fridge" in prompt and "At most 200 words" in prompt
+
+
+def test_the_latest_episodes_are_shown_failures_and_successes_in_turn(run):
+    seen = evidence(read_run(run), 3)
+    assert [one.task_type for one in seen] == sorted(TYPES)
+    assert [played.success for played in seen[0].played] == [False, True, False]
+    assert all(played.name.startswith(("s4", "s3")) for played in seen[0].played)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["no", learned(" "), learned("word " * 9), learned(name="Bad Name"), learned(name="looking"), '{"name": "x"}'],
+)
+def test_what_is_no_skill_is_not_taken_up(answer, run, bank, tmp_path, capsys):
+    words = ["--task-type", PLACE, "--max-words", "8"]
+    status, _ = learn(run, bank, tmp_path / "new", lambda *_: says(answer), *words)
+    assert status == 1 and not (tmp_path / "new" / NOTE).exists()
+    assert "1 no skill" in capsys.readouterr().out
+    assert SkillBank.load(bank), "the bank itself is never touched"
+
+
+def test_asked_again_it_pays_nothing_and_another_folder_is_refused(run, bank, tmp_path, capsys):
+    learn(run, bank, tmp_path / "new", by_type)
+    (tmp_path / "new" / NOTE).unlink()
+    status, prompts = learn(run, bank, tmp_path / "new", lambda *_: Reply("down", status=500))
+    # Another address would be another endpoint only in name: what is asked is the same.
+    assert status == 0 and prompts == []
+    assert learn(run, bank, tmp_path / "new", by_type)[0] == 2
+    assert "holds a candidate already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--episodes", "0"], "--episodes 0"),
+        (["--task-type", "unknown"], "traced no task of type unknown"),
+        (["--key-variable", "NO_SUCH_KEY"], "NO_SUCH_KEY"),
+    ],
+)
+def test_bad_arguments_are_named(words, said, run, bank, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    assert learn(run, bank, tmp_path / "new", by_type, *words)[0] == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_without_traces_is_told(bank, tmp_path):
+    bare = write_run(tmp_path / "bare", steps=1)
+    for file in bare.rglob("traces/*"):
+        file.unlink()
+    with pytest.raises(SkillBankError, match=r"sdar\.trace\.every=1"):
+        evidence(read_run(bare), 3)
+
+
+# ---------------------------------------------------------------- taking
+
+
+PANEL = "c" * 64
+
+
+@pytest.fixture
+def candidate(run, bank, tmp_path, capsys) -> Path:
+    learn(run, bank, tmp_path / "new", by_type)
+    capsys.readouterr()
+    return tmp_path / "new"
+
+
+def evaluation(folder: Path, bank: Path, solved, panel: str = PANEL, prefix: str = "t", **settings) -> Path:
+    """A run whose last validation solved the tasks for which ``solved(number)`` holds."""
+    from sdar_verl.observe.record import write_outcomes
+    from sdar_verl.report import layout
+
+    write_run(folder, steps=1, panel=panel, tasks=60, **{"sdar.skills.bank": str(bank)}, **settings)
+    record = folder / "checkpoints" / layout.RECORD
+    outcomes = {
+        "arm": ["student"] * 60,
+        "task_id": [f"{prefix}{i}" for i in range(60)],
+        "task_type": [TYPES[i % 2] for i in range(60)],
+        "acc": [float(solved(i)) for i in range(60)],
+        "turns": [5.0] * 60,
+    }
+    for step in (0, 1):
+        write_outcomes(outcomes, layout.step_file(record / layout.OUTCOMES, step))
+    return folder
+
+
+def take(candidate: Path, before: Path, after: Path, out: Path, *further: str) -> int:
+    words = ["skills", "take", str(candidate), "--before", str(before), "--after", str(after)]
+    return main([*words, "--out", str(out), "--arm", "student", *further])
+
+
+def test_only_a_skill_whose_gain_lies_outside_its_interval_is_taken(candidate, bank, tmp_path, capsys):
+    """Placing (even tasks) rises from 0 to all; looking (odd ones) by one task of thirty."""
+    before = evaluation(tmp_path / "before", bank, lambda i: i % 2 and i < 15)
+    after = evaluation(tmp_path / "after", candidate, lambda i: i % 2 == 0 or i < 17)
+    assert take(candidate, before, after, tmp_path / "taken") == 0
+    said = capsys.readouterr().out
+    assert "taken  placing: +1.000" in said and "over 30 tasks" in said and "left  with-the-lamp: +0.0" in said
+    made = {one.name: one.text for one in SkillBank.load(tmp_path / "taken")}
+    assert set(made) == {"placing", "looking"} and made["placing"].startswith("Open what is closed")
+    assert "gain: 1.0" in (tmp_path / "taken" / "placing" / "SKILL.md").read_text()
+
+
+def test_where_nothing_rises_no_bank_is_written(candidate, bank, tmp_path, capsys):
+    before, after = (
+        evaluation(tmp_path / name, where, lambda i: i % 3 == 0) for name, where in (("b", bank), ("a", candidate))
+    )
+    assert take(candidate, before, after, tmp_path / "taken", "--json") == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["taken"] for row in rows] == [False, False] and not (tmp_path / "taken").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("training panel", "validated on a panel of the run"),
+        ("validation panel", "validated on a panel of the run"),
+        ("shared task", "1 tasks of the panel"),
+        ("wrong bank", "not with the candidate"),
+        ("other setting", "differ in more than the bank: sdar.loss.beta"),
+        ("base changed", "has changed since"),
+        ("other base", "not with the bank that"),
+    ],
+)
+def test_an_evaluation_that_does_not_answer_the_question_is_refused(fault, said, candidate, bank, tmp_path, capsys):
+    panel = {"training panel": "b" * 64, "validation panel": "a" * 64}.get(fault, PANEL)
+    prefix = "task-" if fault == "shared task" else "t"
+    further = {"sdar.loss.beta": 9.0} if fault == "other setting" else {}
+    first = candidate if fault == "other base" else bank
+    before = evaluation(tmp_path / "before", first, lambda i: False, panel, prefix)
+    after = evaluation(
+        tmp_path / "after", bank if fault == "wrong bank" else candidate, lambda i: True, panel, prefix, **further
+    )
+    if fault == "base changed":
+        (bank / "looking" / "SKILL.md").write_text(skill("looking", LOOK, "quite another text"))
+    assert take(candidate, before, after, tmp_path / "taken") == 2
+    assert said.replace("1 tasks", "2 tasks") in capsys.readouterr().err and not (tmp_path / "taken").exists()
+
+
+@pytest.mark.parametrize("note", [None, "{", "[]", '{"bank": 5}'])
+def test_a_folder_that_is_no_candidate_is_told(note, bank, tmp_path, capsys):
+    if note is not None:
+        (bank / NOTE).write_text(note)
+    assert take(bank, tmp_path, tmp_path, tmp_path / "taken") == 2
+    assert NOTE in capsys.readouterr().err
