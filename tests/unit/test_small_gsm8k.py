@@ -82,12 +82,14 @@ def test_only_answers_are_learnt_and_a_few_batches_lower_the_loss(small: ModuleT
 
 
 def test_the_script_passes_all_checks(small: ModuleType, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    (tmp_path / "policy").mkdir()
+    data = tmp_path / "data"
+    data.mkdir()
     for split in ("train", "test"):
-        write_data(tmp_path, small.problems(16, 0, split), split)
-    small.warm_start(tokenizer, 1, 2, 0).save_pretrained(tmp_path / "policy")
-    tokenizer.save_pretrained(tmp_path / "policy")
-    monkeypatch.setenv("DATA", str(tmp_path))
+        write_data(data, small.problems(16, 0, split), split)
+    small.warm_start(tokenizer, 1, 2, 0).save_pretrained(data / "policy")
+    tokenizer.save_pretrained(data / "policy")
+    monkeypatch.setenv("SDAR_OUT", str(tmp_path))
+    monkeypatch.setenv("SDAR_VENV", str(tmp_path / "none"))
     command = command_of(ROOT / "recipes" / "gsm8k" / "small.sh", tmp_path, "method=revkl_frozen")
     assert command[:4] == ["-m", "verl.trainer.main_ppo", "--config-name", "sdar_ppo"]
     config = compose_config("sdar_ppo", command[4:])
