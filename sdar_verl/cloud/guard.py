@@ -257,7 +257,8 @@ class Guard:
         spent, budget = self._spent(), self.limits.budget
         if spent is None or budget is None:
             return None
-        _say(f"{spent:.2f} of {budget:g} USD are spent by earlier attempts")
+        by = "by earlier attempts and " if self._earlier else ""
+        _say(f"{spent:.2f} of {budget:g} USD are spent {by}until here")
         if spent >= budget:
             return f"the budget of {budget:g} USD over all attempts is spent"
         slowest = max((line.slowest for line in self._earlier), default=0.0)
