@@ -95,10 +95,10 @@ def read_bank(path: Path, *, shipped: bool = False) -> BankFiles:
 
 def _read_bank(path: Path, shipped: bool) -> BankFiles:
     if path.name == SKILL_FILE or (path / SKILL_FILE).is_file():
-        skill = path.absolute().parent if path.name == SKILL_FILE else path.absolute()
+        own = path.absolute().parent if path.name == SKILL_FILE else path.absolute()
         raise SkillBankError(
-            f"{path} is one skill; a bank is the folder that its folder lies in: {skill.parent}. Put it into a folder "
-            f"of its own ({skill.name}-bank/{skill.name}/{SKILL_FILE}) when it shall be the only one"
+            f"{path} is one skill; a bank is the folder that its folder lies in: {own.parent}. Put it into a folder "
+            f"of its own ({own.name}-bank/{own.name}/{SKILL_FILE}) when it shall be the only one"
         )
     if path.is_file():
         return _read_json(path)
