@@ -7,6 +7,10 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+if [ $# -ne 2 ]; then
+  echo "make_env.sh takes VENV_DIR and EXTRAS, such as .venv local,test, with commas alone between them; not: $*" >&2
+  exit 2
+fi
 venv="$1"
 extras="$2"
 stamp="$venv/.sdar_verl_installed"
@@ -43,7 +47,7 @@ find_python() {
 }
 
 python="$(find_python)"
-"$python" "$root/sdar_verl/doctor/build_tools.py" "$extras"
+"$python" "$root/sdar_verl/doctor/build_tools.py" "$extras" "$root/setup.cfg"
 
 # A folder of somebody's is left alone; an environment whose interpreter has gone, or that was never finished, is not.
 if ! fits "$venv/bin/python" "import pip"; then

@@ -9,6 +9,7 @@ and says so in a line of its log; here it is an error.
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -36,6 +37,8 @@ def checkpoint_folder(config: DictConfig) -> Path:
 def resume_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Why this run cannot resume as it is told to, one text each; empty when it starts from scratch."""
     mode, going_on = config.trainer.resume_mode, False
+    if faults := folder_faults(config):
+        return faults
     if mode == "resume_path":
         faults, going_on = _path_faults(config, sdar), True
     elif mode == "auto":
@@ -49,6 +52,21 @@ def resume_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             "checkpoint's step with the weights that training started from; add model"
         )
     return faults
+
+
+def folder_faults(config: DictConfig) -> list[str]:
+    """Why no checkpoint could be written, or read, by this user; nobody knows here what the nodes of a cluster see."""
+    if "RAY_ADDRESS" in os.environ or config.trainer.get("nnodes", 1) != 1:
+        return []
+    folder = checkpoint_folder(config)
+    place = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(place):
+        reason = "is no folder"
+    elif not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+        reason = "cannot be read and written by this user"
+    else:
+        return []
+    return [f"trainer.default_local_dir={folder}: {place} {reason}; name a folder that checkpoints can be written to"]
 
 
 def missing_parts(folder: Path, config: DictConfig, sdar: SdarConfig) -> list[str]:
@@ -83,7 +101,8 @@ def missing_parts(folder: Path, config: DictConfig, sdar: SdarConfig) -> list[st
 
 
 def _contents(config: DictConfig) -> list[str]:
-    return list(OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.load_contents") or _SHARDS)
+    contents = OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.load_contents")
+    return list(_SHARDS if contents is None else contents)  # verl reads nothing where the list is empty
 
 
 def _shards(folder: Path, name: str, config: DictConfig) -> list[str]:
@@ -111,7 +130,10 @@ def _tracker_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     tracker = folder / TRACKER
     if not tracker.is_file():
         return []
-    text = tracker.read_text(errors="replace").strip()
+    try:
+        text = tracker.read_text(errors="replace").strip()
+    except OSError as error:
+        return [f"{tracker} cannot be read ({error}); make it readable for this user"]
     if not text.isdecimal():
         fault = f"{tracker} should hold the step of the newest checkpoint, but holds {text[:20]!r}"
     else:

@@ -37,15 +37,14 @@ def answer(request: ContextRequest, *, field: str = "answers") -> str:
         request: ``task`` is read.
         field: key of the task's data.
     """
-    truth = request.task.data.get(field)
-    if truth is None or truth == "" or truth == []:
+    answers = _texts(request.task.data.get(field))
+    if not answers:
         keys = ", ".join(sorted(request.task.data)) or "nothing"
         raise ContextError(
-            f"context 'answer' reads {field!r} from the task's data, which task {request.task.task_id!r} of "
-            f"environment {request.task.env!r} does not have (it has: {keys}); name the right one in "
+            f"context 'answer' reads {field!r} from the task's data, where task {request.task.task_id!r} of "
+            f"environment {request.task.env!r} has no text (it has: {keys}); name the right one in "
             "sdar.context.options.answer.field, or use the context 'demonstration'"
         )
-    answers = [str(item) for item in truth] if isinstance(truth, list | tuple) else [str(truth)]
     if len(answers) == 1:
         return f"The right answer is: {answers[0]}"
     return "Any of these answers is right:\n" + _listed(answers)
@@ -76,10 +75,19 @@ def column(request: ContextRequest, *, path: str, intro: str = "") -> str | None
     value: Any = request.task.data
     for part in path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    if value is None or value == "" or value == []:
+    text = "\n".join(_texts(value))
+    if not text:
         return None
-    text = "\n".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return f"{intro}\n{text}" if intro else text
+
+
+def _texts(value: Any) -> list[str]:
+    """What a value of a data file says: nothing, where it is a gap of a table (None, NaN) or blank. Search-R1's ground
+    truth is an object with the answers as its target."""
+    if isinstance(value, Mapping) and "target" in value:
+        return _texts(value["target"])
+    items = value if isinstance(value, list | tuple) else [value]
+    return [text for item in items if item is not None and item == item and (text := str(item)).strip()]
 
 
 @register_context("sibling", late=True)

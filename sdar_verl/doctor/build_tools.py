@@ -6,6 +6,7 @@ alone. ``sdar-verl doctor`` asks the same functions.
 
 from __future__ import annotations
 
+import configparser
 import importlib.util
 import os
 import shlex
@@ -87,10 +88,21 @@ def remedy(missing: Sequence[Missing]) -> str:
     return command if shutil.which("apt-get") else f"{command} (elsewhere: the packages with the same tools)"
 
 
-def main(extras: str) -> int:
-    """Say what is missing for an environment with these extras, with the remedy; exit status 1 when something is."""
+def main(extras: str, setup: str) -> int:
+    """Say what is missing for an environment with these extras, with the remedy; exit status 1 when something is.
+
+    Args:
+        extras: names with commas between them.
+        setup: path of the ``setup.cfg`` that knows them; pip only warns of one that it does not know, at the end.
+    """
+    config = configparser.ConfigParser()
+    config.read(setup, encoding="utf-8")
+    known, asked = {*config["options.extras_require"]}, set(extras.split(","))
+    if unknown := sorted(asked - known):
+        print(f"EXTRAS={extras}: no extra {unknown[0]!r}; known: {', '.join(sorted(known))}", file=sys.stderr)
+        return 1
     missing = missing_modules()
-    if BUILDING_EXTRAS & set(extras.split(",")):
+    if BUILDING_EXTRAS & asked:
         missing += missing_build_tools()
     for item in missing:
         print(f"missing: {item.text}", file=sys.stderr)
@@ -100,4 +112,4 @@ def main(extras: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

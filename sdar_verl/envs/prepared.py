@@ -45,8 +45,10 @@ def finished_panels(out: str | Path, settings: Mapping[str, Any], *, force: bool
     """The panels in ``out`` when they were made with these ``settings``; None when there are none, or ``force``.
 
     Raises:
-        PanelError: there are panels of other settings.
+        PanelError: there are panels of other settings, or ``out`` is no folder.
     """
+    if Path(out).exists() and not Path(out).is_dir():
+        raise PanelError(f"--out {out} is a file; name a folder, which is made when it is not there")
     existing = None if force else read_panels_file(out)
     if existing is None:
         return None

@@ -53,6 +53,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit status 0 when the run fits, 1 when it does not."""
+    from sdar_verl.checks.options import type_faults
     from sdar_verl.compose import compose_config
     from sdar_verl.config import load_config
     from sdar_verl.errors import ConfigError
@@ -70,8 +71,11 @@ def run(arguments: argparse.Namespace) -> int:
     given = _assumptions(arguments)
     gpu = find_gpu(arguments.gpu)
     config = compose_config(arguments.config_name, arguments.overrides)
+    sdar = load_config(config.sdar)
+    if faults := type_faults(config, sdar):  # it calculates with them
+        raise ConfigError("\n".join(faults))
     lengths = {name: getattr(arguments, name) for name in ("turns", "prompt", "context", "response")}
-    wished = Layout.from_config(config, load_config(config.sdar), **lengths)
+    wished = Layout.from_config(config, sdar, **lengths)
     if arguments.cloud:
         return _cloud(arguments, wished, efficiency, given)
     plan = make_plan(wished, gpu, efficiency)

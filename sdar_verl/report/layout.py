@@ -36,8 +36,9 @@ def step_file(folder: Path, step: int) -> Path:
 
 
 def step_files(folder: Path) -> dict[int, Path]:
-    """Step -> file, in the order of steps."""
-    return {int(path.stem.removeprefix("step_")): path for path in sorted(folder.glob("step_*.parquet"))}
+    """Step -> file, in the order of steps; what others have put beside them is passed over."""
+    found = ((path.stem.removeprefix("step_"), path) for path in sorted(folder.glob("step_*.parquet")))
+    return {int(step): path for step, path in found if step.isdecimal()}
 
 
 def find_record(run: Path) -> Path | None:

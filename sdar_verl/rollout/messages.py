@@ -16,6 +16,9 @@ from sdar_verl.untrusted import shorten
 
 Message = Mapping[str, Any]
 
+PLACES = ("user", "system")
+"""Words of ``sdar.context.place``; anything else is the path of a template."""
+
 _SLOTS = ("prompt", "context")
 
 
@@ -102,7 +105,7 @@ def load_place(path: str) -> Any:
     Raises:
         PromptTemplateError: it cannot be read, or does not show both slots.
     """
-    if path in ("user", "system"):
+    if path in PLACES:
         return None
     environment = ImmutableSandboxedEnvironment(keep_trailing_newline=False)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 from sdar_verl.atomic import write_text_atomically
 from sdar_verl.checks.options import Defaults, find_entry, flat, is_listed, options_of, verl_nodes
 from sdar_verl.checks.panel_tasks import panel_digests
-from sdar_verl.checks.resume import TRACKER, checkpoint_folder
+from sdar_verl.checks.resume import TRACKER, checkpoint_folder, folder_faults
 from sdar_verl.config import SdarConfig, load_config
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import PanelError
 from sdar_verl.recipe import plays_environments
+from sdar_verl.rollout.messages import PLACES
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError
 from sdar_verl.skills.bank import SkillBank, SkillBankError
+from sdar_verl.text_files import TextFileError, read_text
 from sdar_verl.untrusted import parse_json, shorten
 
 RUN_FILE = "sdar_run.json"
@@ -47,13 +50,15 @@ def experiment_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """What differs between this run and the checkpoint that ``trainer.resume_mode=auto`` would go on from; one text."""
     folder = checkpoint_folder(config)
     note = folder / RUN_FILE
-    if config.trainer.resume_mode != "auto" or not (folder / TRACKER).is_file() or not note.is_file():
+    if config.trainer.resume_mode != "auto" or folder_faults(config):
+        return []
+    if not (folder / TRACKER).is_file() or not note.is_file():
         return []
     try:
         found = parse_json(note.read_bytes())
         if not isinstance(found, dict):
             raise ValueError(f"it holds {shorten(found)}, not an object")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return [
             f"{note} is damaged ({error}), so nobody can tell whether its checkpoints are of this experiment; "
             "remove it when they are, or start over with trainer.resume_mode=disable"
@@ -101,19 +106,22 @@ def experiment(config: DictConfig) -> dict[str, Any]:
 
 
 def _hashes(config: DictConfig) -> dict[str, str]:
-    """Of the skill bank and the prompt template of this run, where it has them; faults of theirs are told elsewhere."""
+    """Of the skill bank and the templates of this run, where it has them; faults of theirs are told elsewhere."""
     try:
         sdar = load_config(config.get("sdar"))
     except ConfigError:
         return {}
     made = {}
-    taught = "skills" in sdar.context.sources and sdar.teacher.source != "none"
+    taught = "skills" in sdar.context.named and sdar.teacher.source != "none"
     if taught or sdar.context.student == "skills":
         with suppress(SkillBankError):
             made["sdar.skills.bank"] = SkillBank.load(sdar.skills.bank).digest
     if plays_environments(config):
         with suppress(PromptTemplateError):
             made["sdar.prompt.template"] = PromptTemplate.load(sdar.prompt.template).digest
+    elif sdar.context.place not in PLACES:
+        with suppress(TextFileError):
+            made["sdar.context.place"] = sha256(read_text(Path(sdar.context.place)).encode()).hexdigest()
     return {f"{option}{_HASH}": digest for option, digest in made.items()}
 
 

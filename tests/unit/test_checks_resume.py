@@ -156,6 +156,19 @@ def test_only_what_the_run_reads_must_be_there(tmp_path):
     assert resume_faults(config(tmp_path, **contents), load_config({})) == []
 
 
+def test_a_folder_that_checkpoints_cannot_be_written_to_is_told_before_the_start(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert resume_faults(config(tmp_path / "not" / "yet"), EMA) == []
+    (tmp_path / "file").write_text("")
+    for mode in ("auto", "disable"):
+        (fault,) = resume_faults(config(tmp_path / "file" / "run", mode), EMA)
+        assert fault.startswith(f"trainer.default_local_dir={tmp_path}/file/run: {tmp_path}/file is no folder; name")
+    assert resume_faults(config(tmp_path / "file" / "run", nodes=2, ranks=2), EMA) == [], "the nodes' own"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as of another user's
+    (fault,) = resume_faults(config(tmp_path), EMA)
+    assert f"{tmp_path} cannot be read and written by this user" in fault
+
+
 def test_another_number_of_ranks_is_told_before_the_workers_fail(tmp_path):
     write(writes(tmp_path, 2, ranks=2))
     (fault,) = resume_faults(config(tmp_path, ranks=4), EMA)
@@ -238,9 +251,10 @@ def test_a_file_takes_its_place_only_when_it_is_on_the_disk(tmp_path, monkeypatc
     assert path.read_text() == "ä"
 
 
-def test_a_resume_without_weights_is_no_resume(tmp_path):
-    contents = {"actor_rollout_ref.actor.checkpoint.load_contents": ["hf_model"]}
+@pytest.mark.parametrize("named", [["hf_model"], []])
+def test_a_resume_without_weights_is_no_resume(tmp_path, named):
+    contents = {"actor_rollout_ref.actor.checkpoint.load_contents": named}
     assert resume_faults(config(tmp_path, **contents), EMA) == [], "nothing to go on from"
     write(writes(tmp_path, 2))
     (fault,) = resume_faults(config(tmp_path, **contents), EMA)
-    assert "load_contents=['hf_model'] has no model" in fault and "weights that training started from" in fault
+    assert f"load_contents={named} has no model" in fault and "weights that training started from" in fault

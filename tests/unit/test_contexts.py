@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,22 @@ def test_answer_is_the_tasks_ground_truth():
     assert answer.make(ContextRequest(TASK), {"field": "year"}).text.endswith("1789")
     with pytest.raises(ContextError, match=r"'goal'.*task-1.*has: answers, year.*answer\.field.*demonstration"):
         answer.make(ContextRequest(TASK), {"field": "goal"})
+
+
+@pytest.mark.parametrize("gap", [None, float("nan"), "", " \n", [], [None, ""], {"target": []}])
+def test_a_gap_of_a_table_is_no_answer_and_no_column(gap):
+    """A teacher would be told that the right answer is nan."""
+    request = ContextRequest(replace(TASK, data={"answers": gap, "extra_info": {"solution": gap}}))
+    with pytest.raises(ContextError, match=r"'answers' .* task 'task-1' .*has no text"):
+        get_context("answer").make(request, {})
+    assert get_context("column").make(request, {"path": "extra_info.solution", "intro": "Solution:"}).text == ""
+
+
+def test_search_r1s_ground_truth_is_its_target():
+    truth = {"target": ["Paris", "the city of Paris", None]}
+    request = ContextRequest(replace(TASK, data={"answers": truth, "reward_model": {"ground_truth": truth}}))
+    assert get_context("answer").make(request, {}).text.splitlines()[1:] == ["1. Paris", "2. the city of Paris"]
+    assert get_context("column").make(request, {"path": "reward_model.ground_truth"}).text == "Paris\nthe city of Paris"
 
 
 def test_demonstration_comes_from_the_task_or_from_the_environment(tmp_path):

@@ -181,6 +181,12 @@ def test_what_is_left_out_is_said(copy: Path, line: Any, note: str) -> None:
     assert any(note in one.replace("and no JSON", "is no JSON") for one in read_run(copy).notes)
 
 
+def test_files_of_others_beside_those_of_steps_are_passed_over(tmp_path: Path) -> None:
+    for name in ("step_00000002.parquet", "step_00000002 (1).parquet", "step_final.parquet", "step_.parquet"):
+        (tmp_path / name).write_text("")
+    assert layout.step_files(tmp_path) == {2: tmp_path / "step_00000002.parquet"}
+
+
 def test_a_damaged_part_of_a_distribution_is_said(copy: Path) -> None:
     path = record_of(copy) / layout.DISTRIBUTIONS_FILE
     first, *others = [json.loads(line) for line in path.read_text().splitlines()]

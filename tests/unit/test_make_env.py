@@ -76,6 +76,22 @@ def test_a_compiler_must_work(tmp_path, machine):
     assert "CXX=nothere (unset it" in done.stderr and "apt-get" not in done.stderr
 
 
+@pytest.mark.parametrize("extras", ["locl,test", "local, test", "", "local test"])
+def test_an_extra_that_there_is_none_of_is_told_before_anything_is_made(tmp_path, machine, extras):
+    """pip would install the rest, and only warn."""
+    done = make_env(tmp_path, machine, extras)
+    assert done.returncode == 1 and f"EXTRAS={extras}: no extra " in done.stderr and "local, " in done.stderr
+    assert done.stdout == "" and not (tmp_path / "venv").exists()
+
+
+def test_words_that_the_script_does_not_take_are_told(tmp_path):
+    for words in ([], ["venv"], ["venv", "local", "test"]):
+        command = ["bash", str(ROOT / "scripts" / "make_env.sh"), *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "make_env.sh takes VENV_DIR and EXTRAS, such as .venv local,test" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_extras_without_an_engine_need_no_compiler(tmp_path, machine):
     for name in ("gcc", "g++", "make"):
         (machine / name).unlink()

@@ -364,6 +364,9 @@ def test_the_command_recommends_and_names_the_overrides(capsys):
         (["--gpu", "abacus"], "abacus"),
         (["--training-efficiency", "1.5"], "--training-efficiency"),
         (["trainer.n_gpus_per_node=3"], "tensor_model_parallel_size"),
+        (["trainer.n_gpus_per_node=0"], "trainer.n_gpus_per_node=0 must be a whole number at least 1"),
+        (["actor_rollout_ref.rollout.n=0"], "actor_rollout_ref.rollout.n=0 must be"),
+        (["data.train_batch_size=abc"], "data.train_batch_size=abc must be"),
     ],
 )
 def test_bad_arguments_of_the_command_are_named(capsys, arguments, word):

@@ -85,6 +85,24 @@ def test_a_bank_and_a_template_are_compared_by_content(tmp_path, panels):
         claim_checkpoints(config(tmp_path, **used | {"sdar.skills.bank": f"{tmp_path}/elsewhere"}))
 
 
+def test_a_bank_of_the_contrast_and_a_template_of_the_place_are_compared_too(tmp_path, panels):
+    bank, place = tmp_path / "bank", tmp_path / "place.jinja"
+    (bank / "heat").mkdir(parents=True)
+    (bank / "heat" / "SKILL.md").write_text("---\nname: heat\ndescription: d\n---\nUse the microwave.\n")
+    place.write_text("{{ prompt }} {{ context }}")
+    used = {"sdar.skills.bank": str(bank), "sdar.context.place": str(place), "sdar.context.sources": ["answer"],
+            "sdar.context.contrast.sources": ["skills"],
+            "actor_rollout_ref.rollout.agent.default_agent_loop": "tool_agent"}  # fmt: skip
+    note, recipe = tmp_path / RUN_FILE, config(tmp_path, **used)
+    claim_checkpoints(recipe)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    assert {"sdar.skills.bank (hash)", "sdar.context.place (hash)"} <= {*json.loads(note.read_text())}
+    claim_checkpoints(recipe)
+    place.write_text("{{ prompt }} Know: {{ context }}")
+    with pytest.raises(ConfigError, match=r"the content of sdar\.context\.place: \w{12} there"):
+        claim_checkpoints(recipe)
+
+
 def test_another_panel_is_another_experiment_and_another_place_of_it_is_not(folder):
     moved = folder / "moved" / "train.parquet"
     moved.parent.mkdir()

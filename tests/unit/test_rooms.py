@@ -23,6 +23,8 @@ INSIDES = tuple(
 )
 ALLOWED = {
     # Registries that these only look names up in, and verl's documented base of agent loops.
+    # The optimizer is made once with the run's settings, to see whether it can be.
+    "checks/options.py": {"verl.workers.config.optimizer.build_optimizer"},
     "checks/modes.py": {"verl.trainer.ppo.v1.trainer_base.TRAINER_REGISTRY"},
     "checks/run.py": {
         "verl.trainer.ppo.core_algos.ADV_ESTIMATOR_REGISTRY",

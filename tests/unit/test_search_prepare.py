@@ -104,6 +104,14 @@ def test_numbers_that_cannot_be_had_are_named(tmp_path, capsys, options, words):
     assert not (tmp_path / "panel.json").exists()
 
 
+def test_panels_go_into_a_folder(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    for environment in ("search", "webshop", "alfworld"):
+        assert main(["prepare", environment, "--generate", "--out", str(tmp_path / "notes.txt")]) == 2
+        assert f"--out {tmp_path}/notes.txt is a file; name a folder" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_a_corpus_of_the_users_is_not_overwritten(tmp_path, capsys):
     write_corpus([Passage("1", "Oslo", "A city.")], tmp_path / "corpus.jsonl")
     before = (tmp_path / "corpus.jsonl").read_bytes()
