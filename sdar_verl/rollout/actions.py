@@ -17,9 +17,9 @@ from sdar_verl.envs.base import DEFAULT_ACTION_TAGS
 # Letter case is that of ASCII: elsewhere "ſearch" would be a tag, too, and name one that no environment knows.
 _FLAGS = re.IGNORECASE | re.ASCII
 # Of Qwen, DeepSeek and most; of reasoning prompts; of Seed; in brackets, of Magistral.
-_THOUGHTS = "think|thinking|thought|reasoning|seed:think"
-_THINK_OPEN = re.compile(rf"<(?:{_THOUGHTS})>|\[THINK\]", _FLAGS)
-_THINK_CLOSE = re.compile(rf"</(?:{_THOUGHTS})>|\[/THINK\]", _FLAGS)
+_THOUGHTS = "think|thinking|thought|reasoning|seed:think|mm:think"
+_THINK_OPEN = re.compile(rf"<(?:{_THOUGHTS})>|\[THINK\]|◁think▷", _FLAGS)
+_THINK_CLOSE = re.compile(rf"</(?:{_THOUGHTS})>|\[/THINK\]|◁/think▷", _FLAGS)
 _FREE_PART = re.compile(r"<\w+>")
 
 

@@ -87,7 +87,13 @@ def test_a_thought_that_the_prompt_opened_ends_with_its_tag_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("begin", "end"), [("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>"), ("<seed:think>", "</seed:think>")]
+    ("begin", "end"),
+    [
+        ("[THINK]", "[/THINK]"),
+        ("<thinking>", "</thinking>"),
+        ("<seed:think>", "</seed:think>"),
+        ("◁think▷", "◁/think▷"),
+    ],
 )
 def test_other_models_marks_of_a_thought(begin: str, end: str) -> None:
     """They may be special tokens, as Magistral's are."""
