@@ -1,6 +1,6 @@
 """Word problems in GSM8K's schema and a small policy that half knows them: GSM8K's recipe on a laptop, without a GPU.
 
-    python recipes/gsm8k/small.py --out DIR       DIR/train.parquet, test.parquet, policy/ (about a minute on one core)
+    python recipes/gsm8k/small.py --out DIR       DIR/train.parquet, test.parquet, policy/ (three minutes of one core)
 
 "Ann has 3 pens and gets 4 more" needs the sum of two numbers up to nine. The policy has seen every sum with a worked
 solution in the prompt, and copies it; without one it knows every second of the 81 sums, and of the others says a number
