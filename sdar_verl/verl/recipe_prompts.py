@@ -42,9 +42,8 @@ def prompt_maker(
     """
     given: Any = config.data.get("apply_chat_template_kwargs", None) or {}
     options: dict[str, Any] = dict(given) | further
-    try:
-        from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
-    except ImportError:  # verl 0.9.0
+    switch = config.data.get("continuous_token", None)  # of verl 0.9.0, off by default; later versions always do so
+    if switch is not None and not switch.enable:
         from verl.utils.tokenizer import normalize_token_ids
 
         def plain(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
@@ -55,7 +54,14 @@ def prompt_maker(
             )
 
         return plain
-    builder = create_continuous_token_builder(tokenizer, hf_model_type=model_type, chat_template_kwargs=options)
+    from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+
+    told: dict[str, Any] = {"hf_model_type": model_type}
+    if switch is not None:
+        model = config.actor_rollout_ref.model
+        told = {"model_family": switch.model_family, "model_path": model.path}
+        told["tokenizer_name_or_path"] = model.tokenizer_path
+    builder = create_continuous_token_builder(tokenizer, chat_template_kwargs=options, **told)
 
     def make(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
         return list(builder.build_initial_tokens(messages, tools=tools))
@@ -78,7 +84,10 @@ def model_type(config: DictConfig) -> str | None:
 def tool_schemas(config: DictConfig) -> list[dict[str, Any]] | None:
     """Of the tools that ``tool_agent`` puts into its prompts; None without tools."""
     from verl.tools.tool_registry import load_all_tools
-    from verl.utils.import_utils import resolve_config_path
+    from verl.utils import import_utils
+
+    # verl 0.9.0 takes a path as it is written.
+    resolve_config_path = getattr(import_utils, "resolve_config_path", str)
 
     settings = config.actor_rollout_ref.rollout.multi_turn
     files = (settings.get("tool_config_path"), settings.get("function_tool_path"))

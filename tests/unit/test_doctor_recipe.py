@@ -14,6 +14,7 @@ from sdar_verl.local import start_policy
 from tests.support.calculator import CONFIG
 from tests.support.chatml import qwen_like_tokenizer
 from tests.support.recipe_run import recipe_arguments, word_problems
+from tests.support.verl_version import IS_VERL_090
 from tests.unit.test_doctor import LAPTOP
 
 ANSWER = "sdar.context.sources=[answer]"
@@ -95,6 +96,7 @@ def test_tools_stand_in_the_prompts_of_the_loop_that_shows_them(tmp_path: Path) 
     assert longest[1][0] > longest[0][0] + 100 and longest[1][1] > longest[0][1] + 100
 
 
+@pytest.mark.skipif(IS_VERL_090, reason="verl 0.9.0 does not continue prompts unless it is told to")
 def test_a_tokenizer_that_verl_cannot_continue_is_told_before_ray(tmp_path: Path) -> None:
     text = diagnose(tmp_path, ANSWER, f"actor_rollout_ref.model.path={start_policy()}")
     assert "cannot make the prompt of the first row" in text and "newline" in text
