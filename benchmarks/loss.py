@@ -65,7 +65,7 @@ class MicroBatch:
         from verl.utils import tensordict_utils as tu
         from verl.workers.config import ActorConfig
 
-        from sdar_verl.config import LossConfig
+        from sdar_verl.config.loss import LossConfig
         from sdar_verl.fields import STEP_VALUES, TEACHER_LOG_PROBS, TEACHER_MASK
         from sdar_verl.method import Method, StepValues
 

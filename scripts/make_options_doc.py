@@ -53,7 +53,7 @@ NAMES: dict[str, tuple[Callable[[], typing.Iterable[str]], str]] = {
 HEADER = """\
 # Options of the `sdar:` node
 
-Written by `python scripts/make_options_doc.py` from `sdar_verl/config.py`; a test fails when it is stale.
+Written by `python scripts/make_options_doc.py` from `sdar_verl/config/`; a test fails when it is stale.
 
 An unknown key, or a value that is not allowed, stops the run before Ray starts, with a message that names the option.
 Options are set like any of verl's: `sdar.loss.coef=0.1` on the command line, or in a YAML file of your own. Everything
@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> int:
 NODE_HEADER = """\
 # @package _global_
 # The sdar node with all its options and their defaults, the trainer that reads it, and the check of a run before Ray
-# starts. Of verl's nothing else is set. Written by scripts/make_options_doc.py from sdar_verl/config.py, which holds
+# starts. Of verl's nothing else is set. Written by scripts/make_options_doc.py from sdar_verl/config/, which holds
 # types, ranges and sources.
 
 """

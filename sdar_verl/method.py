@@ -27,7 +27,7 @@ from sdar_verl.algorithm.masking import clean
 from sdar_verl.algorithm.schedules import Scheduled, make_schedule, measures_of
 from sdar_verl.algorithm.signals import SignalRows, get_signal, signal_reads
 from sdar_verl.algorithm.terms import DistillationTerms
-from sdar_verl.config import LossConfig, ScheduleConfig
+from sdar_verl.config.loss import LossConfig, ScheduleConfig
 from sdar_verl.fields import CONTRAST, GAP_POOLED, GAP_SHIFT, LOSS_SCALE, STATISTICS, TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.table import StepTable
 

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from sdar_verl.algorithm.divergences import DIVERGENCES, SUPPORT_OF
-from sdar_verl.config import LossConfig
+from sdar_verl.config.loss import LossConfig
 from sdar_verl.fields import SUPPORT_IDS
 
 HEAD_REQUEST = "sdar_head_request"

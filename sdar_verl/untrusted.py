@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -25,6 +26,25 @@ _short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 4
 def shorten(value: Any) -> str:
     """``repr(value)`` for a message, at most some hundred characters, however large or nested the value is."""
     return _short.repr(value)
+
+
+def http_address(url: str) -> SplitResult:
+    """The parts of the address of a server.
+
+    Raises:
+        ValueError: it is none, or has a user or password before the host, which would stand in logs and is not shown.
+    """
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        raise ValueError(f"{shown!r} has a user or password before the host, which would stand in logs")
+    try:
+        parts.port  # noqa: B018  a number above 65535 raises
+    except ValueError as error:
+        raise ValueError(f"{url!r}: {error}") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is no address of a server, such as http://127.0.0.1:8000")
+    return parts
 
 
 def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

@@ -16,7 +16,7 @@ _CALLERS = frozenset({"tools", "documents", "tokenizer_kwargs", "padding", "trun
 # What every template has at hand, without an argument.
 _TEMPLATES = frozenset({"messages", "add_generation_prompt", "raise_exception", "strftime_now", "bos_token",
                         "eos_token", "pad_token", "unk_token"})  # fmt: skip
-_WORDS = ("true", "false", "none", "null", "yes", "no", "on", "off")
+_WORDS = ("true", "false")  # "none", "off" and the like are levels that templates ask for by name
 
 
 def chat_template_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:

@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 from sdar_verl.checks.panel_tasks import panel_tasks
 from sdar_verl.checks.skills import PROBED_TASKS as SKILL_TASKS
 from sdar_verl.checks.skills import retrieve_for_run, spread
-from sdar_verl.config import ContextConfig, SdarConfig
+from sdar_verl.config import SdarConfig
+from sdar_verl.config.context import ContextConfig
 from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.context.builder import is_late, late_options
 from sdar_verl.context.registry import ContextError, get_context

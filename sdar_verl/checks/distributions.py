@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from sdar_verl.algorithm.divergences import SUPPORT_OF
 from sdar_verl.algorithm.schedules import GRAD_SHARE, make_schedule, measures_of
 from sdar_verl.checks.engine import sequence_parallel
-from sdar_verl.config import LossConfig, SdarConfig
+from sdar_verl.config import SdarConfig
+from sdar_verl.config.loss import LossConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.families import find_architecture
 from sdar_verl.requests import reads_distributions, top_k

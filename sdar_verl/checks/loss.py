@@ -12,7 +12,8 @@ from sdar_verl.algorithm.objectives import check_objective_options, get_objectiv
 from sdar_verl.algorithm.schedules import GAP_SIZE, GRAD_SHARE, GRAD_SHARE_WEIGHTS, make_schedule, measures_of
 from sdar_verl.algorithm.signals import check_signal, get_signal, signal_reads
 from sdar_verl.checks.distributions import distribution_faults
-from sdar_verl.config import LossConfig, SdarConfig
+from sdar_verl.config import SdarConfig
+from sdar_verl.config.loss import LossConfig
 
 
 def loss_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
-from sdar_verl.config import SdarConfig, WriterConfig
+from sdar_verl.config import SdarConfig
+from sdar_verl.config.context import WriterConfig
 from sdar_verl.context.registry import ContextError, context_names, get_context
 from sdar_verl.errors import ConfigError
 from sdar_verl.writer.endpoint import endpoint_address, endpoint_key

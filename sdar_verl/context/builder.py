@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from sdar_verl.config import ContextConfig, ContrastConfig
+from sdar_verl.config.context import ContextConfig, ContrastConfig
 from sdar_verl.context import builtin  # noqa: F401  registers the contexts of this package
 from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.context.controls import placebo

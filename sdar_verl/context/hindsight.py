@@ -7,7 +7,9 @@ written of reflections on each of its episodes; ``hint`` (OPID, AHEAD, HERO) one
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from sdar_verl.context.base import ContextRequest, PlayedEpisode
 from sdar_verl.context.prompt import Piece, Prompt, UnreadableAnswer, read_object, read_text
@@ -79,7 +81,7 @@ def guide(request: ContextRequest) -> Generator[list[Prompt] | Prompt, Any, str 
 def hint(
     request: ContextRequest,
     *,
-    most: int | None = None,
+    most: Annotated[int, Field(ge=1)] | None = None,
     rest: Literal["nothing", "lesson"] = "nothing",
     seen: bool = False,
 ) -> Generator[Prompt, str | None, str | None]:
@@ -92,8 +94,6 @@ def hint(
             (OPID).
         seen: in front of the hint, what was seen after the turn and what the attempt earned (HERO).
     """
-    if most is not None and most < 1:
-        raise ContextError(f"hint has most={most}; it must be at least 1, or null")
     episode = _episode(request, "hint")
     last = len(episode.turns)
     wanted = "single turns" if most is None else f"at most {most} turn{'s' if most > 1 else ''}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.errors import SdarError
@@ -74,9 +76,9 @@ def register_context(
     """Decorator that enters a context function under ``name``.
 
     The function takes a :class:`~sdar_verl.context.base.ContextRequest`, and as keyword-only arguments with defaults
-    what shall be settable under ``sdar.context.options.<name>``; one that is annotated as ``Literal[...]`` is checked
-    before the run starts. It gives the teacher's text (or a ``Passage``), None when there is none for this row, and
-    raises :class:`ContextError` when the set-up is at fault.
+    what shall be settable under ``sdar.context.options.<name>``; those with an annotation are checked before the run
+    starts. It gives the teacher's text (or a ``Passage``), None when there is none for this row, and raises
+    :class:`ContextError` when the set-up is at fault.
 
     One that needs somebody to write is a generator: it yields a :class:`~sdar_verl.context.prompt.Prompt` (or a list of
     them), is sent the answer of ``sdar.context.writer`` (or their list), None where there is none, may yield again, and
@@ -155,20 +157,32 @@ def _check_options(context: Context, options: Mapping[str, Any], node: str) -> N
     if unknown:
         names = ", ".join(map(repr, unknown))
         raise ContextError(f"context {context.name!r} has no option {names}; known: {', '.join(known) or 'none'}")
-    for option, allowed in _choices(context.function).items():
-        if option in options and options[option] not in allowed:
+    for option, kind in _kinds(context.function).items():
+        if option not in options:
+            continue
+        value = options[option]
+        try:
+            # "3" is no number; a list may stand for a tuple.
+            kind.validate_python(value, strict=not isinstance(value, list | dict))
+        except ValidationError as error:
+            said = error.errors()[0]["msg"]
             raise ContextError(
-                f"{node}.options.{context.name}.{option}={options[option]!r}; use one of {', '.join(map(str, allowed))}"
-            )
+                f"{node}.options.{context.name}.{option}={value!r}: {said[0].lower()}{said[1:]}"
+            ) from None
 
 
-def _choices(function: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
-    """Options that are annotated as ``Literal[...]``, and what they may be."""
+def _kinds(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
+    """Options that are annotated, and what they may be."""
     try:
-        hints = get_type_hints(function)
+        hints = get_type_hints(function, include_extras=True)
     except Exception:  # a third party's annotation may name what is imported for type checkers alone
         return {}
-    return {option: get_args(hint) for option, hint in hints.items() if get_origin(hint) is Literal}
+    kinds = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name in hints:
+            with suppress(PydanticUserError):  # a class of a third party's
+                kinds[parameter.name] = TypeAdapter(hints[parameter.name])
+    return kinds
 
 
 def _origin(function: Callable[..., Any]) -> tuple[str, str]:

@@ -43,7 +43,7 @@ def add_actions(actions: Any) -> None:
 
 
 def _learn(arguments: argparse.Namespace) -> int:
-    from sdar_verl.config import WriterConfig
+    from sdar_verl.config.context import WriterConfig
     from sdar_verl.context.registry import Context
     from sdar_verl.errors import ConfigError
     from sdar_verl.report.read import read_run

@@ -9,15 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from sdar_verl.config import WriterConfig
+from sdar_verl.config.context import WriterConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.report.layout import WRITTEN_FILE
 from sdar_verl.rollout.actions import without_thought
 from sdar_verl.rollout.uids import request_seed
 from sdar_verl.table import LOST_LIMIT
-from sdar_verl.untrusted import parse_json, shorten, whole_characters
+from sdar_verl.untrusted import http_address, parse_json, shorten, whole_characters
 from sdar_verl.writer.base import NOT_PAID, Answer
 from sdar_verl.writer.cache import AnswerCache
 
@@ -203,19 +202,13 @@ def endpoint_address(url: str) -> str:
     Raises:
         ConfigError: ``url`` is no address, or holds a password.
     """
-    parts = urlsplit(url)
-    if parts.username is not None or parts.password is not None:
-        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        raise ConfigError(
-            f"sdar.context.writer.url={shown} has a user or password before the host, which would stand in logs; put "
-            "the key into an environment variable and name that in sdar.context.writer.key_variable"
-        )
     try:
-        parts.port  # noqa: B018  a number above 65535 raises
+        parts = http_address(url)
     except ValueError as error:
-        raise ConfigError(f"sdar.context.writer.url={url}: {error}") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"sdar.context.writer.url={url} is no address; give one such as http://127.0.0.1:8000/v1")
+        raise ConfigError(
+            f"sdar.context.writer.url: {error}; give one such as http://127.0.0.1:8000/v1, and a key by an environment "
+            "variable that sdar.context.writer.key_variable names"
+        ) from error
     path = parts.path.rstrip("/").removesuffix("/chat/completions")
     return parts._replace(path=f"{path}/chat/completions").geturl()
 

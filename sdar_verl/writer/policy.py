@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import uuid4
 
-from sdar_verl.config import WriterConfig
+from sdar_verl.config.context import WriterConfig
 from sdar_verl.rollout.actions import leaves_thought_open, without_thought
 from sdar_verl.rollout.answers import AnswerReader
 from sdar_verl.rollout.uids import request_seed

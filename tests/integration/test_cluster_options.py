@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdar_verl.config import LossConfig
+from sdar_verl.config.loss import LossConfig
 from sdar_verl.fields import (
     NORM_PREFIX,
     STEP_VALUES,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdar_verl.config import LossConfig
+from sdar_verl.config.loss import LossConfig
 from sdar_verl.fields import NORM_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.method import Method, StepValues
 from tests.support.one_update import one_mini_batch, plain_model

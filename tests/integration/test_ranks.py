@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdar_verl.config import LossConfig
+from sdar_verl.config.loss import LossConfig
 from sdar_verl.fields import SUMS_PREFIX, TEACHER_HIDDEN, TEACHER_LOG_PROBS
 from sdar_verl.method import Method
 from sdar_verl.requests import HEAD_REQUEST, StepRequests

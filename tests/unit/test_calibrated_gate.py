@@ -14,7 +14,7 @@ from sdar_verl.algorithm.gap import step_statistics
 from sdar_verl.algorithm.gates import gate_weight
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.turns import row_turns, turn_medians
-from sdar_verl.config import LossConfig
+from sdar_verl.config.loss import LossConfig
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.method import Method, StepValues
 

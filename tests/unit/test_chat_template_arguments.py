@@ -48,10 +48,14 @@ def test_a_misspelt_argument_is_told(model: Path, option: str) -> None:
     assert fault.endswith("it reads enable_thinking")
 
 
-@pytest.mark.parametrize("text", ["'False'", "'true'", "'none'"])
+@pytest.mark.parametrize("text", ["'False'", "'true'"])
 def test_a_flag_that_is_a_text_is_told(model: Path, text: str) -> None:
     (fault,) = faults(model, f"+data.apply_chat_template_kwargs.enable_thinking={text}")
     assert f"={text} is a text" in fault and f"enable_thinking={text.strip(chr(39)).capitalize()}" in fault
+
+
+def test_a_level_by_its_name_is_no_flag(model: Path) -> None:
+    assert faults(model, "+data.apply_chat_template_kwargs.enable_thinking=off") == []
 
 
 def test_a_template_of_the_users_own_is_what_counts(model: Path) -> None:

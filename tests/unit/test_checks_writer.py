@@ -96,8 +96,11 @@ def test_an_option_of_a_replaced_context_says_how_to_leave_it_out(panels):
 
 
 def test_options_of_a_written_context_are_checked_as_others_are(panels):
-    with pytest.raises(ConfigError, match=r"lesson.form='xml'; use one of json, text"):
+    with pytest.raises(ConfigError, match=r"lesson.form='xml': input should be 'json' or 'text'"):
         checked(*LESSON, "+sdar.context.options.lesson.form=xml", *panels)
+    for value in ("0", "'2'", "True", "1.5"):
+        with pytest.raises(ConfigError, match=r"sdar.context.options.hint.most=.*: input should be"):
+            checked("sdar.context.sources=[hint]", f"+sdar.context.options.hint.most={value}", *panels)
     with pytest.raises(ConfigError, match=r"context 'hint' has no option 'mots'"):
         checked("sdar.context.sources=[hint]", "+sdar.context.options.hint.mots=1", *panels)
 

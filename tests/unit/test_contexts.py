@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from sdar_verl.config import ContextConfig
+from sdar_verl.config.context import ContextConfig
 from sdar_verl.context import builtin, registry
 from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode, PlayedTurn
 from sdar_verl.context.builder import ContextBuilder, is_late, join
@@ -158,7 +158,7 @@ def test_unknown_doubled_and_idle_settings_are_named():
         check_contexts(["skills"], {"sibling": {"choice": "first"}})
     with pytest.raises(ContextError, match=r"'sibling' has no option 'pick'; known: choice, observations"):
         check_contexts(["sibling"], {"sibling": {"pick": "first"}})
-    with pytest.raises(ContextError, match=r"sibling\.choice='last'; use one of shortest, first"):
+    with pytest.raises(ContextError, match=r"sibling\.choice='last': input should be 'shortest', 'first'"):
         check_contexts(["sibling"], {"sibling": {"choice": "last"}})
     check_contexts(["skills", "sibling"], {"sibling": {"choice": "first"}})
 

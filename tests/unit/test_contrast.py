@@ -13,7 +13,7 @@ import torch
 from sdar_verl.algorithm.contrast import mixture_log_probs
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.signals import SignalRows, get_signal
-from sdar_verl.config import LossConfig
+from sdar_verl.config.loss import LossConfig
 from sdar_verl.errors import NonFiniteError
 from sdar_verl.fields import CONTRAST, TEACHER_LOG_PROBS, TEACHER_MASK, contrast_log_probs
 from sdar_verl.finite import leave_out_broken_teacher

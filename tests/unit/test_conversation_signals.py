@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdar_verl.config import LossConfig
+from sdar_verl.config.loss import LossConfig
 from sdar_verl.fields import TEACHER_LOG_PROBS
 from sdar_verl.method import Method
 from sdar_verl.observe.metrics import gap_metrics

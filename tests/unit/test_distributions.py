@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from sdar_verl.algorithm.divergences import COLUMNS
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.checks.loss import loss_faults
-from sdar_verl.config import LossConfig, load_config
+from sdar_verl.config import load_config
+from sdar_verl.config.loss import LossConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.fields import SUPPORT_IDS
 from sdar_verl.observe.metrics import column_means

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sdar_verl.algorithm.schedules import GAP_SIZE, Schedule, Scheduled, make_schedule, measures_of
 from sdar_verl.algorithm.turns import row_turns
-from sdar_verl.config import LossConfig
+from sdar_verl.config.loss import LossConfig
 from sdar_verl.method import Strengths
 from sdar_verl.observe.metrics import gap_size
 

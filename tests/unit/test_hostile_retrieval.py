@@ -148,8 +148,8 @@ def test_what_is_no_http_is_a_retriever_error(answer: bytes) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("http://me:secret@host/retrieve", "user and password"),
-        ("http://me@host", "user and password"),
+        ("http://me:secret@host/retrieve", "user or password"),
+        ("http://me@host", "user or password"),
         ("http://host:99999", "99999"),
         ("http://[::1", "IPv6"),
         ("file:///etc/passwd", "no address"),

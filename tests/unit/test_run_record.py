@@ -11,7 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sdar_verl.config import LossConfig, load_config
+from sdar_verl.config import load_config
+from sdar_verl.config.loss import LossConfig
 from sdar_verl.fields import TEACHER_LOG_PROBS
 from sdar_verl.method import Method
 from sdar_verl.observe.record import RunRecord, distilled_tokens, plain, trace_rows, write_outcomes

@@ -16,7 +16,7 @@ from verl.workers.utils.losses import ppo_loss
 from sdar_verl.algorithm.gap import step_statistics
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.masking import NonFiniteValues
-from sdar_verl.config import LossConfig
+from sdar_verl.config.loss import LossConfig
 from sdar_verl.errors import ConfigError, NonFiniteError
 from sdar_verl.fields import (
     GAP_POOLED,

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from sdar_verl.config import WriterConfig
+from sdar_verl.config.context import WriterConfig
 from sdar_verl.errors import ConfigError, RolloutError
 from sdar_verl.report.layout import WRITTEN_FILE
 from sdar_verl.writer.base import NOT_PAID, Answer, FailureWatch, WriterCounts

@@ -12,12 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from sdar_verl.envs.search.bm25 import Hit
 from sdar_verl.envs.search.passages import passage_from
 from sdar_verl.errors import SdarError
-from sdar_verl.untrusted import parse_json
+from sdar_verl.untrusted import http_address, parse_json
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
@@ -226,21 +225,13 @@ _START = (
 
 
 def _address(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.username is not None or parts.password is not None:
-        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        raise ValueError(
-            f"user and password before the host of {shown!r} would not be sent, but stand in logs; leave them out, and "
-            "put a server that asks for them behind a proxy or an SSH tunnel"
-        )
     try:
-        parts.port  # noqa: B018  a number above 65535 raises
+        parts = http_address(url)
     except ValueError as error:
-        raise ValueError(f"{url!r}: {error}") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(
-            f"{url!r} is no address of a retrieval server; give one such as http://127.0.0.1:8000/retrieve"
-        )
+            f"{error}; name a retrieval server, such as http://127.0.0.1:8000/retrieve. One that asks for a password "
+            "goes behind a proxy or an SSH tunnel"
+        ) from error
     return url if parts.path not in ("", "/") else parts._replace(path="/retrieve").geturl()
 
 
