@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class SdarError(RuntimeError):
     """Base of the errors this package raises on purpose."""
@@ -25,3 +27,10 @@ class ProcessDiedError(SdarError):
 
 class NonFiniteError(SdarError):
     """Rows of a step hold NaN or infinity where a number is needed."""
+
+
+def require_name(decorator: str, name: Any) -> None:
+    """TypeError unless a registering decorator got a name: ``@decorator`` alone gets what it decorates."""
+    if not isinstance(name, str) or not name:
+        given = getattr(name, "__name__", repr(name))
+        raise TypeError(f'@{decorator} needs a name, and got {given}: write @{decorator}("a_name")')

@@ -13,6 +13,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
+from sdar_verl.errors import require_name
+
 F = TypeVar("F", bound=Callable[..., object])
 
 
@@ -36,7 +38,9 @@ class Registry(Generic[F]):
         Raises:
             ValueError: the name is taken by another function. The same function registered again (a module imported
                 twice, under one name) replaces itself.
+            TypeError: ``name`` is no text.
         """
+        require_name(f"register_{self.kind.split()[-1]}", name)
 
         def enter(function: F) -> F:
             known = self._entries.get(name)

@@ -64,8 +64,9 @@ def register_schedule(name: str) -> Callable[[type], type]:
 
     Raises:
         ValueError: the name is taken.
-        TypeError: it is another class, or a function.
+        TypeError: it is another class, or a function; or ``name`` is no text.
     """
+    put = _SCHEDULES.register(name)
 
     def enter(schedule: type) -> type:
         if not (isinstance(schedule, type) and issubclass(schedule, Schedule)):
@@ -74,7 +75,7 @@ def register_schedule(name: str) -> Callable[[type], type]:
                 "sdar_verl.algorithm.schedules.Schedule, whose method factor(step) gives the factor, and whose fields "
                 "are its options"
             )
-        _SCHEDULES.register(name)(schedule)
+        put(schedule)
         return schedule
 
     return enter

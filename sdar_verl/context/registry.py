@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from sdar_verl.context.base import ContextRequest, Passage
-from sdar_verl.errors import SdarError
+from sdar_verl.errors import SdarError, require_name
 
 ContextFunction = TypeVar("ContextFunction", bound=Callable[..., "Passage | str | Generator[Any, Any, Any] | None"])
 
@@ -92,7 +92,9 @@ def register_context(
 
     Raises:
         ContextError: the name is taken by another function. The same one registered again replaces itself.
+        TypeError: ``name`` is no text.
     """
+    require_name("register_context", name)
 
     def enter(function: ContextFunction) -> ContextFunction:
         known = _contexts.get(name)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from sdar_verl.envs.base import TAG_NAME, Task, TextEnv
 from sdar_verl.envs.fields import StepError, texts_of
+from sdar_verl.errors import require_name
 from sdar_verl.untrusted import shorten
 
 Factory = TypeVar("Factory", bound=Callable[..., TextEnv])
@@ -51,7 +52,9 @@ def register_env(name: str) -> Callable[[Factory], Factory]:
     Raises:
         ValueError: the name is taken by another class. The same class registered again (a module imported twice, under
             one name) replaces itself.
+        TypeError: ``name`` is no text.
     """
+    require_name("register_env", name)
 
     def enter(factory: Factory) -> Factory:
         known = _registered.get(name)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from sdar_verl.errors import require_name
 from sdar_verl.skills.skill import Skill
 
 Function = TypeVar("Function", bound=Callable[..., list[Skill]])
@@ -57,7 +58,9 @@ def register_retriever(name: str) -> Callable[[Function], Function]:
 
     Raises:
         RetrievalError: the name is taken by another function. The same one registered again replaces itself.
+        TypeError: ``name`` is no text.
     """
+    require_name("register_retriever", name)
 
     def enter(function: Function) -> Function:
         known = _rules.get(name)

@@ -115,12 +115,7 @@ _SOURCES: Registry[Callable[..., WeightSource]] = Registry("teacher source")
 
 def register_source(name: str) -> Callable[[type[WeightSource]], type[WeightSource]]:
     """Class decorator: make a source selectable as ``name``. Raises ValueError when the name is taken."""
-
-    def enter(source: type[WeightSource]) -> type[WeightSource]:
-        _SOURCES.register(name)(source)
-        return source
-
-    return enter
+    return _SOURCES.register(name)  # type: ignore[return-value]
 
 
 def get_source(name: str) -> type[WeightSource]:

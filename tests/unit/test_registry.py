@@ -11,9 +11,16 @@ from typing import Any
 import pytest
 
 import sdar_verl.envs.alfworld.env  # noqa: F401  registers itself once, before the fixture below copies the table
+from sdar_verl.algorithm.gates import register_gate
+from sdar_verl.algorithm.objectives import register_objective
+from sdar_verl.algorithm.schedule_base import register_schedule
+from sdar_verl.algorithm.signal_rows import register_signal
+from sdar_verl.context.registry import register_context
 from sdar_verl.envs import registry
 from sdar_verl.envs.base import Step, Task, TextEnv
 from sdar_verl.envs.registry import check_env, known_envs, make_env, register_env
+from sdar_verl.skills.registry import register_retriever
+from sdar_verl.teacher.sources import register_source
 
 
 class Countdown(TextEnv):
@@ -119,3 +126,25 @@ def test_checking_alfworld_loads_no_engine_and_no_training_stack() -> None:
     )
     found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert found.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "decorator",
+    [
+        register_env,
+        register_context,
+        register_retriever,
+        register_gate,
+        register_objective,
+        register_signal,
+        register_schedule,
+        register_source,
+    ],
+)
+def test_a_decorator_without_a_name_is_told_at_once(decorator: Any) -> None:
+    with pytest.raises(
+        TypeError, match=rf'@{decorator.__name__} needs a name, and got Countdown: write @.*\("a_name"\)'
+    ):
+        decorator(Countdown)
+    with pytest.raises(TypeError, match="and got ''"):
+        decorator("")
