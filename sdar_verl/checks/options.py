@@ -13,7 +13,7 @@ from importlib import resources, util
 from typing import Any, Literal
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sdar_verl.checks.modes import verl_mode
 from sdar_verl.config import SdarConfig
@@ -69,8 +69,8 @@ def idle_options(config: DictConfig) -> list[str]:
 
 
 def _option_faults(config: DictConfig) -> tuple[list[str], list[str]]:
-    values, defaults, broken, idle = options_of(config), Defaults(config), [], []
-    for key, value in values.items():
+    defaults, broken, idle = Defaults(config), [], []
+    for key, value in _given(config).items():
         if key.startswith("sdar.") or key.endswith("_target_"):
             continue
         entry = find_entry(key)
@@ -174,18 +174,20 @@ def choice_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 def path_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """verl takes a path as it is written: a ``~`` would be a folder of that name, and the shell expands few of them."""
-    written, faults = options_of(config, resolve=False), []
-    for key, value in options_of(config).items():
+    faults = []
+    for key, value in options_of(config, resolve=False).items():
+        if "${" in str(value):
+            if "oc.env" not in str(value):
+                continue  # told where it is written
+            value = OmegaConf.select(config, key)
         if value == verl_defaults().get(key):
             continue
-        if "${" in str(written.get(key)) and "oc.env" not in str(written[key]):
-            continue  # told where it is written
         if key == "trainer.default_local_dir" and "://" in str(value):
             faults.append(
                 f"{key}={value}: verl writes checkpoints into a folder of this machine; name one, and for a bucket "
                 f"add sdar.cloud.mirror={value}"
             )
-        for path in value if isinstance(value, list) else [value]:
+        for path in value if isinstance(value, (list, ListConfig)) else [value]:
             if isinstance(path, str) and path.startswith("~"):
                 faults.append(f'{key}={path}: verl does not expand ~; write "$HOME{path[1:]}", or the path from / on')
     return faults
@@ -215,13 +217,18 @@ def table() -> dict[str, Entry]:
 
 @cache
 def _table(section: str) -> dict[str, str]:
-    text = resources.files("sdar_verl.checks").joinpath("verl_options.yaml").read_text(encoding="utf-8")
     return {
         f"{node}.{name}": why
-        for why, nodes in yaml.safe_load(text)[section].items()
+        for why, nodes in _sections()[section].items()
         for node, names in nodes.items()
         for name in names.split()
     }
+
+
+@cache
+def _sections() -> Any:
+    text = resources.files("sdar_verl.checks").joinpath("verl_options.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
 
 
 @cache
@@ -245,6 +252,18 @@ def options_of(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
         tree = config[node]
         values |= flat(OmegaConf.to_container(tree, resolve=resolve) if OmegaConf.is_config(tree) else tree, node)
     return dict(sorted(values.items()))
+
+
+def _given(config: DictConfig) -> dict[str, Any]:
+    """:func:`options_of` without what is written as verl's defaults are; to resolve an interpolation takes long."""
+    values: dict[str, Any] = {}
+    for key, value in options_of(config, resolve=False).items():
+        if key not in verl_defaults() or value != verl_defaults()[key]:
+            if "${" in str(value):
+                value = OmegaConf.select(config, key)
+                value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            values |= flat(value, key)
+    return values
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -40,9 +40,10 @@ def wheel(tmp_path_factory) -> Path:
 def python(wheel, tmp_path_factory) -> Path:
     """A fresh environment with the wheel in it; the dependencies are this environment's."""
     venv = tmp_path_factory.mktemp("env") / "venv"
-    run(sys.executable, "-m", "venv", venv, cwd=venv.parent)
+    run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=venv.parent)
     python = venv / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", wheel, cwd=venv.parent)
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    run(*pip, "install", "--quiet", "--no-deps", wheel, cwd=venv.parent)
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=venv.parent).strip())
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 from pathlib import Path
@@ -125,15 +126,12 @@ def test_a_dear_plan_is_told_before_its_first_run(tmp_path, capsys):
 
 
 RUN = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
+import shutil, sys
 from sdar_verl.cloud import ledger
 from sdar_verl.cloud.driver import tell_guard
 from sdar_verl.cloud.store import Store
-from tests.support.recorded_run import write_run
-root, folder, arm, seed, rate, status = sys.argv[1:7]
-write_run(Path(folder), experiment=arm, seed=int(seed), rate=float(rate))
+record, folder, status = sys.argv[1:4]
+shutil.copytree(record, folder, dirs_exist_ok=True)
 store = Store(folder + "/checkpoints")
 tell_guard([store], [], 1, 8)
 own = ledger.open_id(store)
@@ -145,26 +143,17 @@ sys.exit(int(status))
 
 @pytest.fixture
 def scripted(tmp_path, monkeypatch):
-    """An evaluation whose runs are scripts that leave a record and a ledger, as runs do."""
+    """An evaluation whose runs are scripts that leave a record, made here, and a ledger, as runs do."""
 
     def make(**of_arm: tuple[float, int]):
         found = plan(arms={name: [] for name in of_arm}, seeds=[0, 1], kill={"below": {"by": 0.1, "at": 4}})
         runs = evaluation_run.Evaluation(found, tmp_path / "out", [], 7.2, None)
+        for arm, seed in itertools.product(found.arms, found.seeds):
+            write_run(tmp_path / f"{arm}-{seed}", experiment=arm, seed=seed, rate=of_arm[arm][0])
 
         def words(self, arm: str, seed: int) -> list[str]:
-            rate, status = of_arm[arm]
-            folder = self.folder(arm, seed)
-            return [
-                evaluation_run.sys.executable,
-                "-c",
-                RUN,
-                str(ROOT),
-                str(folder),
-                arm,
-                str(seed),
-                str(rate),
-                str(status),
-            ]
+            places = (tmp_path / f"{arm}-{seed}", self.folder(arm, seed))
+            return [evaluation_run.sys.executable, "-c", RUN, *map(str, places), str(of_arm[arm][1])]
 
         monkeypatch.setattr(evaluation_run.Evaluation, "words", words)
         monkeypatch.setattr(evaluation_run, "EVERY_S", 0.2)

@@ -72,10 +72,24 @@ def test_it_is_not_guessed_where_ray_start_has_run(lonely):
     assert not chosen()
 
 
+REGISTERED = (
+    "import verl\n"
+    "from verl.plugin.platform import PlatformRegistry\n"
+    "from verl.workers.rollout.base import _ROLLOUT_REGISTRY\n"
+    "print('cpu' in PlatformRegistry.registered_names(), ('transformers', 'async') in _ROLLOUT_REGISTRY)\n"
+)
+
+
+def fresh(told: str, code: str) -> list[str]:
+    """What a process prints that imports nothing of ours; verl's entry point does the rest."""
+    env = {**os.environ, "VERL_PLATFORM": told}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split()
+
+
 def test_verl_finds_platform_engine_and_rollout_by_importing_itself():
-    """In a fresh process that imports nothing of ours; the entry point does the rest."""
-    code = (
-        "import verl\n"
+    found = (
         "from verl.utils.device import get_device_name, get_nccl_backend\n"
         "from verl.workers.engine import EngineRegistry\n"
         "from verl.workers.rollout.base import get_rollout_class\n"
@@ -83,22 +97,11 @@ def test_verl_finds_platform_engine_and_rollout_by_importing_itself():
         "rollout = get_rollout_class('transformers')\n"
         "print(get_device_name(), get_nccl_backend(), engine.__name__, rollout.__name__)"
     )
-    env = {**os.environ, "VERL_PLATFORM": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
-    assert done.stdout.split() == ["cpu", "gloo", "CpuFSDPEngine", "ServerAdapter"], done.stderr[-3000:]
+    assert fresh("cpu", REGISTERED + found) == ["True", "True", "cpu", "gloo", "CpuFSDPEngine", "ServerAdapter"]
 
 
 def test_nothing_is_registered_where_there_is_another_device():
-    code = (
-        "import sys, verl\n"
-        "from verl.plugin.platform import PlatformRegistry\n"
-        "from verl.workers.rollout.base import _ROLLOUT_REGISTRY\n"
-        "print('cpu' in PlatformRegistry.registered_names(), ('transformers', 'async') in _ROLLOUT_REGISTRY)"
-    )
-    for told, expected in (("cuda", ["False", "False"]), ("cpu", ["True", "True"])):
-        env = {**os.environ, "VERL_PLATFORM": told}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
-        assert done.stdout.split() == expected, done.stderr[-3000:]
+    assert fresh("cuda", REGISTERED) == ["False", "False"]
 
 
 def test_verls_memory_and_random_state_calls_work_on_the_device_module():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pip
 import pytest
 
 from sdar_verl.doctor.build_tools import Missing, missing_build_tools, missing_python, remedy
@@ -35,6 +36,14 @@ def make_env(tmp_path: Path, path: object, extras: str = "local", **variables: s
     env = {"PATH": str(path), "HOME": NO_HOME, "PYTHON": sys.executable, **index, **variables}
     words = ["bash", str(ROOT / "scripts" / "make_env.sh"), str(tmp_path / "venv"), extras]
     return subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def there_already(tmp_path):
+    """The folder of an environment that an interrupted installation has left, with pip; to make one takes seconds."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    (site / "pip").symlink_to(Path(pip.__file__).parent)
 
 
 def test_with_the_tools_it_comes_to_the_first_package(tmp_path, machine):
@@ -92,6 +101,7 @@ def test_words_that_the_script_does_not_take_are_told(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("there_already")
 def test_extras_without_an_engine_need_no_compiler(tmp_path, machine):
     for name in ("gcc", "g++", "make"):
         (machine / name).unlink()
@@ -137,6 +147,7 @@ def test_an_environment_whose_python_has_gone_is_made_again(tmp_path, machine):
     assert "installing torch failed" in make_env(tmp_path, machine).stderr
 
 
+@pytest.mark.usefixtures("there_already")
 def test_the_plain_path_of_a_system_is_enough(tmp_path):
     """On this machine, with or without compilers: it either comes to the first package or tells what is missing."""
     there = not missing_build_tools("/usr/bin:/bin")

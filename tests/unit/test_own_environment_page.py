@@ -18,9 +18,10 @@ from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from sdar_verl.checks.run import check_run
 
-config = compose_config("sdar_alfworld", sys.argv[1:])
-check_run(config, load_config(config.sdar))
-print("sound", config.sdar.env.name, config.sdar.skills.retrieval)
+for overrides in sys.argv[1:]:
+    config = compose_config("sdar_alfworld", overrides.split())
+    check_run(config, load_config(config.sdar))
+    print("sound", config.sdar.env.name, config.sdar.skills.retrieval)
 """
 
 
@@ -48,10 +49,10 @@ def test_the_pages_environment_panel_template_and_rule_pass_the_checks_of_a_run(
     rule = re.search(r"^    (sdar\.modules=\[my_rules\].*)$", RULE, re.MULTILINE).group(1).split()
     # One list names the modules of both pages.
     given = [word for word in (*overrides, *rule) if not word.startswith("sdar.modules=")]
-    done = run(tmp_path, "-c", SCRIPT, *given, "sdar.modules=[my_envs,my_rules]", "hardware=cpu")
+    sound = [*given, "sdar.modules=[my_envs,my_rules]", "hardware=cpu"]
+    kept = [*(word for word in overrides if not word.startswith("~")), "hardware=cpu"]
+    done = run(tmp_path, "-c", SCRIPT, " ".join(sound), " ".join(kept))
     assert "sound guess ['longest']" in done.stdout, done.stdout + done.stderr
-    kept = [word for word in overrides if not word.startswith("~")]
-    done = run(tmp_path, "-c", SCRIPT, *kept, "hardware=cpu")
     assert "left out with ~sdar.env.options.success_reward" in done.stderr, done.stderr
 
 

@@ -2,55 +2,70 @@
 
 from __future__ import annotations
 
-import os
+import json
 import subprocess
 import sys
+from typing import Any
+
+import pytest
+
+PROGRAM = """
+import json, sys, verl
+
+ours = ("sdar_verl.plugin", "sdar_verl.verl.trainer", "sdar_verl.rollout.agent_loop")
+told = {"loaded": [name for name in ours if name in sys.modules]}
+
+from verl.trainer.ppo.v1 import get_trainer_cls
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
+from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+from verl.workers.rollout.base import get_rollout_class
+
+told["trainer"] = get_trainer_cls("sdar").__name__
+told["estimator"] = get_adv_estimator_fn("sdar").__name__
+told["agent loop"] = _agent_loop_registry["sdar_agent"]["_target_"]
+told["modes"] = sorted(TRAINER_REGISTRY)
+told["rollout"] = get_rollout_class("transformers", "async").__module__
+told["verl's"] = [get_trainer_cls("sync").__module__, get_adv_estimator_fn("grpo").__module__]
+
+import numpy, torch
+
+try:
+    ones = torch.ones(2, 3)
+    get_adv_estimator_fn("sdar")(token_level_rewards=ones, response_mask=ones, index=numpy.array(["a", "a"]))
+except Exception as error:
+    told["refused"] = str(error)
+print(json.dumps(told))
+"""
 
 
-def run(program: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **env}, capture_output=True, text=True, timeout=120
-    )
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
 
 
-def test_import_verl_loads_the_plugin_but_not_the_trainers():
-    done = run(
-        "import sys, verl\n"
-        "print('sdar_verl.plugin' in sys.modules, 'sdar_verl.verl.trainer' in sys.modules,\n"
-        "      'sdar_verl.rollout.agent_loop' in sys.modules)"
-    )
-    assert done.stdout.split() == ["True", "False", "False"], done.stderr
-
-
-def test_everything_is_registered_when_verl_looks():
-    done = run(
-        "import verl\n"
-        "from verl.trainer.ppo.v1 import get_trainer_cls\n"
-        "from verl.trainer.ppo.core_algos import get_adv_estimator_fn\n"
-        "from verl.experimental.agent_loop.agent_loop import _agent_loop_registry\n"
-        "from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY\n"
-        "from verl.workers.rollout.base import get_rollout_class\n"
-        "print(get_trainer_cls('sdar').__name__, get_adv_estimator_fn('sdar').__name__,\n"
-        "      _agent_loop_registry['sdar_agent']['_target_'], sorted(TRAINER_REGISTRY),\n"
-        "      get_rollout_class('transformers', 'async').__module__)"
-    )
+@pytest.fixture(scope="module")
+def told() -> dict[str, Any]:
+    """What a fresh process finds that imports verl and nothing of ours, and then looks into verl's registries."""
+    done = run(PROGRAM)
     assert done.returncode == 0, done.stderr
-    assert "SdarTrainer compute_sdar_advantage sdar_verl.rollout.agent_loop.SdarAgentLoop" in done.stdout
-    assert (
-        "['colocate_async', 'sdar', 'sdar_colocate_async', 'sdar_separate_async', 'separate_async', 'sync']"
-        in done.stdout
-    )
-    assert "sdar_verl.local.rollout" in done.stdout
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_verls_own_modes_are_still_verls():
-    done = run(
-        "import verl\n"
-        "from verl.trainer.ppo.v1 import get_trainer_cls\n"
-        "from verl.trainer.ppo.core_algos import get_adv_estimator_fn\n"
-        "print(get_trainer_cls('sync').__module__, get_adv_estimator_fn('grpo').__module__)"
-    )
-    assert done.stdout.split() == ["verl.trainer.ppo.v1.trainer_sync", "verl.trainer.ppo.core_algos"], done.stderr
+def test_import_verl_loads_the_plugin_but_not_the_trainers(told):
+    assert told["loaded"] == ["sdar_verl.plugin"]
+
+
+def test_everything_is_registered_when_verl_looks(told):
+    assert told["trainer"] == "SdarTrainer"
+    assert told["estimator"] == "compute_sdar_advantage"
+    assert told["agent loop"] == "sdar_verl.rollout.agent_loop.SdarAgentLoop"
+    ours = ["sdar", "sdar_colocate_async", "sdar_separate_async"]
+    assert told["modes"] == sorted([*ours, "sync", "colocate_async", "separate_async"])
+    assert told["rollout"] == "sdar_verl.local.rollout"
+
+
+def test_verls_own_modes_are_still_verls(told):
+    assert told["verl's"] == ["verl.trainer.ppo.v1.trainer_sync", "verl.trainer.ppo.core_algos"]
 
 
 def test_an_error_of_ours_is_shown_although_verl_swallows_it():
@@ -67,12 +82,5 @@ def test_an_error_of_ours_is_shown_although_verl_swallows_it():
     assert "the sdar_verl plugin could not be loaded into verl" in done.stderr
 
 
-def test_the_estimator_refuses_a_trainer_that_names_no_episodes():
-    done = run(
-        "import torch, numpy, verl\n"
-        "from verl.trainer.ppo.core_algos import get_adv_estimator_fn\n"
-        "get_adv_estimator_fn('sdar')(token_level_rewards=torch.ones(2, 3), response_mask=torch.ones(2, 3),\n"
-        "                             index=numpy.array(['a', 'a']))"
-    )
-    assert done.returncode == 1
-    assert "trainer.v1.trainer_mode=sdar" in done.stderr
+def test_the_estimator_refuses_a_trainer_that_names_no_episodes(told):
+    assert "trainer.v1.trainer_mode=sdar" in told["refused"]

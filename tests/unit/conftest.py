@@ -1,0 +1,32 @@
+"""What all unit tests have in common."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+
+@pytest.fixture(scope="session", autouse=True)
+def configs_are_parsed_once() -> Iterator[None]:
+    """Hydra reads some forty YAML files for every composition, most of its time: here each text is parsed once, and
+    everybody gets a copy of his own."""
+    load, parsed = OmegaConf.load, {}
+
+    def from_text(file: Any) -> Any:
+        if hasattr(file, "read"):
+            text = file.read()
+            file.seek(0)
+        else:
+            text = Path(file).read_text(encoding="utf-8")
+        if text not in parsed:
+            parsed[text] = load(file)
+        return copy.deepcopy(parsed[text])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", from_text)
+        yield
