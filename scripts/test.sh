@@ -29,6 +29,8 @@ if [ "${1:-}" = "--all" ]; then
   shift
 fi
 source scripts/cpu_env.sh
+# A run starts seven processes: they compile this package once, not each for itself.
+unset PYTHONDONTWRITEBYTECODE
 # A file stays in one process, which shares its runs among its tests; the long ones come first.
 workers=(-n "${SDAR_TEST_WORKERS:-2}" --dist loadscope --no-loadscope-reorder)
 "$venv/bin/python" -m pytest "${workers[@]}" "${selection[@]}" "$@"
