@@ -42,12 +42,10 @@ class TeachersConfig(Node):
     by: str | None = Field(
         None,
         min_length=1,
-        description="task_type, or a column of the data with dots into it (extra_info.kind): its value chooses a row's "
-        "teacher",
+        description="what chooses a row's teacher: task_type, or a column of the data with dots into it "
+        "(extra_info.kind)",
     )
-    choice: dict[str, str] = Field(
-        default_factory=dict, description="value of that column -> the source that teaches its rows"
-    )
+    choice: dict[str, str] = Field(default_factory=dict, description="its value -> the source that teaches these rows")
 
 
 class WriterConfig(Node):

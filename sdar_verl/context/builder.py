@@ -32,11 +32,13 @@ class Part(NamedTuple):
         teacher: the source whose teacher it is; empty where all of them have one teacher.
         contexts: shown together, in this order.
         number: of the text.
+        draw: tells the draws of its placebo from those of the row's other passes.
     """
 
     teacher: str
     contexts: Sequence[Context]
     number: int = 0
+    draw: str = ""
 
 
 class ContextBuilder:
@@ -93,10 +95,11 @@ class ContextBuilder:
             ContextError: no teacher is chosen for the task.
         """
         if self._teachers.weights:
-            return [Part(context.name, [context]) for context in self._contexts]
+            names = [context.name for context in self._contexts]
+            return [Part(c.name, [c], draw=name) for c, name in zip(self._contexts, ["", *names[1:]], strict=True)]
         contexts = self._chosen(task)
         teacher = contexts[0].name if self._teachers.by is not None else ""
-        return [Part(teacher, contexts, number) for number in range(self._texts)]
+        return [Part(teacher, contexts, number, str(number or "")) for number in range(self._texts)]
 
     def teachers(self, task: Task) -> tuple[str, ...]:
         """The sources whose teachers a row of this task has; empty where all have one teacher."""
@@ -146,18 +149,18 @@ class ContextBuilder:
                 passages.append(context.make(request, self._options(context.name)) if context.late else made[name])
         return join(passages)
 
-    def controlled(self, real: Passage, task_id: str, other: Passage | None = None, number: int = 0) -> Passage | None:
+    def controlled(self, real: Passage, task_id: str, other: Passage | None = None, draw: str = "") -> Passage | None:
         """What the teacher sees: ``real``, or its placebo by ``sdar.context.control``; None when it has no say.
 
         Args:
             real: see :meth:`passage`.
             task_id: seeds the placebo's draws.
             other: the passage of a task of another type, for the control ``wrong``.
-            number: of the text, where a row has several.
+            draw: of the part, see :class:`Part`.
         """
         if not real.text:
             return None
-        control, named = self.control, f"{task_id}:{number}" if number else task_id
+        control, named = self.control, f"{task_id}:{draw}" if draw else task_id
         made = placebo(
             control,
             real,

@@ -230,7 +230,7 @@ class LateContexts:
             real, other = self._passage(contexts, group, episode, turn, part), None
             if contexts.control == "wrong" and real.text:
                 other = self._other(contexts, groups, group, turn, part.teacher)
-            yield part, real, contexts.controlled(real, group.task.task_id, other, part.number)
+            yield part, real, contexts.controlled(real, group.task.task_id, other, part.draw)
 
     def _passage(self, contexts: ContextBuilder, group: Group, episode: Episode, turn: int, part: Part) -> Passage:
         made = {name: Passage(**fields) for name, fields in episode.note.passages.items()}

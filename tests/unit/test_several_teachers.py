@@ -192,6 +192,16 @@ def test_a_teacher_without_a_context_or_room_leaves_the_row_to_the_others(step) 
     assert other.teachers == ("skills",) and np.array_equal(other.teacher_prompt_ids, short.teacher_prompt_ids)
 
 
+def test_each_teachers_placebo_is_drawn_by_itself(step, tokenizer) -> None:  # noqa: F811
+    rows = step(GROUP, **MIXED, context__control="random_text")
+    first, second = rows["u0_2_0"].teacher_prompt_ids, rows["u0_2_0"].other_prompt_ids[0]
+    alone = step(GROUP, context__control="random_text")["u0_2_0"].teacher_prompt_ids
+    assert np.array_equal(first, alone), "of the first teacher as if it were the only one"
+    slot = next(i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])
+    shared = sum(a == b for a, b in zip(first[slot:], second[slot:], strict=False))
+    assert shared < 0.5 * min(len(first), len(second)), "other words, not the same ones cut elsewhere"
+
+
 def test_mixed_teachers_against_a_bad_context(step) -> None:  # noqa: F811
     bad = {"sources": ["skills"], "control": "shuffled", "options": {}, "texts": 1}
     rows = step(GROUP, **MIXED, context__contrast=bad)
