@@ -223,7 +223,8 @@ def _type_name(annotation: Any) -> str:
         return simple[annotation]
     origin = typing.get_origin(annotation)
     if origin is list:
-        return "a list of names"
+        item = typing.get_args(annotation)[0]
+        return "a list of numbers" if float in (item, *typing.get_args(item)) else "a list of names"
     if origin is dict:
         return "a mapping"
     raise TypeError(f"no words for the type {annotation}")

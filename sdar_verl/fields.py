@@ -15,14 +15,24 @@ CONTRAST = "sdar_contrast"
 """Nested (rows, response tokens), nats: log-probs that the gap is taken to where there is a bad context."""
 
 
-def contrast_prompts(number: int) -> str:
-    """Column like :data:`TEACHER_PROMPTS`: with the ``number``-th text of the bad context; empty without one."""
-    return f"sdar_contrast_prompts_{number}"
+def contrast_pass(number: int) -> str:
+    """Name of the teacher pass with the ``number``-th text of the bad context, from 0."""
+    return f"contrast_{number}"
 
 
-def contrast_log_probs(number: int) -> str:
-    """Column like :data:`TEACHER_LOG_PROBS`: with the ``number``-th text of the bad context."""
-    return f"sdar_contrast_log_probs_{number}"
+def teacher_pass(number: int) -> str:
+    """Name of the pass of a row's ``number``-th teacher where several are mixed; 0 is the teacher pass itself."""
+    return f"teacher_{number}"
+
+
+def prompts_of(further: str) -> str:
+    """Column like :data:`TEACHER_PROMPTS`, of a further pass; empty where a row has no part in it."""
+    return f"sdar_prompts_{further}"
+
+
+def log_probs_of(further: str) -> str:
+    """Column like :data:`TEACHER_LOG_PROBS`, of a further pass."""
+    return f"sdar_log_probs_{further}"
 
 
 SUPPORT_IDS = "sdar_support_ids"

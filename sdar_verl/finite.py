@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sdar_verl.errors import NonFiniteError
-from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, contrast_log_probs
+from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, log_probs_of
 from sdar_verl.table import StepTable
 
 STUDENT = {
@@ -118,8 +118,7 @@ def leave_out_broken_teacher(table: StepTable, on_nonfinite: str) -> dict[str, f
     Raises:
         NonFiniteError: with ``error``; names the rows.
     """
-    texts = max((len(info.contrast_prompt_ids) for info in table.infos if info is not None), default=0)
-    names = [TEACHER_LOG_PROBS, *map(contrast_log_probs, range(texts))]
+    names = [TEACHER_LOG_PROBS, *map(log_probs_of, table.further_passes)]
     found = {name: table.columns[name] for name in names if name in table.columns}
     if not found:
         return {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdar_verl.finite import ADVANTAGES, STUDENT, leave_out_broken_rows, leave_out_broken_teacher
 from sdar_verl.observe.metrics import row_metrics
+from sdar_verl.teacher.several import mix
 
 if TYPE_CHECKING:
     from sdar_verl.verl.trainer import SdarTraining
@@ -59,6 +60,7 @@ def local_update(run: SdarTraining, metrics: dict[str, Any], size: int) -> Any:
     metrics |= leave_out_broken_rows(table, STUDENT, run.sdar.on_nonfinite, run.tokenizer.eos_token_id)
     if run.teacher is not None:
         metrics |= leave_out_broken_teacher(table, run.sdar.on_nonfinite)
+        mix(table, run.sdar.context.shares)
         metrics |= run.teacher.verify(table)
 
     with run.timed("adv"):

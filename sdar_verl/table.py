@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from tensordict import TensorDict
 
-from sdar_verl.algorithm.contrast import mixture_log_probs
+from sdar_verl.algorithm.mixture import mixture_log_probs
 from sdar_verl.errors import RolloutError
-from sdar_verl.fields import contrast_log_probs
+from sdar_verl.fields import contrast_pass, log_probs_of
 from sdar_verl.rollout.rows import RowId, RowInfo
 
 LOST_LIMIT = 0.5
@@ -120,6 +120,11 @@ class StepTable:
                 found.setdefault(row.episode, []).append((number, info))
         return found
 
+    @property
+    def further_passes(self) -> list[str]:
+        """Names of the teacher passes beyond the first that some row has a prompt for."""
+        return list(dict.fromkeys(name for info in self.infos if info is not None for name in info.further_prompts))
+
     def failures(self) -> list[str | None]:
         """Of each episode, why it was lost; None where it was not."""
         last = [rows[-1][1] for rows in self.episodes().values()]
@@ -145,8 +150,8 @@ class StepTable:
         texts = torch.tensor([0 if info is None else len(info.contrast_prompt_ids) for info in self.infos])
         if not texts.any():
             return None
-        columns = torch.stack([self.columns[contrast_log_probs(number)] for number in range(int(texts.max()))])
-        return mixture_log_probs(columns, texts)
+        columns = [self.columns[log_probs_of(contrast_pass(number))] for number in range(int(texts.max()))]
+        return mixture_log_probs(torch.stack(columns), torch.arange(len(columns)).unsqueeze(-1) < texts)
 
     @property
     def advantages(self) -> torch.Tensor:

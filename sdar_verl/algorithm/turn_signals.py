@@ -12,6 +12,8 @@ from sdar_verl.algorithm.turns import row_turns, turn_sums
 
 MAX_LOG_RATIO = 20.0
 """Beyond it exp(gap) - 1 is cut."""
+FLAT = 1e-6
+"""A spread this small, relative to the largest value, is rounding."""
 
 
 @register_signal("advantage_factor", reads=("gap",))
@@ -106,6 +108,38 @@ def advantage_turn_weight(
             standing[members] = torch.where(inside, size[members] / (mean + epsilon), 0.0)
     factor = (1.0 + strength * standing.clamp(-clip, clip)).clamp(min=floor).gather(1, turn)
     return torch.where(rows.mask, rows.advantages * factor.to(rows.advantages), rows.advantages)
+
+
+@register_signal("advantage_distance", reads=("gap",))
+def advantage_distance(rows: SignalRows, *, strength: float) -> torch.Tensor:
+    """TIDE (arXiv:2609.35058): outcome and teacher side by side, both on the turns on which teacher and student differ.
+
+        D_k  = mean of abs(Delta_t) over turn k
+        D~, A~ = D and A of the turns of the episode, their smallest as 0, their largest as 1; all 1 where they are one
+        A'_t = D~_k A_k + lambda A~_k D~_k Delta_t
+
+    A_k is the advantage of the turn: the paper's, beta Q_k, is ``sdar.advantage.group_stats=anchor`` under
+    ``sdar.loss.rl_coef`` (:func:`sdar_verl.algorithm.anchors.anchored_returns`); A~ does not depend on beta. The turn
+    on which the two differ least has A' = 0. Turns without a teacher keep their advantage and are in no range.
+    """
+    turn = row_turns(rows.response_mask)
+    sizes, tokens = turn_sums(rows.gap.abs(), rows.mask, turn)
+    outcomes, _ = turn_sums(rows.advantages, rows.mask, turn)
+    spread, standing = torch.zeros_like(sizes), torch.zeros_like(sizes)
+    for members in _turns_by_episode(rows, tokens > 0):
+        where = tuple(torch.tensor(members, device=sizes.device).T)
+        for ranged, values in ((spread, sizes), (standing, outcomes)):
+            ranged[where] = _ranged(values[where] / tokens[where])
+    base, spread = rows.advantages, spread.gather(1, turn).to(rows.advantages)
+    told = strength * standing.gather(1, turn).to(base) * rows.gap.to(base)
+    return torch.where(rows.mask, spread * (base + told), base)
+
+
+def _ranged(values: torch.Tensor) -> torch.Tensor:
+    """Between 0 for the smallest and 1 for the largest; 1 where all are one."""
+    low, high = values.min(), values.max()
+    flat = high - low <= FLAT * torch.maximum(low.abs(), high.abs())
+    return torch.ones_like(values) if flat else (values - low) / (high - low)
 
 
 @register_signal("advantage_surprise", reads=("gap",))

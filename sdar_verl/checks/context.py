@@ -7,12 +7,13 @@ from functools import partial
 from omegaconf import DictConfig
 
 from sdar_verl.checks.panel_tasks import panel_tasks
+from sdar_verl.checks.several_teachers import several_teachers_faults
 from sdar_verl.checks.skills import PROBED_TASKS as SKILL_TASKS
 from sdar_verl.checks.skills import retrieve_for_run, spread
 from sdar_verl.config import SdarConfig
 from sdar_verl.config.context import ContextConfig
 from sdar_verl.context.base import ContextRequest, Passage
-from sdar_verl.context.builder import is_late, late_options
+from sdar_verl.context.builder import chosen_source, is_late, late_options
 from sdar_verl.context.registry import ContextError, get_context
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
@@ -66,6 +67,8 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"sdar.context.control={context.control}": context.control != "none",
             f"sdar.context.on_empty={context.on_empty}": context.on_empty != "mask",
             f"sdar.context.contrast.sources={context.contrast.sources}": bool(context.contrast.sources),
+            f"sdar.context.teachers.weights={context.teachers.weights}": bool(context.teachers.weights),
+            f"sdar.context.teachers.by={context.teachers.by}": context.teachers.by is not None,
             f"sdar.context.episodes={context.episodes}": context.episodes != "all",
         }
         shown = any(arm.context == "teacher" for arm in sdar.validation.arms.values())
@@ -89,6 +92,7 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             "when the group has ended, and rows without one are left out and counted in sdar/context_missing_share; "
             "set it to mask"
         )
+    faults += several_teachers_faults(config, sdar)
     faults += _contrast(context)
     if context.contrast.sources and sdar.teacher.on_long_prompt == "drop_history":
         faults.append(
@@ -121,7 +125,9 @@ def _contrast(context: ContextConfig) -> list[str]:
             for option, is_set in unread.items()
             if is_set
         ]
-    if (bad.sources, bad.options, bad.control) == (context.sources, context.options, context.control):
+    several = context.teachers.weights or context.teachers.by is not None
+    same = (bad.sources, bad.options, bad.control) == (context.sources, context.options, context.control)
+    if same and not several:
         return [
             f"{node}.sources={bad.sources} is what sdar.context.sources shows, too: the gap between them is 0 on every "
             f"token; use another context, or {node}.control=shuffled"
@@ -144,9 +150,9 @@ def _other_types(config: DictConfig, option: str) -> list[str]:
 def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Make the early contexts of a few tasks, but for the skills, which have checks of their own."""
     names = [name for name in sdar.context.sources if name != "skills" and not get_context(name).late]
-    tasks = panel_tasks(config, "train_files")[:PROBED_TASKS] if names else []
+    panel = panel_tasks(config, "train_files") if names else []
     for name in names:
-        texts = []
+        texts, tasks = [], [task for task in panel if name in _shown(sdar.context, task)][:PROBED_TASKS]
         for task in tasks:
             request = ContextRequest(task, seed=sdar.context.seed, skills=lambda: Passage(""))
             try:
@@ -173,7 +179,8 @@ def _without_context(config: DictConfig, sdar: SdarConfig) -> list[str]:
         without = []
         for task in tasks:
             request = ContextRequest(task, seed=sdar.context.seed, skills=partial(_skills, bank, task, sdar))
-            if not any(get_context(name).make(request, options.get(name, {})).text for name in sources):
+            shown = _shown(sdar.context, task)
+            if not any(get_context(name).make(request, options.get(name, {})).text for name in shown):
                 without.append(task.task_id)
     except (SdarError, ValueError, ImportError, OSError):
         return []  # told by the checks of the skills
@@ -185,6 +192,11 @@ def _without_context(config: DictConfig, sdar: SdarConfig) -> list[str]:
         f"tasks of data.train_files: {named}. Give them a context (a general skill in the bank, say), or leave their "
         "rows out of the distillation term with sdar.context.on_empty=mask"
     ]
+
+
+def _shown(context: ContextConfig, task: Task) -> list[str]:
+    """The sources that the teacher of a task's rows sees."""
+    return context.sources if context.teachers.by is None else [chosen_source(context.teachers, task)]
 
 
 def _skills(bank: SkillBank | None, task: Task, sdar: SdarConfig) -> Passage:

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from sdar_verl.checks.advantage import advantage_faults
 from sdar_verl.checks.architecture import architecture_faults
 from sdar_verl.checks.chat_template import chat_template_faults
 from sdar_verl.checks.cloud import cloud_faults
@@ -194,10 +195,6 @@ def _rows(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"rows (data.train_batch_size * rollout.n{_per_part(config)}), and verl would fill it up with padding; set "
             f"it to {episodes} or a divisor"
         )
-    if sdar.advantage.group_stats == "turn":
-        faults.append(
-            "sdar.advantage.group_stats=turn counts turn rows, sdar.rollout.rows=trajectory has none; use episode"
-        )
     return faults
 
 
@@ -286,6 +283,7 @@ _CHECKS: tuple[Any, ...] = (
     _modes,
     teacher_faults,
     _rows,
+    advantage_faults,
     skill_faults,
     context_faults,
     writer_faults,

@@ -111,6 +111,8 @@ def _needed_early(sdar: SdarConfig) -> list[str]:
         return []  # an unknown name, told by the loss's own checks
     bad = sdar.context.contrast.sources
     options += [f"sdar.context.contrast.sources={bad}"] if bad else []
+    mixed = sdar.context.teachers.weights
+    options += [f"sdar.context.teachers.weights={mixed}"] if mixed else []
     return [
         f"{option} needs the teacher's log-probs of the whole step before the update, but "
         f"sdar.teacher.source={sdar.teacher.source} scores inside the update; use sdar.teacher.source=actor"

@@ -134,8 +134,16 @@ class PromptConfig(Node):
 class AdvantageConfig(Node):
     """The ``sdar`` advantage estimator (``algorithm.adv_estimator=sdar``)."""
 
-    group_stats: Literal["episode", "turn"] = Field(
-        "episode", description="group mean and std over episodes (paper) or over turn rows (released code)"
+    group_stats: Literal["episode", "turn", "anchor"] = Field(
+        "episode",
+        description="group mean and std over episodes (paper) or over turn rows (released code); anchor: the return "
+        "from a turn on, less its mean over turns of the group with the same recent observations (TIDE)",
+    )
+    discount: float | None = Field(
+        None, gt=0, le=1, description="group_stats=anchor: of the reward, per turn to the episode's end; null is 0.95"
+    )
+    anchors: int | None = Field(
+        None, ge=1, description="group_stats=anchor: at most so many recent observations are compared; null is 3"
     )
     invalid_action_penalty: float = Field(
         0.1, ge=0, description="taken off the turn that gave an invalid action (released scripts: 0.1)"

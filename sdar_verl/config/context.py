@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -28,6 +28,24 @@ class ContrastConfig(Node):
         description="at most so many different texts per row (failed siblings, say), each a teacher pass of its own; "
         "the gap is taken to the mean of their probabilities",
     )
+
+
+class TeachersConfig(Node):
+    """A teacher for each of ``sdar.context.sources``, in the place of one that is shown all of them: their mixture, or
+    one that a row's task chooses. They differ in what they are shown; their weights (``sdar.teacher``) are the same."""
+
+    weights: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list,
+        description="a number above 0 per source: the teacher is the mixture of their distributions with these shares, "
+        "a teacher pass each; a source that a row does not have leaves its share to the others",
+    )
+    by: str | None = Field(
+        None,
+        min_length=1,
+        description="what chooses a row's teacher: task_type, or a column of the data with dots into it "
+        "(extra_info.kind)",
+    )
+    choice: dict[str, str] = Field(default_factory=dict, description="its value -> the source that teaches these rows")
 
 
 class WriterConfig(Node):
@@ -87,7 +105,7 @@ class ContextConfig(Node):
     sources: list[str] = Field(
         default_factory=lambda: ["skills"],
         min_length=1,
-        description="registered contexts, in this order: skills (paper), answer, column, demonstration, sibling, "
+        description="registered contexts, shown in this order: skills (paper), answer, column, demonstration, sibling, "
         "failed_sibling, feedback, next_observation; written by sdar.context.writer: lesson, guide, hint",
     )
     options: dict[str, dict[str, Any]] = Field(
@@ -98,6 +116,7 @@ class ContextConfig(Node):
         description="placebo in place of the context: empty (no text, the teacher reads the student's prompt), "
         "shuffled (its words permuted), wrong (that of a task of another type), random_text (everyday words)",
     )
+    teachers: TeachersConfig = TeachersConfig()
     contrast: ContrastConfig = ContrastConfig()
     writer: WriterConfig = WriterConfig()
     episodes: Literal["all", "failed", "solved"] = Field(
@@ -130,6 +149,11 @@ class ContextConfig(Node):
         description="with such loops: a prompt that verl's tokenisation does not make of its messages: error stops the "
         "run, mask leaves the row out of the distillation term, counted in sdar/foreign_prompt_share",
     )
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Source -> weight of its teacher, where teachers are mixed."""
+        return dict(zip(self.sources, self.teachers.weights, strict=False))
 
     @property
     def named(self) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""Makes the teacher's text for a row: the contexts of ``sdar.context.sources`` in order, then the control.
+"""Makes the teacher's text for a row: the contexts of ``sdar.context.sources`` in order, then the control; with
+``sdar.context.teachers`` each of them is a teacher's of its own.
 
 The same object serves both places where teacher prompts are made: the agent loop, when everything is known before an
 episode begins, and the trainer, when a context reads finished episodes (``late``). A bad context to compare with
@@ -9,16 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
-from sdar_verl.config.context import ContextConfig, ContrastConfig
+from sdar_verl.config.context import ContextConfig, ContrastConfig, TeachersConfig
 from sdar_verl.context import builtin  # noqa: F401  registers the contexts of this package
 from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.context.controls import placebo
 from sdar_verl.context.registry import Context, ContextError, check_contexts, get_context
 from sdar_verl.context.words import WORDS
+from sdar_verl.envs.base import Task
+from sdar_verl.fields import contrast_pass, teacher_pass
 
 MIN_KNOWN_WORDS = 16
+TASK_TYPE = "task_type"
+
+
+class Part(NamedTuple):
+    """What one pass of a row shows: the contexts together, and which of their different texts.
+
+    Attributes:
+        teacher: the source whose teacher it is; empty where all of them have one teacher.
+        contexts: shown together, in this order.
+        number: of the text.
+        draw: tells the draws of its placebo from those of the row's other passes.
+    """
+
+    teacher: str
+    contexts: Sequence[Context]
+    number: int = 0
+    draw: str = ""
 
 
 class ContextBuilder:
@@ -31,7 +51,6 @@ class ContextBuilder:
 
     Attributes:
         control: the placebo.
-        texts: different texts per row.
         contrast: contexts of the bad slot; None without one.
 
     Raises:
@@ -46,12 +65,13 @@ class ContextBuilder:
         self._contexts = [get_context(name) for name in settings.sources]
         self._prefix = "contrast/" if bad else ""  # of a slot's early passages: its options are its own
         self.control = settings.control
-        self.texts, self.seed = 1, seed
+        self.seed = seed
+        self._texts, self._teachers = 1, TeachersConfig()
         self.contrast: ContextBuilder | None = None
         if isinstance(settings, ContrastConfig):
-            self.texts = settings.texts
+            self._texts = settings.texts
         else:
-            self.seed = settings.seed
+            self.seed, self._teachers = settings.seed, settings.teachers
             if settings.contrast.sources:
                 self.contrast = ContextBuilder(settings.contrast, tokenizer, settings.seed)
 
@@ -68,11 +88,34 @@ class ContextBuilder:
             self.contrast is not None and self.contrast.by_turn
         )
 
+    def parts(self, task: Task) -> list[Part]:
+        """What the passes of a row of this task show, as far as it exists: one, one per mixed teacher, one per text.
+
+        Raises:
+            ContextError: no teacher is chosen for the task.
+        """
+        if self._teachers.weights:
+            names = [context.name for context in self._contexts]
+            return [Part(c.name, [c], draw=name) for c, name in zip(self._contexts, ["", *names[1:]], strict=True)]
+        contexts = self._chosen(task)
+        teacher = contexts[0].name if self._teachers.by is not None else ""
+        return [Part(teacher, contexts, number, str(number or "")) for number in range(self._texts)]
+
+    def teachers(self, task: Task) -> tuple[str, ...]:
+        """The sources whose teachers a row of this task has; empty where all have one teacher."""
+        return tuple(part.teacher for part in self.parts(task) if part.teacher)
+
+    def _chosen(self, task: Task) -> list[Context]:
+        if self._teachers.by is None:
+            return self._contexts
+        name = chosen_source(self._teachers, task)
+        return [context for context in self._contexts if context.name == name]
+
     def early_passages(self, request: ContextRequest) -> dict[str, Passage]:
         """Name -> passage of every context that is known before the episode; those of the bad slot have a prefix."""
         found = {
             self._prefix + context.name: context.make(request, self._options(context.name))
-            for context in self._contexts
+            for context in self._chosen(request.task)
             if not context.late
         }
         return found if self.contrast is None else found | self.contrast.early_passages(request)
@@ -80,24 +123,25 @@ class ContextBuilder:
     @property
     def writes(self) -> bool:
         """Whether a context of either slot asks the run's writer."""
-        return bool(self.written) or (self.contrast is not None and self.contrast.writes)
+        written = any(context.writes for context in self._contexts)
+        return written or (self.contrast is not None and self.contrast.writes)
 
-    @property
-    def written(self) -> dict[str, tuple[Context, Mapping[str, Any]]]:
-        """Contexts of this slot that ask the run's writer: name among early passages -> context and its options."""
-        found = (context for context in self._contexts if context.writes)
+    def written(self, part: Part) -> dict[str, tuple[Context, Mapping[str, Any]]]:
+        """What of it the run's writer is asked for: name among early passages -> context and its options."""
+        found = (context for context in part.contexts if context.writes)
         return {self._prefix + context.name: (context, self._options(context.name)) for context in found}
 
-    def passage(self, request: ContextRequest, made: Mapping[str, Passage]) -> Passage:
-        """All contexts in the order of ``sdar.context.sources``; with an empty text when there is none.
+    def passage(self, request: ContextRequest, made: Mapping[str, Passage], part: Part | None = None) -> Passage:
+        """The contexts of a part, in its order; with an empty text when there is none.
 
         Args:
             request: with the finished episodes, where a context is late.
-            made: those made already, see :meth:`early_passages` and :attr:`written`; none was written where one is
+            made: those made already, see :meth:`early_passages` and :meth:`written`; none was written where one is
                 missing.
+            part: one of :meth:`parts`; None: the first.
         """
         passages = []
-        for context in self._contexts:
+        for context in (part or self.parts(request.task)[0]).contexts:
             name = self._prefix + context.name
             if context.writes:
                 passages.append(made.get(name, Passage("")))
@@ -105,18 +149,18 @@ class ContextBuilder:
                 passages.append(context.make(request, self._options(context.name)) if context.late else made[name])
         return join(passages)
 
-    def controlled(self, real: Passage, task_id: str, other: Passage | None = None, number: int = 0) -> Passage | None:
+    def controlled(self, real: Passage, task_id: str, other: Passage | None = None, draw: str = "") -> Passage | None:
         """What the teacher sees: ``real``, or its placebo by ``sdar.context.control``; None when it has no say.
 
         Args:
             real: see :meth:`passage`.
             task_id: seeds the placebo's draws.
             other: the passage of a task of another type, for the control ``wrong``.
-            number: of the text, where a row has several.
+            draw: of the part, see :class:`Part`.
         """
         if not real.text:
             return None
-        control, named = self.control, f"{task_id}:{number}" if number else task_id
+        control, named = self.control, f"{task_id}:{draw}" if draw else task_id
         made = placebo(
             control,
             real,
@@ -150,10 +194,43 @@ class ContextBuilder:
         return known
 
 
+def chosen_source(teachers: TeachersConfig, task: Task) -> str:
+    """The source that ``sdar.context.teachers.choice`` has for a task.
+
+    Raises:
+        ContextError: it has none.
+    """
+    assert teachers.by is not None
+    value: Any = task.task_type if teachers.by == TASK_TYPE else task.data
+    for key in () if teachers.by == TASK_TYPE else teachers.by.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if value is None:
+        keys = ", ".join(sorted(task.data)) or "nothing"
+        raise ContextError(
+            f"sdar.context.teachers.by={teachers.by}: task {task.task_id!r} has no such column in its data (it has: "
+            f"{keys}); name another, or {TASK_TYPE}"
+        )
+    if str(value) not in teachers.choice:
+        known = ", ".join(sorted(teachers.choice)) or "none"
+        raise ContextError(
+            f"sdar.context.teachers.choice has no teacher for {teachers.by}={value} (task {task.task_id!r}); known: "
+            f"{known}. Add choice.{value}=SOURCE"
+        )
+    return teachers.choice[str(value)]
+
+
+def further_passes(settings: ContextConfig) -> list[str]:
+    """Names of the teacher passes that a row may have beyond the first: its other teachers', a bad context's texts'."""
+    others = [teacher_pass(number) for number in range(1, len(settings.teachers.weights))]
+    texts = settings.contrast.texts if settings.contrast.sources else 0
+    return others + [contrast_pass(number) for number in range(texts)]
+
+
 def is_late(settings: ContextConfig) -> bool:
     """Whether a source reads finished episodes, or something else is known only when the group has ended: a context of
-    another group (``control=wrong``), how the episode went (``episodes``), a bad context, which the trainer makes."""
-    waits = (settings.control == "wrong", settings.episodes != "all", bool(settings.contrast.sources))
+    another group (``control=wrong``), how the episode went (``episodes``); or the trainer makes prompts of its own, of
+    several teachers, of a bad context."""
+    waits = (settings.control == "wrong", settings.episodes != "all", bool(further_passes(settings)))
     return any(waits) or any(get_context(name).late for name in settings.sources)
 
 
@@ -161,6 +238,8 @@ def late_options(settings: ContextConfig) -> str:
     """The options that make it late, for messages."""
     if settings.contrast.sources:
         return f"sdar.context.contrast.sources={settings.contrast.sources}"
+    if settings.teachers.weights:
+        return f"sdar.context.teachers.weights={settings.teachers.weights}"
     if settings.episodes != "all":
         return f"sdar.context.episodes={settings.episodes}"
     return f"sdar.context.sources={settings.sources} with control={settings.control}"

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from sdar_verl.config.context import ContextConfig
+from sdar_verl.context.builder import further_passes
 from sdar_verl.untrusted import printable
 
 Level = Literal["ok", "warn", "fail"]
@@ -30,6 +32,13 @@ class Finding:
     check: str
     text: str
     remedy: str = ""
+
+
+def about_late(context: ContextConfig) -> str:
+    """Why there is no teacher's prompt to look at, and what one costs."""
+    passes = 1 + len(further_passes(context))
+    text = f"{', '.join(context.sources)}: known only when a group has ended"
+    return text if passes == 1 else f"{text}; up to {passes} teacher passes over a row"
 
 
 def exit_status(findings: Sequence[Finding]) -> int:

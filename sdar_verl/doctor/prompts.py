@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from sdar_verl.checks.panel_tasks import panel_tasks
 from sdar_verl.checks.skills import spread
 from sdar_verl.config import SdarConfig
-from sdar_verl.doctor.findings import Finding
+from sdar_verl.doctor.findings import Finding, about_late
 from sdar_verl.doctor.recipe_prompts import check_recipe_prompts
 from sdar_verl.envs.base import NO_ACTION, Task
 from sdar_verl.envs.host import EnvHost, EnvRaised
@@ -83,7 +83,7 @@ def check_prompts(config: DictConfig, sdar: SdarConfig, resets: int) -> Iterator
         yield from _about_contexts(found, sdar, runtime.bank.notes)
         yield from _bound(config, sdar, found)
     elif sdar.teacher.source != "none":
-        yield Finding("ok", "context", f"{', '.join(sdar.context.sources)}: known only when a group has ended")
+        yield Finding("ok", "context", about_late(sdar.context))
     if resets:
         yield from _first_prompts(runtime, sdar, spread(tasks, resets), with_teacher=longest_context > 0)
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from sdar_verl.checks.panel_tasks import panel_files, read_rows
 from sdar_verl.config import SdarConfig
-from sdar_verl.doctor.findings import Finding
+from sdar_verl.doctor.findings import Finding, about_late
 from sdar_verl.rollout.recipe_rows import task_of
 
 MAX_ROWS = 10_000
@@ -145,7 +145,7 @@ def _about_teacher(sdar: SdarConfig, teacher: _Lengths) -> Finding:
 
 def _about_late(config: DictConfig, sdar: SdarConfig, student: _Lengths) -> Finding:
     """A context that is another rollout has at most a response's tokens."""
-    text = f"{', '.join(sdar.context.sources)}: known only when a group has ended"
+    text = about_late(sdar.context)
     most, limit = student.longest + config.data.max_response_length, sdar.teacher.max_prompt_length
     if not {"sibling", "failed_sibling"} & set(sdar.context.sources) or most <= limit:
         return Finding("ok", "context", text)

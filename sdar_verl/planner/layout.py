@@ -11,7 +11,7 @@ from sdar_verl.algorithm.divergences import DIVERGENCES
 from sdar_verl.algorithm.gates import gate_reads
 from sdar_verl.checks.modes import verl_mode
 from sdar_verl.config import SdarConfig
-from sdar_verl.context import builtin  # noqa: F401  registers the contexts of this package
+from sdar_verl.context.builder import further_passes
 from sdar_verl.context.registry import get_context
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.architecture import Architecture
@@ -43,7 +43,8 @@ class Layout:
         rollout_share: of the card's memory that the rollout engine may take.
         rollout_tokens: tokens that the rollout engine computes at a time, at most.
         teacher: source of the teacher's weights, ``none`` without one.
-        teacher_passes: forward passes of the teacher over a row: one, and one per text of a bad context.
+        teacher_passes: forward passes of the teacher over a row: one, one per further teacher, and one per text of a
+            bad context.
         anchor: the reference scores the student's rows for an anchored target, too.
         teacher_placement: ``colocated``, ``pool`` or ``rollout_server``.
         teacher_offload: EMA and snapshot weights wait on the CPU between passes.
@@ -171,7 +172,7 @@ class Layout:
             rollout_share=float(rollout.gpu_memory_utilization),
             rollout_tokens=int(rollout.max_num_batched_tokens),
             teacher=teacher,
-            teacher_passes=1 + (sdar.context.contrast.texts if sdar.context.contrast.sources else 0),
+            teacher_passes=1 + len(further_passes(sdar.context)),
             anchor=sdar.loss.anchor.reference > 0,
             teacher_placement=sdar.teacher.placement,
             teacher_offload=sdar.teacher.offload is not False,

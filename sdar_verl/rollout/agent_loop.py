@@ -58,6 +58,7 @@ class _Texts:
         found: whose skills and matches are counted.
         passages: early contexts by name, kept for the trainer.
         late: the trainer makes the teacher's prompts.
+        teachers: the source whose teacher it is, where each has one.
     """
 
     student: str = ""
@@ -66,6 +67,7 @@ class _Texts:
     passages: dict[str, Passage] = field(default_factory=dict)
     late: bool = False
     empty: bool = False
+    teachers: tuple[str, ...] = ()
 
 
 @register("sdar_agent")
@@ -285,7 +287,7 @@ class SdarAgentLoop(AgentLoopBase):
                 f"sdar.context.sources={settings.context.sources} find nothing to show the teacher; give the task a "
                 "context, or leave its rows out of the distillation term with sdar.context.on_empty=mask"
             )
-        return replace(texts, teacher=teacher, found=found, empty=teacher is None)
+        return replace(texts, teacher=teacher, found=found, empty=teacher is None, teachers=contexts.teachers(task))
 
     def _info(self, task: Task, shown: TurnView, dropped: int, texts: _Texts, prompt_tokens: int) -> RowInfo:
         return RowInfo(
@@ -298,6 +300,7 @@ class SdarAgentLoop(AgentLoopBase):
             no_match=texts.found.no_match,
             skills_dropped=texts.found.dropped,
             context_empty=texts.empty,
+            teachers=texts.teachers,
             prompt_tokens=prompt_tokens,
             history_dropped=dropped,
         )

@@ -6,7 +6,7 @@ contexts. From these the very same template and chat template give the teacher's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import NamedTuple, Protocol
@@ -16,11 +16,11 @@ import torch
 
 from sdar_verl.config import SdarConfig
 from sdar_verl.context.base import ContextRequest, Passage
-from sdar_verl.context.builder import ContextBuilder
+from sdar_verl.context.builder import ContextBuilder, Part, join
 from sdar_verl.context.registry import ContextError
 from sdar_verl.context.writing import Job
 from sdar_verl.envs.base import Task
-from sdar_verl.fields import TEACHER_PROMPTS, contrast_prompts
+from sdar_verl.fields import TEACHER_PROMPTS, prompts_of
 from sdar_verl.rollout.groups import Episode, Group, groups_of
 from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnView
 from sdar_verl.rollout.rows import RowInfo
@@ -35,12 +35,12 @@ class _Shown:
 
     Attributes:
         real: the context, for the records.
-        seen: itself or its placebo; None: the teacher has no say.
+        seen: teacher -> itself or its placebo, of those that have a say; without a name where there is one teacher.
         bad: the different texts of the bad slot.
     """
 
     real: Passage
-    seen: Passage | None
+    seen: dict[str, Passage] = field(default_factory=dict)
     bad: list[Passage] = field(default_factory=list)
 
 
@@ -105,10 +105,10 @@ class LateContexts:
         """What is written for one turn, or for an episode as a whole, in both slots."""
         found: dict[tuple[_Place, str], Job] = {}
         for slot in filter(None, (self._contexts, self._contexts.contrast)):
-            for number in range(slot.texts):
-                request = self._request(group, episode, turn, number)
-                place = _Place(episode.name, turn, number)
-                for name, (context, options) in slot.written.items():
+            for part in slot.parts(group.task):
+                request = self._request(group, episode, turn, part.number)
+                place = _Place(episode.name, turn, part.number)
+                for name, (context, options) in slot.written(part).items():
                     found[place, name] = (context, request, options)
         return found
 
@@ -129,14 +129,12 @@ class LateContexts:
             for episode in group.episodes:
                 self._fill_episode(groups, uid, episode)
         stop_on_errors([info.error for info in table.infos if info is not None])
-        seen = [
-            () if info is None or info.teacher_prompt_ids is None else (info.teacher_prompt_ids,)
-            for info in table.infos
-        ]
-        table.rows.write({TEACHER_PROMPTS: _column(seen, 0)})
-        bad = [() if info is None else info.contrast_prompt_ids for info in table.infos]
-        for number in range(max(map(len, bad))):
-            table.rows.write({contrast_prompts(number): _column(bad, number)})
+        table.rows.write(
+            {TEACHER_PROMPTS: _column(None if info is None else info.teacher_prompt_ids for info in table.infos)}
+        )
+        for name in table.further_passes:
+            prompts = (None if info is None else info.further_prompts.get(name) for info in table.infos)
+            table.rows.write({prompts_of(name): _column(prompts)})
         self._written = None
         return {} if self._writing is None else self._writing.metrics()
 
@@ -146,33 +144,38 @@ class LateContexts:
             if shown is None or self._contexts.by_turn:
                 shown = self._shown(groups, group, episode, info)
             info.skills, info.no_match = shown.real.skills, shown.real.no_match
-            seen = shown.seen
-            info.context_missing = seen is None
+            info.context_missing = not shown.seen
+            text = join([*shown.seen.values()]).text
             for step in info.steps:
                 if step.text is not None:  # on traced steps
-                    step.text["context"] = seen.text if seen is not None else ""
-            if seen is not None and not info.foreign:
-                self._prompts.add(group.task, episode.infos, index, seen)
+                    step.text["context"] = text
+            if not info.foreign:
+                self._add_teachers(group.task, episode.infos, index, shown.seen)
             if shown.bad and info.teacher_prompt_ids is not None:
                 self._add_contrast(group.task, episode.infos, index, shown.bad)
-            if index == 0 and seen is not None and info.teacher_prompt_tokens is not None:
-                episode.note.context = seen.text
+            if index == 0 and shown.seen and info.teacher_prompt_tokens is not None:
+                episode.note.context = text
 
     def _shown(self, groups: Mapping[str, Group], group: Group, episode: Episode, info: RowInfo) -> _Shown:
         """What the teacher sees on the rows of an episode, or on one of them where contexts differ by turn."""
         contrast = self._contexts.contrast
         if not self._looked_at(episode):
-            return _Shown(Passage(""), None)
+            return _Shown(Passage(""))
         if info.turns and self._contexts.by_turn:
             raise ContextError(
                 f"sdar.context.sources={list(self._settings.context.named)} differ by turn, but a row of task "
                 f"{info.task_id} holds {len(info.turns)} turns of a conversation; use contexts of the whole episode"
             )
-        real, seen = self._seen(self._contexts, groups, group, episode, info.turn)
-        if contrast is None or seen is None:
+        made = list(self._made(self._contexts, groups, group, episode, info.turn))
+        real = join([real for _, real, _ in made])
+        seen = {part.teacher: passage for part, _, passage in made if passage is not None}
+        if contrast is None or not seen:
             return _Shown(real, seen)
-        bad = self._texts(contrast, groups, group, episode, info.turn)
-        return _Shown(real, seen if bad else None, bad)
+        texts: dict[str, Passage] = {}
+        for _, _, passage in self._made(contrast, groups, group, episode, info.turn):
+            if passage is not None:
+                texts.setdefault(passage.text, passage)
+        return _Shown(real, seen if texts else {}, list(texts.values()))
 
     def _looked_at(self, episode: Episode) -> bool:
         wanted = self._settings.context.episodes
@@ -187,52 +190,54 @@ class LateContexts:
         # A conversation of several turns is refused when its prompt is made.
         return [] if any(info.turns for info in episode.infos) else [info.turn for info in episode.infos]
 
+    def _add_teachers(self, task: Task, infos: Sequence[RowInfo], index: int, seen: Mapping[str, Passage]) -> None:
+        """The prompts of a row with each of its teachers' contexts; a teacher whose prompt does not fit has no say."""
+        info = infos[index]
+        made = {name: self._with(task, infos, index, passage) for name, passage in seen.items()}
+        made = {name: copy for name, copy in made.items() if copy.teacher_prompt_ids is not None}
+        if not made:
+            return
+        first, *others = made.values()
+        info.teacher_prompt_ids, info.teacher_prompt_tokens = first.teacher_prompt_ids, first.teacher_prompt_tokens
+        info.context_tokens = max(copy.context_tokens for copy in made.values())
+        info.other_prompt_ids = tuple(copy.teacher_prompt_ids for copy in others if copy.teacher_prompt_ids is not None)
+        info.teachers = tuple(filter(None, made))
+
     def _add_contrast(self, task: Task, infos: Sequence[RowInfo], index: int, texts: Sequence[Passage]) -> None:
         """The prompts of a row with each text of the bad context; without one, the row has no teacher."""
-        info, found = infos[index], []
-        for text in texts:
-            # The same prompt for another text: made on a copy of the row's record.
-            copy = replace(info, teacher_prompt_ids=None, teacher_prompt_tokens=None)
-            self._prompts.add(task, [*infos[:index], copy, *infos[index + 1 :]], index, text)
-            info.truncated |= copy.truncated
-            info.error = info.error or copy.error
-            if copy.teacher_prompt_ids is not None:
-                found.append(copy.teacher_prompt_ids)
-        info.contrast_prompt_ids = tuple(found)
-        if not found:
+        info = infos[index]
+        made = [self._with(task, infos, index, text).teacher_prompt_ids for text in texts]
+        info.contrast_prompt_ids = tuple(ids for ids in made if ids is not None)
+        if not info.contrast_prompt_ids:
             info.teacher_prompt_ids = info.teacher_prompt_tokens = None
+            info.other_prompt_ids = ()
 
-    def _texts(
+    def _with(self, task: Task, infos: Sequence[RowInfo], index: int, text: Passage) -> RowInfo:
+        """A copy of a row's record with the teacher's prompt for a text, where it fits; a fault is noted on the row."""
+        info = infos[index]
+        copy = replace(info, teacher_prompt_ids=None, teacher_prompt_tokens=None)
+        self._prompts.add(task, [*infos[:index], copy, *infos[index + 1 :]], index, text)
+        info.truncated |= copy.truncated
+        info.error = info.error or copy.error
+        return copy
+
+    def _made(
         self, contexts: ContextBuilder, groups: Mapping[str, Group], group: Group, episode: Episode, turn: int
-    ) -> list[Passage]:
-        """The different texts of a slot, as many as it may have and there are."""
-        found: dict[str, Passage] = {}
-        for number in range(contexts.texts):
-            _, seen = self._seen(contexts, groups, group, episode, turn, number)
-            if seen is not None:
-                found.setdefault(seen.text, seen)
-        return list(found.values())
+    ) -> Iterator[tuple[Part, Passage, Passage | None]]:
+        """Each part of an episode's context in a slot, and what the teacher sees of it: itself or its placebo, None
+        without any."""
+        for part in contexts.parts(group.task):
+            real, other = self._passage(contexts, group, episode, turn, part), None
+            if contexts.control == "wrong" and real.text:
+                other = self._other(contexts, groups, group, turn, part.teacher)
+            yield part, real, contexts.controlled(real, group.task.task_id, other, part.draw)
 
-    def _seen(
-        self,
-        contexts: ContextBuilder,
-        groups: Mapping[str, Group],
-        group: Group,
-        episode: Episode,
-        turn: int,
-        number: int = 0,
-    ) -> tuple[Passage, Passage | None]:
-        """An episode's context in a slot, and what the teacher sees of it: itself or its placebo, None without any."""
-        real = self._passage(contexts, group, episode, turn, number)
-        other = self._other(contexts, groups, group, turn) if contexts.control == "wrong" and real.text else None
-        return real, contexts.controlled(real, group.task.task_id, other, number)
-
-    def _passage(self, contexts: ContextBuilder, group: Group, episode: Episode, turn: int, number: int = 0) -> Passage:
+    def _passage(self, contexts: ContextBuilder, group: Group, episode: Episode, turn: int, part: Part) -> Passage:
         made = {name: Passage(**fields) for name, fields in episode.note.passages.items()}
         if self._written is not None:
-            place = _Place(episode.name, turn if self._contexts.by_turn else 0, number)
+            place = _Place(episode.name, turn if self._contexts.by_turn else 0, part.number)
             made |= self._written.get(place, {})
-        return contexts.passage(self._request(group, episode, turn, number), made)
+        return contexts.passage(self._request(group, episode, turn, part.number), made, part)
 
     def _request(self, group: Group, episode: Episode, turn: int, number: int) -> ContextRequest:
         return ContextRequest(
@@ -244,15 +249,22 @@ class LateContexts:
             number=number,
         )
 
-    def _other(self, contexts: ContextBuilder, groups: Mapping[str, Group], group: Group, turn: int) -> Passage | None:
+    def _other(
+        self, contexts: ContextBuilder, groups: Mapping[str, Group], group: Group, turn: int, teacher: str
+    ) -> Passage | None:
         """The context of an episode of this step whose task is of another type, or, where there is one type alone, of
-        another task; None when there is none."""
+        another task; None when there is none. Of the same teacher, where that task has it."""
         others = [other for other in groups.values() if other.task.task_type != group.task.task_type]
         others = others or [other for other in groups.values() if other.task.task_id != group.task.task_id]
         candidates = [(other, episode) for other in others for episode in other.episodes]
         Random(f"{self._settings.context.seed}:{group.task.task_id}").shuffle(candidates)
-        passages = (self._passage(contexts, other, episode, turn) for other, episode in candidates)
-        return next((passage for passage in passages if passage.text), None)
+        for other, episode in candidates:
+            parts = contexts.parts(other.task)
+            part = next((part for part in parts if part.teacher == teacher), parts[0])
+            passage = self._passage(contexts, other, episode, turn, part)
+            if passage.text:
+                return passage
+        return None
 
 
 class TurnPrompts:
@@ -282,8 +294,8 @@ class TurnPrompts:
         add_teacher_prompt(info, self._prompts, shown, passage, self._settings.teacher)
 
 
-def _column(prompts: Sequence[Sequence[np.ndarray]], number: int) -> torch.Tensor:
-    """The ``number``-th prompt of every row, empty where it has none."""
+def _column(prompts: Iterable[np.ndarray | None]) -> torch.Tensor:
+    """The prompt of every row, empty where it has none."""
     none = torch.zeros(0, dtype=torch.int32)
-    rows = [torch.from_numpy(row[number]) if number < len(row) else none for row in prompts]
+    rows = [torch.from_numpy(ids) if ids is not None else none for ids in prompts]
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)

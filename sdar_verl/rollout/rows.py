@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdar_verl.envs.base import Task
+from sdar_verl.fields import contrast_pass, teacher_pass
 
 ROW_KEY = "sdar"
 """Key of the row's record inside verl's ``extra_fields``."""
@@ -22,7 +23,7 @@ TRACED_COLUMN = "sdar_traced"
 RETIRED_COLUMN = "sdar_retired"
 """Column of a prompt: the teacher has retired, so its rows need no prompt of its own and no request."""
 
-COLUMNS = ("teacher_prompt_ids", "contrast_prompt_ids", "teacher_log_probs")
+COLUMNS = ("teacher_prompt_ids", "other_prompt_ids", "contrast_prompt_ids", "teacher_log_probs")
 """Of :class:`RowInfo`: they lie beside the row, not in its record."""
 
 
@@ -139,6 +140,9 @@ class RowInfo:
         prompt_tokens: tokens of the student's prompt.
         teacher_prompt_tokens: of the teacher's; None when the teacher has no say on this row.
         teacher_prompt_ids: its token ids, where the prompt was made; a column of its own elsewhere.
+        teachers: sources whose teachers have a say on the row, where each has one (``sdar.context.teachers``).
+        other_prompt_ids: token ids of its second teacher's prompt, its third's, ..., where several are mixed; columns
+            elsewhere.
         contrast_prompt_ids: token ids with each text of the bad context, where there is one; columns elsewhere.
         teacher_log_probs: (response tokens,) float32, nats: what the rollout server answered for the teacher, where it
             was asked; a column of its own elsewhere.
@@ -179,6 +183,8 @@ class RowInfo:
     prompt_tokens: int = 0
     teacher_prompt_tokens: int | None = None
     teacher_prompt_ids: np.ndarray | None = None
+    teachers: tuple[str, ...] = ()
+    other_prompt_ids: tuple[np.ndarray, ...] = ()
     contrast_prompt_ids: tuple[np.ndarray, ...] = ()
     teacher_log_probs: np.ndarray | None = None
     teacher_failure: str | None = None
@@ -209,6 +215,12 @@ class RowInfo:
     def invalid(self) -> bool:
         """Unparsed, or inadmissible: what the invalid-action penalty is for."""
         return self.unparsed or self.inadmissible
+
+    @property
+    def further_prompts(self) -> dict[str, np.ndarray]:
+        """Pass -> token ids of its prompt, of the teacher passes over this row beyond the first."""
+        others = {teacher_pass(number): ids for number, ids in enumerate(self.other_prompt_ids, start=1)}
+        return others | {contrast_pass(number): ids for number, ids in enumerate(self.contrast_prompt_ids)}
 
     @property
     def has_teacher(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from verl.trainer.ppo.core_algos import register_adv_est
 
 from sdar_verl.algorithm.advantages import GroupCounts, broadcast_to_tokens, trajectory_group_advantages
+from sdar_verl.algorithm.anchors import anchored_returns
 from sdar_verl.config import AdvantageConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.table import StepTable
@@ -28,6 +29,8 @@ class AdvantageRows:
         valid: rows that count; False for padding rows and failed episodes.
         invalid_action: turns whose answer was not an admissible action.
         invalid_spans: (row, start, stop) of such turns within a conversation, in tokens of its response.
+        turns: index of each row in its episode, from 0.
+        observations: what the agent saw before each turn.
         counts: filled in by the estimator.
         tokens: (rows, response tokens), what the estimator gave.
     """
@@ -37,6 +40,8 @@ class AdvantageRows:
     valid: torch.Tensor
     invalid_action: torch.Tensor
     invalid_spans: list[tuple[int, int, int]] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    observations: list[str] = field(default_factory=list)
     counts: GroupCounts | None = None
     tokens: torch.Tensor | None = None
 
@@ -56,6 +61,8 @@ class AdvantageRows:
                 for turn in info.turns
                 if turn.invalid
             ],
+            turns=table.turns,
+            observations=["" if info is None else info.observation for info in infos],
         )
 
 
@@ -104,19 +111,33 @@ def compute_sdar_advantage(
     row_scores = token_level_rewards.sum(dim=-1)
     if config is not None and config.get("use_kl_in_reward", False):
         row_scores = _episode_means(row_scores, rows.episode_ids, rows.valid)
+    settings = rows.settings
+    anchored = settings.group_stats == "anchor"
     advantages, rows.counts = trajectory_group_advantages(
         row_scores,
         list(index),
         rows.episode_ids,
         rows.valid,
-        group_stats=rows.settings.group_stats,
+        group_stats="turn" if settings.group_stats == "turn" else "episode",
         norm_by_std=bool(config.get("norm_adv_by_std_in_grpo", True)) if config is not None else True,
         invalid_action=rows.invalid_action,
-        invalid_action_penalty=rows.settings.invalid_action_penalty,
+        invalid_action_penalty=settings.invalid_action_penalty,
     )
+    if anchored:
+        advantages = anchored_returns(
+            row_scores,
+            list(index),
+            rows.episode_ids,
+            rows.turns,
+            rows.observations,
+            rows.valid,
+            discount=0.95 if settings.discount is None else settings.discount,
+            depth=3 if settings.anchors is None else settings.anchors,
+        )
+        advantages -= settings.invalid_action_penalty * (rows.invalid_action & rows.valid).to(advantages)
     tokens = broadcast_to_tokens(advantages, response_mask)
     for row, start, stop in rows.invalid_spans:
-        tokens[row, start:stop] -= rows.settings.invalid_action_penalty * response_mask[row, start:stop]
+        tokens[row, start:stop] -= settings.invalid_action_penalty * response_mask[row, start:stop]
     rows.tokens = tokens
     return tokens, tokens
 

@@ -248,7 +248,7 @@ class TaughtLoop(AgentLoopBase):
                 )
             return
         info.skills, info.no_match = passage.skills, passage.no_match
-        info.skills_dropped = passage.dropped
+        info.skills_dropped, info.teachers = passage.dropped, runtime.contexts.teachers(task)
         runtime.prompts.add(info, found.messages, found.tools, rest, passage)
         if info.episode is not None and info.teacher_prompt_tokens is not None:
             info.episode.context = passage.text

@@ -28,7 +28,7 @@ from sdar_verl.fields import (
     TEACHER_MASK,
     TEACHER_NODE,
     TEACHER_PROMPTS,
-    contrast_prompts,
+    prompts_of,
 )
 from sdar_verl.requests import HEAD_REQUEST, HeadRequest, StepRequests
 from sdar_verl.rollout.rows import RowInfo
@@ -106,8 +106,8 @@ class PrivilegedTeacher:
             self._begun = self._send(table)
 
     def score(self, table: StepTable) -> dict[str, float]:
-        """Have the teacher's columns written on every row, and one more per text of a bad context; returns what a first
-        step's check has measured.
+        """Have the teacher's columns written on every row, and one more per further pass (another teacher, a text of a
+        bad context); returns what a first step's check has measured.
 
         A source that scores inside the update (``actor_fresh``) has nothing to do here, and neither has a teacher that
         the rollout server was asked for during the episodes.
@@ -122,10 +122,8 @@ class PrivilegedTeacher:
         if not self.on_server and not self.source.per_update:
             self._wait(table, self._begun if self._begun is not None else self._send(table))
             self._begun = None
-        for number in range(
-            max((len(info.contrast_prompt_ids) for info in table.infos if info is not None), default=0)
-        ):
-            self._wait(table, self._send(table, contrast=number))
+        for name in table.further_passes:
+            self._wait(table, self._send(table, further=name))
         if self._requests.anchor is not None:
             self._wait(table, self._send_anchor(table, self._requests.anchor))
         return metrics
@@ -238,19 +236,19 @@ class PrivilegedTeacher:
 
     # ---------------------------------------------------------------- the pass
 
-    def _send(self, table: StepTable, *, empty_context: bool = False, contrast: int | None = None) -> Any:
+    def _send(self, table: StepTable, *, empty_context: bool = False, further: str | None = None) -> Any:
         """Ask the workers; rows that the teacher scores are dealt out so that ranks have as much to do.
 
         Args:
             table: of the update.
             empty_context: score the student's prompts, on all rows.
-            contrast: score with this text of the bad context.
+            further: the pass, where it is not the first.
         """
-        from sdar_verl.verl.worker import CONTRAST_TEXT, EMPTY_CONTEXT, MESH
+        from sdar_verl.verl.worker import EMPTY_CONTEXT, FURTHER_PASS, MESH
 
         workers = self._trainer.actor_rollout_wg if self.pool is None else self.pool
         batch: KVBatchMeta = table.rows.batch
-        prompts = [_prompt_tokens(info, contrast) for info in table.infos]
+        prompts = [_prompt_tokens(info, further) for info in table.infos]
         lengths = [tokens and tokens + tag["response_len"] for tokens, tag in zip(prompts, batch.tags, strict=True)]
         ranks = 1 + max(dispatched_ranks(workers, MESH))
         scored = scored_rows(lengths, ranks)
@@ -258,11 +256,11 @@ class PrivilegedTeacher:
         if scored and not empty_context:
             loads = calculate_workload(torch.tensor([max(1, lengths[row]) for row in scored])).tolist()
             order = deal(lengths, ranks, get_seqlen_balanced_partitions(loads, k_partitions=ranks, equal_size=True))
-        plain, column = empty_context or contrast is not None, TEACHER_PROMPTS
+        plain, column = empty_context or further is not None, TEACHER_PROMPTS
         request = HeadRequest(teacher=True) if plain else self._requests.teacher
         carry = () if plain else self._requests.carry
-        if contrast is not None:
-            column = contrast_prompts(contrast)
+        if further is not None:
+            column = prompts_of(further)
         meta = KVBatchMeta(
             keys=[batch.keys[row] for row in order],
             tags=[batch.tags[row] for row in order],
@@ -272,7 +270,7 @@ class PrivilegedTeacher:
                 "temperature": self._trainer.config.actor_rollout_ref.rollout.temperature,
                 HEAD_REQUEST: request.to_json(),
                 EMPTY_CONTEXT: empty_context,
-                **({} if contrast is None else {CONTRAST_TEXT: contrast}),
+                **({} if further is None else {FURTHER_PASS: further}),
             },
         )
         return workers.compute_teacher_log_prob(meta)
@@ -308,13 +306,13 @@ class PrivilegedTeacher:
             batch.fields = list(dict.fromkeys([*batch.fields, *done.fields]))
 
 
-def _prompt_tokens(info: RowInfo | None, contrast: int | None) -> int:
+def _prompt_tokens(info: RowInfo | None, further: str | None) -> int:
     """Tokens of a row's prompt in a pass, 0 where it is not scored."""
     if info is None:
         return 0
-    if contrast is None:
+    if further is None:
         return info.teacher_prompt_tokens or 0
-    return len(info.contrast_prompt_ids[contrast]) if contrast < len(info.contrast_prompt_ids) else 0
+    return len(info.further_prompts.get(further, ()))
 
 
 def dispatched_ranks(workers: Any, mesh: str) -> list[int]:

@@ -30,7 +30,8 @@ from sdar_verl.checks.run import check_run
 from sdar_verl.cloud.attempt import CloudRun
 from sdar_verl.compat import EXPECTED, validation_counts
 from sdar_verl.config import load_config
-from sdar_verl.fields import STEP_VALUES, TEACHER_LOG_PROBS, contrast_log_probs
+from sdar_verl.context.builder import further_passes
+from sdar_verl.fields import STEP_VALUES, TEACHER_LOG_PROBS, log_probs_of
 from sdar_verl.finite import STUDENT
 from sdar_verl.method import Method, Strengths
 from sdar_verl.modules import Importing
@@ -46,6 +47,7 @@ from sdar_verl.rollout.runtime import make_prompts
 from sdar_verl.rollout.uids import PromptUids
 from sdar_verl.step import local_update
 from sdar_verl.table import StepTable, joined, stop_on_errors, stop_on_lost_episodes
+from sdar_verl.teacher.several import teacher_metrics
 from sdar_verl.verl import symbols
 from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
 from sdar_verl.verl.late import late_contexts
@@ -94,7 +96,7 @@ class SdarTraining(PPOTrainer):
         self.tables: list[StepTable] = []
         self.columns = ["response_mask", "rm_scores", "entropy", *STUDENT]
         if self.teacher is not None and not self.teacher.source.per_update:
-            self.columns += [TEACHER_LOG_PROBS, *map(contrast_log_probs, range(self.sdar.context.contrast.texts))]
+            self.columns += [TEACHER_LOG_PROBS, *map(log_probs_of, further_passes(self.sdar.context))]
         self._environments = plays_environments(config)
         self._checks_packing = bool(config.actor_rollout_ref.model.use_remove_padding)
         self._uids = PromptUids()
@@ -284,6 +286,7 @@ class SdarTraining(PPOTrainer):
         if judged.terms is not None:
             gap, entropy = judged.terms.gap, table.columns.get("entropy")
             metrics |= gap_metrics(gap, table.mask, table.response, table.episode_ids, table.turns, entropy)
+            metrics |= teacher_metrics(table, judged.terms.gate, self.sdar.context.shares)
             table.columns |= {"gap": gap, "gate": judged.terms.gate}
             if GAP_SIZE in self.strengths.measures:
                 metrics |= gap_size(gap, table.mask, table.response)

@@ -36,8 +36,8 @@ from sdar_verl.fields import (
     TEACHER_MASK,
     TEACHER_NODE,
     TEACHER_PROMPTS,
-    contrast_log_probs,
-    contrast_prompts,
+    log_probs_of,
+    prompts_of,
 )
 from sdar_verl.modules import import_modules
 from sdar_verl.requests import HEAD_REQUEST, HeadRequest
@@ -53,8 +53,8 @@ symbols.check("workers")
 MESH = "teacher"
 EMPTY_CONTEXT = "sdar_empty_context"
 """Non-tensor entry of a teacher pass: score the student's own prompts."""
-CONTRAST_TEXT = "sdar_contrast_text"
-"""Non-tensor entry of a teacher pass: score with this text of the bad context, numbered from 0."""
+FURTHER_PASS = "sdar_further_pass"
+"""Non-tensor entry of a teacher pass: its name, where it is not the first over these rows."""
 ANCHOR_PASS = "sdar_anchor_pass"
 """Non-tensor entry of a pass: it is the reference's over the student's prompts, on the rows that have a teacher."""
 TEACHER_REQUEST = "sdar_teacher_request"
@@ -83,18 +83,18 @@ class SdarTrainingWorker(TrainingWorker):
             data: rows with ``responses``, ``response_mask``, the teacher's prompts, and what the request reads.
             request: a teacher pass.
             **options: ``empty_context``: score the student's prompts, on all rows; ``no_lora_adapter``: without it;
-                ``contrast``: with this text of the bad context; ``anchor``: the student's prompts, on rows that have a
-                teacher; ``disable_auto_offload``: the weights are on the device already.
+                ``further``: with the prompts of this further pass; ``anchor``: the student's prompts, on rows that have
+                a teacher; ``disable_auto_offload``: the weights are on the device already.
 
         Returns:
             Nested over the responses, on the CPU: log-probs (NaN at the sampled tokens of a row that holds a number
-            anywhere that is not finite), mask, and what else was asked for; of a bad context, log-probs alone; of an
+            anywhere that is not finite), mask, and what else was asked for; of a further pass, log-probs alone; of an
             anchor, what was asked for.
         """
-        text, anchor = options.get("contrast"), bool(options.get("anchor"))
+        further, anchor = options.get("further"), bool(options.get("anchor"))
         prompt = "prompts" if options.get("empty_context") or anchor else TEACHER_PROMPTS
-        if text is not None:
-            prompt = contrast_prompts(text)
+        if further is not None:
+            prompt = prompts_of(further)
         names = (prompt, "responses", TEACHER_MASK if anchor else "response_mask")
         prompts, responses, masks = (list(data[name].unbind()) for name in names)
         seen = [bool(len(prompt)) and bool(mask.any()) for prompt, mask in zip(prompts, masks, strict=True)]
@@ -120,8 +120,8 @@ class SdarTrainingWorker(TrainingWorker):
             for place in broken:
                 if seen[numbers[place]]:
                     columns[TEACHER_LOG_PROBS][numbers[place]][masks[numbers[place]].cpu().bool()] = float("nan")
-        if text is not None:
-            columns = {contrast_log_probs(text): columns[TEACHER_LOG_PROBS]}
+        if further is not None:
+            columns = {log_probs_of(further): columns[TEACHER_LOG_PROBS]}
         if anchor:
             columns = {_ANCHORED[name]: values for name, values in columns.items() if name in _ANCHORED}
         return tu.get_tensordict({name: nested(values) for name, values in columns.items()})
@@ -327,9 +327,9 @@ class PoolTeacherWorker(FrozenWorker):
 def score(worker: Any, data: TensorDict, **options: Any) -> TensorDict:
     """A teacher pass as the batch asks for it, through one of our training workers."""
     request = HeadRequest.from_json(tu.get(data, HEAD_REQUEST))
-    empty, text = tu.get(data, EMPTY_CONTEXT, default=False), tu.get(data, CONTRAST_TEXT, default=None)
+    empty, further = tu.get(data, EMPTY_CONTEXT, default=False), tu.get(data, FURTHER_PASS, default=None)
     anchor = tu.get(data, ANCHOR_PASS, default=False)
-    return worker.score(data, request, empty_context=empty, contrast=text, anchor=anchor, **options)
+    return worker.score(data, request, empty_context=empty, further=further, anchor=anchor, **options)
 
 
 def teacher_settings(config: DictConfig) -> TeacherConfig:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdar_verl.cli import main
-from sdar_verl.fields import CONTRAST, TEACHER_LOG_PROBS, TEACHER_MASK, contrast_log_probs
+from sdar_verl.fields import CONTRAST, TEACHER_LOG_PROBS, TEACHER_MASK, contrast_pass, log_probs_of, teacher_pass
 from sdar_verl.local import start_policy
 from sdar_verl.report.layout import RECORD, TRACES, step_file
 from sdar_verl.report.trace import read_trace
@@ -100,7 +100,7 @@ def test_a_bad_context_is_scored_by_the_same_teacher_and_its_gap_is_what_is_read
             continue
         plain = plain_log_probs(texts, [responses[row]] * len(texts), start_policy())
         for number, there in enumerate(plain):
-            assert (rows(record, real, contrast_log_probs(number))[row] - there).abs().max() < 2e-4
+            assert (rows(record, real, log_probs_of(contrast_pass(number)))[row] - there).abs().max() < 2e-4
         mean = torch.stack(list(plain)).logsumexp(0) - torch.tensor(float(len(texts))).log()
         assert (rows(record, real, CONTRAST)[row] - mean).abs().max() < 4e-4
         gates.append(torch.sigmoid(5.0 * (teacher[row] - mean)))
@@ -108,6 +108,41 @@ def test_a_bad_context_is_scored_by_the_same_teacher_and_its_gap_is_what_is_read
     assert metrics["sdar/gate_mean"] == pytest.approx(torch.cat(gates).mean().item(), abs=1e-3)
     assert metrics["sdar/contrast_texts"] == pytest.approx(sum(len(i.contrast_prompt_ids) for i in infos) / len(gates))
     assert metrics["sdar/context_missing_share"] == pytest.approx(1 - len(gates) / len(infos))
+    assert run.metrics[2]["actor/grad_norm"] > 0
+
+
+@pytest.mark.slow
+def test_mixed_teachers_are_a_pass_each_and_the_update_reads_their_mixture(tmp_path: Path) -> None:
+    """Three parts skills, one part a solved sibling where there is one; with two ranks."""
+    flags = (
+        "sdar.teacher.source=actor",
+        "sdar.teacher.max_prompt_length=480",
+        "sdar.context.sources=[skills,sibling]",
+        "sdar.context.teachers.weights=[3,1]",
+        "trainer.n_gpus_per_node=2",
+    )
+    run = train(tmp_path, *flags, steps=2, record=True)
+    record, real = first_step(run)
+    infos = [info for info in record["infos"] if info is not None]
+    assert {info.teachers for info in infos} == {("skills",), ("skills", "sibling")}, "some groups have no sibling"
+    responses, teacher = rows(record, real, "responses"), rows(record, real, TEACHER_LOG_PROBS)
+    second, student = rows(record, real, log_probs_of(teacher_pass(1))), rows(record, real, "old_log_probs")
+    gates, gaps = [], []
+    for row, info in enumerate(infos):
+        prompts = [torch.as_tensor(ids, dtype=torch.int64) for ids in (info.teacher_prompt_ids, *info.other_prompt_ids)]
+        own = list(plain_log_probs(prompts, [responses[row]] * len(prompts), start_policy()))
+        gaps.append(own[0] - student[row])
+        mixed = own[0]
+        if len(own) == 2:
+            assert (second[row] - own[1]).abs().max() < 2e-4
+            mixed = (0.75 * own[0].exp() + 0.25 * own[1].exp()).log()
+        assert (teacher[row] - mixed).abs().max() < 4e-4
+        gates.append(torch.sigmoid(5.0 * (mixed - student[row])))
+    metrics = run.metrics[1]
+    assert metrics["sdar/gate_mean"] == pytest.approx(torch.cat(gates).mean().item(), abs=1e-3)
+    assert metrics["sdar/teachers/skills/gap"] == pytest.approx(torch.cat(gaps).mean().item(), abs=1e-3)
+    shares = [metrics[f"sdar/teachers/{name}/share"] for name in ("skills", "sibling")]
+    assert sum(shares) == pytest.approx(1.0, abs=1e-5) and 0 < shares[1] < 0.5
     assert run.metrics[2]["actor/grad_norm"] > 0
 
 

@@ -73,6 +73,26 @@ def test_lambda_falls_and_the_policy_gradient_rises_with_the_measured_gap(tmp_pa
             assert resumed.metrics[step][name] == pytest.approx(run.metrics[step][name], **SAME), (step, name)
 
 
+MIXED = (
+    *("method=sdar_frozen", "sdar.context.sources=[skills,sibling]", "sdar.context.teachers.weights=[3,1]"),
+    "sdar.teacher.on_long_prompt=mask",
+)
+
+
+@pytest.mark.parametrize("options", [("method=tide",), MIXED], ids=["tide", "mixed teachers"])
+def test_advantages_of_anchors_and_mixed_teachers_go_on_after_a_resume(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    run = train(tmp_path / "whole", *options, "trainer.save_freq=1", base=SMALL, steps=3)
+    checkpoint = run.folder / "checkpoints" / "global_step_2"
+    resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={checkpoint}"]
+    resumed = train(tmp_path / "resumed", *options, *resume, base=SMALL, steps=3)
+    compared = [name for name in run.metrics[3] if name.startswith(("sdar/teachers/", "sdar/gap_", "sdar/lambda"))]
+    for name in (*compared, "actor/grad_norm", "sdar/success"):
+        assert resumed.metrics[3][name] == pytest.approx(run.metrics[3][name], **SAME), name
+    assert ("sdar/teachers/skills/share" in compared) == (options == MIXED)
+
+
 def test_retire_opd_is_taught_by_a_policy_that_was_trained_with_skills(tmp_path: Path) -> None:
     """Its two commands; the teacher that the second loads is the one that the first has written."""
     saved = "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]"

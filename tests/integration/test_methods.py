@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sdar_verl.algorithm.anchors import anchored_returns
 from tests.support.plain import padded
 from tests.support.toy_run import SMALL, train
 from tests.support.verl_run import Run
@@ -86,6 +87,33 @@ def test_a_signal_of_the_advantages_changes_them_and_adds_no_loss(method, grpo, 
     if method == "rlsd":
         # w lies in [1 - .2, 1 + .2] and lambda is .5: no advantage moves by more than a tenth of itself.
         assert ((ours - plain).abs() <= 0.1 * plain.abs() + 1e-6).all()
+
+
+def test_tide_compares_turns_of_one_past_and_lets_the_teacher_lead(tmp_path):
+    trained = run(tmp_path / "tide", "tide")
+    anchored = ("sdar.advantage.group_stats=anchor", "algorithm.norm_adv_by_std_in_grpo=False")
+    grpo = run(tmp_path / "grpo", "grpo", *anchored, "sdar.advantage.invalid_action_penalty=0")
+    first, record = trained.metrics[1], step_one(grpo)
+    played = [row for row, info in enumerate(record["infos"]) if info is not None]
+    infos = [record["infos"][row] for row in played]
+    names = [record["keys"][row].rsplit("_", 2) for row in played]
+    returns = anchored_returns(
+        torch.stack([record["rm_scores"][row].sum() for row in played]),
+        [uid for uid, _, _ in names],
+        [f"{uid}_{session}" for uid, session, _ in names],
+        [info.turn for info in infos],
+        [info.observation for info in infos],
+        torch.tensor([not info.failed for info in infos]),
+    )
+    for row, value in zip(played, returns, strict=True):
+        sampled = record["response_mask"][row].bool()
+        torch.testing.assert_close(record["advantages"][row][sampled], value.expand(int(sampled.sum())).float())
+    assert returns.abs().max() > 0
+    # The teacher leads at first: lambda is 1 and beta .1, on the estimator's own advantages.
+    assert first["sdar/lambda"] == pytest.approx(1.0) and first["sdar/rl_weight"] == pytest.approx(0.1)
+    assert first["sdar/advantage_change"] > 0 and first["sdar/gap_size"] > 0
+    assert first["actor/grad_norm"] > 0 and set(trained.metrics) == {1, 2}
+    assert "sdar/loss" in first and "timing_s/ref" not in first
 
 
 def test_skill_grpo_reads_the_skills_itself(grpo, tmp_path):

@@ -66,6 +66,26 @@ def test_a_tool_agent_with_tools_of_a_yaml(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_column_of_the_data_chooses_the_teacher(tmp_path):
+    """Half of the rows are taught by the answer, the others by a better rollout of the same prompt."""
+    rows = word_problems(8)
+    for number, row in enumerate(rows):
+        row["extra_info"] = {**row["extra_info"], "kind": ("told", "shown")[number % 2]}
+    run = train_recipe(
+        tmp_path,
+        "sdar.context.sources=[answer,sibling]",
+        "+sdar.context.options.sibling.threshold=-1.0",
+        "sdar.context.teachers.by=extra_info.kind",
+        "+sdar.context.teachers.choice={told: answer, shown: sibling}",
+        "data.shuffle=False",
+        rows=rows,
+    )
+    sound(run)
+    shares = [run.metrics[1][f"sdar/teachers/{name}/share"] for name in ("answer", "sibling")]
+    assert sum(shares) == pytest.approx(1.0) and min(shares) > 0
+
+
+@pytest.mark.slow
 def test_a_loop_of_the_users_with_several_outputs(tmp_path):
     run = train_recipe(tmp_path, *own("two_drafts"), "algorithm.adv_estimator=sdar")
     sound(run)

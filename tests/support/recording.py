@@ -13,7 +13,15 @@ def _register(_) -> None:
     import torch
     from verl.trainer.ppo.v1.trainer_base import register_trainer
 
-    from sdar_verl.fields import CONTRAST, TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS, contrast_log_probs
+    from sdar_verl.fields import (
+        CONTRAST,
+        TEACHER_LOG_PROBS,
+        TEACHER_MASK,
+        TEACHER_PROMPTS,
+        contrast_pass,
+        log_probs_of,
+        teacher_pass,
+    )
     from sdar_verl.verl.async_modes import SdarColocateAsync, SdarSeparateAsync
     from sdar_verl.verl.trainer import SdarTrainer
 
@@ -31,7 +39,8 @@ def _register(_) -> None:
         TEACHER_LOG_PROBS,
         TEACHER_MASK,
         CONTRAST,
-        *map(contrast_log_probs, range(4)),
+        log_probs_of(teacher_pass(1)),
+        *(log_probs_of(contrast_pass(text)) for text in range(4)),
     ]
 
     class Recording:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from sdar_verl.algorithm.contrast import mixture_log_probs
 from sdar_verl.algorithm.loss import distillation_terms
+from sdar_verl.algorithm.mixture import mixture_log_probs
 from sdar_verl.algorithm.signals import SignalRows, get_signal
 from sdar_verl.config.loss import LossConfig
 from sdar_verl.errors import NonFiniteError
-from sdar_verl.fields import CONTRAST, TEACHER_LOG_PROBS, TEACHER_MASK, contrast_log_probs
+from sdar_verl.fields import CONTRAST, TEACHER_LOG_PROBS, TEACHER_MASK, contrast_pass, log_probs_of
 from sdar_verl.finite import leave_out_broken_teacher
 from sdar_verl.method import Method, StepValues, Strengths
 from sdar_verl.rollout.rows import RowInfo
@@ -30,15 +30,20 @@ def tensor(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def first(passes: int, texts: torch.Tensor) -> torch.Tensor:
+    """(passes, rows) True for as many passes as a row has texts."""
+    return torch.arange(passes).unsqueeze(-1) < texts
+
+
 def test_the_mixture_is_the_log_of_the_mean_probability_of_a_rows_texts() -> None:
     probabilities = tensor([[[0.5, 0.2], [0.1, 0.9], [0.3, 0.3]], [[0.1, 0.4], [0.7, 0.1], [0.3, 0.3]]])
-    found = mixture_log_probs(probabilities.log(), torch.tensor([2, 1, 0]))
+    found = mixture_log_probs(probabilities.log(), first(2, torch.tensor([2, 1, 0])))
     torch.testing.assert_close(found, tensor([[math.log(0.3), math.log(0.3)], [math.log(0.1), math.log(0.9)], [0, 0]]))
 
 
 def test_what_lies_behind_a_rows_texts_is_not_read() -> None:
     log_probs = torch.stack([tensor([[-1.0, -2.0]]), torch.full((1, 2), float("nan"), dtype=torch.float64)])
-    assert mixture_log_probs(log_probs, torch.tensor([1])).tolist() == [[-1.0, -2.0]]
+    assert mixture_log_probs(log_probs, first(2, torch.tensor([1]))).tolist() == [[-1.0, -2.0]]
 
 
 @pytest.mark.parametrize("case", RELEASED)
@@ -46,7 +51,9 @@ def test_rlcsds_loss_and_gradient_are_the_released_functions(case: dict[str, Any
     """Our advantages through PPO's token mean against its sum of two means, off-policy and with K texts per row."""
     mask, old = tensor(case["mask"]), tensor(case["old"])
     base, student = tensor(case["advantages"]), tensor(case["student"]).requires_grad_()
-    gap = tensor(case["good"]) - mixture_log_probs(tensor(case["bad"]), torch.tensor(case["texts"]))
+    gap = tensor(case["good"]) - mixture_log_probs(
+        tensor(case["bad"]), first(len(case["bad"]), torch.tensor(case["texts"]))
+    )
     shaped = get_signal("advantage_nudge")(
         rows_of(base, mask.bool(), gap * mask), strength=0.5, shape="tanh", scale=0.02, least=0.02, means="two"
     )
@@ -139,7 +146,10 @@ def table_of(**broken: float) -> StepTable:
         "response_mask": [torch.ones(length, dtype=torch.long) for length in LENGTHS],
         "advantages": [torch.full((length,), value) for length, value in zip(LENGTHS, (1.0, -1.0, 0.5), strict=True)],
         "rm_scores": [torch.zeros(length) for length in LENGTHS],
-        **{name: column() for name in ("old_log_probs", TEACHER_LOG_PROBS, *map(contrast_log_probs, range(2)))},
+        **{
+            name: column()
+            for name in ("old_log_probs", TEACHER_LOG_PROBS, *(log_probs_of(contrast_pass(text)) for text in range(2)))
+        },
     }
     for name, value in broken.items():
         columns[name][0][1] = value
@@ -153,7 +163,7 @@ def table_of(**broken: float) -> StepTable:
 def test_the_gap_is_taken_to_the_bad_contexts_and_travels_to_the_workers() -> None:
     table, settings = table_of(), LossConfig(centre="batch")
     judged = Method(settings).judge(table, *Strengths(settings).at(1))
-    bad = [[table.columns[contrast_log_probs(k)][row] for k in range(n)] for row, n in ((0, 2), (1, 1))]
+    bad = [[table.columns[log_probs_of(contrast_pass(k))][row] for k in range(n)] for row, n in ((0, 2), (1, 1))]
     expected = [
         table.columns[TEACHER_LOG_PROBS][0] - (bad[0][0].exp() / 2 + bad[0][1].exp() / 2).log(),
         table.columns[TEACHER_LOG_PROBS][1] - bad[1][0],
@@ -186,11 +196,11 @@ def test_without_a_bad_context_nothing_of_it_is_there() -> None:
 
 def test_a_broken_number_of_a_bad_context_is_the_teachers() -> None:
     with pytest.raises(NonFiniteError, match="the teacher's log-probs hold NaN or infinity in 1 of 3 rows: a_0_0"):
-        leave_out_broken_teacher(table_of(**{contrast_log_probs(1): float("nan")}), "error")
-    table = table_of(**{contrast_log_probs(1): float("nan")})
+        leave_out_broken_teacher(table_of(**{log_probs_of(contrast_pass(1)): float("nan")}), "error")
+    table = table_of(**{log_probs_of(contrast_pass(1)): float("nan")})
     assert leave_out_broken_teacher(table, "drop") == {"sdar/nonfinite_teacher_rows": 1}
     assert not table.mask[0].any() and table.mask[1].any()
-    assert torch.stack([row.sum() for row in stored(table)[contrast_log_probs(1)]]).isfinite().all()
+    assert torch.stack([row.sum() for row in stored(table)[log_probs_of(contrast_pass(1))]]).isfinite().all()
     judged = Method(LossConfig()).judge(table, 0.01, 5.0)
     assert judged.terms is not None and judged.terms.gap.isfinite().all()
 

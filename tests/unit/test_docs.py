@@ -28,7 +28,7 @@ from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.cli import _parser, guarded
 from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
-from sdar_verl.fields import NORM_PREFIX, SUMS_PREFIX, TEACHER_LOG_PROBS, contrast_log_probs
+from sdar_verl.fields import NORM_PREFIX, SUMS_PREFIX, TEACHER_LOG_PROBS, contrast_pass, log_probs_of
 from sdar_verl.finite import leave_out_broken_rows, leave_out_broken_teacher
 from sdar_verl.observe import warnings
 from sdar_verl.observe.metrics import gap_metrics, gap_size, reduce_loss_sums, row_metrics
@@ -37,6 +37,7 @@ from sdar_verl.observe.trackers import HISTOGRAMS
 from sdar_verl.rollout.rows import EpisodeNote, RowInfo, TurnNote
 from sdar_verl.skills.ucb import TypeStatistics
 from sdar_verl.teacher.server_check import ServerCheck, answer_metrics
+from sdar_verl.teacher.several import teacher_metrics
 from sdar_verl.verl.validation import arm_metrics
 from sdar_verl.writer.base import WriterCounts
 from tests.support.table import make_table
@@ -76,15 +77,22 @@ def emitted_metrics() -> set[str]:
         turns=(TurnNote(0, 1),),
         skills=("<skill>",),
         teacher_prompt_tokens=3,
+        teachers=("<source>",),
         contrast_prompt_ids=(np.ones(3, dtype=np.int32),),
         rewarded=True,
         context_tokens=1,
         episode=EpisodeNote({}),
     )
     infos = [seen, RowInfo(0, "<task type>", failed=True)]
-    columns = {"response_mask": [[1], [0]], TEACHER_LOG_PROBS: [[0.0], [0.0]], contrast_log_probs(0): [[0.0], [0.0]]}
+    columns = {
+        "response_mask": [[1], [0]],
+        TEACHER_LOG_PROBS: [[0.0], [0.0]],
+        log_probs_of(contrast_pass(0)): [[0.0], [0.0]],
+    }
     table = make_table(["u_0_0", "u_1_0"], infos, columns)
     names = set(row_metrics(table))
+    table.columns |= {name: torch.zeros(2, 1) for name in ("old_log_probs", log_probs_of(contrast_pass(0)))}
+    names |= set(teacher_metrics(table, torch.ones(2, 1), {}))
     names |= {*leave_out_broken_rows(table, {}, "drop", 0), *leave_out_broken_teacher(table, "drop")}
     counted = {"acc": [1.0], "task_score": [1.0], "turns": [1.0], "invalid_actions": [0.0], "failed": [0.0]}
     outcomes = {**counted, "task_id": ["t"]}

@@ -34,6 +34,7 @@ PAPER = {
     "sr_opsd": (1.0, "loss", "none", "forward_kl", False, "ema"),
     "rlcsd": (0.5, "advantage_nudge", "gap", "sampled", True, "snapshot"),
     "sipo": (0.15, "advantage_nudge", "gap", "sampled", True, "snapshot"),
+    "tide": (1.0, "advantage_distance", "gap", "sampled", True, "reference"),
     "icsd": (0.01, "loss", "calibrated", "sampled", True, "actor"),
     "seed": (0.01, "loss", "gap", "sampled", True, "actor"),
     "hero": (1.0, "loss", "none", "jsd", False, "actor"),

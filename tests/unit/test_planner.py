@@ -265,6 +265,16 @@ def test_nothing_is_recommended_where_nothing_fits():
     assert recommend(replace(RUN, architecture=huge), H100) is None
 
 
+def test_passes_of_several_teachers_and_bad_texts_are_counted():
+    """Chosen teachers cost nothing more."""
+    mixed = ["sdar.context.sources=[skills,sibling,answer]", "sdar.context.teachers.weights=[1,2,1]"]
+    bad = ["sdar.context.contrast.sources=[feedback]", "sdar.context.contrast.texts=2"]
+    chosen = [mixed[0], "sdar.context.teachers.by=task_type"]
+    for overrides, passes in (([], 1), (mixed, 3), (bad, 3), ([*mixed, *bad], 5), (chosen, 1)):
+        config = compose_config("sdar_alfworld", overrides)
+        assert Layout.from_config(config, load_config(config.sdar)).teacher_passes == passes
+
+
 def test_a_pool_of_its_own_is_counted_and_speeds_up_nothing_else():
     assert phase_flops(replace(RUN, anchor=True))["anchor"] == phase_flops(RUN)["old log-probs"]
     several = phase_flops(replace(RUN, teacher_passes=5))

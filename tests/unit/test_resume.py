@@ -116,6 +116,7 @@ def test_another_panel_is_another_experiment_and_another_place_of_it_is_not(fold
     ("option", "value"),
     [
         ("sdar.loss.beta", 1.0),
+        ("sdar.context.teachers.weights", [1.0, 3.0]),
         ("sdar.skills.bank", "mine"),
         ("data.seed", 1),
         ("actor_rollout_ref.model.path", "n"),

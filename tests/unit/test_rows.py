@@ -52,6 +52,7 @@ RECORDS = st.builds(
     admissible_actions=st.lists(TEXT, max_size=2).map(tuple),
     episode=st.none() | NOTES,
     skills=st.lists(TEXT, max_size=2).map(tuple),
+    teachers=st.lists(TEXT, max_size=2).map(tuple),
     no_match=st.booleans(),
     skills_dropped=COUNT,
     context_missing=st.booleans(),

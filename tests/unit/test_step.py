@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from sdar_verl.config import SdarConfig
 from sdar_verl.errors import NonFiniteError
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.rollout.rows import RowInfo
@@ -56,7 +57,7 @@ class Trainer:
         self.calls: list[str] = []
         self.seen: dict[str, Any] = {}
         self.broken = broken or {}
-        self.sdar = SimpleNamespace(on_nonfinite=on_nonfinite)
+        self.sdar = SdarConfig(on_nonfinite=on_nonfinite)
         self.tokenizer = SimpleNamespace(eos_token_id=EOS)
         self.config = SimpleNamespace(trainer=SimpleNamespace(critic_warmup=settings.pop("critic_warmup", 0)))
         self.global_steps = 1

@@ -15,14 +15,14 @@ from omegaconf import OmegaConf
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.errors import NonFiniteError, TeacherError
-from sdar_verl.fields import SUPPORT_IDS, TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS, contrast_prompts
+from sdar_verl.fields import SUPPORT_IDS, TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS, contrast_pass, prompts_of
 from sdar_verl.finite import leave_out_broken_teacher
 from sdar_verl.requests import HEAD_REQUEST, HeadRequest, StepRequests
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.table import StepTable
 from sdar_verl.teacher.rows import deal, scored_rows, stop_without_contexts, teacher_row
 from sdar_verl.verl.teacher import PrivilegedTeacher, check_not_lost
-from sdar_verl.verl.worker import ANCHOR_PASS, CONTRAST_TEXT, EMPTY_CONTEXT, MESH
+from sdar_verl.verl.worker import ANCHOR_PASS, EMPTY_CONTEXT, FURTHER_PASS, MESH
 from tests.support.fuzzing import quick
 from tests.support.table import make_table, stored
 
@@ -202,9 +202,9 @@ def test_each_text_of_a_bad_context_is_a_pass_over_the_rows_that_have_it(placeme
     one.begin(table)
     one.score(table)
     first, *others = workers.asked
-    assert first.fields[0] == TEACHER_PROMPTS and CONTRAST_TEXT not in first.extra_info
-    assert [meta.fields[0] for meta in others] == [contrast_prompts(0), contrast_prompts(1)]
-    assert [meta.extra_info[CONTRAST_TEXT] for meta in others] == [0, 1]
+    assert first.fields[0] == TEACHER_PROMPTS and FURTHER_PASS not in first.extra_info
+    assert [meta.fields[0] for meta in others] == [prompts_of(contrast_pass(0)), prompts_of(contrast_pass(1))]
+    assert [meta.extra_info[FURTHER_PASS] for meta in others] == [contrast_pass(0), contrast_pass(1)]
     # Two ranks get as many rows with a text each: the second text's one row has another beside it, for the other rank.
     halves = [others[0].keys[:2], others[0].keys[2:]]
     with_text = {"u_0_0", "u_1_0", "u_3_0"}
