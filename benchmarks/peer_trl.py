@@ -120,7 +120,11 @@ def ours(data: Path, folder: Path, steps: int, seed: int) -> dict[str, Any]:
         *("sdar.loss.gate=none", "sdar.loss.coef=1.0", "sdar.loss.policy_gradient=False", "sdar.teacher.source=actor"),
         *("sdar.context.sources=[column]", "+sdar.context.options.column.path=extra_info.answer"),
         *("sdar.teacher.max_prompt_length=192", "sdar.rollout.poll_interval_s=0.02"),
-        *("sdar.validation.arms.student.temperature=1.0", "trainer.logger=[console,file]", "trainer.save_freq=-1"),
+        *(
+            "actor_rollout_ref.rollout.val_kwargs.temperature=1.0",
+            "trainer.logger=[console,file]",
+            "trainer.save_freq=-1",
+        ),
         *(f"trainer.total_training_steps={steps}", f"trainer.test_freq={steps}"),
     ]
     process = start_main_ppo(folder, words, config="sdar_ppo")

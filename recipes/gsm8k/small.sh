@@ -32,6 +32,6 @@ exec python -m verl.trainer.main_ppo --config-name sdar_ppo +hardware=cpu \
   sdar.teacher.max_prompt_length=192 \
   sdar.context.sources=[column] \
   +sdar.context.options.column.path=extra_info.answer \
-  sdar.validation.arms.student.temperature=1.0 \
+  actor_rollout_ref.rollout.val_kwargs.temperature=1.0 \
   '+sdar.validation.arms.told={context: teacher, temperature: 1.0}' \
   "$@"

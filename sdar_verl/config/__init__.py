@@ -165,7 +165,8 @@ class ValidationConfig(Node):
     arms: dict[str, ValidationArm] = Field(
         default_factory=lambda: {"student": ValidationArm(context="none", temperature=0.4)},
         min_length=1,
-        description="name -> arm (released scripts: student at temperature 0.4)",
+        description="name -> arm (released scripts: student at temperature 0.4); in a recipe of verl's its own "
+        "validation stays, and arms come beside it, student where it is changed",
     )
 
 

@@ -134,7 +134,7 @@ class TaughtLoop(AgentLoopBase):
             return self._failed(task, arm_name, columns, error=fault)
         if arm_name is not None:
             arm = runtime.sdar.validation.arms[arm_name]
-            shown = runtime.early(task)
+            shown = None if arm.context == "none" else runtime.early(task)
             columns["raw_prompt"] = runtime.prompts.place.put(list(columns["raw_prompt"]), shown.text if shown else "")
             sampling_params = {**sampling_params, "temperature": arm.temperature}
         submitted = seed_part(columns.get("uid"), columns.get("global_steps"))

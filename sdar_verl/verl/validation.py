@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from sdar_verl.config import ValidationArm
+from sdar_verl.config import ValidationArm, ValidationConfig
 from sdar_verl.recipe import INNER_COLUMN, TAUGHT
 
 
@@ -19,8 +19,8 @@ class ArmDataset(Dataset):
     Args:
         panel: verl's validation data set.
         arms: the ``sdar.validation.arms`` node.
-        agent_loop: of a recipe of verl's: its rows stay as they are, and each arm that shows a context comes beside
-            them, under a data source of its own.
+        agent_loop: of a recipe of verl's: its rows stay as they are, for verl's own metrics, and each arm comes beside
+            them, under a data source of its own; the default one, ``student``, is verl's own validation there.
 
     Attributes:
         columns: row -> further columns of it; trainer parts may set it before a validation.
@@ -32,7 +32,8 @@ class ArmDataset(Dataset):
         if agent_loop is None:
             self._arms: list[str | None] = list(arms)
         else:
-            self._arms = [None, *(name for name, arm in arms.items() if arm.context != "none")]
+            untouched = ValidationConfig().arms
+            self._arms = [None, *(name for name, arm in arms.items() if arm != untouched.get(name))]
         self.columns: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_columns
 
     def __len__(self) -> int:

@@ -237,3 +237,18 @@ def test_an_arm_of_a_recipe_keeps_the_data_source_by_which_its_reward_is_chosen(
         {("openai/gsm8k", "0-0"): 2, (named, "1-1"): 2, (named, "0-3"): 2},
     )
     assert loader.named(["openai/gsm8k"], ["0-0"], None) == (["openai/gsm8k"], None)
+
+
+@pytest.mark.parametrize(
+    ("arms", "run"),
+    [
+        ({"student": ValidationArm(temperature=0.4)}, []),
+        ({"student": ValidationArm(temperature=1.0)}, ["student"]),
+        ({"student": ValidationArm(temperature=0.4), "hot": ValidationArm(temperature=1.0)}, ["hot"]),
+        ({"hot": ValidationArm(temperature=0.4)}, ["hot"]),
+    ],
+)
+def test_every_arm_that_somebody_sets_is_run_beside_verls_own_validation(arms, run):
+    panel = [{"data_source": "openai/gsm8k", "raw_prompt": "0"}]
+    rows = list(ArmDataset(panel, arms, "single_turn_agent"))
+    assert [row["sdar_arm"] for row in rows] == ["", *run]
