@@ -159,11 +159,12 @@ def test_a_budget_that_does_not_pay_for_a_step_starts_none(tmp_path):
 
 
 def test_a_budget_that_does_not_pay_for_the_planned_first_step_starts_none(tmp_path, monkeypatch):
-    monkeypatch.setenv("STEP_S", "720")
-    assert guard(tmp_path, steps=100000, price=10.0, budget=1.5).run() == 0
+    monkeypatch.setenv("STEP_S", "720000")
+    price = 0.01  # a minute of a busy machine is nothing
+    assert guard(tmp_path, steps=100000, price=price, budget=1.5).run() == 0
     (attempt,) = attempts(tmp_path)
     assert "1.50 USD, does not pay for one step (2.00, by the planner)" in (attempt.ended or "")
-    assert guard(tmp_path / "other", price=10.0, budget=2.5).run() == 0
+    assert guard(tmp_path / "other", price=price, budget=2.5).run() == 0
     assert attempts(tmp_path / "other")[0].ended == "finished"
 
 

@@ -11,6 +11,7 @@ import verl.trainer.ppo.v1  # noqa: F401  loads our trainers, which stand on it
 
 from sdar_verl.algorithm.advantages import rlsd_advantages
 from sdar_verl.algorithm.gap import step_statistics
+from sdar_verl.config.context import ContextConfig
 from sdar_verl.config.loss import LossConfig
 from sdar_verl.fields import GAP_POOLED, GAP_SHIFT, LOSS_SCALE, STEP_VALUES, TEACHER_LOG_PROBS
 from sdar_verl.method import Judgement, Method, StepValues, Strengths
@@ -160,7 +161,7 @@ def trainer(**loss: Any) -> Any:
         strengths=Strengths(settings),
         global_steps=1,
         teacher=object(),
-        sdar=SimpleNamespace(loss=settings),
+        sdar=SimpleNamespace(loss=settings, context=ContextConfig()),
     )
 
 
