@@ -40,9 +40,9 @@ def packing_gap(root: Path, attention: str) -> float | str:
     whole.actor_rollout_ref = worker_config(str(root / "model"), overrides=settings, source="actor")
     worker = TeacherWorker(copy.deepcopy(whole.actor_rollout_ref), "actor")
     worker.init_model()
-    queue: dict[str, Any] = {
-        "train": {"prompts": [row[0] for row in make_rows()], "responses": [row[1] for row in make_rows()]}
-    }
+    prompts, responses = ([row[part] for row in make_rows()] for part in (0, 1))
+    positions = [torch.arange(len(p) + len(r)) for p, r in zip(prompts, responses, strict=True)]
+    queue: dict[str, Any] = {"train": {"prompts": prompts, "responses": responses, "position_ids": positions}}
 
     class Group:
         """verl's worker group, of this one worker."""
