@@ -12,7 +12,7 @@ released code's, is an option.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +24,7 @@ Ids = Sequence[Hashable] | torch.Tensor
 """One hashable id per row: list, NumPy array or tensor."""
 
 
-_FLAT = 1e-6
+FLAT = 1e-6
 """Scores this close, relative to the largest, are one score: float32 sums in another order differ by as much."""
 
 
@@ -105,7 +105,7 @@ def trajectory_group_advantages(
         raise ValueError(f"invalid_action_penalty is {invalid_action_penalty}; it must be finite and >= 0")
     if invalid_action_penalty > 0.0 and invalid_action is None:
         raise ValueError(f"invalid_action_penalty is {invalid_action_penalty}, but invalid_action is not given")
-    rows = _valid_rows(scores, group_ids, episode_ids, valid, invalid_action)
+    rows = valid_rows(scores, valid, group_ids=group_ids, episode_ids=episode_ids, invalid_action=invalid_action)
     groups, episodes = _as_list(group_ids), _as_list(episode_ids)
 
     row_scores = scores.detach().double()
@@ -130,7 +130,7 @@ def trajectory_group_advantages(
             continue
         values = row_scores[first] - within[first]
         # Not bit for bit: a sum of rewards in another order would otherwise be blown up to a difference of one.
-        flat = bool((values.max() - values.min()) <= _FLAT * values.abs().max())
+        flat = bool((values.max() - values.min()) <= FLAT * values.abs().max())
         flat_groups += flat
         normalised = torch.zeros_like(values) if flat else _normalise(values, norm_by_std, epsilon)
         for sample, advantage in zip(members, normalised, strict=True):
@@ -252,22 +252,15 @@ def _samples_per_episode(
     return samples
 
 
-def _valid_rows(
-    scores: torch.Tensor,
-    group_ids: Ids,
-    episode_ids: Ids,
-    valid: torch.Tensor | None,
-    invalid_action: torch.Tensor | None,
-) -> list[int]:
-    """Indices of the valid rows, after checking lengths and scores."""
+def valid_rows(scores: torch.Tensor, valid: torch.Tensor | None, **columns: Sized | None) -> list[int]:
+    """Indices of the valid rows.
+
+    Raises:
+        ValueError: a column has another length than ``scores``, (rows,), which hold NaN or infinity where they count.
+    """
     if scores.dim() != 1:
         raise ValueError(f"scores has shape {tuple(scores.shape)}; expected (rows,)")
-    for name, column in (
-        ("group_ids", group_ids),
-        ("episode_ids", episode_ids),
-        ("valid", valid),
-        ("invalid_action", invalid_action),
-    ):
+    for name, column in {**columns, "valid": valid}.items():
         if column is not None and len(column) != len(scores):
             raise ValueError(f"{name} has {len(column)} entries for {len(scores)} rows")
     keep = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid.bool()

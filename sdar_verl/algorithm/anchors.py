@@ -6,8 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-_FLAT = 1e-6
-"""Returns this close, relative to the largest of the group, are one return."""
+from sdar_verl.algorithm.advantages import FLAT, valid_rows
 
 
 def anchored_returns(
@@ -51,18 +50,9 @@ def anchored_returns(
         raise ValueError(f"discount is {discount}; it must lie in (0, 1] (the paper uses .95)")
     if depth < 1:
         raise ValueError(f"depth is {depth}; it must be at least 1 (the paper uses 3)")
-    for name, column in (
-        ("group_ids", group_ids),
-        ("episode_ids", episode_ids),
-        ("turns", turns),
-        ("observations", observations),
-        ("valid", valid),
-    ):
-        if len(column) != len(scores):
-            raise ValueError(f"{name} has {len(column)} entries for {len(scores)} rows")
-    rows = valid.bool().nonzero().flatten().tolist()
-    if broken := [row for row in rows if not torch.isfinite(scores[row])]:
-        raise ValueError(f"scores holds NaN or infinity in valid rows {broken[:8]} ({len(broken)} in all)")
+    rows = valid_rows(
+        scores, valid, group_ids=group_ids, episode_ids=episode_ids, turns=turns, observations=observations
+    )
     episodes: dict[Hashable, list[int]] = {}
     for row in sorted(rows, key=lambda row: turns[row]):
         episodes.setdefault(episode_ids[row], []).append(row)
@@ -80,7 +70,7 @@ def anchored_returns(
     for (last, _, _), members in shared.items():
         values = returns[members]
         centred = values - values.mean()
-        apart = centred.abs() > _FLAT * values.abs().max()
+        apart = centred.abs() > FLAT * values.abs().max()
         weighed[members] += torch.where(apart, (last + 1) * centred, 0.0)
         weights[members] += (last + 1) * apart
     return (weighed / weights.clamp(min=1.0)).to(scores.dtype)

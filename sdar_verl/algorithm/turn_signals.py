@@ -7,13 +7,12 @@ from collections.abc import Hashable
 
 import torch
 
+from sdar_verl.algorithm.advantages import FLAT
 from sdar_verl.algorithm.signal_rows import SignalRows, register_signal
 from sdar_verl.algorithm.turns import row_turns, turn_sums
 
 MAX_LOG_RATIO = 20.0
 """Beyond it exp(gap) - 1 is cut."""
-FLAT = 1e-6
-"""A spread this small, relative to the largest value, is rounding."""
 
 
 @register_signal("advantage_factor", reads=("gap",))

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from sdar_verl.checks.panel_tasks import panel_tasks
 from sdar_verl.config import SdarConfig
-from sdar_verl.context.builder import chosen_source
+from sdar_verl.context.builder import choosing_value, chosen_source
 from sdar_verl.context.registry import ContextError
 from sdar_verl.requests import reads_distributions
 
@@ -65,12 +65,8 @@ def _chosen(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
         )
     shown = any(arm.context == "teacher" for arm in sdar.validation.arms.values())
     for option in ("train_files", *(["val_files"] if shown else [])):
-        told = set()
-        for task in panel_tasks(config, option):
+        for task in {choosing_value(teachers, task): task for task in reversed(panel_tasks(config, option))}.values():
             try:
                 chosen_source(teachers, task)
             except ContextError as error:
-                kind = str(error).partition(" (task ")[0].partition(": task ")[0]
-                if kind not in told:
-                    yield f"data.{option}: {error}"
-                told.add(kind)
+                yield f"data.{option}: {error}"

@@ -32,13 +32,16 @@ class Part(NamedTuple):
         teacher: the source whose teacher it is; empty where all of them have one teacher.
         contexts: shown together, in this order.
         number: of the text.
-        draw: tells the draws of its placebo from those of the row's other passes.
     """
 
     teacher: str
     contexts: Sequence[Context]
     number: int = 0
-    draw: str = ""
+
+    @property
+    def draw(self) -> str:
+        """Tells the draws of its placebo from those of the row's other passes."""
+        return self.teacher or str(self.number or "")
 
 
 class ContextBuilder:
@@ -95,11 +98,10 @@ class ContextBuilder:
             ContextError: no teacher is chosen for the task.
         """
         if self._teachers.weights:
-            names = [context.name for context in self._contexts]
-            return [Part(c.name, [c], draw=name) for c, name in zip(self._contexts, ["", *names[1:]], strict=True)]
+            return [Part(context.name, [context]) for context in self._contexts]
         contexts = self._chosen(task)
         teacher = contexts[0].name if self._teachers.by is not None else ""
-        return [Part(teacher, contexts, number, str(number or "")) for number in range(self._texts)]
+        return [Part(teacher, contexts, number) for number in range(self._texts)]
 
     def teachers(self, task: Task) -> tuple[str, ...]:
         """The sources whose teachers a row of this task has; empty where all have one teacher."""
@@ -194,29 +196,37 @@ class ContextBuilder:
         return known
 
 
+def choosing_value(teachers: TeachersConfig, task: Task) -> str | None:
+    """What a task has in ``sdar.context.teachers.by``; None: no such column."""
+    assert teachers.by is not None
+    if teachers.by == TASK_TYPE:
+        return task.task_type
+    value: Any = task.data
+    for key in teachers.by.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return None if value is None else str(value)
+
+
 def chosen_source(teachers: TeachersConfig, task: Task) -> str:
     """The source that ``sdar.context.teachers.choice`` has for a task.
 
     Raises:
         ContextError: it has none.
     """
-    assert teachers.by is not None
-    value: Any = task.task_type if teachers.by == TASK_TYPE else task.data
-    for key in () if teachers.by == TASK_TYPE else teachers.by.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
+    value = choosing_value(teachers, task)
     if value is None:
         keys = ", ".join(sorted(task.data)) or "nothing"
         raise ContextError(
             f"sdar.context.teachers.by={teachers.by}: task {task.task_id!r} has no such column in its data (it has: "
             f"{keys}); name another, or {TASK_TYPE}"
         )
-    if str(value) not in teachers.choice:
+    if value not in teachers.choice:
         known = ", ".join(sorted(teachers.choice)) or "none"
         raise ContextError(
             f"sdar.context.teachers.choice has no teacher for {teachers.by}={value} (task {task.task_id!r}); known: "
             f"{known}. Add choice.{value}=SOURCE"
         )
-    return teachers.choice[str(value)]
+    return teachers.choice[value]
 
 
 def further_passes(settings: ContextConfig) -> list[str]:

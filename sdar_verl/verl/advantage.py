@@ -112,7 +112,6 @@ def compute_sdar_advantage(
     if config is not None and config.get("use_kl_in_reward", False):
         row_scores = _episode_means(row_scores, rows.episode_ids, rows.valid)
     settings = rows.settings
-    anchored = settings.group_stats == "anchor"
     advantages, rows.counts = trajectory_group_advantages(
         row_scores,
         list(index),
@@ -123,7 +122,7 @@ def compute_sdar_advantage(
         invalid_action=rows.invalid_action,
         invalid_action_penalty=settings.invalid_action_penalty,
     )
-    if anchored:
+    if settings.group_stats == "anchor":  # the others' groups are counted all the same
         advantages = anchored_returns(
             row_scores,
             list(index),

@@ -39,13 +39,15 @@ def test_a_single_turn_script_with_two_flags(tmp_path):
         "sdar.context.sources=[answer]",
         "trainer.test_freq=2",
         "+sdar.validation.arms.teacher={context: teacher, temperature: 0.0}",
+        "sdar.validation.arms.student.temperature=1.0",
         "sdar.trace.every=1",
     )
     sound(run)
     assert run.metrics[1]["sdar/empty_context_gap"] < 1e-3
     validated = run.metrics[2]
     assert any(name.startswith("val-core/openai/gsm8k/") for name in validated), "verl's own are as they were"
-    assert any("teacher" in name for name in validated if name.startswith("val"))
+    for arm in ("teacher", "student"):
+        assert any(name.startswith(f"val-core/openai/gsm8k/{arm}/") for name in validated)
 
 
 @pytest.mark.slow

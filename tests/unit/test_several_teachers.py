@@ -195,8 +195,6 @@ def test_a_teacher_without_a_context_or_room_leaves_the_row_to_the_others(step) 
 def test_each_teachers_placebo_is_drawn_by_itself(step, tokenizer) -> None:  # noqa: F811
     rows = step(GROUP, **MIXED, context__control="random_text")
     first, second = rows["u0_2_0"].teacher_prompt_ids, rows["u0_2_0"].other_prompt_ids[0]
-    alone = step(GROUP, context__control="random_text")["u0_2_0"].teacher_prompt_ids
-    assert np.array_equal(first, alone), "of the first teacher as if it were the only one"
     slot = next(i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])
     shared = sum(a == b for a, b in zip(first[slot:], second[slot:], strict=False))
     assert shared < 0.5 * min(len(first), len(second)), "other words, not the same ones cut elsewhere"
