@@ -27,6 +27,7 @@ from sdar_verl.checks.options import (
 )
 from sdar_verl.checks.recipe import recipe_faults
 from sdar_verl.checks.resume import resume_faults
+from sdar_verl.checks.skill_learning import skill_learning_faults
 from sdar_verl.checks.skills import skill_faults
 from sdar_verl.checks.teacher import teacher_faults
 from sdar_verl.checks.writer import writer_faults
@@ -285,6 +286,7 @@ _CHECKS: tuple[Any, ...] = (
     _rows,
     advantage_faults,
     skill_faults,
+    skill_learning_faults,
     context_faults,
     writer_faults,
     _batches,

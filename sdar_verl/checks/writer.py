@@ -21,9 +21,16 @@ def writer_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         writing = [name for name in sdar.context.named if get_context(name).writes]
     except ContextError:
         return []  # found elsewhere
-    if not writing or sdar.teacher.source == "none":
+    if sdar.teacher.source == "none":
+        writing = []
+    if sdar.skills.learn.every:
+        writing.append("sdar.skills.learn")
+    if not writing:
         known = ", ".join(name for name in context_names() if get_context(name).writes)
-        why = f"no context of sdar.context.sources={sdar.context.sources} is written ({known} are)"
+        why = (
+            f"no context of sdar.context.sources={sdar.context.sources} is written ({known} are), and no skill is "
+            "(sdar.skills.learn.every=0)"
+        )
         # The source may be a preset's, whose context was replaced on the command line.
         return _unread(writer, tuple(name for name in type(writer).model_fields if name != "source"), why)
     if writer.source == "endpoint":

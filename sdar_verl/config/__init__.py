@@ -69,6 +69,23 @@ class TeacherConfig(Node):
     )
 
 
+class LearnConfig(Node):
+    """Skills that the run adds to its bank by itself (docs/skills.md): written by sdar.context.writer from the step's
+    episodes, taken when success with them in the prompt rises outside its interval on a panel of their own."""
+
+    every: int = Field(0, ge=0, description="steps from one writing to the next; 0: the bank stays as it is")
+    panel: str | None = Field(
+        None,
+        min_length=1,
+        description="panel that decides (a Parquet file of sdar-verl prepare), no task of which is in data.train_files "
+        "or data.val_files; it is played with the bank as it is and with what was written",
+    )
+    episodes: int = Field(
+        6, ge=1, description="episodes that the writer is shown per task type, failures and successes in turn"
+    )
+    max_words: int = Field(200, ge=1, description="of a skill's text")
+
+
 class SkillsConfig(Node):
     """A skill bank and the rules that pick from it."""
 
@@ -95,6 +112,7 @@ class SkillsConfig(Node):
         "sdar/skills_dropped_share; null: no limit",
     )
     seed: int = Field(0, ge=0, description="for rules that draw, such as random")
+    learn: LearnConfig = LearnConfig()
 
 
 class EnvConfig(Node):

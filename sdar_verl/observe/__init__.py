@@ -17,8 +17,13 @@ def observers(settings: SdarConfig, config: Any, run: Any) -> list[Observer]:
         run: verl's trainer.
     """
     from sdar_verl.observe.record import RunRecord
+    from sdar_verl.observe.skill_learning import SkillLearning
     from sdar_verl.observe.skill_statistics import SkillStatistics, learns
     from sdar_verl.observe.warnings import RunWarnings
 
     record = RunRecord(settings, config, run)
-    return [*([SkillStatistics(settings)] if learns(settings) else []), record, RunWarnings(settings, record)]
+    found: list[Observer] = [SkillStatistics(settings)] if learns(settings) else []
+    found += [record, RunWarnings(settings, record)]
+    if settings.skills.learn.every:
+        found.append(SkillLearning(settings, run, record.folder))
+    return found

@@ -49,7 +49,19 @@ class Observer:
         """
 
     def before_validation(self, panel: ArmDataset) -> None:
-        """Called before a validation; may set ``panel.columns``, which the agent loop gets."""
+        """Called before a validation; may add to ``panel.columns``, which the agent loop gets."""
+
+    @property
+    def awaits_validation(self) -> bool:
+        """Whether a resumed run must validate before it trains."""
+        return False
+
+    def writes_at(self, step: int) -> bool:
+        """Whether :meth:`write` is to be called in a step."""
+        return False
+
+    def write(self, table: StepTable) -> None:
+        """Called with finished episodes while the rollout servers are awake, so that the policy can be asked."""
 
     def after_updates(self, table: StepTable, metrics: Mapping[str, Any]) -> Mapping[str, float]:
         """Called after the last update of a step with all its rows and its metrics; returns its own."""

@@ -83,7 +83,7 @@ class RunRecord(Observer):
         if self._every and state["every"] % self._every == 0:
             self._every = state["every"]
         self._step, self._open = last, self.folder.is_dir()
-        for name in (layout.METRICS_FILE, layout.DISTRIBUTIONS_FILE, layout.WARNINGS_FILE):
+        for name in (layout.METRICS_FILE, layout.DISTRIBUTIONS_FILE, layout.WARNINGS_FILE, layout.SKILLS_FILE):
             layout.keep_steps(self.folder / name, last)
         for name in (layout.TRACES, layout.OUTCOMES):
             for step, path in layout.step_files(self.folder / name).items():

@@ -58,7 +58,7 @@ class SkillStatistics(Observer):
 
     def before_validation(self, panel: ArmDataset) -> None:
         """Validation takes the best skill so far and explores nothing."""
-        panel.columns = self._validation_columns
+        panel.columns.append(self._validation_columns)
 
     def _validation_columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {EVIDENCE_COLUMN: self._column(json.loads(row["task"])["task_type"], ahead=0, explore=False)}

@@ -12,7 +12,7 @@ import numpy as np
 from sdar_verl.errors import SdarError
 from sdar_verl.report.read import RunData, read_run
 
-SEED_OPTIONS = ("data.seed", "sdar.rollout.seed")
+SEED_OPTIONS = ("data.seed", "sdar.rollout.seed", "actor_rollout_ref.actor.data_loader_seed")
 """What may differ between runs of one method."""
 
 TASK_OPTIONS = ("sdar.env.", "sdar.prompt.", "sdar.rollout.history")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.report.charts import charts
+from sdar_verl.report.checked import is_number
 from sdar_verl.report.cost import cards as cost_cards
 from sdar_verl.report.page import page, write_page
 from sdar_verl.report.read import RunData, episodes, read_run
@@ -49,6 +50,7 @@ def render(data: RunData, limit: int = 200) -> str:
             parts.append(f'<figure class="chart {chart["kind"]}" data-chart="{number}"></figure>')
             number += 1
         parts.append("</div></section>")
+    parts.append(_learned(data))
     if viewer["index"]:
         parts.append(VIEWER)
     parts += [_settings(data), "</main>"]
@@ -124,6 +126,35 @@ def _warnings(data: RunData) -> str:
             f"{times}): {html.escape(str(warning.get('text')))}</li>"
         )
     return f'<section class="warnings" role="note"><h2>Warnings</h2><ul>{"".join(items)}</ul></section>'
+
+
+def _learned(data: RunData) -> str:
+    """Skills that the run wrote, and what became of them."""
+    if not data.skills:
+        return ""
+    rows = []
+    for line in data.skills:
+        gain, low, high = (line.get(key) for key in ("gain", "low", "high"))
+        measured = (
+            f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]" if all(map(is_number, (gain, low, high))) else "not measured"
+        )
+        verdict = f"taken, version {line.get('version')}" if line.get("taken") is True else "left"
+        what = "revised" if line.get("revised") is True else "new"
+        cells = (line.get("step"), verdict, measured, line.get("tasks"))
+        rows.append(
+            "<tr>"
+            + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
+            + f"<td><details><summary>{html.escape(str(line.get('skill')))} ({what})</summary>"
+            f"{html.escape(str(line.get('text')))}</details></td></tr>"
+        )
+    head = "".join(
+        f"<th>{name}</th>" for name in ("step", "verdict", "success with it, less without", "tasks", "skill")
+    )
+    return (
+        '<section id="skills"><h2>Which skills did it learn?</h2><p class="lead">Written from episodes of the step, '
+        "and taken where success with the skill in the prompt rose outside its 95% interval on a panel of its own.</p>"
+        f'<div class="scroll"><table class="settings"><tr>{head}</tr>{"".join(rows)}</table></div></section>'
+    )
 
 
 def _notes(data: RunData) -> str:

@@ -19,6 +19,7 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 DISTRIBUTIONS_FILE = "distributions.jsonl"
 WARNINGS_FILE = "warnings.jsonl"
+SKILLS_FILE = "skills.jsonl"
 OUTCOMES = "outcomes"
 TRACES = "traces"
 

@@ -29,6 +29,7 @@ class RunData:
         outcomes: step -> columns of its validation episodes.
         traces: step -> file.
         warnings: what was warned of.
+        skills: verdicts on skills that were written within the run.
         notes: what is missing or could not be read, in plain words.
         attempts: the run's ledger.
     """
@@ -40,6 +41,7 @@ class RunData:
     outcomes: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
     traces: dict[int, Path] = field(default_factory=dict)
     warnings: list[dict[str, Any]] = field(default_factory=list)
+    skills: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
 
@@ -87,6 +89,7 @@ def read_run(folder: str | Path) -> RunData:
     data.metrics = _metrics(record / layout.METRICS_FILE, data.notes)
     data.distributions = _by_step(record / layout.DISTRIBUTIONS_FILE, data.notes)
     data.warnings = _lines(record / layout.WARNINGS_FILE, data.notes, needed=False)
+    data.skills = _lines(record / layout.SKILLS_FILE, data.notes, needed=False)
     data.traces = layout.step_files(record / layout.TRACES)
     data.outcomes = _outcomes(record / layout.OUTCOMES, data.notes)
     data.attempts = _attempts(record.parent, data.notes)

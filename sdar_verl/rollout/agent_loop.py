@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from uuid import uuid4
@@ -28,7 +29,7 @@ from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
 from sdar_verl.rollout.outputs import Episode, OutputMaker, Turn, conversation
 from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnView
 from sdar_verl.rollout.prompts import PromptTemplateError
-from sdar_verl.rollout.rows import EVIDENCE_COLUMN, RETIRED_COLUMN, TRACED_COLUMN, EpisodeNote, RowInfo, turn_text
+from sdar_verl.rollout.rows import RETIRED_COLUMN, SKILL_COLUMNS, TRACED_COLUMN, EpisodeNote, RowInfo, turn_text
 from sdar_verl.rollout.runtime import Runtime, get_runtime
 from sdar_verl.rollout.server_teacher import ServerTeacher
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
@@ -125,12 +126,13 @@ class SdarAgentLoop(AgentLoopBase):
 
         traced = arm is None and (runtime.traces(kwargs.get("global_steps")) or bool(kwargs.get(TRACED_COLUMN)))
         taught = arm is None and runtime.sdar.teacher.source != "none" and not kwargs.get(RETIRED_COLUMN)
+        columns = {name: kwargs[name] for name in SKILL_COLUMNS if kwargs.get(name)}
         failure = ""
         for attempt in (1, 2):
             scores = self._scores(runtime, first=kwargs.get("session_id") == 0) if taught else None
             try:
                 episode = await self._play(
-                    runtime, task, arm, sampling_params, seed_parts, traced, kwargs.get(EVIDENCE_COLUMN), taught, scores
+                    runtime, task, arm, sampling_params, seed_parts, traced, columns, taught, scores
                 )
                 break
             except EnvProcessError as error:
@@ -163,12 +165,12 @@ class SdarAgentLoop(AgentLoopBase):
         sampling_params: dict[str, Any],
         seed_parts: tuple[Any, ...],
         traced: bool,
-        evidence: str | None,
+        columns: Mapping[str, str],
         taught: bool,
         scores: ServerTeacher | None,
     ) -> Episode:
         settings = runtime.sdar
-        texts = self._texts(runtime, task, arm, evidence, taught)
+        texts = self._texts(runtime, task, arm, columns, taught)
         note = EpisodeNote(asdict(task), passages={name: asdict(passage) for name, passage in texts.passages.items()})
         episode = Episode()
         history: list[tuple[str, str | None]] = []
@@ -266,14 +268,16 @@ class SdarAgentLoop(AgentLoopBase):
         return ids if used + runtime.max_answer_length <= runtime.max_response_length else []
 
     @staticmethod
-    def _texts(runtime: Runtime, task: Task, arm: ValidationArm | None, evidence: str | None, taught: bool) -> _Texts:
-        contexts, settings, request = runtime.contexts, runtime.sdar, runtime.request(task, evidence)
+    def _texts(
+        runtime: Runtime, task: Task, arm: ValidationArm | None, columns: Mapping[str, str], taught: bool
+    ) -> _Texts:
+        contexts, settings, request = runtime.contexts, runtime.sdar, runtime.request(task, columns)
         shows = settings.context.student if arm is None else arm.context
         if shows == "teacher":
             found = contexts.passage(request, contexts.early_passages(request))
             seen = contexts.controlled(found, task.task_id)
             return _Texts(seen.text if seen is not None else "", found=found)
-        found = runtime.skills(task, evidence) if shows == "skills" else NO_TEXT
+        found = runtime.skills(task, columns) if shows == "skills" else NO_TEXT
         texts = _Texts(found.text, found=found)
         if not taught:
             return texts

@@ -17,6 +17,14 @@ ROW_KEY = "sdar"
 EVIDENCE_COLUMN = "sdar_evidence"
 """Column of a prompt: what retrieval may know of earlier steps, as JSON; only with rules that learn."""
 
+LEARNED_COLUMN = "sdar_learned"
+"""Column of a prompt: skills that the run has learned so far, as JSON; they take the place of their namesakes."""
+
+SKILL_COLUMNS = (EVIDENCE_COLUMN, LEARNED_COLUMN)
+
+BEFORE, AFTER = "skills_before", "skills_after"
+"""Validation arms that judge what was learned: the student is shown the skills of the bank without it and with it."""
+
 TRACED_COLUMN = "sdar_traced"
 """Column of a prompt: its rows carry the words of their turns, whatever its step."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from sdar_verl.modules import import_modules
 from sdar_verl.rollout.control import control_strings_of
 from sdar_verl.rollout.prompt_builder import PromptBuilder
 from sdar_verl.rollout.prompts import PromptTemplate
+from sdar_verl.rollout.rows import AFTER, BEFORE
 from sdar_verl.rollout.skills_of import SkillFinder
 from sdar_verl.rollout.uids import request_seed
 
@@ -30,6 +32,7 @@ class Runtime:
         self.max_response_length = int(config.data.max_response_length)
         self.whole = self.sdar.rollout.rows == "trajectory"
         self.max_answer_length = (self.sdar.rollout.turn_length if self.whole else None) or self.max_response_length
+        self._temperature = float(config.actor_rollout_ref.rollout.temperature)
         self.prompts = make_prompts(config, self.sdar, tokenizer)
         self.contexts = ContextBuilder(self.sdar.context, tokenizer)
         finder = SkillFinder(self.sdar.skills, self.contexts, self.sdar.env.name)
@@ -49,12 +52,14 @@ class Runtime:
             env_modules=self.sdar.modules,
         )
 
-    def request(self, task: Task, evidence: str | None = None) -> ContextRequest:
-        """What a context may read before the episode begins."""
-        return ContextRequest(task, seed=self.sdar.context.seed, skills=lambda: self.skills(task, evidence))
+    def request(self, task: Task, columns: Mapping[str, str] | None = None) -> ContextRequest:
+        """What a context may read before the episode begins; ``columns``: see :meth:`SkillFinder.find`."""
+        return ContextRequest(task, seed=self.sdar.context.seed, skills=lambda: self.skills(task, columns))
 
     def arm(self, name: str) -> ValidationArm:
-        """The validation arm called ``name``."""
+        """The validation arm called ``name``, or one of the two that judge learned skills."""
+        if name in (BEFORE, AFTER):
+            return ValidationArm(context="skills", temperature=self._temperature)
         return self.sdar.validation.arms[name]
 
     def traces(self, step: int | None) -> bool:

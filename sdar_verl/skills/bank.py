@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -66,6 +66,11 @@ class SkillBank:
     def specific(self) -> tuple[Skill, ...]:
         """The skills that are not for every task."""
         return tuple(skill for skill in self._skills if not skill.general)
+
+    def with_skills(self, skills: Iterable[Skill]) -> SkillBank:
+        """This bank with further skills; they take the place of their namesakes."""
+        merged = {skill.name: skill for skill in (*self, *skills)}
+        return SkillBank(list(merged.values()), self.name, self.origin, self.format, self.notes)
 
     @classmethod
     def load(

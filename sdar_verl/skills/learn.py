@@ -1,7 +1,8 @@
-"""``sdar-verl skills learn``: write or revise skills from a run's traced training episodes.
+"""Skills are written or revised from training episodes: those that a run has traced (``sdar-verl skills learn``), or
+those of a step, within the run (:mod:`sdar_verl.observe.skill_learning`).
 
-What comes out is a *candidate*: a bank of its own, with a note of what it was made of. Whether a skill of it is worth
-keeping is measured, on a panel that neither the run nor the writer has seen (:mod:`sdar_verl.skills.take`).
+What comes out is a *candidate*. Whether a skill of it is worth keeping is measured, on a panel that neither the run nor
+the writer has seen (:mod:`sdar_verl.skills.take`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -19,11 +20,15 @@ from sdar_verl.atomic import write_text_atomically
 from sdar_verl.context.base import PlayedEpisode, PlayedTurn
 from sdar_verl.context.hindsight import story
 from sdar_verl.context.prompt import Piece, Prompt, UnreadableAnswer, read_object, read_text
+from sdar_verl.context.registry import Context
 from sdar_verl.envs.base import Task
 from sdar_verl.report.read import RunData, episodes
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.formats import SKILL_FILE, is_skill_name
 from sdar_verl.skills.skill import Skill, SkillBankError
+
+if TYPE_CHECKING:
+    from sdar_verl.writer.step import StepWriting
 
 NOTE = "learned.json"
 """Beside a candidate's skills: of what it was made."""
@@ -34,7 +39,7 @@ _READ = 10_000
 
 @dataclass(frozen=True)
 class Evidence:
-    """Traced episodes of one task type.
+    """Episodes of one task type.
 
     Attributes:
         task_type: the environment's.
@@ -70,13 +75,54 @@ def evidence(run: RunData, number: int, task_types: Sequence[str] = ()) -> list[
         raise SkillBankError(
             f"{run.folder} traced no task of type {', '.join(unknown)}; it has {', '.join(sorted(found))}"
         )
+    latest = {name: list(reversed(found[name])) for name in task_types or found}
+    return choose(latest, number)
+
+
+def choose(found: Mapping[str, Sequence[tuple[Task, PlayedEpisode]]], number: int) -> list[Evidence]:
+    """Of the episodes of each task type the first ``number``, failures and successes in turn as long as there are
+    both."""
     chosen = []
-    for name in sorted(task_types or found):
-        latest = list(reversed(found[name]))
-        halves = [[pair for pair in latest if pair[1].success == success] for success in (False, True)]
+    for name in sorted(found):
+        halves = [[pair for pair in found[name] if pair[1].success == success] for success in (False, True)]
         mixed = [pair for both in _alternately(*halves) for pair in both][:number]
         chosen.append(Evidence(name, tuple(task for task, _ in mixed), tuple(played for _, played in mixed)))
     return chosen
+
+
+def write_skills(
+    bank: SkillBank, seen: Sequence[Evidence], writing: StepWriting, max_words: int, step: int = 0
+) -> dict[str, Skill]:
+    """Have one skill of each task type written or revised.
+
+    Args:
+        bank: what is revised.
+        seen: what to learn from.
+        writing: asks the writer, all of them in one batch.
+        max_words: of a skill's text.
+        step: of the run, for the writer's draws.
+
+    Returns:
+        Task type -> skill, of those types whose answer is one.
+
+    Raises:
+        RolloutError: the writer does not do its work.
+    """
+    made: dict[str, Skill] = {}
+
+    def one(shown: Evidence) -> Generator[Prompt, str | None, str | None]:
+        own = [skill for skill in bank if shown.task_type in skill.task_types]
+        others = {skill.name for skill in (*bank, *made.values())} - {skill.name for skill in own}
+        skill = yield from ask(own, shown, max_words, others)
+        if skill is None:
+            return None
+        made[shown.task_type] = skill
+        return skill.text
+
+    # The same machinery as for contexts: one batch, fitted, counted.
+    context = Context("skills learn", one, late=True, writes=True)
+    writing.passages({shown.task_type: (context, shown, {}) for shown in seen}, step)
+    return made
 
 
 def ask(
@@ -122,11 +168,6 @@ def ask(
     old = next((skill for skill in known if skill.name == name), None)
     made = Skill(name, " ".join(description.split()), text, (seen.task_type,))
     return made if old is None else replace(old, description=made.description, text=text)
-
-
-def merged(bank: SkillBank, learned: Iterable[Skill]) -> list[Skill]:
-    """The bank's skills with the learned ones in the place of their namesakes."""
-    return list({skill.name: skill for skill in (*bank, *learned)}.values())
 
 
 def write_bank(skills: Iterable[Skill], folder: Path, provenance: Mapping[str, Mapping[str, Any]]) -> None:

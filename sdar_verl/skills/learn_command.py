@@ -11,7 +11,6 @@ from sdar_verl.untrusted import printable
 
 if TYPE_CHECKING:
     from sdar_verl.skills.bank import SkillBank
-    from sdar_verl.skills.skill import Skill
 
 CHARACTERS_PER_TOKEN = 3
 """A guess on the safe side: there is no tokenizer here."""
@@ -44,7 +43,6 @@ def add_actions(actions: Any) -> None:
 
 def _learn(arguments: argparse.Namespace) -> int:
     from sdar_verl.config.context import WriterConfig
-    from sdar_verl.context.registry import Context
     from sdar_verl.errors import ConfigError
     from sdar_verl.report.read import read_run
     from sdar_verl.skills import learn
@@ -63,23 +61,18 @@ def _learn(arguments: argparse.Namespace) -> int:
         source="endpoint", url=arguments.url, model=arguments.model, key_variable=arguments.key_variable
     )
     writer = EndpointWriter(settings, arguments.out, lambda text: len(text) // CHARACTERS_PER_TOKEN + 1)
-    # The same machinery as for contexts: one batch, fitted, counted.
-    known = {one.task_type: [skill for skill in bank if one.task_type in skill.task_types] for one in seen}
-    made: dict[str, Skill] = {}
-    context = Context("skills learn", _keeping(made, bank, known, arguments.max_words), late=True, writes=True)
     writing = StepWriting(writer, ())
-    writing.passages({one.task_type: (context, one, {}) for one in seen}, step=0)
+    made = learn.write_skills(bank, seen, writing, arguments.max_words)
     for line in _told(writing.metrics()):
         print(line)
     learned = list(made.values())
     if not learned:
         print("no skill was written; the candidate is not made")
         return 1
-    skills = learn.merged(bank, learned)
     about = {"learned-from": str(run.name), "writer": arguments.model, "revises": bank.digest[:16]}
     shown = {one.task_type: len(one.played) for one in seen}
     provenance = {skill.name: {**about, "episodes": shown[task_type]} for task_type, skill in made.items()}
-    learn.write_bank(skills, arguments.out, provenance)
+    learn.write_bank(bank.with_skills(learned), arguments.out, provenance)
     panels = [digest for digests in run.run.get("panels", {}).values() for digest in digests]
     origin = bank.origin if bank.origin is not None else Path(arguments.bank)
     learn.write_note(
@@ -106,22 +99,6 @@ def _learn(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _keeping(made: dict[str, Skill], bank: SkillBank, known: Mapping[str, list[Skill]], max_words: int) -> Any:
-    """Like a context's function, one that keeps the skill of each task type."""
-    from sdar_verl.skills import learn
-
-    def one(seen: Any) -> Any:
-        own = known[seen.task_type]
-        others = {skill.name for skill in (*bank, *made.values())} - {skill.name for skill in own}
-        skill = yield from learn.ask(own, seen, max_words, others)
-        if skill is None:
-            return None
-        made[seen.task_type] = skill
-        return skill.text
-
-    return one
-
-
 def _told(metrics: Mapping[str, float]) -> list[str]:
     counts = {name.removeprefix("sdar/writer/"): int(value) for name, value in metrics.items() if "writer/" in name}
     said = {"answered": "written", "cached": "known from before", "unparsed": "no skill", "failed": "without an answer"}
@@ -144,24 +121,18 @@ def _take(arguments: argparse.Namespace) -> int:
         print(as_json(verdicts))
     else:
         for verdict in verdicts:
-            gain, word = verdict.gain, "taken" if verdict.taken else "left"
-            print(
-                printable(
-                    f"{word}  {verdict.skill.name}: {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] "
-                    f"over {verdict.tasks} tasks"
-                )
-            )
+            print(printable(str(verdict)))
     if not taken:
         if not arguments.json:
             print("no skill is taken; no bank is written")
         return 1
     note = read_note(arguments.candidate)
     base: SkillBank = SkillBank.load(note["bank"])
-    measured = {v.skill.name: {"gain": round(v.gain.value, 4), "tasks": v.tasks} for v in verdicts}
+    measured = {v.skill.name: {"gain": round(v.gain, 4), "tasks": v.tasks} for v in verdicts}
     provenance = {
         skill.name: {"learned-as": str(arguments.candidate.resolve().name), **measured[skill.name]} for skill in taken
     }
-    learn.write_bank(learn.merged(base, taken), arguments.out, provenance)
+    learn.write_bank(base.with_skills(taken), arguments.out, provenance)
     if not arguments.json:
         print(f"{arguments.out} is the bank {base.name} with them")
     return 0

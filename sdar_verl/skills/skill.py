@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 
 MAX_FILE_BYTES = 1_000_000
 """More is a wrong file. How much of a bank a prompt can hold, tokens say: ``sdar.skills.max_tokens``,
@@ -64,3 +65,16 @@ class Skill:
             "".join((self.name, self.description, self.text, *self.task_types, *self.keywords)).encode()
         except UnicodeEncodeError as error:
             raise SkillBankError(f"skill {self.name!a}: half of a surrogate pair is no text ({error})") from error
+
+
+def skills_to_json(skills: Iterable[Skill]) -> str:
+    """For columns and checkpoints; in order of names."""
+    return json.dumps([asdict(skill) for skill in sorted(skills, key=lambda skill: skill.name)])
+
+
+def skills_from_json(text: str) -> list[Skill]:
+    """What :func:`skills_to_json` made."""
+    return [
+        Skill(**{**fields, "task_types": tuple(fields["task_types"]), "keywords": tuple(fields["keywords"])})
+        for fields in json.loads(text)
+    ]

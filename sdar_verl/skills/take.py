@@ -10,41 +10,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sdar_verl.report.compare import Comparison, Group, load
-from sdar_verl.report.estimates import Estimate, difference, measures
+from sdar_verl.report.compare import Comparison, load
 from sdar_verl.report.read import RunData
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.learn import NOTE
-from sdar_verl.skills.skill import Skill, SkillBankError
+from sdar_verl.skills.skill import SkillBankError
+from sdar_verl.skills.verdict import Verdict, judge_skill
 from sdar_verl.untrusted import parse_json, shorten
 
 _BANK = "sdar.skills.bank"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the panel says of one learned skill.
-
-    Attributes:
-        skill: the learned one.
-        tasks: of its types in the panel.
-        gain: success with it minus success without.
-    """
-
-    skill: Skill
-    tasks: int
-    gain: Estimate
-
-    @property
-    def taken(self) -> bool:
-        """Success rose outside the interval."""
-        return self.gain.low > 0
 
 
 def read_note(candidate: Path) -> dict[str, Any]:
@@ -90,23 +67,13 @@ def judge(candidate: Path, before: str, after: str, arm: str) -> list[Verdict]:
     _check_runs(candidate, base, without, with_it)
     _check_panel(note, with_it, comparison)
     types = _task_types(with_it, arm)
-    verdicts = []
-    for skill in learned:
-        if skill.name in note["skills"]:
-            chosen = [i for i, task in enumerate(comparison.tasks) if types.get(task) in skill.task_types]
-            verdicts.append(Verdict(skill, len(chosen), _gain(comparison, chosen)))
-    return verdicts
+    outcomes = [_by_task(comparison, name) for name in ("without", "with")]
+    return [judge_skill(skill, types, *outcomes) for skill in learned if skill.name in note["skills"]]
 
 
-def _gain(comparison: Comparison, tasks: list[int]) -> Estimate:
-    if not tasks:
-        return Estimate(float("nan"), float("nan"), float("nan"))
-
-    def only(group: Group) -> Group:
-        return replace(group, success=group.success[:, :, np.array(tasks)])
-
-    final = next(measure for measure in measures(0.5) if measure.key == "final")
-    return difference(only(comparison.group("with")), only(comparison.group("without")), final)
+def _by_task(comparison: Comparison, name: str) -> dict[str, float]:
+    """Task -> success at the end of one of the evaluations."""
+    return dict(zip(comparison.tasks, comparison.group(name).success[0, -1].tolist(), strict=True))
 
 
 def _check_runs(candidate: Path, base: SkillBank, without: RunData, with_it: RunData) -> None:
@@ -159,9 +126,9 @@ def as_json(verdicts: list[Verdict]) -> str:
         {
             "skill": verdict.skill.name,
             "tasks": verdict.tasks,
-            "gain": verdict.gain.value,
-            "low": verdict.gain.low,
-            "high": verdict.gain.high,
+            "gain": verdict.gain,
+            "low": verdict.low,
+            "high": verdict.high,
             "taken": verdict.taken,
         }
         for verdict in verdicts

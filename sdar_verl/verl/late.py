@@ -22,7 +22,7 @@ from sdar_verl.writer.step import StepWriting
 
 
 def late_contexts(
-    config: DictConfig, sdar: SdarConfig, tokenizer: Any, client: Callable[[], Any]
+    config: DictConfig, sdar: SdarConfig, tokenizer: Any, writing: Callable[[], StepWriting]
 ) -> LateContexts | None:
     """The run's, or None where the agent loop makes the teacher's prompts.
 
@@ -30,7 +30,7 @@ def late_contexts(
         config: verl's whole config.
         sdar: its ``sdar`` node.
         tokenizer: of the policy.
-        client: gives verl's client of the rollout servers.
+        writing: gives the way to the run's writer, where a context needs one.
     """
     contexts = ContextBuilder(sdar.context, tokenizer)
     if not contexts.late:
@@ -40,20 +40,28 @@ def late_contexts(
         prompts = TurnPrompts(sdar, make_prompts(config, sdar, tokenizer))
     else:
         prompts = LateTeacherPrompts(TeacherPrompts(config, sdar, tokenizer, model_type(config)))
-    writing = None
-    if contexts.writes:
-        control = control_strings_of(tokenizer, config.data.get("apply_chat_template_kwargs", None))
-        writing = StepWriting(_writer(config, sdar, tokenizer, contexts, client), control)
-    return LateContexts(sdar, contexts, prompts, writing)
+    return LateContexts(sdar, contexts, prompts, writing() if contexts.writes else None)
 
 
-def _writer(
-    config: DictConfig, sdar: SdarConfig, tokenizer: Any, contexts: ContextBuilder, client: Callable[[], Any]
-) -> Writer:
+def step_writing(config: DictConfig, tokenizer: Any, writer: Writer) -> StepWriting:
+    """A way to the run's writer, with counts of its own."""
+    return StepWriting(writer, control_strings_of(tokenizer, config.data.get("apply_chat_template_kwargs", None)))
+
+
+def run_writer(config: DictConfig, sdar: SdarConfig, tokenizer: Any, client: Callable[[], Any]) -> Writer:
+    """Who writes; one of a run, for it keeps what was paid for.
+
+    Args:
+        config: verl's whole config.
+        sdar: its ``sdar`` node.
+        tokenizer: of the policy.
+        client: gives verl's client of the rollout servers.
+    """
     settings = sdar.context.writer
     if settings.source == "endpoint":
         folder = Path(str(config.trainer.default_local_dir))
-        return EndpointWriter(settings, folder, contexts.count_tokens, sdar.rollout.seed)
+        count_tokens = ContextBuilder(sdar.context, tokenizer).count_tokens
+        return EndpointWriter(settings, folder, count_tokens, sdar.rollout.seed)
     return PolicyWriter(
         client,
         tokenizer,

@@ -51,6 +51,7 @@ NEEDED: Mapping[str, Mapping[str, str]] = {
         f"{_TRAINER}:PPOTrainer._compute_advantage": "batch metrics",
         f"{_TRAINER}:PPOTrainer._update_critic": "batch metrics",
         f"{_TRAINER}:PPOTrainer._update_actor": "batch metrics",
+        "verl.trainer.ppo.utils:create_rl_dataset": "data_paths data_config tokenizer processor is_train",
         "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.sample": "global_steps partition_id batch_size",
         "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._sync_metadata_from_transfer_queue": "",
         "verl.utils.seqlen_balancing:get_seqlen_balanced_partitions": "seqlen_list k_partitions equal_size",

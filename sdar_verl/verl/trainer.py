@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from omegaconf import OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.utils import create_rl_dataset
 from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.utils import tensordict_utils as tu
@@ -50,7 +51,7 @@ from sdar_verl.table import StepTable, joined, stop_on_errors, stop_on_lost_epis
 from sdar_verl.teacher.several import teacher_metrics
 from sdar_verl.verl import symbols
 from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
-from sdar_verl.verl.late import late_contexts
+from sdar_verl.verl.late import late_contexts, run_writer, step_writing
 from sdar_verl.verl.liveness import Liveness, queue_processes, run_processes, watched
 from sdar_verl.verl.loss import sdar_loss
 from sdar_verl.verl.packing import check_packing
@@ -59,6 +60,8 @@ from sdar_verl.verl.resume import claim_checkpoints, from_scratch, resumed_folde
 from sdar_verl.verl.taught_loop import teach
 from sdar_verl.verl.teacher import PrivilegedTeacher
 from sdar_verl.verl.validation import ArmDataset, ArmLoader, arm_metrics, expected_episodes
+from sdar_verl.writer.base import Writer
+from sdar_verl.writer.step import StepWriting
 
 symbols.check("trainer")
 
@@ -137,9 +140,13 @@ class SdarTraining(PPOTrainer):
             files, digests = panel_files(self.config, option), panel_digests(self.config, option)
             for file, digest in zip(files, digests, strict=True):
                 print(f"sdar panel {file}: hash {digest}", flush=True)
+        learn = self.sdar.skills.learn
+        if learn.every:
+            self.learn_panel = create_rl_dataset(
+                learn.panel, self.config.data, self.tokenizer, self.processor, is_train=False
+            )
         loop = None if self._environments else self.config.actor_rollout_ref.rollout.agent.default_agent_loop
         self.val_dataset = ArmDataset(self.val_dataset, self.sdar.validation.arms, loop)
-        self._val_types = self.val_dataset.task_types()
         self.val_dataloader = ArmLoader(
             dataset=self.val_dataset,
             batch_size=self.config.data.val_batch_size or len(self.val_dataset),
@@ -173,7 +180,7 @@ class SdarTraining(PPOTrainer):
             self.teacher.start()
             loss = partial(sdar_loss, config=omega_conf_to_dataclass(actor), method=self.method)
             self.actor_rollout_wg.set_loss_fn(Importing(loss, self.sdar.modules))
-            self.late_contexts = late_contexts(self.config, self.sdar, self.tokenizer, self.get_llm_client)
+            self.late_contexts = late_contexts(self.config, self.sdar, self.tokenizer, self.writing)
         rows = self.sdar.update.mini_batch_rows
         if rows is not None:
             # verl counts a mini-batch in prompts and bounds it by the prompts of a step; a step of T-turn episodes has
@@ -227,10 +234,23 @@ class SdarTraining(PPOTrainer):
         metrics.update(sampled)
         batch.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
         batch = in_order(batch)
+        asking = [observer for observer in self.observers if observer.writes_at(self.global_steps)]
         if self.late_contexts is not None and self.late_contexts.during_rollout:
-            self.late_contexts.write(self.read_table(batch))
+            asking.append(self.late_contexts)
+        if asking:
+            table = self.read_table(batch)
+            for one in asking:
+                one.write(table)
         self.on_sample_end()
         return batch
+
+    def writing(self) -> StepWriting:
+        """A way to the run's writer."""
+        return step_writing(self.config, self.tokenizer, self._writer)
+
+    @cached_property
+    def _writer(self) -> Writer:
+        return run_writer(self.config, self.sdar, self.tokenizer, self.get_llm_client)
 
     def read_table(self, batch: KVBatchMeta) -> StepTable:
         """The rows' records."""
@@ -333,6 +353,7 @@ class SdarTraining(PPOTrainer):
     def on_validate_begin(self) -> None:
         """verl's hook, before the panel is read."""
         super().on_validate_begin()
+        self.val_dataset.begin()
         for observer in self.observers:
             observer.before_validation(self.val_dataset)
 
@@ -355,7 +376,7 @@ class SdarTraining(PPOTrainer):
             return metrics
         rollouts = self.config.actor_rollout_ref.rollout.val_kwargs.n
         expected = expected_episodes(counts) if counts else self.val_dataset.asked(rollouts)
-        arms = arm_metrics(reward_extra_infos_dict, expected, self._val_types)
+        arms = arm_metrics(reward_extra_infos_dict, expected, self.val_dataset.task_types())
         if arms:
             print(validation_line(self.global_steps, arms), flush=True)
             for observer in self.observers:
@@ -379,6 +400,9 @@ class SdarTraining(PPOTrainer):
             print(from_scratch(self.config), end="", flush=True)
         else:
             load_states(self._stateful, resumed_folder(self.config, self.global_steps))
+            if any(observer.awaits_validation for observer in self.observers):
+                with open_dict(self.config):
+                    self.config.trainer.val_before_train = True
 
     # ---------------------------------------------------------------- what a person sees
 

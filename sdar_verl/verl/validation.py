@@ -11,6 +11,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sdar_verl.config import ValidationArm, ValidationConfig
 from sdar_verl.recipe import INNER_COLUMN, TAUGHT
+from sdar_verl.rollout.rows import AFTER, BEFORE
 
 
 class ArmDataset(Dataset):
@@ -23,7 +24,9 @@ class ArmDataset(Dataset):
             them, under a data source of its own; the default one, ``student``, is verl's own validation there.
 
     Attributes:
-        columns: row -> further columns of it; trainer parts may set it before a validation.
+        columns: row -> further columns of it; observers add to them before a validation.
+        judging: a panel that the next validation plays as well, in two arms with and without what was learned; an
+            observer sets it.
     """
 
     def __init__(self, panel: Dataset, arms: Mapping[str, ValidationArm], agent_loop: str | None = None):
@@ -34,33 +37,52 @@ class ArmDataset(Dataset):
         else:
             untouched = ValidationConfig().arms
             self._arms = [None, *(name for name, arm in arms.items() if arm != untouched.get(name))]
-        self.columns: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_columns
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what observers asked for in the validation before."""
+        self.columns: list[Callable[[Mapping[str, Any]], dict[str, Any]]] = []
+        self.judging: Any = None
+
+    @property
+    def _parts(self) -> list[tuple[str | None, Any]]:
+        """(arm, its panel) in the order in which they are played."""
+        judging = [] if self.judging is None else [(BEFORE, self.judging), (AFTER, self.judging)]
+        return [*((arm, self._panel) for arm in self._arms), *judging]
 
     def __len__(self) -> int:
-        return len(self._panel) * len(self._arms)  # type: ignore[arg-type]
+        return sum(len(panel) for _, panel in self._parts)
 
-    def task_types(self) -> Counter[str]:
-        """Task type -> tasks of the panel."""
+    def task_types(self) -> dict[str, Counter[str]]:
+        """Arm -> task type -> tasks of its panel."""
         if self._agent_loop is not None:
-            return Counter()
-        return Counter(extra["task_type"] for extra in self._panel.dataframe["extra_info"])  # type: ignore[attr-defined]
+            return {}
+        return {
+            arm: Counter(extra["task_type"] for extra in panel.dataframe["extra_info"])
+            for arm, panel in self._parts
+            if arm is not None
+        }
 
     def asked(self, rollouts: int) -> dict[str, int]:
         """Arm -> episodes of one validation, with ``rollouts`` of each task."""
-        return dict.fromkeys(filter(None, self._arms), len(self._panel) * rollouts)  # type: ignore[arg-type]
+        return {arm: len(panel) * rollouts for arm, panel in self._parts if arm is not None}
 
     def __getitem__(self, item: int) -> dict[str, Any]:
-        arm_index, row_index = divmod(item, len(self._panel))  # type: ignore[arg-type]
-        row = dict(self._panel[row_index])
-        arm = self._arms[arm_index]
+        parts = iter(self._parts)
+        arm, panel = next(parts)
+        while item >= len(panel):
+            item -= len(panel)
+            arm, panel = next(parts)
+        row = dict(panel[item])
         if self._agent_loop is not None:
             inner = row.get("agent_name", self._agent_loop)
             routed = {} if arm is None else {INNER_COLUMN: inner, "sdar_arm": arm}
             row |= {INNER_COLUMN: "", "sdar_arm": "", "agent_name": TAUGHT if arm else inner, **routed}
-            return {**row, **self.columns(row)}
-        row["data_source"] = f"{row['data_source']}/{arm}"
-        row["sdar_arm"] = arm
-        return {**row, **self.columns(row)}
+        else:
+            row |= {"data_source": f"{row['data_source']}/{arm}", "sdar_arm": arm}
+        for columns in self.columns:
+            row |= columns(row)
+        return row
 
 
 class ArmLoader(StatefulDataLoader):
@@ -99,10 +121,6 @@ class ArmLoader(StatefulDataLoader):
         return named, {(name(source, uid), uid): count for (source, uid), count in counts.items()}
 
 
-def _no_columns(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
-
-
 def expected_episodes(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
     """Arm -> episodes that validation asked for.
 
@@ -116,14 +134,16 @@ def expected_episodes(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
 
 
 def arm_metrics(
-    outcomes: Mapping[str, Sequence[Any]], expected: Mapping[str, int], task_types: Mapping[str, int] | None = None
+    outcomes: Mapping[str, Sequence[Any]],
+    expected: Mapping[str, int],
+    task_types: Mapping[str, Mapping[str, int]] | None = None,
 ) -> dict[str, float]:
     """Means per arm over episodes, and per task type: never means of batch means.
 
     Args:
         outcomes: column name -> one value per episode; the agent loop's ``reward_extra_info``, as verl collects it.
         expected: arm -> episodes asked for; one that crashed and left no outcome is a failed one.
-        task_types: task type -> tasks of the panel; each was asked for equally often.
+        task_types: arm -> task type -> tasks of its panel; each was asked for equally often.
 
     Returns:
         ``sdar-val/<arm>/...``: ``success``, ``success/<task type>``, ``success_mean_of_types`` (each type weighs the
@@ -156,7 +176,7 @@ def arm_metrics(
         for row in rows:
             solved[row["task_type"]] += row["acc"]
         # An episode that crashed left no type behind; the panel says how many of each there were.
-        panel = Counter(task_types or {})
+        panel = Counter((task_types or {}).get(arm, {}))
         per_type: dict[str, float] = {}
         for task_type in sorted({*came_back, *panel}):
             asked_of_type = max(came_back[task_type], panel[task_type] * asked // max(1, panel.total()))

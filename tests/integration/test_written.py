@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from sdar_verl.report.layout import WRITTEN_FILE
 from tests.support.chat_server import Reply, chat_server, says
 from tests.support.plain import padded
+from tests.support.resumed import back_to_step_one, differing
 from tests.support.toy_run import SMALL, train
 from tests.support.verl_run import Run
 
@@ -20,21 +20,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 def step_one(run: Run) -> dict:
     return torch.load(run.folder / "step_1.pt", weights_only=False)
-
-
-def back_to_step_one(folder: Path) -> None:
-    """As if the run had been killed after its first checkpoint."""
-    shutil.rmtree(folder / "checkpoints" / "global_step_2")
-    (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
-    (folder / "metrics.jsonl").unlink()
-
-
-def differing(one: dict, other: dict) -> list[str]:
-    """Names of the numbers that differ."""
-    # Seconds, bytes, what depends on who shared a batch, and a check that every process makes at its first step.
-    left_out = ("timing", "perf/", "actor/perf", "critic/perf", "rollout_corr/", "training/rollout_", "sdar/empty_")
-    names = {name for name in {*one, *other} if not name.startswith(left_out)}
-    return sorted(name for name in names if one.get(name) != other.get(name))
 
 
 def test_seed_has_the_policy_write_of_each_episode_and_a_resume_repeats_it(tmp_path: Path) -> None:

@@ -49,7 +49,10 @@ DOCUMENTS = [
     *sorted(path.relative_to(ROOT) for folder in ("docs", "recipes") for path in (ROOT / folder).rglob("*.md")),
     *map(Path, ("README.md", "CHANGELOG.md", "benchmarks/README.md")),
 ]
-SOURCES = [ROOT / "sdar_verl" / name for name in (*("step.py", "verl/trainer.py", "verl/teacher.py"),)]
+SOURCES = [
+    ROOT / "sdar_verl" / name
+    for name in (*("step.py", "verl/trainer.py", "verl/teacher.py", "observe/skill_learning.py"),)
+]
 METRIC = re.compile(r"`(sdar(?:-val)?/[^`]+|timing_s/teacher)`")
 SETTING = re.compile(r"(?:sdar|actor_rollout_ref|data|trainer|algorithm)(?:\.\w+)+(?:=\S+)?|(?:model|hardware)=\S+")
 

@@ -171,16 +171,16 @@ def test_a_crashed_episode_counts_in_its_task_type():
         "arm": ["student", "student"],
     }
     # Four tasks, one rollout each; one "pick" crashed, and so did every "heat".
-    metrics = arm_metrics(outcomes, {"student": 4}, {"pick": 2, "look": 1, "heat": 1})
+    metrics = arm_metrics(outcomes, {"student": 4}, {"student": {"pick": 2, "look": 1, "heat": 1}})
     assert metrics["sdar-val/student/success/pick"] == 0.5
     assert metrics["sdar-val/student/success/look"] == 1.0
     assert metrics["sdar-val/student/success/heat"] == 0.0
-    twice = arm_metrics(outcomes, {"student": 8}, {"pick": 2, "look": 1, "heat": 1})
+    twice = arm_metrics(outcomes, {"student": 8}, {"student": {"pick": 2, "look": 1, "heat": 1}})
     assert twice["sdar-val/student/success/pick"] == 0.25
     panel = SimpleNamespace(
         dataframe={"extra_info": [{"task_type": "pick"}, {"task_type": "look"}, {"task_type": "pick"}]}
     )
-    assert ArmDataset(panel, {"student": None}).task_types() == {"pick": 2, "look": 1}
+    assert ArmDataset(panel, {"student": None}).task_types() == {"student": {"pick": 2, "look": 1}}
 
 
 def test_the_gap_by_thirds_of_an_episode_and_what_centring_leaves():

@@ -19,7 +19,7 @@ from sdar_verl.errors import RolloutError
 from sdar_verl.local import start_policy
 from sdar_verl.rollout.late_context import LateContexts
 from sdar_verl.rollout.recipe_rows import record_of, task_of
-from sdar_verl.verl.late import late_contexts
+from sdar_verl.verl.late import late_contexts, run_writer, step_writing
 from sdar_verl.writer.base import Answer
 from sdar_verl.writer.policy import PolicyWriter
 from sdar_verl.writer.step import StepWriting
@@ -62,7 +62,13 @@ def step(tokenizer, monkeypatch, tmp_path):
             )
             keys += [f"{uid}_{session}_{i}" for i in range(len(records))]
             infos += records
-        late = late_contexts(config, load_config(config.sdar), tokenizer, lambda: client)
+        sdar = load_config(config.sdar)
+        late = late_contexts(
+            config,
+            sdar,
+            tokenizer,
+            lambda: step_writing(config, tokenizer, run_writer(config, sdar, tokenizer, lambda: client)),
+        )
         metrics = late.fill(make_table(keys, infos, step=steps))
         return dict(zip(keys, infos, strict=True)), metrics, late
 

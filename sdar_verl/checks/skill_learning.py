@@ -1,0 +1,98 @@
+"""What can be wrong with ``sdar.skills.learn`` and is known before Ray starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from sdar_verl.checks.panel_tasks import panel_tasks
+from sdar_verl.config import LearnConfig, SdarConfig
+from sdar_verl.panels import PanelError, read_panel
+from sdar_verl.recipe import plays_environments
+from sdar_verl.rollout.rows import AFTER, BEFORE
+
+_NODE = "sdar.skills.learn"
+
+
+def skill_learning_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Faults of the node, one text each."""
+    learn, defaults = sdar.skills.learn, LearnConfig()
+    if not learn.every:
+        return [
+            f"{_NODE}.{name}={getattr(learn, name)} has no effect with {_NODE}.every=0; set every, or leave it out"
+            for name in LearnConfig.model_fields
+            if getattr(learn, name) != getattr(defaults, name)
+        ]
+    if not plays_environments(config):
+        return [
+            f"{_NODE}.every={learn.every} plays tasks of the text environments to judge what was written; with agent "
+            "loops of verl's or yours use `sdar-verl skills learn` on a run's traces, and every=0 here"
+        ]
+    faults = [*_shown(sdar), *_judged(config, sdar)]
+    if sdar.skills.max_tokens is None:
+        faults.append(
+            f"{_NODE}.every={learn.every} needs sdar.skills.max_tokens, the tokens of one task's skills: a bank that "
+            "grows must not outgrow the prompts"
+        )
+    if taken := {BEFORE, AFTER} & set(sdar.validation.arms):
+        faults.append(f"sdar.validation.arms.{min(taken)}: {_NODE} judges by an arm of this name; choose another")
+    return faults + _panel(config, sdar)
+
+
+def _shown(sdar: SdarConfig) -> list[str]:
+    """Somebody must be shown skills of the bank."""
+    if sdar.skills.retrieval in (["none"], ["oracle"]):
+        return [
+            f"{_NODE}.every={sdar.skills.learn.every} has no effect with "
+            f"sdar.skills.retrieval={sdar.skills.retrieval}, which shows no skill of the bank; use rules "
+            "such as [keyword,task_type]"
+        ]
+    taught = sdar.teacher.source != "none" and "skills" in sdar.context.named
+    if (
+        taught
+        or sdar.context.student == "skills"
+        or any(arm.context == "skills" for arm in sdar.validation.arms.values())
+    ):
+        return []
+    return [
+        f"{_NODE}.every={sdar.skills.learn.every} has no effect: nobody is shown skills. Name skills in "
+        "sdar.context.sources, or set sdar.context.student=skills"
+    ]
+
+
+def _judged(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """What was written in a step is judged by the validation of that step."""
+    every, freq = sdar.skills.learn.every, config.trainer.test_freq
+    if freq > 0 and every % freq == 0:
+        return []
+    return [
+        f"{_NODE}.every={every} is no multiple of trainer.test_freq={freq}: what is written in a step is judged by its "
+        "validation; set one of them accordingly"
+    ]
+
+
+def _panel(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    panel = sdar.skills.learn.panel
+    how = f"make it with `sdar-verl prepare {sdar.env.name} --out DIR`"
+    if panel is None:
+        return [f"{_NODE}.every={sdar.skills.learn.every} needs {_NODE}.panel, the tasks that decide; {how}"]
+    if not Path(panel).is_file():
+        return [f"{_NODE}.panel={panel} does not exist; {how}"]
+    try:
+        tasks = read_panel(panel)
+    except PanelError as error:
+        return [f"{_NODE}.panel: {error}"]
+    faults = []
+    if others := {task.env for task in tasks} - {sdar.env.name}:
+        faults.append(
+            f"{_NODE}.panel={panel} holds tasks of {', '.join(sorted(others))}, but sdar.env.name={sdar.env.name}"
+        )
+    for option in ("train_files", "val_files"):
+        shared = sorted({task.task_id for task in tasks} & {task.task_id for task in panel_tasks(config, option)})
+        if shared:
+            faults.append(
+                f"{_NODE}.panel={panel} shares {len(shared)} tasks with data.{option}, {shared[0]} for one: a skill "
+                "must prove itself on tasks that neither training nor validation sees; name another panel"
+            )
+    return faults

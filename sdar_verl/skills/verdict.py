@@ -1,0 +1,61 @@
+"""Whether a learned skill is worth keeping: success with it in the prompt against success without, task by task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdar_verl.report.stats import bootstrap
+from sdar_verl.skills.skill import Skill
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a panel says of one learned skill.
+
+    Attributes:
+        skill: the learned one.
+        tasks: of its types in the panel.
+        gain: mean over them of success with it minus success without; NaN without tasks.
+        low, high: ends of its 95 % interval, the tasks drawn with replacement; NaN with fewer than two.
+    """
+
+    skill: Skill
+    tasks: int
+    gain: float
+    low: float
+    high: float
+
+    @property
+    def taken(self) -> bool:
+        """Success rose outside the interval."""
+        return self.low > 0
+
+    def __str__(self) -> str:
+        word = "taken" if self.taken else "left"
+        gain = f"{self.gain:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{word}  {self.skill.name}: {gain} over {self.tasks} tasks"
+
+
+def judge_skill(
+    skill: Skill, types: Mapping[str, str], before: Mapping[str, float], after: Mapping[str, float]
+) -> Verdict:
+    """Compare success on the tasks of a skill's types.
+
+    Args:
+        skill: the learned one.
+        types: task -> its type.
+        before: task -> mean success without the skill.
+        after: task -> mean success with it; tasks that are not in both do not count.
+    """
+    tasks = [task for task in before if task in after and types.get(task) in skill.task_types]
+    if not tasks:
+        return Verdict(skill, 0, math.nan, math.nan, math.nan)
+    rise = np.array([after[task] - before[task] for task in tasks])
+    low, high = math.nan, math.nan
+    if len(tasks) > 1:
+        low, high = bootstrap(lambda _, chosen: float(rise[chosen].mean()), 1, len(tasks))
+    return Verdict(skill, len(tasks), float(rise.mean()), low, high)
