@@ -94,7 +94,7 @@ CASES: dict[str, list[str]] = {
         "algorithm.rollout_correction.rollout_is=token",
         "actor_rollout_ref.rollout.calculate_log_probs=True",
     ],
-    "grpo-estimator": ["algorithm.adv_estimator=grpo"],
+    "grpo-estimator": ["algorithm.adv_estimator=grpo", "sdar.advantage.invalid_action_penalty=0"],
     "kl-in-reward": ["algorithm.use_kl_in_reward=True"],
     "colocate_async": ["trainer.v1.trainer_mode=sdar_colocate_async"],
     "separate_async": ["trainer.v1.trainer_mode=sdar_separate_async", *SEPARATE],
