@@ -18,3 +18,29 @@ def joins_ray_cluster() -> bool:
     from ray._private.utils import read_ray_address  # the file that `ray start` leaves behind
 
     return read_ray_address() is not None
+
+
+def on_cpu() -> bool:
+    """Whether this process is to compute on the CPU: it was told so, or it is alone on a machine without accelerator.
+
+    Alone: it will start a Ray cluster of its own. The head node of a GPU cluster often has no GPU, and there verl's own
+    fallback is the right answer. The Ray workers of a CPU run do not guess: hydra_configs/hardware/cpu.yaml tells them
+    (``VERL_PLATFORM=cpu``).
+    """
+    told = os.environ.get("VERL_PLATFORM", "").strip().lower()
+    if told:
+        return told == "cpu"
+    return not joins_ray_cluster() and not _accelerator()
+
+
+def _accelerator() -> bool:
+    from verl.plugin.platform import PlatformRegistry
+
+    for name in PlatformRegistry.registered_names():
+        platform = PlatformRegistry.get(name)
+        try:
+            if platform is not None and name != "cpu" and platform().is_platform_available(use_smi_check=True):
+                return True
+        except Exception:  # verl's own detection passes over a platform that cannot be probed
+            continue
+    return False

@@ -1,7 +1,7 @@
 """A CPU platform for verl, used when a machine has no accelerator.
 
 verl looks for NVIDIA, Huawei and AMD devices and, finding none, pretends to be on NVIDIA. This platform answers instead
-on a machine of its own, and never on a cluster: see :func:`sdar_verl.local.register.on_cpu`.
+on a machine of its own, and never on a cluster: see :func:`sdar_verl.local.on_cpu`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry
+
+from sdar_verl.local import on_cpu
 
 NAME = "cpu"
 
@@ -87,9 +89,7 @@ class CpuPlatform(PlatformBase):
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        """Asked again: another plugin may have registered an accelerator since (:func:`.register.on_cpu`)."""
-        from sdar_verl.local.register import on_cpu
-
+        """Asked again: another plugin may have registered an accelerator since (:func:`sdar_verl.local.on_cpu`)."""
         return on_cpu()
 
     def current_device(self) -> Any:

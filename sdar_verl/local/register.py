@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
 from types import ModuleType
 
 import wrapt
 
-from sdar_verl.local import joins_ray_cluster
+from sdar_verl.local import on_cpu
 
 ROLLOUT_NAME = "transformers"
 
@@ -27,32 +26,6 @@ def register_local() -> None:
     wrapt.register_post_import_hook(_register_engine, "verl.workers.engine")
     wrapt.register_post_import_hook(_register_rollout_class, "verl.workers.rollout.base")
     wrapt.register_post_import_hook(_register_replica, "verl.workers.rollout.replica")
-
-
-def on_cpu() -> bool:
-    """Whether this process is to compute on the CPU: it was told so, or it is alone on a machine without accelerator.
-
-    Alone: it will start a Ray cluster of its own. The head node of a GPU cluster often has no GPU, and there verl's own
-    fallback is the right answer. The Ray workers of a CPU run do not guess: hydra_configs/hardware/cpu.yaml tells them
-    (``VERL_PLATFORM=cpu``).
-    """
-    told = os.environ.get("VERL_PLATFORM", "").strip().lower()
-    if told:
-        return told == "cpu"
-    return not joins_ray_cluster() and not _accelerator()
-
-
-def _accelerator() -> bool:
-    from verl.plugin.platform import PlatformRegistry
-
-    for name in PlatformRegistry.registered_names():
-        platform = PlatformRegistry.get(name)
-        try:
-            if platform is not None and name != "cpu" and platform().is_platform_available(use_smi_check=True):
-                return True
-        except Exception:  # verl's own detection passes over a platform that cannot be probed
-            continue
-    return False
 
 
 def _register_engine(_: ModuleType) -> None:

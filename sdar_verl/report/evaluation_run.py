@@ -17,8 +17,8 @@ from sdar_verl.cloud.store import Store, StoreError
 from sdar_verl.errors import ConfigError, SdarError
 from sdar_verl.report.evaluation import Plan, Planned, affordable, give_up, look, order, planned_hours, read_plan
 from sdar_verl.report.layout import RecordError
+from sdar_verl.report.one_run import FINISHED, check, run_command, tail
 from sdar_verl.report.read import RunData
-from sdar_verl.report.sweep_command import FINISHED, check, run_command, tail
 
 GIVEN_UP = "given_up.txt"
 EVERY_S = 10.0

@@ -12,14 +12,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sdar_verl.errors import ConfigError, SdarError
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-FINISHED = "finished"
+from sdar_verl.errors import ConfigError
+from sdar_verl.report.one_run import FINISHED, check, run_command, tail
 
 
 def add_parser(subparsers: Any) -> None:
@@ -68,47 +64,6 @@ def command(config: str, method: str, seed: int, folder: Path, overrides: list[s
     preset, plus, control = method.partition("+")
     own = [f"method={preset}", *([f"sdar.context.control={control}"] if plus else [])]
     return run_command(config, method, seed, folder, own) + overrides
-
-
-def run_command(config: str, name: str, seed: int, folder: Path, own: list[str]) -> list[str]:
-    """What starts one run called ``name`` with its ``own`` overrides."""
-    return [
-        *(sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", config),
-        *own,
-        f"data.seed={seed}",
-        f"sdar.rollout.seed={seed}",
-        f"actor_rollout_ref.actor.data_loader_seed={42 + seed}",
-        f"trainer.experiment_name={name}-{seed}",
-        f"trainer.default_local_dir={folder}/checkpoints",
-        f"hydra.run.dir={folder}/hydra",
-    ]
-
-
-def check(words: list[str], *, whole: bool) -> DictConfig:
-    """Compose the config of a run's command; with ``whole`` make the checks that the run makes before Ray starts, too.
-
-    Returns:
-        The config.
-
-    Raises:
-        ConfigError: names the run and its faults.
-    """
-    from sdar_verl.checks.run import check_run
-    from sdar_verl.compose import compose_config
-    from sdar_verl.config import load_config
-    from sdar_verl.quiet import be_quiet
-
-    be_quiet()
-    at = words.index("--config-name")
-    name = next(word.split("=", 1)[1] for word in words if word.startswith("trainer.experiment_name="))
-    try:
-        config = compose_config(words[at + 1], words[at + 2 :])
-        sdar = load_config(config.get("sdar"))
-        if whole:
-            check_run(config, sdar)
-        return config
-    except SdarError as error:
-        raise ConfigError(f"{name} cannot start, so nothing was started:\n{error}") from error
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -176,7 +131,3 @@ def _options(arguments: argparse.Namespace) -> None:
     if idle:
         raise ConfigError(f"{', '.join(idle)}: no effect without --plan")
     arguments.seeds = arguments.seeds or [0]
-
-
-def tail(path: Path, lines: int = 12) -> list[str]:
-    return path.read_text(errors="replace").splitlines()[-lines:]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from verl.plugin.platform import PlatformRegistry
 
+from sdar_verl.local import on_cpu
 from sdar_verl.local import platform as cpu
-from sdar_verl.local import register
 
 
 @pytest.fixture
@@ -46,17 +46,17 @@ def test_an_accelerator_wins(lonely):
             raise OSError("no driver")
 
     lonely.setattr(PlatformRegistry, "_platforms", {"cpu": cpu.CpuPlatform, "later": Unprobed})
-    assert register.on_cpu() and chosen()
+    assert on_cpu() and chosen()
     # Also one that another plugin registers after ours.
     lonely.setattr(PlatformRegistry, "_platforms", {"cpu": cpu.CpuPlatform, "later": Unprobed, "latest": Gpu})
-    assert not register.on_cpu() and not chosen()
+    assert not on_cpu() and not chosen()
 
 
 @pytest.mark.parametrize(("told", "expected"), [("cpu", True), (" CPU ", True), ("cuda", False)])
 def test_what_a_process_is_told_is_not_guessed(lonely, told, expected):
     lonely.setenv("VERL_PLATFORM", told)
     lonely.setenv("RAY_ADDRESS", "01000000")  # as in a run's own workers
-    assert register.on_cpu() is expected
+    assert on_cpu() is expected
 
 
 @pytest.mark.parametrize("name", ["RAY_ADDRESS", "RAY_JOB_ID"])
