@@ -94,11 +94,11 @@ class SkillLearning(Observer):
             found.setdefault(group.task.task_type, []).extend((group.task, one.played) for one in group.episodes)
         writing = self._run.writing()
         seen = choose(found, self._learn.episodes)
-        made = write_skills(
-            self._base.with_skills(self._learned.values()), seen, writing, self._learn.max_words, table.step
-        )
-        fitting = sorted(filter(self._fits, made.values()), key=lambda skill: skill.name)
-        self._candidates = {skill.name: skill for skill in fitting}
+        bank = self._base.with_skills(self._learned.values())
+        made = write_skills(bank, seen, writing, self._learn.max_words, table.step)
+        texts = {skill.text for skill in bank}
+        new = [skill for skill in made.values() if skill.text not in texts and self._fits(skill)]
+        self._candidates = {skill.name: skill for skill in sorted(new, key=lambda skill: skill.name)}
         self._counts = {
             "sdar/skills/candidates": len(self._candidates),
             "sdar/skills/tokens": writing.metrics()["sdar/writer/tokens"],

@@ -164,6 +164,13 @@ def test_a_skill_that_was_learned_can_be_revised(tmp_path):
     assert (tmp_path / "skills" / "version_2").is_dir()
 
 
+def test_what_the_bank_says_already_is_not_judged_again(tmp_path):
+    play = Play(tmp_path)
+    for step, waiting in ((2, 2), (4, 1)):
+        assert play.step(step)["sdar/skills/candidates"] == waiting
+        play.validate(step)
+
+
 def test_one_that_alone_is_over_the_budget_would_stop_the_run_and_is_left_out(tmp_path):
     play = Play(tmp_path, lambda prompt: answer("too-long", "word " * 61) if HEAT in prompt else answer("lamp-first"))
     assert play.step(2)["sdar/skills/candidates"] == 1
