@@ -74,5 +74,5 @@ def test_a_skill_that_helps_is_learned_and_a_resume_judges_what_waited(tmp_path:
         resumed = run_main_ppo(tmp_path, arguments)
     assert set(resumed.metrics) == {1, 2}, "what waited is judged before the training goes on"
     assert resumed.metrics[1][f"sdar-val/{AFTER}/success"] == first[f"sdar-val/{AFTER}/success"]
-    assert differing(second, resumed.metrics[2]) == []
+    assert differing(second, resumed.metrics[2]) == ["sdar/skills/tokens"], "what was paid for is not paid again"
     assert layout.read_lines(file) == lines and len(server.requests) == asked
