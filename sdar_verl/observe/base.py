@@ -56,11 +56,11 @@ class Observer:
         """Whether a resumed run must validate before it trains."""
         return False
 
-    def writes_at(self, step: int) -> bool:
-        """Whether :meth:`write` is to be called in a step."""
+    def wants_rollout(self, step: int) -> bool:
+        """Whether :meth:`after_rollout` is to be called in a step; it costs a reading of the rows' records."""
         return False
 
-    def write(self, table: StepTable) -> None:
+    def after_rollout(self, table: StepTable) -> None:
         """Called with finished episodes while the rollout servers are awake, so that the policy can be asked."""
 
     def after_updates(self, table: StepTable, metrics: Mapping[str, Any]) -> Mapping[str, float]:

@@ -82,11 +82,11 @@ class SkillLearning(Observer):
 
     # ---------------------------------------------------------------- writing
 
-    def writes_at(self, step: int) -> bool:
+    def wants_rollout(self, step: int) -> bool:
         """Every so many steps, once in a step."""
         return step % self._learn.every == 0 and step != self._written_at
 
-    def write(self, table: StepTable) -> None:
+    def after_rollout(self, table: StepTable) -> None:
         """Have skills written from a step's finished episodes."""
         self._written_at = table.step
         found: dict[str, list[tuple[Task, PlayedEpisode]]] = {}

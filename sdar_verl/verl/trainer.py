@@ -234,13 +234,14 @@ class SdarTraining(PPOTrainer):
         metrics.update(sampled)
         batch.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
         batch = in_order(batch)
-        asking = [observer for observer in self.observers if observer.writes_at(self.global_steps)]
-        if self.late_contexts is not None and self.late_contexts.during_rollout:
-            asking.append(self.late_contexts)
-        if asking:
+        observers = [observer for observer in self.observers if observer.wants_rollout(self.global_steps)]
+        late = self.late_contexts if self.late_contexts is not None and self.late_contexts.during_rollout else None
+        if observers or late is not None:
             table = self.read_table(batch)
-            for one in asking:
-                one.write(table)
+            if late is not None:
+                late.write(table)
+            for observer in observers:
+                observer.after_rollout(table)
         self.on_sample_end()
         return batch
 

@@ -85,8 +85,8 @@ class Play:
                 keys.append(f"{task_type.replace('_', '-')}_{session}_0")
                 infos.append(RowInfo(0, task_type, observation="a room", action="look", success=success, episode=note))
         table = make_table(keys, infos, step=number)
-        if self.learning.writes_at(number):
-            self.learning.write(table)
+        if self.learning.wants_rollout(number):
+            self.learning.after_rollout(table)
         return dict(self.learning.after_updates(table, {}))
 
     def validate(self, number: int, helped=(HEAT,)) -> list[dict]:
@@ -190,7 +190,7 @@ def test_a_resume_goes_on_with_what_was_learned_and_judges_what_waits(tmp_path):
     again = Play(tmp_path)
     load_states([again.learning], tmp_path)
     assert again.learning.awaits_validation and again.column() == {"heating-well": "Open the microwave first."}
-    assert not again.learning.writes_at(4), "it has written at that step"
+    assert not again.learning.wants_rollout(4), "it has written at that step"
     again.validate(4, helped=(HEAT, LOOK))
     assert again.column() == after and len(after) == 2
     assert layout.read_lines(again.folder / layout.SKILLS_FILE) == lines, "no verdict stands there twice"
