@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -11,6 +12,7 @@ from sdar_verl.config import LearnConfig, SdarConfig
 from sdar_verl.panels import PanelError, read_panel
 from sdar_verl.recipe import plays_environments
 from sdar_verl.rollout.rows import AFTER, BEFORE
+from sdar_verl.skills.verdict import LEAST_TASKS
 
 _NODE = "sdar.skills.learn"
 
@@ -42,11 +44,12 @@ def skill_learning_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 def _shown(sdar: SdarConfig) -> list[str]:
     """Somebody must be shown skills of the bank."""
-    if sdar.skills.retrieval in (["none"], ["oracle"]):
+    drawing = [name for name in sdar.skills.retrieval if name in ("random", "ucb")]
+    if drawing or not set(sdar.skills.retrieval) - {"keyword", "none", "oracle"}:
         return [
-            f"{_NODE}.every={sdar.skills.learn.every} has no effect with "
-            f"sdar.skills.retrieval={sdar.skills.retrieval}, which shows no skill of the bank; use rules "
-            "such as [keyword,task_type]"
+            f"{_NODE}.every={sdar.skills.learn.every}: sdar.skills.retrieval={sdar.skills.retrieval} does not show every"
+            " task of a type what was written for it (a written skill has no keywords, and random and ucb draw); use "
+            "rules such as [keyword,task_type]"
         ]
     taught = sdar.teacher.source != "none" and "skills" in sdar.context.named
     if (
@@ -84,6 +87,13 @@ def _panel(config: DictConfig, sdar: SdarConfig) -> list[str]:
     except PanelError as error:
         return [f"{_NODE}.panel: {error}"]
     faults = []
+    counts = Counter(task.task_type for task in tasks)
+    few = sorted({t.task_type for t in panel_tasks(config, "train_files") if counts[t.task_type] < LEAST_TASKS})
+    if few:
+        faults.append(
+            f"{_NODE}.panel={panel} has fewer than {LEAST_TASKS} tasks of {', '.join(few)}, which training plays: no "
+            "skill for these could be taken; name a larger panel"
+        )
     if others := {task.env for task in tasks} - {sdar.env.name}:
         faults.append(
             f"{_NODE}.panel={panel} holds tasks of {', '.join(sorted(others))}, but sdar.env.name={sdar.env.name}"

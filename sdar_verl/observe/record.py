@@ -22,6 +22,7 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.fields import TEACHER_LOG_PROBS
 from sdar_verl.observe.base import Observer
 from sdar_verl.observe.trackers import log_histograms
+from sdar_verl.panels import panel_digest
 from sdar_verl.report import layout
 from sdar_verl.report.distributions import Tokens, reward_statistics, token_distributions
 from sdar_verl.report.trace import choose_episodes, split_tokens, thin, write_trace
@@ -250,13 +251,20 @@ def describe_run(config: DictConfig) -> dict[str, Any]:
         "experiment": config.trainer.experiment_name,
         "method": OmegaConf.select(config, "sdar.method"),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "panels": {option: panel_digests(config, option) for option in ("train_files", "val_files")},
+        "panels": {option: panel_digests(config, option) for option in ("train_files", "val_files")}
+        | _deciding(config),
         "settings": plain(fingerprint(config)),
         "max_steps": config.sdar.env.max_steps,
         "total_steps": config.trainer.total_training_steps,
         "gpus": config.trainer.n_gpus_per_node * config.trainer.nnodes,
         "versions": versions,
     }
+
+
+def _deciding(config: DictConfig) -> dict[str, list[str]]:
+    """The panel by which skills were chosen: no later choice may be made by it."""
+    panel = OmegaConf.select(config, "sdar.skills.learn.panel")
+    return {"sdar.skills.learn.panel": [panel_digest(panel)]} if panel else {}
 
 
 def plain(values: Any) -> Any:

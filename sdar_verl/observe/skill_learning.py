@@ -7,7 +7,9 @@ with which success rose outside its interval go into the bank, from the next ste
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +19,13 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.context.base import PlayedEpisode
 from sdar_verl.envs.base import Task
 from sdar_verl.observe.base import Observer
+from sdar_verl.panels import read_panel
 from sdar_verl.report import layout
 from sdar_verl.rollout.groups import groups_of
 from sdar_verl.rollout.rows import AFTER, BEFORE, LEARNED_COLUMN
+from sdar_verl.rollout.skills_of import SkillFinder
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.learn import choose, write_bank, write_skills
-from sdar_verl.skills.loading import load_run_bank
 from sdar_verl.skills.skill import Skill, skills_from_json, skills_to_json
 from sdar_verl.skills.verdict import Verdict, judge_skill
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
     from sdar_verl.table import StepTable
     from sdar_verl.verl.validation import ArmDataset
+    from sdar_verl.writer.step import StepWriting
 
 
 class SkillLearning(Observer):
@@ -56,8 +60,24 @@ class SkillLearning(Observer):
         self._counts: dict[str, float] = {}
 
     @cached_property
-    def _base(self) -> SkillBank:
-        return load_run_bank(self._sdar.skills, self._sdar.env.name)
+    def _finder(self) -> SkillFinder:
+        return SkillFinder(self._sdar.skills, self._count_tokens, self._sdar.env.name)
+
+    @property
+    def _bank(self) -> SkillBank:
+        return self._finder.bank.with_skills(self._learned.values())
+
+    @cached_property
+    def _writing(self) -> StepWriting:
+        return self._run.writing()  # one of a run: it stops the run when most of what is asked fails
+
+    @cached_property
+    def _panel(self) -> list[Task]:
+        assert self._learn.panel is not None  # a check before the start
+        return read_panel(self._learn.panel)
+
+    def _count_tokens(self, text: str) -> int:
+        return len(self._run.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     # ---------------------------------------------------------------- what prompts are sent
 
@@ -73,12 +93,16 @@ class SkillLearning(Observer):
         if self._candidates:
             panel.judging = self._run.learn_panel
         if self._candidates or self._learned:
-            panel.columns.append(
-                lambda row: {LEARNED_COLUMN: self._column(self._candidates if row["sdar_arm"] == AFTER else {})}
-            )
+            panel.columns.append(self._validation_columns)
 
-    def _column(self, further: Mapping[str, Skill] | None = None) -> str:
-        return skills_to_json({**self._learned, **(further or {})}.values())
+    def _validation_columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        judged = row["sdar_arm"] == AFTER
+        return {LEARNED_COLUMN: self._column(json.loads(row["task"])["task_type"] if judged else None)}
+
+    def _column(self, task_type: str | None = None) -> str:
+        """What was learned, with the candidates for a task type: a rule may show others, which would be judged, too."""
+        further = {name: skill for name, skill in self._candidates.items() if task_type in skill.task_types}
+        return skills_to_json({**self._learned, **further}.values())
 
     # ---------------------------------------------------------------- writing
 
@@ -89,26 +113,28 @@ class SkillLearning(Observer):
     def after_rollout(self, table: StepTable) -> None:
         """Have skills written from a step's finished episodes."""
         self._written_at = table.step
-        found: dict[str, list[tuple[Task, PlayedEpisode]]] = {}
-        for group in groups_of(table).values():
-            found.setdefault(group.task.task_type, []).extend((group.task, one.played) for one in group.episodes)
-        writing = self._run.writing()
-        seen = choose(found, self._learn.episodes)
-        bank = self._base.with_skills(self._learned.values())
-        made = write_skills(bank, seen, writing, self._learn.max_words, table.step)
-        texts = {skill.text for skill in bank}
-        new = [skill for skill in made.values() if skill.text not in texts and self._fits(skill)]
-        self._candidates = {skill.name: skill for skill in sorted(new, key=lambda skill: skill.name)}
+        bank = self._bank
+        seen = choose(_by_type(table), self._learn.episodes)
+        made = write_skills(bank, seen, self._writing, self._learn.max_words, table.step)
+        known = {skill.text for skill in bank}
+        new = sorted((skill for skill in made.values() if skill.text not in known), key=lambda skill: skill.name)
+        self._candidates = {skill.name: skill for skill in new if self._shows(skill)}
+        counts = self._writing.metrics()
         self._counts = {
+            "sdar/skills/asked": counts["sdar/writer/asked"],
+            "sdar/skills/written": len(made),
             "sdar/skills/candidates": len(self._candidates),
-            "sdar/skills/tokens": writing.metrics()["sdar/writer/tokens"],
+            "sdar/skills/tokens": counts["sdar/writer/tokens"],
         }
 
-    def _fits(self, skill: Skill) -> bool:
-        """One that alone is over the budget would stop the run."""
+    def _shows(self, skill: Skill) -> list[str]:
+        """The tasks of the panel that would be shown a candidate: retrieval and budget may pass it over."""
         assert self._sdar.skills.max_tokens is not None  # a check before the start
-        ids = self._run.tokenizer(skill.text, add_special_tokens=False)["input_ids"]
-        return len(ids) <= self._sdar.skills.max_tokens
+        if self._count_tokens(skill.text) > self._sdar.skills.max_tokens:
+            return []  # where it came first, it would stop the run
+        column = {LEARNED_COLUMN: skills_to_json({**self._learned, skill.name: skill}.values())}
+        tasks = [task for task in self._panel if task.task_type in skill.task_types]
+        return [task.task_id for task in tasks if skill.name in self._finder.find(task, column).skills]
 
     def after_updates(self, table: StepTable, metrics: Mapping[str, Any]) -> Mapping[str, float]:
         """Version of the bank, and at a step that wrote what came of it."""
@@ -127,10 +153,10 @@ class SkillLearning(Observer):
         if not self._candidates:
             return
         before, after = (_success(outcomes, arm) for arm in (BEFORE, AFTER))
-        types = dict(zip(map(str, outcomes["task_id"]), outcomes["task_type"], strict=True))
-        verdicts = [judge_skill(skill, types, before, after) for skill in self._candidates.values()]
+        candidates = self._candidates.values()
+        verdicts = [judge_skill(skill, self._shows(skill), before, after) for skill in candidates]
         taken = {verdict.skill.name: verdict for verdict in verdicts if verdict.taken}
-        known = {skill.name for skill in self._base} | set(self._learned)
+        known = {skill.name for skill in self._bank}
         self._version += bool(taken)
         for verdict in verdicts:
             print(f"sdar skills step {step}: {verdict}", flush=True)
@@ -140,8 +166,16 @@ class SkillLearning(Observer):
             self._proved[name] = {"learned-at-step": step, "gain": round(verdict.gain, 4), "tasks": verdict.tasks}
         self._candidates = {}
         if taken:
-            bank = self._base.with_skills(self._learned.values())
-            write_bank(bank, self._folder.parent / "skills" / f"version_{self._version}", self._proved)
+            self._write_bank()
+
+    def _write_bank(self) -> None:
+        """This version as a folder; later ones are of a run that has been taken back."""
+        for folder in (self._folder.parent / "skills").glob("version_*"):
+            number = folder.name.removeprefix("version_")
+            if number.isdecimal() and int(number) >= self._version:
+                shutil.rmtree(folder)
+        if self._version:
+            write_bank(self._bank, self._folder.parent / "skills" / f"version_{self._version}", self._proved)
 
     def _line(self, step: int, verdict: Verdict, known: Iterable[str]) -> dict[str, Any]:
         skill = verdict.skill
@@ -178,8 +212,20 @@ class SkillLearning(Observer):
         self._proved = dict(state["proved"])
         self._learned = {skill.name: skill for skill in learned}
         self._candidates = {skill.name: skill for skill in candidates}
+        self._write_bank()
         # A checkpoint is saved before its step's validation, whose verdicts are passed again.
         layout.keep_steps(self._folder / layout.SKILLS_FILE, self._written_at - bool(candidates))
+
+
+def _by_type(table: StepTable) -> dict[str, list[tuple[Task, PlayedEpisode]]]:
+    """Task type -> finished episodes, one of each group in turn: the first few are then of many tasks."""
+    groups = list(groups_of(table).values())
+    found: dict[str, list[tuple[Task, PlayedEpisode]]] = {}
+    for number in range(max((len(group.episodes) for group in groups), default=0)):
+        for group in groups:
+            if number < len(group.episodes):
+                found.setdefault(group.task.task_type, []).append((group.task, group.episodes[number].played))
+    return found
 
 
 def _success(outcomes: Mapping[str, list[Any]], arm: str) -> dict[str, float]:

@@ -35,7 +35,7 @@ class Runtime:
         self._temperature = float(config.actor_rollout_ref.rollout.temperature)
         self.prompts = make_prompts(config, self.sdar, tokenizer)
         self.contexts = ContextBuilder(self.sdar.context, tokenizer)
-        finder = SkillFinder(self.sdar.skills, self.contexts, self.sdar.env.name)
+        finder = SkillFinder(self.sdar.skills, self.contexts.count_tokens, self.sdar.env.name)
         self.bank, self.skills = finder.bank, finder.find
 
     @cached_property

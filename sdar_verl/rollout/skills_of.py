@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 from sdar_verl.config import SkillsConfig
 from sdar_verl.context.base import Passage
-from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.envs.base import Task
 from sdar_verl.rollout.rows import EVIDENCE_COLUMN, LEARNED_COLUMN
 from sdar_verl.skills.bank import SkillBank
@@ -23,14 +22,14 @@ class SkillFinder:
 
     Args:
         settings: the ``sdar.skills`` node.
-        contexts: of the run; they count tokens for ``max_tokens``.
+        count_tokens: of the policy's tokenizer, for ``max_tokens``.
         env: the text environment, None where the tasks are a recipe's own.
     """
 
-    def __init__(self, settings: SkillsConfig, contexts: ContextBuilder, env: str | None):
+    def __init__(self, settings: SkillsConfig, count_tokens: Callable[[str], int], env: str | None):
         self._settings = settings
         self.bank = load_run_bank(settings, env)
-        self._contexts = contexts
+        self._count_tokens = count_tokens
         self._with = lru_cache(maxsize=4)(lambda learned: self.bank.with_skills(skills_from_json(learned)))
 
     def find(self, task: Task, columns: Mapping[str, str] | None = None) -> Passage:
@@ -46,5 +45,5 @@ class SkillFinder:
         bank: SkillBank = self._with(learned) if learned else self.bank
         found = retrieve(bank, task, settings.retrieval, settings.seed, settings.options, known)
         if settings.max_tokens is not None:
-            found = fit_budget(found, settings.max_tokens, self._contexts.count_tokens)
+            found = fit_budget(found, settings.max_tokens, self._count_tokens)
         return Passage(render_skills(found.skills), found.names, found.no_match, len(found.dropped))

@@ -26,6 +26,7 @@ from sdar_verl.report.read import RunData, episodes
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.formats import SKILL_FILE, is_skill_name
 from sdar_verl.skills.skill import Skill, SkillBankError
+from sdar_verl.untrusted import whole_characters
 
 if TYPE_CHECKING:
     from sdar_verl.writer.step import StepWriting
@@ -112,10 +113,12 @@ def write_skills(
 
     def one(shown: Evidence) -> Generator[Prompt, str | None, str | None]:
         own = [skill for skill in bank if shown.task_type in skill.task_types]
-        others = {skill.name for skill in (*bank, *made.values())} - {skill.name for skill in own}
+        others = {skill.name for skill in bank} - {skill.name for skill in own}
         skill = yield from ask(own, shown, max_words, others)
         if skill is None:
             return None
+        if skill.name in {other.name for other in made.values()}:
+            raise UnreadableAnswer(f"{skill.name} is what another task type's skill is called")
         made[shown.task_type] = skill
         return skill.text
 
@@ -158,7 +161,7 @@ def ask(
     if answer is None:
         return None
     found = read_object(answer)
-    name, description, text = (read_text(found.get(key), key) for key in ("name", "description", "text"))
+    name, description, text = (_plain(read_text(found.get(key), key)) for key in ("name", "description", "text"))
     if not is_skill_name(name):
         raise UnreadableAnswer(f"{name!r} is no name of a skill")
     if len(text.split()) > max_words:
@@ -168,6 +171,12 @@ def ask(
     old = next((skill for skill in known if skill.name == name), None)
     made = Skill(name, " ".join(description.split()), text, (seen.task_type,))
     return made if old is None else replace(old, description=made.description, text=text)
+
+
+def _plain(text: str) -> str:
+    """Whole characters and line feeds: what a file of it gives back."""
+    lines = whole_characters(text).expandtabs(4).splitlines()
+    return "\n".join("".join(filter(str.isprintable, line)) for line in lines)
 
 
 def write_bank(skills: Iterable[Skill], folder: Path, provenance: Mapping[str, Mapping[str, Any]]) -> None:

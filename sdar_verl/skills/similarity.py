@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from importlib import util
+from typing import Any
 
 from sdar_verl.envs.base import Task
 from sdar_verl.skills.bank import SkillBank
@@ -14,6 +16,9 @@ from sdar_verl.skills.skill import Skill
 from sdar_verl.words import REQUIRED, search_words
 
 BM25 = "bm25"
+
+KEPT = 8
+"""Indexes of banks in a process."""
 
 Scorer = Callable[[str], Sequence[float]]
 _scorers: dict[tuple[str, str], Scorer] = {}
@@ -60,6 +65,8 @@ def _scorer(bank: SkillBank, model: str) -> Scorer:
                 "\n".join([skill.name.replace("-", " "), skill.description, " ".join(skill.keywords), skill.text])
                 for skill in bank.specific
             ]
+            if len(_scorers) >= KEPT:  # a run that learns skills has one bank after the other
+                del _scorers[next(iter(_scorers))]
             _scorers[key] = _bm25(texts) if model == BM25 else _sentence_transformer(texts, model)
         return _scorers[key]
 
@@ -81,10 +88,8 @@ def _bm25(texts: Sequence[str]) -> Scorer:
 
 def _sentence_transformer(texts: Sequence[str], model: str) -> Scorer:
     _require("sentence_transformers")
-    from sentence_transformers import SentenceTransformer
-
     try:
-        encoder = SentenceTransformer(model, device="cpu")
+        encoder = _encoder(model)
     except Exception as error:  # the library raises what its back-ends raise
         raise RetrievalError(
             f"sdar.skills.options.embedding.model={model}: sentence-transformers cannot load it ({error}); give a "
@@ -96,6 +101,13 @@ def _sentence_transformer(texts: Sequence[str], model: str) -> Scorer:
         return [float(value) for value in vectors @ encoder.encode(query, normalize_embeddings=True)]
 
     return score
+
+
+@functools.cache
+def _encoder(model: str) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(model, device="cpu")
 
 
 def _require(module: str) -> None:

@@ -68,7 +68,11 @@ def judge(candidate: Path, before: str, after: str, arm: str) -> list[Verdict]:
     _check_panel(note, with_it, comparison)
     types = _task_types(with_it, arm)
     outcomes = [_by_task(comparison, name) for name in ("without", "with")]
-    return [judge_skill(skill, types, *outcomes) for skill in learned if skill.name in note["skills"]]
+    return [
+        judge_skill(skill, [task for task in comparison.tasks if types.get(task) in skill.task_types], *outcomes)
+        for skill in learned
+        if skill.name in note["skills"]
+    ]
 
 
 def _by_task(comparison: Comparison, name: str) -> dict[str, float]:

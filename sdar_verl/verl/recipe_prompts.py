@@ -179,7 +179,7 @@ class RecipeRuntime:
         self.contexts = ContextBuilder(self.sdar.context, tokenizer)
         self.prompts = TeacherPrompts(config, self.sdar, tokenizer, model_type)
         uses_skills = "skills" in self.sdar.context.named
-        self.skills = SkillFinder(self.sdar.skills, self.contexts, None) if uses_skills else None
+        self.skills = SkillFinder(self.sdar.skills, self.contexts.count_tokens, None) if uses_skills else None
 
     def request(self, task: Task) -> ContextRequest:
         """What contexts may read before an episode ends."""

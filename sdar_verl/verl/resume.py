@@ -16,7 +16,7 @@ from sdar_verl.checks.panel_tasks import panel_digests
 from sdar_verl.checks.resume import TRACKER, checkpoint_folder, folder_faults
 from sdar_verl.config import SdarConfig, load_config
 from sdar_verl.errors import ConfigError
-from sdar_verl.panels import PanelError
+from sdar_verl.panels import PanelError, panel_digest
 from sdar_verl.recipe import plays_environments
 from sdar_verl.rollout.messages import PLACES
 from sdar_verl.rollout.prompts import PromptTemplate, PromptTemplateError
@@ -112,6 +112,9 @@ def _hashes(config: DictConfig) -> dict[str, str]:
     except ConfigError:
         return {}
     made = {}
+    if sdar.skills.learn.panel is not None:
+        with suppress(PanelError):
+            made["sdar.skills.learn.panel"] = panel_digest(sdar.skills.learn.panel)
     taught = "skills" in sdar.context.named and sdar.teacher.source != "none"
     if taught or sdar.context.student == "skills":
         with suppress(SkillBankError):

@@ -16,9 +16,9 @@ from sdar_verl.checks.skill_learning import skill_learning_faults
 from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from sdar_verl.envs.base import Task
-from sdar_verl.errors import ConfigError
+from sdar_verl.errors import ConfigError, RolloutError
 from sdar_verl.observe.base import load_states, save_states
-from sdar_verl.observe.skill_learning import SkillLearning
+from sdar_verl.observe.skill_learning import SkillLearning, _by_type
 from sdar_verl.panels import write_panel
 from sdar_verl.report import layout
 from sdar_verl.report.document import render
@@ -26,8 +26,10 @@ from sdar_verl.report.read import read_run
 from sdar_verl.rollout.rows import AFTER, BEFORE, EVIDENCE_COLUMN, LEARNED_COLUMN, EpisodeNote, RowInfo
 from sdar_verl.rollout.skills_of import SkillFinder
 from sdar_verl.skills.bank import SkillBank
+from sdar_verl.skills.learn import choose
 from sdar_verl.skills.skill import Skill, skills_to_json
 from sdar_verl.verl.validation import ArmDataset, arm_metrics
+from sdar_verl.writer.base import Answer
 from sdar_verl.writer.step import StepWriting
 from tests.support.recorded_run import write_run
 from tests.support.table import make_table
@@ -68,12 +70,17 @@ class Play:
         self.folder = folder / layout.RECORD
         self.folder.mkdir(exist_ok=True)
         self.writer = Scripted(script)
-        rows = [{"data_source": "alfworld", "extra_info": {"task_type": LOOK}}]
+        tasks = [Task("alfworld", f"{kind}-{i}", kind, "do it") for kind in (HEAT, LOOK) for i in range(12)]
+        write_panel(tasks, folder / "third.parquet", "third")
+        rows = [
+            {"data_source": "alfworld", "extra_info": {"task_type": kind}, "task": json.dumps({"task_type": kind})}
+            for kind in (HEAT, LOOK)
+        ]
         self.panel = ArmDataset(Panel(rows), {"student": None})
-        run = SimpleNamespace(
-            tokenizer=Words(), learn_panel=Panel(rows * 3), writing=lambda: StepWriting(self.writer, ())
+        run = SimpleNamespace(tokenizer=Words(), learn_panel=Panel(rows), writing=lambda: StepWriting(self.writer, ()))
+        self.learning = SkillLearning(
+            settings(f"{LEARN}.panel={folder}/third.parquet", "sdar.skills.max_tokens=60", *overrides), run, self.folder
         )
-        self.learning = SkillLearning(settings("sdar.skills.max_tokens=60", *overrides), run, self.folder)
 
     def step(self, number: int) -> dict[str, float]:
         """What the observer says of a step of two tasks, each solved once and failed once."""
@@ -94,7 +101,7 @@ class Play:
         self.panel.begin()
         self.learning.before_validation(self.panel)
         rows = [self.panel[i] for i in range(len(self.panel))]
-        tasks = [(f"{kind}-{i}", kind) for kind in (HEAT, LOOK) for i in range(8)]
+        tasks = [(f"{kind}-{i}", kind) for kind in (HEAT, LOOK) for i in range(12)]
         outcomes: dict[str, list] = {"arm": [], "task_id": [], "task_type": [], "acc": []}
         for arm in (BEFORE, AFTER):
             for name, kind in tasks:
@@ -127,27 +134,28 @@ def test_what_helps_goes_into_the_bank_and_what_does_not_is_left(tmp_path):
     play = Play(tmp_path)
     assert play.step(1) == {"sdar/skills/version": 0, "sdar/skills/learned": 0} and not play.writer.batches
     found = play.step(2)
-    assert found["sdar/skills/candidates"] == 2 and found["sdar/skills/tokens"] == 4
+    assert found["sdar/skills/candidates"] == found["sdar/skills/asked"] == 2 and found["sdar/skills/tokens"] == 4
     (prompts,) = play.writer.batches
     assert len(prompts) == 2 and "did not succeed" in prompts[0] and "Heating" not in prompts[1]
     assert play.column() == {}, "not before they are judged"
 
     rows = play.validate(2)
-    assert [row["sdar_arm"] for row in rows] == ["student", *[BEFORE] * 3, *[AFTER] * 3]
-    assert [row[LEARNED_COLUMN] == "[]" for row in rows] == [True] * 4 + [False] * 3
+    assert [row["sdar_arm"] for row in rows] == [*["student"] * 2, *[BEFORE] * 2, *[AFTER] * 2]
+    shown = [[skill["name"] for skill in json.loads(row[LEARNED_COLUMN])] for row in rows]
+    assert shown == [[]] * 4 + [["heating-well"], ["lamp-first"]], "each is judged by itself"
     assert {row["data_source"] for row in rows} == {"alfworld/student", f"alfworld/{BEFORE}", f"alfworld/{AFTER}"}
     assert play.column() == {"heating-well": "Open the microwave first."}
     lines = {line["skill"]: line for line in layout.read_lines(play.folder / layout.SKILLS_FILE)}
     assert lines["heating-well"]["taken"] is True and lines["heating-well"]["gain"] == 1.0
-    assert lines["lamp-first"]["taken"] is False and lines["lamp-first"]["tasks"] == 8
+    assert lines["lamp-first"]["taken"] is False and lines["lamp-first"]["tasks"] == 12
     bank = {skill.name: skill for skill in SkillBank.load(tmp_path / "skills" / "version_1")}
     assert bank["heating-well"].task_types == (HEAT,) and "lamp-first" not in bank
     assert set(bank) == {skill.name for skill in SkillBank.load(settings().skills.bank)} | {"heating-well"}
     front = (tmp_path / "skills" / "version_1" / "heating-well" / "SKILL.md").read_text()
-    assert "learned-at-step: 2" in front and "gain: 1.0" in front and "tasks: 8" in front
+    assert "learned-at-step: 2" in front and "gain: 1.0" in front and "tasks: 12" in front
     assert play.step(3)["sdar/skills/version"] == 1
     # Nothing waits: the next validation has its own arms alone, and shows what was learned.
-    assert [row["sdar_arm"] for row in play.validate(3)] == ["student"]
+    assert [row["sdar_arm"] for row in play.validate(3)] == ["student"] * 2
 
 
 def test_a_skill_that_was_learned_can_be_revised(tmp_path):
@@ -169,6 +177,50 @@ def test_what_the_bank_says_already_is_not_judged_again(tmp_path):
     for step, waiting in ((2, 2), (4, 1)):
         assert play.step(step)["sdar/skills/candidates"] == waiting
         play.validate(step)
+
+
+def test_two_types_cannot_choose_one_name_and_no_answer_stops_the_run(tmp_path):
+    play = Play(tmp_path, lambda prompt: answer("same-name", "hot" if HEAT in prompt else "light"))
+    assert play.step(2)["sdar/skills/written"] == 1
+    odd = Play(
+        tmp_path, lambda prompt: json.dumps({"name": "odd-one", "description": "x", "text": "a\ud800\x07b\r\nc"})
+    )
+    odd.step(2)
+    odd.validate(2, helped=(HEAT, LOOK))
+    assert odd.column() == {"odd-one": "a\ufffdb\nc"}
+    bank = {skill.name: skill.text for skill in SkillBank.load(tmp_path / "skills" / "version_1")}
+    assert bank["odd-one"] == "a\ufffdb\nc"
+
+
+def test_the_writer_is_shown_many_tasks_of_a_type(tmp_path):
+    keys, infos = [], []
+    for number in range(3):
+        for session in range(4):
+            task = {"env": "alfworld", "task_id": f"t{number}", "task_type": HEAT, "description": f"egg {number}"}
+            keys.append(f"u{number}_{session}_0")
+            infos.append(RowInfo(0, HEAT, success=session % 2 == 0, episode=EpisodeNote({**task, "data": {}})))
+    (chosen,) = choose(_by_type(make_table(keys, infos)), 6)
+    assert {task.task_id for task in chosen.tasks} == {"t0", "t1", "t2"}
+
+
+def test_a_dead_writer_stops_the_run_in_the_end(tmp_path):
+    play = Play(tmp_path, lambda prompt: Answer(failure="refused"))
+    with pytest.raises(RolloutError):
+        for step in range(2, 20, 2):
+            play.step(step)
+
+
+def test_a_folder_of_a_version_is_this_runs_alone(tmp_path):
+    play = Play(tmp_path)
+    play.step(2)
+    save_states([play.learning], tmp_path)
+    for version in (1, 2):
+        (tmp_path / "skills" / f"version_{version}" / "stranger").mkdir(parents=True)
+    again = Play(tmp_path)
+    load_states([again.learning], tmp_path)
+    assert not list((tmp_path / "skills").iterdir())
+    again.validate(2)
+    assert "stranger" not in {path.name for path in (tmp_path / "skills" / "version_1").iterdir()}
 
 
 def test_one_that_alone_is_over_the_budget_would_stop_the_run_and_is_left_out(tmp_path):
@@ -208,7 +260,7 @@ def test_a_checkpoint_without_it_is_refused(tmp_path):
 
 
 def test_the_prompts_column_puts_learned_skills_in_the_place_of_their_namesakes():
-    finder = SkillFinder(settings().skills, SimpleNamespace(count_tokens=len), "alfworld")
+    finder = SkillFinder(settings().skills, len, "alfworld")
     task = Task("alfworld", "t", HEAT, "put a hot egg in fridge")
     plain = finder.find(task)
     name = plain.skills[0]
@@ -254,6 +306,7 @@ def test_the_report_shows_each_skill_with_its_verdict(tmp_path):
 def panels(tmp_path):
     def write(name: str, *tasks: str, env: str = "alfworld") -> str:
         path = tmp_path / f"{name}.parquet"
+        tasks = (*tasks, *(f"{name}-{i}" for i in range(10)))
         write_panel([Task(env, task, HEAT, "put a hot egg in fridge") for task in tasks], path, name)
         return str(path)
 
@@ -287,7 +340,9 @@ UNSHOWN = [f"sdar.validation.arms.{name}.context=none" for name in ("teacher", "
         ([f"{LEARN}.panel=null"], "needs sdar.skills.learn.panel"),
         ([f"{LEARN}.panel=/no/such.parquet"], "/no/such.parquet does not exist; make it with `sdar-verl prepare"),
         (["sdar.skills.max_tokens=null"], "needs sdar.skills.max_tokens"),
-        (["sdar.skills.retrieval=[oracle]"], "shows no skill of the bank"),
+        (["sdar.skills.retrieval=[oracle]"], "does not show every task"),
+        (["sdar.skills.retrieval=[keyword]"], "a written skill has no keywords"),
+        (["sdar.skills.retrieval=[ucb,task_type]"], "random and ucb draw"),
         (["sdar.context.sources=[demonstration]", *UNSHOWN], "nobody is shown skills"),
         (["+sdar.validation.arms.skills_after={context: skills, temperature: 1}"], "arms.skills_after"),
         ([f"{LEARN}.every=0"], "panel="),
