@@ -47,9 +47,9 @@ def _shown(sdar: SdarConfig) -> list[str]:
     drawing = [name for name in sdar.skills.retrieval if name in ("random", "ucb")]
     if drawing or not set(sdar.skills.retrieval) - {"keyword", "none", "oracle"}:
         return [
-            f"{_NODE}.every={sdar.skills.learn.every}: sdar.skills.retrieval={sdar.skills.retrieval} does not show every"
-            " task of a type what was written for it (a written skill has no keywords, and random and ucb draw); use "
-            "rules such as [keyword,task_type]"
+            f"{_NODE}.every={sdar.skills.learn.every}: sdar.skills.retrieval={sdar.skills.retrieval} does not show "
+            "every task of a type what was written for it (a written skill has no keywords, and random and ucb draw); "
+            "use rules such as [keyword,task_type]"
         ]
     taught = sdar.teacher.source != "none" and "skills" in sdar.context.named
     if (
