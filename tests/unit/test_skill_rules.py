@@ -309,7 +309,7 @@ def test_the_statistics_survive_a_checkpoint_and_reach_the_prompts() -> None:
     assert [item.ahead for item in evidence] == [0, 0, 1]
     assert [item.statistics.queries for item in evidence] == [1, 0, 1]
     assert all(item.explore for item in evidence)
-    panel = SimpleNamespace(columns=None)
+    panel = SimpleNamespace(columns=[])
     resumed.before_validation(panel)
-    shown = Evidence.from_dict(json.loads(panel.columns({"task": tasks[0]})[EVIDENCE_COLUMN]))
+    shown = Evidence.from_dict(json.loads(panel.columns[0]({"task": tasks[0]})[EVIDENCE_COLUMN]))
     assert not shown.explore and shown.statistics.supplied == {"oven": 1}
