@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from sdar_verl.checks.panel_tasks import panel_files
 from sdar_verl.config import SdarConfig
+from sdar_verl.envs.base import Task
 from sdar_verl.panels import LOCATIONS, PanelError, read_panel
 
 
@@ -24,34 +25,35 @@ def data_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             )
             continue
         for file in panel_files(config, option):
-            path = Path(file)
-            if not path.is_file():
-                faults.append(
-                    f"data.{option}={file} does not exist{_looked_for(path)}; make the task panels with "
-                    f"`sdar-verl prepare {sdar.env.name} --out DIR` and point to its parquet files"
-                )
-                continue
-            try:
-                tasks = read_panel(path)
-            except PanelError as error:
-                faults.append(f"data.{option}: {error}")
-                continue
+            tasks, found = panel_faults(f"data.{option}", file, sdar)
+            faults += found
             train_tasks += len(tasks) if option == "train_files" else 0
-            others = {task.env for task in tasks} - {sdar.env.name}
-            if others:
-                faults.append(
-                    f"data.{option}={file} holds tasks of {', '.join(sorted(others))}, "
-                    f"but sdar.env.name={sdar.env.name}"
-                )
-            lost = sorted({task.data[key] for task in tasks for key in LOCATIONS if key in task.data})
-            lost = [place for place in lost if not Path(place).exists()]
-            if lost:
-                faults.append(
-                    f"data.{option}={file}: {len(lost)} of the files or folders that its tasks need are not there, "
-                    f"such as {lost[0]} (moved or deleted since); make the panel again with "
-                    f"`sdar-verl prepare {sdar.env.name} --out DIR`"
-                )
     return faults or (_steps(config, train_tasks) if train_tasks else [])
+
+
+def panel_faults(option: str, file: str, sdar: SdarConfig) -> tuple[list[Task], list[str]]:
+    """Tasks of a panel that an option names, and what is wrong with it, one text each."""
+    path, faults = Path(file), []
+    if not path.is_file():
+        return [], [
+            f"{option}={file} does not exist{_looked_for(path)}; make the task panels with "
+            f"`sdar-verl prepare {sdar.env.name} --out DIR` and point to its parquet files"
+        ]
+    try:
+        tasks = read_panel(path)
+    except PanelError as error:
+        return [], [f"{option}: {error}"]
+    others = {task.env for task in tasks} - {sdar.env.name}
+    if others:
+        faults.append(f"{option}={file} holds tasks of {', '.join(sorted(others))}, but sdar.env.name={sdar.env.name}")
+    lost = sorted({task.data[key] for task in tasks for key in LOCATIONS if key in task.data})
+    lost = [place for place in lost if not Path(place).exists()]
+    if lost:
+        faults.append(
+            f"{option}={file}: {len(lost)} of the files or folders that its tasks need are not there, such as "
+            f"{lost[0]} (moved or deleted since); make the panel again with `sdar-verl prepare {sdar.env.name} --out DIR`"
+        )
+    return tasks, faults
 
 
 def _steps(config: DictConfig, tasks: int) -> list[str]:

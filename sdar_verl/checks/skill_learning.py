@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 from omegaconf import DictConfig
 
+from sdar_verl.checks.data import panel_faults
 from sdar_verl.checks.panel_tasks import panel_tasks
 from sdar_verl.config import LearnConfig, SdarConfig
-from sdar_verl.panels import PanelError, read_panel
 from sdar_verl.recipe import plays_environments
 from sdar_verl.rollout.rows import AFTER, BEFORE
 from sdar_verl.skills.verdict import LEAST_TASKS
@@ -36,6 +35,11 @@ def skill_learning_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         faults.append(
             f"{_NODE}.every={learn.every} needs sdar.skills.max_tokens, the tokens of one task's skills: a bank that "
             "grows must not outgrow the prompts"
+        )
+    elif sdar.skills.max_tokens >= config.data.max_prompt_length:
+        faults.append(
+            f"sdar.skills.max_tokens={sdar.skills.max_tokens}: {_NODE} shows them to the student, whose prompt has "
+            f"data.max_prompt_length={config.data.max_prompt_length} tokens in all; lower one, or raise the other"
         )
     if taken := {BEFORE, AFTER} & set(sdar.validation.arms):
         faults.append(f"sdar.validation.arms.{min(taken)}: {_NODE} judges by an arm of this name; choose another")
@@ -77,26 +81,20 @@ def _judged(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 def _panel(config: DictConfig, sdar: SdarConfig) -> list[str]:
     panel = sdar.skills.learn.panel
-    how = f"make it with `sdar-verl prepare {sdar.env.name} --out DIR`"
     if panel is None:
-        return [f"{_NODE}.every={sdar.skills.learn.every} needs {_NODE}.panel, the tasks that decide; {how}"]
-    if not Path(panel).is_file():
-        return [f"{_NODE}.panel={panel} does not exist; {how}"]
-    try:
-        tasks = read_panel(panel)
-    except PanelError as error:
-        return [f"{_NODE}.panel: {error}"]
-    faults = []
+        return [
+            f"{_NODE}.every={sdar.skills.learn.every} needs {_NODE}.panel, the tasks that decide; make them with "
+            f"`sdar-verl prepare {sdar.env.name} --out DIR`"
+        ]
+    tasks, faults = panel_faults(f"{_NODE}.panel", panel, sdar)
+    if faults:
+        return faults
     counts = Counter(task.task_type for task in tasks)
     few = sorted({t.task_type for t in panel_tasks(config, "train_files") if counts[t.task_type] < LEAST_TASKS})
     if few:
         faults.append(
             f"{_NODE}.panel={panel} has fewer than {LEAST_TASKS} tasks of {', '.join(few)}, which training plays: no "
             "skill for these could be taken; name a larger panel"
-        )
-    if others := {task.env for task in tasks} - {sdar.env.name}:
-        faults.append(
-            f"{_NODE}.panel={panel} holds tasks of {', '.join(sorted(others))}, but sdar.env.name={sdar.env.name}"
         )
     for option in ("train_files", "val_files"):
         shared = sorted({task.task_id for task in tasks} & {task.task_id for task in panel_tasks(config, option)})

@@ -2,7 +2,7 @@
 
 Every so many steps the writer is shown episodes that have just ended and writes or revises a skill per task type. The
 validation of the same step plays a panel of its own twice, with the bank as it is and with what was written; skills
-with which success rose outside its interval go into the bank, from the next step on.
+with which success rose outside its interval go with every prompt that is sent out from then on.
 """
 
 from __future__ import annotations

@@ -81,8 +81,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def keep_steps(path: Path, last: int) -> None:
-    """Rewrite a file of JSON lines without the steps after ``last``; nothing happens when it does not exist."""
+    """Rewrite a file of JSON lines without the steps after ``last``, and without lines whose step is no number, which
+    no reader shows; nothing happens when it does not exist."""
     if path.is_file():
         write_text_atomically(
-            path, "".join(json.dumps(value) + "\n" for value in read_lines(path) if value["step"] <= last)
+            path, "".join(json.dumps(value) + "\n" for value in read_lines(path) if _until(value, last))
         )
+
+
+def _until(line: Mapping[str, Any], last: int) -> bool:
+    step = line.get("step")
+    return isinstance(step, int | float) and step <= last

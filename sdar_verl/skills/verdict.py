@@ -12,7 +12,8 @@ from sdar_verl.report.stats import bootstrap
 from sdar_verl.skills.skill import Skill
 
 LEAST_TASKS = 10
-"""Of fewer, the interval of a skill without effect lies above 0 too often: of two in 6 % of cases, of twenty in 3."""
+"""Fewer say nothing of a type. A skill without effect, at success .5, is taken by ten in 5 of a hundred draws, by twenty
+in 3."""
 
 
 @dataclass(frozen=True)

@@ -338,8 +338,12 @@ UNSHOWN = [f"sdar.validation.arms.{name}.context=none" for name in ("teacher", "
         ([f"{LEARN}.every=7"], "every=7 is no multiple of trainer.test_freq=5"),
         (["trainer.test_freq=-1"], "no multiple of trainer.test_freq=-1"),
         ([f"{LEARN}.panel=null"], "needs sdar.skills.learn.panel"),
-        ([f"{LEARN}.panel=/no/such.parquet"], "/no/such.parquet does not exist; make it with `sdar-verl prepare"),
+        (
+            [f"{LEARN}.panel=/no/such.parquet"],
+            "learn.panel=/no/such.parquet does not exist; make the task panels with `sdar-verl prepare",
+        ),
         (["sdar.skills.max_tokens=null"], "needs sdar.skills.max_tokens"),
+        (["sdar.skills.max_tokens=320"], "data.max_prompt_length=320 tokens in all"),
         (["sdar.skills.retrieval=[oracle]"], "does not show every task"),
         (["sdar.skills.retrieval=[keyword]"], "a written skill has no keywords"),
         (["sdar.skills.retrieval=[ucb,task_type]"], "random and ucb draw"),
