@@ -51,7 +51,8 @@ def panel_faults(option: str, file: str, sdar: SdarConfig) -> tuple[list[Task], 
     if lost:
         faults.append(
             f"{option}={file}: {len(lost)} of the files or folders that its tasks need are not there, such as "
-            f"{lost[0]} (moved or deleted since); make the panel again with `sdar-verl prepare {sdar.env.name} --out DIR`"
+            f"{lost[0]} (moved or deleted since); make the panel again with "
+            f"`sdar-verl prepare {sdar.env.name} --out DIR`"
         )
     return tasks, faults
 

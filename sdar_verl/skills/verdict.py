@@ -12,8 +12,8 @@ from sdar_verl.report.stats import bootstrap
 from sdar_verl.skills.skill import Skill
 
 LEAST_TASKS = 10
-"""Fewer say nothing of a type. A skill without effect, at success .5, is taken by ten in 5 of a hundred draws, by twenty
-in 3."""
+"""Fewer say nothing of a type. A skill without effect, at success .5, is taken by ten in 5 of a hundred draws, by
+twenty in 3."""
 
 
 @dataclass(frozen=True)
