@@ -23,7 +23,7 @@ from tensordict import TensorDict
 from benchmarks.common import cost, machine, table
 from sdar_verl.config import load_config
 from sdar_verl.fields import TEACHER_LOG_PROBS
-from sdar_verl.finite import STUDENT, leave_out_broken_rows, leave_out_broken_teacher
+from sdar_verl.finite import STUDENT_COLUMNS, leave_out_broken_rows, leave_out_broken_teacher
 from sdar_verl.method import Method
 from sdar_verl.observe.metrics import gap_metrics, row_metrics
 from sdar_verl.observe.record import distilled_tokens
@@ -105,8 +105,8 @@ def a_step(keys: list[str], extras: list[dict], columns: dict[str, torch.Tensor]
     scored = scored_rows(lengths, RANKS)
     loads = calculate_workload(torch.tensor([lengths[row] for row in scored])).tolist()
     deal(lengths, RANKS, get_seqlen_balanced_partitions(loads, k_partitions=RANKS, equal_size=True))
-    one.read(["response_mask", "rm_scores", "entropy", *STUDENT, TEACHER_LOG_PROBS])
-    leave_out_broken_rows(one, STUDENT, "drop", 0)
+    one.read(["response_mask", "rm_scores", "entropy", *STUDENT_COLUMNS, TEACHER_LOG_PROBS])
+    leave_out_broken_rows(one, STUDENT_COLUMNS, "drop", 0)
     leave_out_broken_teacher(one, "drop")
     with advantage_rows(AdvantageRows.of(settings.advantage, one)) as rows:
         index = np.array(one.group_ids)

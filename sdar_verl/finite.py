@@ -14,14 +14,14 @@ from sdar_verl.errors import NonFiniteError
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, log_probs_of
 from sdar_verl.table import StepTable
 
-STUDENT = {
+STUDENT_COLUMNS = {
     "old_log_probs": "the student's log-probs",
     "rollout_log_probs": "the rollout engine's log-probs",
     "ref_log_prob": "the reference's log-probs",
     "values": "the critic's values",
 }
 """Columns that the update reads, and what they are called in a message."""
-ADVANTAGES = {"advantages": "the advantages"}
+ADVANTAGE_COLUMNS = {"advantages": "the advantages"}
 
 NAMED = 8
 """Rows named in a message."""

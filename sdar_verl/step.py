@@ -1,80 +1,238 @@
 """One local update of SDAR, from finished episodes to new weights: what a reader opens first.
 
 It takes the place of verl's ``_step_once`` in its synchronous and in both asynchronous trainers. What begins with an
-underscore is verl's own phase (:mod:`sdar_verl.verl.symbols` sees to it that each is there); the rest is this package.
+underscore is verl's own phase (:mod:`sdar_verl.verl.symbols` sees to it that each is there); the others are below, in
+their order. Rows lie in verl's queue, where phases and workers read and write them by column
+(:mod:`sdar_verl.fields` names ours); the table is what this process knows of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sdar_verl.finite import ADVANTAGES, STUDENT, leave_out_broken_rows, leave_out_broken_teacher
-from sdar_verl.observe.metrics import row_metrics
-from sdar_verl.teacher.several import mix
+from verl.utils.debug import marked_timer
+
+from sdar_verl.algorithm.schedules import GAP_SIZE
+from sdar_verl.config import SdarConfig
+from sdar_verl.fields import STEP_VALUES
+from sdar_verl.finite import ADVANTAGE_COLUMNS, STUDENT_COLUMNS, leave_out_broken_rows, leave_out_broken_teacher
+from sdar_verl.method import Method, Strengths
+from sdar_verl.observe.base import Observer
+from sdar_verl.observe.metrics import gap_metrics, gap_size, reduce_loss_sums, row_metrics
+from sdar_verl.requests import StepRequests, asked
+from sdar_verl.table import StepTable, stop_on_lost_episodes
+from sdar_verl.teacher.several import mix, teacher_metrics
+from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
+from sdar_verl.verl.packing import check_packing
+from sdar_verl.verl.queue import in_order, read_table
 
 if TYPE_CHECKING:
-    from sdar_verl.verl.trainer import SdarTraining
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+else:
+    PPOTrainer = object
 
 
-def local_update(run: SdarTraining, metrics: dict[str, Any], size: int) -> Any:
-    """Sample the finished episodes of ``size`` prompts, let the teacher judge them, update the actor.
+class LocalUpdate(PPOTrainer):
+    """Put before a trainer of verl's by :class:`sdar_verl.verl.trainer.SdarTraining`, which sets it up.
 
-    Args:
-        run: the trainer.
-        metrics: of this update; everything is added to it.
-        size: prompts.
-
-    Returns:
-        verl's batch, as its trainer wants it back.
+    Attributes:
+        method, strengths: the ``sdar.loss`` node: its mathematics, and lambda and beta over the steps.
+        requests: what the passes of a step are asked for.
+        teacher: :class:`sdar_verl.verl.teacher.PrivilegedTeacher`; None without one, and once it has retired.
+        taught: whether the run began with a teacher: the method goes on without it, with lambda = 0.
+        late_contexts: contexts made of the step's own episodes; None without any.
+        teacher_columns: log-prob columns of the teacher passes.
+        observers: they see the finished rows of a step.
+        checks_packing: whether verl's packing is still to be looked at.
     """
-    with run.timed("gen"):
-        batch = run.finished_episodes(size, metrics)
-    if run.colocated_reward_model:
-        with run.timed("reward"):
-            batch = run._compute_reward_colocate(batch, metrics=metrics)
-    batch = run._balance_batch(batch, metrics=metrics)
 
-    table = run.read_table(batch)
-    metrics |= run.count_crashed(table)
-    if run.late_contexts is not None:
-        metrics |= run.late_contexts.fill(table)
-    metrics |= row_metrics(table)
-    run.first_checks(table, metrics)
+    sdar: SdarConfig
+    method: Method
+    strengths: Strengths
+    requests: StepRequests
+    teacher: Any
+    taught: bool
+    late_contexts: Any
+    teacher_columns: list[str]
+    observers: list[Observer]
+    checks_packing: bool
 
-    if run.teacher is not None:
-        run.teacher.begin(table)
-    with run.timed("old_log_prob"):
-        batch = run.old_log_probs(batch, metrics)
-    if run.use_reference_policy:
-        with run.timed("ref"):
-            batch = run._compute_ref_log_prob(batch, metrics=metrics)
-    if run.use_critic:
-        with run.timed("values"):
-            batch = run._compute_values(batch, metrics=metrics)
-    table.rows.batch = batch
-    if run.teacher is not None:
-        with run.timed("teacher"):
-            metrics |= run.score_teacher(table)
+    def local_update(self, metrics: dict[str, Any], size: int) -> StepTable:
+        """Sample the finished episodes of ``size`` prompts, let the teacher judge them, update the actor.
 
-    table.read(run.columns)
-    metrics |= leave_out_broken_rows(table, STUDENT, run.sdar.on_nonfinite, run.tokenizer.eos_token_id)
-    if run.teacher is not None:
-        metrics |= leave_out_broken_teacher(table, run.sdar.on_nonfinite)
-        mix(table, run.sdar.context.shares)
-        metrics |= run.teacher.verify(table)
+        Args:
+            metrics: of this update; everything is added to it.
+            size: prompts.
 
-    with run.timed("adv"):
-        batch = run.advantages(batch, table, metrics)
-    metrics |= leave_out_broken_rows(table, ADVANTAGES, run.sdar.on_nonfinite, run.tokenizer.eos_token_id)
-    if run.taught:
-        with run.timed("method"):
-            metrics |= run.judge(batch, table)
+        Returns:
+            The rows that it was made on.
+        """
+        with self.timed("gen"):
+            batch = self.finished_episodes(size, metrics)
+        if self.colocated_reward_model:
+            with self.timed("reward"):
+                batch = self._compute_reward_colocate(batch, metrics=metrics)
+        table = read_table(self._balance_batch(batch, metrics=metrics), self.global_steps)
+        metrics |= self.count_crashed(table)
+        if self.late_contexts is not None:
+            metrics |= self.late_contexts.fill(table)
+        metrics |= row_metrics(table)
+        self.first_checks(table, metrics)
 
-    if run.use_critic:
-        with run.timed("update_critic"):
-            batch = run._update_critic(batch, metrics=metrics)
-    if run.config.trainer.critic_warmup <= run.global_steps:
-        with run.timed("update_actor"):
-            batch = run.update_actor(batch, metrics)
-    run.tables.append(table)
-    return batch
+        if self.teacher is not None:
+            self.teacher.begin(table)
+        with self.timed("old_log_prob"):
+            self.old_log_probs(table, metrics)
+        if self.use_reference_policy:
+            with self.timed("ref"):
+                table.batch = self._compute_ref_log_prob(table.batch, metrics=metrics)
+        if self.use_critic:
+            with self.timed("values"):
+                table.batch = self._compute_values(table.batch, metrics=metrics)
+        if self.teacher is not None:
+            with self.timed("teacher"):
+                metrics |= self.score_teacher(table)
+
+        table.read(["response_mask", "rm_scores", "entropy", *STUDENT_COLUMNS, *self.teacher_columns])
+        metrics |= self.leave_out(table, STUDENT_COLUMNS)
+        if self.teacher is not None:
+            metrics |= leave_out_broken_teacher(table, self.sdar.on_nonfinite)
+            mix(table, self.sdar.context.shares)
+            metrics |= self.teacher.verify(table)
+
+        with self.timed("adv"):
+            self.advantages(table, metrics)
+        metrics |= self.leave_out(table, ADVANTAGE_COLUMNS)
+        if self.taught:
+            with self.timed("method"):
+                metrics |= self.judge(table)
+
+        if self.use_critic:
+            with self.timed("update_critic"):
+                table.batch = self._update_critic(table.batch, metrics=metrics)
+        if self.config.trainer.critic_warmup <= self.global_steps:
+            with self.timed("update_actor"):
+                self.update_actor(table, metrics)
+        return table
+
+    # ---------------------------------------------------------------- rows
+
+    def finished_episodes(self, size: int, metrics: dict[str, Any]) -> Any:
+        """verl's batch: the rows of ``size`` prompts whose episodes have ended, in one order whichever ended first."""
+        self.on_sample_begin()
+        batch, sampled = self.replay_buffer.sample(
+            global_steps=self.global_steps, partition_id="train", batch_size=size
+        )
+        metrics.update(sampled)
+        batch.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
+        batch = in_order(batch)
+        # While the rollout servers still have the policy: who asks it something does so now.
+        observers = [observer for observer in self.observers if observer.wants_rollout(self.global_steps)]
+        late = self.late_contexts if self.late_contexts is not None and self.late_contexts.during_rollout else None
+        if observers or late is not None:
+            table = read_table(batch, self.global_steps)
+            if late is not None:
+                late.write(table)
+            for observer in observers:
+                observer.after_rollout(table)
+        self.on_sample_end()
+        return batch
+
+    def count_crashed(self, table: StepTable) -> dict[str, float]:
+        """Episodes that were asked for and left no row; too many stop the run."""
+        tasks = self.config.data.train_batch_size // self.parameter_sync_step
+        expected, failures = tasks * self.config.actor_rollout_ref.rollout.n, table.failures()
+        stop_on_lost_episodes(failures, expected)
+        return {"sdar/crashed_episodes": expected - len(failures)}
+
+    def first_checks(self, table: StepTable, metrics: dict[str, Any]) -> None:
+        """What can only be seen on rows and workers, once."""
+        if self.checks_packing:
+            self.checks_packing = False
+            metrics["sdar/packing_gap"] = check_packing(self, table)
+
+    def leave_out(self, table: StepTable, columns: Mapping[str, str]) -> dict[str, float]:
+        """Stop, or take rows out, where one of these columns is not finite."""
+        return leave_out_broken_rows(table, columns, self.sdar.on_nonfinite, self.tokenizer.eos_token_id)
+
+    # ---------------------------------------------------------------- passes
+
+    def old_log_probs(self, table: StepTable, metrics: dict[str, Any]) -> None:
+        """verl's, with what the objective asks of the student's pass."""
+        batch = table.batch
+        with asked(batch.extra_info, self.requests.student):
+            if self.requests.student is not None and self.bypasses:
+                temperature = self.config.actor_rollout_ref.rollout.temperature
+                batch.extra_info.update(calculate_entropy=False, compute_loss=False, temperature=temperature)
+                self.actor_rollout_wg.compute_log_prob(batch)
+            table.batch = self._compute_old_log_prob(batch, metrics=metrics)
+
+    def score_teacher(self, table: StepTable) -> dict[str, float]:
+        """The teacher's columns, on every row."""
+        return self.teacher.score(table)
+
+    # ---------------------------------------------------------------- numbers
+
+    def advantages(self, table: StepTable, metrics: dict[str, Any]) -> None:
+        """verl's, whose estimator ``sdar`` is told which row belongs to which episode."""
+        with advantage_rows(AdvantageRows.of(self.sdar.advantage, table)) as rows:
+            table.batch = self._compute_advantage(table.batch, metrics=metrics)
+        if rows.counts is not None:
+            metrics["sdar/groups_without_variance"] = rows.counts.groups_without_variance
+            metrics["sdar/groups_of_one"] = rows.counts.groups_of_one
+            metrics["sdar/groups"] = rows.counts.groups
+        if rows.tokens is not None:
+            table.columns["advantages"] = rows.tokens
+
+    def judge(self, table: StepTable) -> dict[str, float]:
+        """The method's view of all rows: statistics and signals go to the rows, the step's values to the batch."""
+        coef, beta, rl = self.strengths.at(self.global_steps)
+        metrics = {"sdar/lambda": coef, "sdar/beta": beta}
+        if self.sdar.loss.rl_schedule.name != "constant" or rl != 1.0:
+            metrics["sdar/rl_weight"] = rl
+        judged = self.method.judge(table, coef, beta, rl)
+        if judged.terms is not None:
+            gap, entropy = judged.terms.gap, table.columns.get("entropy")
+            metrics |= gap_metrics(gap, table.mask, table.response, table.episode_ids, table.turns, entropy)
+            metrics |= teacher_metrics(table, judged.terms.gate, self.sdar.context.shares)
+            table.columns |= {"gap": gap, "gate": judged.terms.gate}
+            if GAP_SIZE in self.strengths.measures:
+                metrics |= gap_size(gap, table.mask, table.response)
+        if judged.change is not None:
+            metrics["sdar/advantage_change"] = judged.change
+        table.write(judged.columns)
+        table.batch.extra_info[STEP_VALUES] = judged.values.as_dict()
+        return metrics
+
+    def update_actor(self, table: StepTable, metrics: dict[str, Any]) -> None:
+        """verl's, whose workers call :func:`sdar_verl.verl.loss.sdar_loss`; their sums become means."""
+        if self.teacher is None:
+            table.batch = self._update_actor(table.batch, metrics=metrics)
+            return
+        if self.teacher.source.per_update:
+            self.teacher.ask_within(table.batch.extra_info)
+        with asked(table.batch.extra_info, self.requests.update):
+            table.batch = self._update_actor(table.batch, metrics=metrics)
+        if self.local_trigger_step == self.parameter_sync_step - 1:
+            self.teacher.updated()
+        metrics.update(reduce_loss_sums(metrics))
+
+    # ---------------------------------------------------------------- of the run
+
+    @property
+    def bypasses(self) -> bool:
+        """verl takes the rollout's log-probs for the old ones and makes no pass over the student's rows."""
+        return bool((self.config.algorithm.get("rollout_correction", None) or {}).get("bypass_mode", False))
+
+    @property
+    def colocated_reward_model(self) -> bool:
+        """Rewards come from a model on the training devices, after the episodes."""
+        return self.reward_loop_manager.reward_loop_worker_handles is None
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """The seconds within the context are those of ``timing_s/<phase>``."""
+        with marked_timer(phase, self.timing_raw):
+            yield

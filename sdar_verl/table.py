@@ -62,6 +62,16 @@ class StepTable:
     lengths: list[int] = field(default_factory=list)
     taken_out: int = 0
 
+    @property
+    def batch(self) -> Any:
+        """verl's: names of the rows, their tags, and what its workers are sent; a phase of verl's may put a new one in
+        its place."""
+        return self.rows.batch
+
+    @batch.setter
+    def batch(self, batch: Any) -> None:
+        self.rows.batch = batch
+
     def read(self, names: Sequence[str]) -> None:
         """Fetch columns of all rows, in one call; those that this run does not have are left out."""
         stored = self.rows.read(names)

@@ -1,14 +1,12 @@
 """verl's trainers with SDAR in them; trainer mode ``sdar`` is its synchronous one.
 
-What an update does stands in :mod:`sdar_verl.step`; here is what it is made of, and where it hooks into verl: set-up,
-rollout, validation, checkpoints. Everything not named here is verl's. The asynchronous modes are in
-:mod:`sdar_verl.verl.async_modes`.
+What an update does stands in :mod:`sdar_verl.step`; here is where it hooks into verl: set-up, rollout, validation,
+checkpoints. Everything not named here is verl's. The asynchronous modes are in :mod:`sdar_verl.verl.async_modes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,40 +20,32 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.rl_dataset import collate_fn
-from verl.utils.debug import marked_timer
 from verl.workers.utils.losses import ppo_loss
 
-from sdar_verl.algorithm.schedules import GAP_SIZE
 from sdar_verl.checks.panel_tasks import panel_digests, panel_files
 from sdar_verl.checks.run import check_run
 from sdar_verl.cloud.attempt import CloudRun
 from sdar_verl.compat import EXPECTED, validation_counts
 from sdar_verl.config import load_config
 from sdar_verl.context.builder import further_passes
-from sdar_verl.fields import STEP_VALUES, TEACHER_LOG_PROBS, log_probs_of
-from sdar_verl.finite import STUDENT
+from sdar_verl.fields import TEACHER_LOG_PROBS, log_probs_of
 from sdar_verl.method import Method, Strengths
 from sdar_verl.modules import Importing
 from sdar_verl.observe import observers
-from sdar_verl.observe.base import Observer, load_states, save_states
+from sdar_verl.observe.base import load_states, save_states
 from sdar_verl.observe.lines import step_line, validation_line
-from sdar_verl.observe.metrics import gap_metrics, gap_size, reduce_loss_sums
 from sdar_verl.observe.step_metrics import step_metrics
 from sdar_verl.recipe import plays_environments
-from sdar_verl.requests import StepRequests, asked
+from sdar_verl.requests import StepRequests
 from sdar_verl.rollout.rows import RETIRED_COLUMN, TRACED_COLUMN
 from sdar_verl.rollout.runtime import make_prompts
 from sdar_verl.rollout.uids import PromptUids
-from sdar_verl.step import local_update
+from sdar_verl.step import LocalUpdate
 from sdar_verl.table import StepTable, joined, stop_on_errors, stop_on_lost_episodes
-from sdar_verl.teacher.several import teacher_metrics
 from sdar_verl.verl import symbols
-from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
 from sdar_verl.verl.late import late_contexts, run_writer, step_writing
 from sdar_verl.verl.liveness import Liveness, queue_processes, run_processes, watched
 from sdar_verl.verl.loss import sdar_loss
-from sdar_verl.verl.packing import check_packing
-from sdar_verl.verl.queue import in_order, read_table
 from sdar_verl.verl.resume import claim_checkpoints, from_scratch, resumed_folder
 from sdar_verl.verl.taught_loop import teach
 from sdar_verl.verl.teacher import PrivilegedTeacher
@@ -66,7 +56,7 @@ from sdar_verl.writer.step import StepWriting
 symbols.check("trainer")
 
 
-class SdarTraining(PPOTrainer):
+class SdarTraining(LocalUpdate, PPOTrainer):
     """The privileged teacher and the ``sdar`` advantages, for any of verl's trainers: put it before verl's class.
 
     Class attributes:
@@ -94,35 +84,19 @@ class SdarTraining(PPOTrainer):
         self.requests = StepRequests.of(self.sdar.loss)
         self.teacher = PrivilegedTeacher(self.sdar.teacher, self.requests, self) if taught else None
         self.taught = taught
-        self.observers: list[Observer] = [*observers(self.sdar, config, self), self.cloud]
-        self.late_contexts: Any = None
-        self.tables: list[StepTable] = []
-        self.columns = ["response_mask", "rm_scores", "entropy", *STUDENT]
+        self.observers = [*observers(self.sdar, config, self), self.cloud]
+        self.late_contexts = None
+        self.teacher_columns = []
         if self.teacher is not None and not self.teacher.source.per_update:
-            self.columns += [TEACHER_LOG_PROBS, *map(log_probs_of, further_passes(self.sdar.context))]
+            self.teacher_columns = [TEACHER_LOG_PROBS, *map(log_probs_of, further_passes(self.sdar.context))]
         self._environments = plays_environments(config)
-        self._checks_packing = bool(config.actor_rollout_ref.model.use_remove_padding)
+        self.checks_packing = bool(config.actor_rollout_ref.model.use_remove_padding)
         self._uids = PromptUids()
+        self._tables: list[StepTable] = []
         self._updates: list[dict[str, Any]] = []
         if taught and self.method.reads_entropy:
             with open_dict(config):
                 config.actor_rollout_ref.actor.calculate_entropy = True
-
-    @property
-    def bypasses(self) -> bool:
-        """verl takes the rollout's log-probs for the old ones and makes no pass over the student's rows."""
-        return bool((self.config.algorithm.get("rollout_correction", None) or {}).get("bypass_mode", False))
-
-    @property
-    def colocated_reward_model(self) -> bool:
-        """Rewards come from a model on the training devices, after the episodes."""
-        return self.reward_loop_manager.reward_loop_worker_handles is None
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """The seconds within the context are those of ``timing_s/<phase>``."""
-        with marked_timer(phase, self.timing_raw):
-            yield
 
     # ---------------------------------------------------------------- set-up
 
@@ -203,7 +177,7 @@ class SdarTraining(PPOTrainer):
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
         """verl's: all updates up to the next weight sync, one in most modes; then what is known of all together."""
-        self._updates, self.tables = [], []
+        self._updates, self._tables = [], []
         if self.teacher is not None and self.strengths.retired(self.global_steps):
             print(f"sdar: lambda is 0 for good from step {self.global_steps} on; the teacher's pass ends", flush=True)
             self.teacher = self.late_contexts = None
@@ -212,38 +186,19 @@ class SdarTraining(PPOTrainer):
         metrics.update(step_metrics(self._updates))
         self.strengths.observe(self.global_steps, metrics)
         with self.timed("observers"):
-            table = joined(self.tables)
+            table = joined(self._tables)
             for observer in self.observers:
                 metrics.update(observer.after_updates(table, metrics))
-        self.tables = []
+        self._tables = []
         return batch
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
-        batch = local_update(self, metrics, sample_batch_size)
+        table = self.local_update(metrics, sample_batch_size)
+        self._tables.append(table)
         self._updates.append(dict(metrics))
-        return batch
+        return table.batch
 
-    # What :func:`sdar_verl.step.local_update` is made of, in its order.
-
-    def finished_episodes(self, size: int, metrics: dict[str, Any]) -> KVBatchMeta:
-        """The rows of ``size`` prompts whose episodes have ended, in one order whichever ended first."""
-        self.on_sample_begin()
-        batch, sampled = self.replay_buffer.sample(
-            global_steps=self.global_steps, partition_id="train", batch_size=size
-        )
-        metrics.update(sampled)
-        batch.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
-        batch = in_order(batch)
-        observers = [observer for observer in self.observers if observer.wants_rollout(self.global_steps)]
-        late = self.late_contexts if self.late_contexts is not None and self.late_contexts.during_rollout else None
-        if observers or late is not None:
-            table = self.read_table(batch)
-            if late is not None:
-                late.write(table)
-            for observer in observers:
-                observer.after_rollout(table)
-        self.on_sample_end()
-        return batch
+    # ---------------------------------------------------------------- who writes contexts
 
     def writing(self) -> StepWriting:
         """A way to the run's writer."""
@@ -252,83 +207,6 @@ class SdarTraining(PPOTrainer):
     @cached_property
     def _writer(self) -> Writer:
         return run_writer(self.config, self.sdar, self.tokenizer, self.get_llm_client)
-
-    def read_table(self, batch: KVBatchMeta) -> StepTable:
-        """The rows' records."""
-        return read_table(batch, self.global_steps)
-
-    def count_crashed(self, table: StepTable) -> dict[str, float]:
-        """Episodes that were asked for and left no row; too many stop the run."""
-        tasks = self.config.data.train_batch_size // self.parameter_sync_step
-        asked, failures = tasks * self.config.actor_rollout_ref.rollout.n, table.failures()
-        stop_on_lost_episodes(failures, asked)
-        return {"sdar/crashed_episodes": asked - len(failures)}
-
-    def first_checks(self, table: StepTable, metrics: dict[str, Any]) -> None:
-        """What can only be seen on rows and workers, once."""
-        if self._checks_packing:
-            self._checks_packing = False
-            metrics["sdar/packing_gap"] = check_packing(self, table)
-
-    def old_log_probs(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        """verl's, with what the objective asks of the student's pass."""
-        with asked(batch.extra_info, self.requests.student):
-            if self.requests.student is not None and self.bypasses:
-                temperature = self.config.actor_rollout_ref.rollout.temperature
-                batch.extra_info.update(calculate_entropy=False, compute_loss=False, temperature=temperature)
-                self.actor_rollout_wg.compute_log_prob(batch)
-            return self._compute_old_log_prob(batch, metrics=metrics)
-
-    def score_teacher(self, table: StepTable) -> dict[str, float]:
-        """The teacher pass."""
-        assert self.teacher is not None
-        return self.teacher.score(table)
-
-    def advantages(self, batch: KVBatchMeta, table: StepTable, metrics: dict[str, Any]) -> KVBatchMeta:
-        """verl's, whose estimator ``sdar`` is told which row belongs to which episode."""
-        with advantage_rows(AdvantageRows.of(self.sdar.advantage, table)) as rows:
-            batch = self._compute_advantage(batch, metrics=metrics)
-        table.rows.batch = batch
-        if rows.counts is not None:
-            metrics["sdar/groups_without_variance"] = rows.counts.groups_without_variance
-            metrics["sdar/groups_of_one"] = rows.counts.groups_of_one
-            metrics["sdar/groups"] = rows.counts.groups
-        if rows.tokens is not None:
-            table.columns["advantages"] = rows.tokens
-        return batch
-
-    def judge(self, batch: KVBatchMeta, table: StepTable) -> dict[str, float]:
-        """The method's view of all rows: statistics and signals go to the rows, the step's values to the batch."""
-        coef, beta, rl = self.strengths.at(self.global_steps)
-        metrics = {"sdar/lambda": coef, "sdar/beta": beta}
-        if self.sdar.loss.rl_schedule.name != "constant" or rl != 1.0:
-            metrics["sdar/rl_weight"] = rl
-        judged = self.method.judge(table, coef, beta, rl)
-        if judged.terms is not None:
-            gap, entropy = judged.terms.gap, table.columns.get("entropy")
-            metrics |= gap_metrics(gap, table.mask, table.response, table.episode_ids, table.turns, entropy)
-            metrics |= teacher_metrics(table, judged.terms.gate, self.sdar.context.shares)
-            table.columns |= {"gap": gap, "gate": judged.terms.gate}
-            if GAP_SIZE in self.strengths.measures:
-                metrics |= gap_size(gap, table.mask, table.response)
-        if judged.change is not None:
-            metrics["sdar/advantage_change"] = judged.change
-        table.write(judged.columns)
-        batch.extra_info[STEP_VALUES] = judged.values.as_dict()
-        return metrics
-
-    def update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        """verl's, with what the objective asks of the update; the workers' sums become means."""
-        if self.teacher is None:
-            return self._update_actor(batch, metrics=metrics)
-        if self.teacher.source.per_update:
-            self.teacher.ask_within(batch.extra_info)
-        with asked(batch.extra_info, self.requests.update):
-            batch = self._update_actor(batch, metrics=metrics)
-        if self.local_trigger_step == self.parameter_sync_step - 1:
-            self.teacher.updated()
-        metrics.update(reduce_loss_sums(metrics))
-        return batch
 
     # ---------------------------------------------------------------- rollout
 

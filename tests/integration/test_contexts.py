@@ -36,7 +36,7 @@ def test_a_shuffled_sibling_teaches_every_group_that_has_one(tmp_path: Path) -> 
         "sdar.teacher.source=actor",
         "sdar.teacher.max_prompt_length=480",
         # From another package: its context wraps ours, its gate is what the workers must apply.
-        "sdar.modules=[tests.support.third_party]",
+        "sdar.modules=[tests.support.toy_env,tests.support.third_party]",
         "sdar.context.sources=[their_sibling]",
         "sdar.loss.gate=their_gate",
         "sdar.context.control=shuffled",

@@ -7,7 +7,7 @@ import torch
 
 from sdar_verl.errors import NonFiniteError
 from sdar_verl.fields import SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN, TEACHER_LOG_PROBS, TEACHER_MASK
-from sdar_verl.finite import ADVANTAGES, STUDENT, leave_out_broken_rows, leave_out_broken_teacher
+from sdar_verl.finite import ADVANTAGE_COLUMNS, STUDENT_COLUMNS, leave_out_broken_rows, leave_out_broken_teacher
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.table import StepTable
 from sdar_verl.verl.worker import _broken
@@ -37,14 +37,14 @@ def table_of(**broken: list[tuple[int, int, float]]) -> StepTable:
 
 
 def check_student(table: StepTable, on_nonfinite: str = "error") -> dict[str, float]:
-    return leave_out_broken_rows(table, STUDENT, on_nonfinite, EOS)
+    return leave_out_broken_rows(table, STUDENT_COLUMNS, on_nonfinite, EOS)
 
 
 def test_a_step_of_finite_numbers_is_left_alone() -> None:
     table = table_of()
     before = {name: [row.clone() for row in column] for name, column in stored(table).items()}
     assert check_student(table, "drop") == {"sdar/nonfinite_rows": 0}
-    assert leave_out_broken_rows(table, ADVANTAGES, "drop", EOS) == {"sdar/nonfinite_rows": 0}
+    assert leave_out_broken_rows(table, ADVANTAGE_COLUMNS, "drop", EOS) == {"sdar/nonfinite_rows": 0}
     assert all(torch.equal(a, b) for name in before for a, b in zip(before[name], stored(table)[name], strict=True))
     assert check_student(table_of()) == {}
 
@@ -96,7 +96,7 @@ def test_dropped_rows_become_padding() -> None:
 def test_rows_are_counted_over_all_looks_of_a_step() -> None:
     table = table_of(old_log_probs=[(1, 0, NAN)], advantages=[(0, 0, INF)])
     check_student(table, "drop")
-    assert leave_out_broken_rows(table, ADVANTAGES, "drop", EOS) == {"sdar/nonfinite_rows": 2}
+    assert leave_out_broken_rows(table, ADVANTAGE_COLUMNS, "drop", EOS) == {"sdar/nonfinite_rows": 2}
     assert [info is None for info in table.infos] == [True, True, False, True]
 
 

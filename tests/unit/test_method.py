@@ -17,8 +17,8 @@ from sdar_verl.fields import GAP_POOLED, GAP_SHIFT, LOSS_SCALE, STEP_VALUES, TEA
 from sdar_verl.method import Judgement, Method, StepValues, Strengths
 from sdar_verl.observe.base import load_states, save_states
 from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.step import LocalUpdate
 from sdar_verl.table import StepTable
-from sdar_verl.verl.trainer import SdarTraining
 from tests.support.table import make_table, stored
 
 KEYS = ["s1p0_0_0", "s1p0_0_1", "s1p0_1_0", "s1p1_0_0", "padding_0_0"]
@@ -168,7 +168,7 @@ def trainer(**loss: Any) -> Any:
 def test_the_judgement_goes_to_the_rows_the_batch_and_the_metrics() -> None:
     table = table_of()
     before = set(stored(table))
-    metrics = SdarTraining.judge(trainer(centre="batch"), table.rows.batch, table)
+    metrics = LocalUpdate.judge(trainer(centre="batch"), table)
     assert set(stored(table)) - before == {GAP_SHIFT}
     assert [len(row) for row in stored(table)[GAP_SHIFT]] == LENGTHS
     values = StepValues.from_dict(table.rows.batch.extra_info[STEP_VALUES])
@@ -181,7 +181,7 @@ def test_the_judgement_goes_to_the_rows_the_batch_and_the_metrics() -> None:
 def test_shaped_advantages_are_what_the_workers_get() -> None:
     table = table_of()
     before = [row.clone() for row in stored(table)["advantages"]]
-    metrics = SdarTraining.judge(trainer(signal="advantage_weight", coef=0.5), table.rows.batch, table)
+    metrics = LocalUpdate.judge(trainer(signal="advantage_weight", coef=0.5), table)
     assert (metrics["sdar/lambda"], StepValues.from_dict(table.rows.batch.extra_info[STEP_VALUES]).coef) == (0.5, 0.0)
     assert metrics["sdar/advantage_change"] > 0.0
     assert not torch.equal(stored(table)["advantages"][0], before[0])
@@ -190,7 +190,7 @@ def test_shaped_advantages_are_what_the_workers_get() -> None:
 
 def test_a_teacher_that_is_scored_within_the_update_has_no_gap_before_it() -> None:
     table = table_of(with_teacher=False)
-    metrics = SdarTraining.judge(trainer(), table.rows.batch, table)
+    metrics = LocalUpdate.judge(trainer(), table)
     assert metrics == {"sdar/lambda": 0.01, "sdar/beta": 5.0}
     assert StepValues.from_dict(table.rows.batch.extra_info[STEP_VALUES]) == StepValues(0.01, 5.0)
 
@@ -211,7 +211,7 @@ def test_the_policy_gradients_weight_is_a_factor_on_what_a_signal_adds_to() -> N
 def test_a_retired_teacher_leaves_the_workers_verls_loss_and_the_weight_of_the_policy_gradient() -> None:
     table, one = table_of(with_teacher=False), trainer(rl_coef=0.5, coef_schedule={"stop_step": 2})
     one.teacher, one.global_steps = None, 2
-    metrics = SdarTraining.judge(one, table.rows.batch, table)
+    metrics = LocalUpdate.judge(one, table)
     assert metrics == {"sdar/lambda": 0.0, "sdar/beta": 5.0, "sdar/rl_weight": 0.5}
     assert StepValues.from_dict(table.rows.batch.extra_info[STEP_VALUES]).coef == 0
     assert torch.equal(stored(table)["advantages"][0], torch.full((3,), 0.5))

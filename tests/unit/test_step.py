@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.errors import NonFiniteError
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.step import local_update
+from sdar_verl.step import LocalUpdate
 from sdar_verl.table import StepTable
-from tests.support.table import COLUMNS, StoredRows, make_table
+from tests.support.table import StoredRows, make_table
 
 EOS = 7
 NAN = float("nan")
@@ -35,7 +35,7 @@ def verls(name: str, *columns: str) -> Any:
     return phase
 
 
-class Trainer:
+class Trainer(LocalUpdate):
     """A trainer whose phases write what workers would.
 
     Args:
@@ -44,6 +44,8 @@ class Trainer:
         broken: column -> row that is written with NaN.
         on_nonfinite: ``error`` or ``drop``.
     """
+
+    last: ClassVar[Trainer]
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class Trainer:
         on_nonfinite: str = "error",
         **settings: Any,
     ) -> None:
+        Trainer.last = self
         self.calls: list[str] = []
         self.seen: dict[str, Any] = {}
         self.broken = broken or {}
@@ -61,14 +64,15 @@ class Trainer:
         self.tokenizer = SimpleNamespace(eos_token_id=EOS)
         self.config = SimpleNamespace(trainer=SimpleNamespace(critic_warmup=settings.pop("critic_warmup", 0)))
         self.global_steps = 1
-        self.columns = COLUMNS
-        self.tables: list[StepTable] = []
+        self.teacher_columns = [TEACHER_LOG_PROBS] if teacher else []
         self.late_contexts = SimpleNamespace(fill=self.fill) if late else None
         self.teacher = self if teacher else None
         self.taught = teacher
         self.phases: list[str] = []
-        for name in ("colocated_reward_model", "use_reference_policy", "use_critic"):
+        for name in ("use_reference_policy", "use_critic"):
             setattr(self, name, settings.get(name, False))
+        handles = None if settings.get("colocated_reward_model") else ()
+        self.reward_loop_manager = SimpleNamespace(reward_loop_worker_handles=handles)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -104,7 +108,7 @@ class Trainer:
         columns = {name: [torch.ones(2, dtype=torch.long)] * ROWS for name in ("prompts", "responses", "response_mask")}
         self.table = make_table(["a_0_0", "b_0_0", "p_0_0"], [*infos, None])
         self.table.rows = StoredRows(self.table.rows.keys, {**columns, "rm_scores": [torch.zeros(2)] * ROWS})
-        self.table.rows.batch = batch
+        self.table.batch = batch
         return self.table
 
     def count_crashed(self, table: StepTable) -> dict[str, float]:
@@ -122,14 +126,12 @@ class Trainer:
     def begin(self, table: StepTable) -> None:
         self.calls.append("begin")
 
-    def old_log_probs(self, batch: str, metrics: dict[str, Any]) -> str:
-        self.calls.append("old_log_probs")
-        self.write("old_log_probs")
-        return f"{batch}'"
+    def old_log_probs(self, table: StepTable, metrics: dict[str, Any]) -> None:
+        table.batch = verls("old_log_probs", "old_log_probs")(self, table.batch, metrics)
 
     def score_teacher(self, table: StepTable) -> dict[str, float]:
         self.calls.append("score_teacher")
-        self.seen["batch of the teacher"] = table.rows.batch
+        self.seen["batch of the teacher"] = table.batch
         self.write(TEACHER_LOG_PROBS)
         table.rows.stored[TEACHER_MASK] = [torch.ones(2, dtype=torch.long)] * ROWS  # type: ignore[attr-defined]
         return {"sdar/empty_context_gap": 0.0}
@@ -139,30 +141,31 @@ class Trainer:
         self.seen["verified"] = table.mask.any(1).tolist()
         return {"sdar/teacher_staleness": 0.0}
 
-    def advantages(self, batch: str, table: StepTable, metrics: dict[str, Any]) -> str:
-        self.calls.append("advantages")
+    def advantages(self, table: StepTable, metrics: dict[str, Any]) -> None:
         self.seen["estimated"] = [info is not None for info in table.infos]
-        self.write("advantages")
-        return f"{batch}'"
+        table.batch = verls("advantages", "advantages")(self, table.batch, metrics)
 
-    def judge(self, batch: str, table: StepTable) -> dict[str, float]:
+    def judge(self, table: StepTable) -> dict[str, float]:
         self.calls.append("judge")
         self.seen["judged"] = table.mask.any(1).tolist()
         return {"sdar/lambda": 1.0}
 
-    def update_actor(self, batch: str, metrics: dict[str, Any]) -> str:
-        self.calls.append("update_actor")
-        return f"{batch}'"
+    def update_actor(self, table: StepTable, metrics: dict[str, Any]) -> None:
+        table.batch = verls("update_actor")(self, table.batch, metrics)
 
 
-def updated(**settings: Any) -> tuple[Trainer, dict[str, Any], Any]:
+@pytest.fixture(autouse=True)
+def rows_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdar_verl.step.read_table", lambda batch, step: Trainer.last.read_table(batch))
+
+
+def updated(**settings: Any) -> tuple[Trainer, dict[str, Any], StepTable]:
     run, metrics = Trainer(**settings), {"a": 1}
-    batch = local_update(run, metrics, 16)  # type: ignore[arg-type]
-    return run, metrics, batch
+    return run, metrics, run.local_update(metrics, 16)
 
 
 def test_the_least_there_is():
-    run, metrics, _ = updated(teacher=False)
+    run, metrics, table = updated(teacher=False)
     assert run.calls == [
         "finished_episodes(16)",
         "_balance_batch",
@@ -174,11 +177,11 @@ def test_the_least_there_is():
     ]
     assert run.phases == ["gen", "old_log_prob", "adv", "update_actor"]
     assert metrics["a"] == 1 and metrics["sdar/rows"] == 2 and metrics["sdar/packing_gap"] == 0.0
-    assert run.tables == [run.table]
+    assert table is run.table
 
 
 def test_everything_there_can_be():
-    run, metrics, batch = updated(late=True, colocated_reward_model=True, use_reference_policy=True, use_critic=True)
+    run, metrics, table = updated(late=True, colocated_reward_model=True, use_reference_policy=True, use_critic=True)
     assert run.calls == [
         "finished_episodes(16)",
         "_compute_reward_colocate",
@@ -205,12 +208,12 @@ def test_everything_there_can_be():
     assert metrics["sdar/context_share"] == 0.5, "rows are counted when late contexts are there"
     assert {"sdar/empty_context_gap", "sdar/teacher_staleness", "sdar/lambda"} <= metrics.keys()
     assert run.seen["batch of the teacher"] == "batch'''''", "that of verl's last phase"
-    assert batch == "batch''''''''", "every phase got the one before it"
+    assert table.batch == "batch''''''''", "every phase got the one before it"
 
 
 def test_the_actor_waits_for_its_critic():
     run, _, _ = updated(critic_warmup=2, use_critic=True)
-    assert run.calls[-1] == "_update_critic" and run.tables
+    assert run.calls[-1] == "_update_critic"
 
 
 @pytest.mark.parametrize("column", ["old_log_probs", "ref_log_prob", "values"])
@@ -227,7 +230,7 @@ def test_rows_that_broke_are_gone_before_anything_is_computed_from_them(column):
 def test_a_retired_teacher_is_not_asked_and_the_policy_gradients_weight_still_counts():
     run = Trainer(teacher=False)
     run.taught = True
-    local_update(run, {}, 4)
+    run.local_update({}, 4)
     assert "judge" in run.calls and "score_teacher" not in run.calls
 
 
