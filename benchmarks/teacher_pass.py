@@ -44,7 +44,7 @@ def rows_of(count: int, prompt: int, response: int, every: int) -> Any:
     from verl.utils import tensordict_utils as tu
 
     from sdar_verl.fields import TEACHER_PROMPTS
-    from sdar_verl.requests import HEAD_REQUEST, HeadRequest
+    from sdar_verl.requests import SCORING_PASS, ScoringPass
     from sdar_verl.verl.queue import nested
     from tests.support.teacher_worker import batch
 
@@ -57,7 +57,7 @@ def rows_of(count: int, prompt: int, response: int, every: int) -> Any:
     data = batch(rows, calculate_entropy=False, compute_loss=False)
     empty = torch.zeros(0, dtype=torch.int32)
     data[TEACHER_PROMPTS] = nested([empty if every and i % every == 0 else row[0].int() for i, row in enumerate(rows)])
-    tu.assign_non_tensor(data, **{HEAD_REQUEST: HeadRequest(teacher=True).to_json()})
+    tu.assign_non_tensor(data, **{SCORING_PASS: ScoringPass().to_json()})
     return data
 
 
@@ -73,9 +73,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     print(machine("torch", "verl"))
-    from verl.utils import tensordict_utils as tu
-
-    from sdar_verl.requests import HEAD_REQUEST
     from tests.support.allocations import Allocations
 
     torch.set_num_threads(1)
@@ -89,8 +86,6 @@ def main() -> None:
         peaks = []
         for ours in (True, False):
             data = rows_of(*sizes, 0)
-            if not ours:
-                tu.pop(data, HEAD_REQUEST)
             with Allocations() as seen:
                 worker.compute_teacher_log_prob(data) if ours else worker.compute_log_prob(data)
             peaks.append(seen.peak)

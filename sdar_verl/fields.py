@@ -76,3 +76,6 @@ TEACHER_NODE = "sdar_teacher"
 
 MODULES_NODE = "sdar_modules"
 """Key under ``actor_rollout_ref`` with the modules that register names (``sdar.modules``), for the workers."""
+
+TEACHER_MESH = "teacher"
+"""verl's name for how a teacher pass is dealt to workers: as the engine is laid out that it runs through."""

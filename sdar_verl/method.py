@@ -28,6 +28,7 @@ from sdar_verl.algorithm.schedules import Scheduled, make_schedule, measures_of
 from sdar_verl.algorithm.signals import SignalRows, get_signal, signal_reads
 from sdar_verl.algorithm.terms import DistillationTerms
 from sdar_verl.config.loss import LossConfig, ScheduleConfig
+from sdar_verl.errors import ConfigError
 from sdar_verl.fields import CONTRAST, GAP_POOLED, GAP_SHIFT, LOSS_SCALE, STATISTICS, TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.table import StepTable
 
@@ -99,7 +100,7 @@ class Method:
         values: StepValues,
         *,
         entropy: torch.Tensor | None = None,
-        signals: Mapping[str, torch.Tensor] | None = None,
+        divergence: torch.Tensor | None = None,
     ) -> DistillationTerms:
         """The distillation term per token of a micro-batch, with gradient to ``log_probs``.
 
@@ -108,10 +109,18 @@ class Method:
             rows: ``response_mask``, ``old_log_probs``, the teacher's log-probs and mask, what statistics there are, and
                 ``advantages`` for a gate that reads them.
             values: of the step.
-            entropy: (rows, response_length), the student's, nats.
-            signals: further tensors of the objective (a divergence).
+            entropy: (rows, response_length), the student's, nats, for a gate that reads it.
+            divergence: (rows, response_length), between the two distributions, nats, for an objective that is one.
+
+        Raises:
+            ConfigError: the gate reads the entropy, and there is none.
         """
         settings = self.settings
+        if entropy is None and self.reads_entropy:
+            raise ConfigError(
+                f"sdar.loss.gate={settings.gate} reads the student's entropy, but the engine gives none; use an "
+                "engine that computes it (actor_rollout_ref.actor.strategy fsdp or fsdp2), or another gate"
+            )
         shift, pooled, scale = (rows.get(name) for name in STATISTICS)
         return distillation_terms(
             log_probs,
@@ -127,7 +136,7 @@ class Method:
             against=rows.get(CONTRAST),
             distill_mask=rows[TEACHER_MASK].bool(),
             statistics=StepStatistics(shift, pooled, scale, Ranges(*values.ranges) if values.ranges else None),
-            signals=signals,
+            signals=None if divergence is None else {"divergence": divergence},
             **self._gate,
             **self._shape,
         )
@@ -142,10 +151,10 @@ class Method:
             rl: weight of the policy gradient in the step.
         """
         settings, measure = self.settings, self._measure(table, coef)
-        in_loss = coef if self.in_loss else 0.0
+        coef_of_loss = coef if self.in_loss else 0.0
         weighted = {} if rl == 1.0 else {"advantages": rl * table.advantages}
         if TEACHER_LOG_PROBS not in table.columns:  # a teacher that is scored inside the update, or has retired
-            return Judgement(StepValues(in_loss, beta, measure=measure), weighted)
+            return Judgement(StepValues(coef_of_loss, beta, measure=measure), weighted)
         old = clean("old_log_probs", table.columns["old_log_probs"], table.mask)
         teacher = clean("teacher_log_probs", table.columns[TEACHER_LOG_PROBS], table.mask)
         entropy = table.columns.get("entropy") if self.reads_entropy else None
@@ -171,7 +180,7 @@ class Method:
             change = _mean_change(shaped, base, table)
             columns["advantages"] = shaped
         return Judgement(
-            StepValues(in_loss, beta, statistics.ranges, measure),
+            StepValues(coef_of_loss, beta, statistics.ranges, measure),
             {name: value for name, value in columns.items() if value is not None},
             terms,
             change,

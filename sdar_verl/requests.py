@@ -1,4 +1,7 @@
-"""What the passes of a step are asked for beyond verl's own log-probs (:mod:`sdar_verl.verl.head` computes it).
+"""What the passes of a step are asked for: the teacher's own, and what verl's give beyond log-probs.
+
+:class:`ScoringPass` is a pass of ours; :class:`HeadRequest` what it, or a pass of verl's, computes at the model's head
+(:mod:`sdar_verl.verl.head`).
 
     objective              student pass (old log-probs)   teacher pass              update
     on the sampled token   -                              log_probs                 -
@@ -17,17 +20,31 @@ model's precision, whatever the vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from sdar_verl.algorithm.divergences import DIVERGENCES, SUPPORT_OF
 from sdar_verl.config.loss import LossConfig
-from sdar_verl.fields import SUPPORT_IDS
+from sdar_verl.fields import (
+    ANCHOR_HIDDEN,
+    ANCHOR_LOG_PROBS,
+    SUPPORT_IDS,
+    SUPPORT_LOG_PROBS,
+    TEACHER_HIDDEN,
+    TEACHER_LOG_PROBS,
+    TEACHER_MASK,
+    TEACHER_PROMPTS,
+    log_probs_of,
+    prompts_of,
+)
 
 HEAD_REQUEST = "sdar_head_request"
 """Non-tensor entry of a batch: a :class:`HeadRequest` as JSON."""
+
+SCORING_PASS = "sdar_scoring_pass"
+"""Non-tensor entry of a batch: a :class:`ScoringPass` as JSON."""
 
 TOP_K = 100
 CHUNK_TOKENS = 128
@@ -70,23 +87,71 @@ class HeadRequest:
         return cls(**json.loads(text))
 
 
+def _own_names() -> dict[str, str]:
+    names = (TEACHER_LOG_PROBS, TEACHER_MASK, SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN)
+    return {name: name for name in names}
+
+
 @dataclass(frozen=True)
-class StepRequests:
-    """The requests of a step's passes; None: verl's pass as it is.
+class ScoringPass:
+    """A pass over the sampled responses behind a prompt of their own, without gradient.
 
     Attributes:
-        student: with the old log-probs.
-        teacher: of the teacher pass.
-        update: of the actor's update.
-        anchor: of the reference's pass over the student's prompts; None: there is none.
-        carry: columns of the rows that the teacher pass reads.
+        request: what is computed at the head.
+        prompts: column of the prompts; a row whose prompt is empty is not scored. ``prompts`` are the student's.
+        mask: column of the tokens that count; a row without any is not scored.
+        reads: further columns that the request reads.
+        writes: what the pass gives, by its name as a column of the teacher's -> the column that it is stored in.
+    """
+
+    request: HeadRequest = HeadRequest(teacher=True)
+    prompts: str = TEACHER_PROMPTS
+    mask: str = "response_mask"
+    reads: tuple[str, ...] = ()
+    writes: Mapping[str, str] = field(default_factory=_own_names)
+
+    @classmethod
+    def empty_context(cls) -> ScoringPass:
+        """The teacher's, over the student's own prompts: its weights alone are tried."""
+        return cls(prompts="prompts")
+
+    @classmethod
+    def further(cls, name: str) -> ScoringPass:
+        """The log-probs of another teacher of the rows, or of a text of a bad context."""
+        return cls(prompts=prompts_of(name), writes={TEACHER_LOG_PROBS: log_probs_of(name)})
+
+    @classmethod
+    def anchor(cls, request: HeadRequest, reads: tuple[str, ...] = ()) -> ScoringPass:
+        """The reference's over the student's prompts, on the rows that have a teacher."""
+        writes = {SUPPORT_LOG_PROBS: ANCHOR_LOG_PROBS, TEACHER_HIDDEN: ANCHOR_HIDDEN}
+        return cls(request, "prompts", TEACHER_MASK, reads, writes)
+
+    def to_json(self) -> str:
+        """The form that travels with a batch."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ScoringPass:
+        """Inverse of :meth:`to_json`."""
+        values = json.loads(text)
+        return cls(**{**values, "request": HeadRequest(**values["request"]), "reads": tuple(values["reads"])})
+
+
+@dataclass(frozen=True)
+class StepRequests:
+    """What the passes of a step are asked for.
+
+    Attributes:
+        student: with the old log-probs; None: verl's pass as it is.
+        teacher: the teacher's pass.
+        update: of the actor's update; None: verl's pass as it is.
+        anchor: the reference's pass over the student's prompts; None: there is none.
     """
 
     student: HeadRequest | None = None
-    teacher: HeadRequest = HeadRequest(teacher=True)
+    teacher: ScoringPass = field(default_factory=ScoringPass)
     update: HeadRequest | None = None
-    carry: tuple[str, ...] = ()
-    anchor: HeadRequest | None = None
+    anchor: ScoringPass | None = None
 
     @classmethod
     def of(cls, loss: LossConfig) -> StepRequests:
@@ -96,19 +161,20 @@ class StepRequests:
         chunk = CHUNK_TOKENS if loss.chunk_tokens is None else loss.chunk_tokens
         anchored, drawn = loss.anchor.model_dump(), loss.anchor.reference > 0
         if loss.support != "top_k":
+            hidden = HeadRequest("hidden", True, chunk)
             return cls(
-                teacher=HeadRequest("hidden", True, chunk),
+                teacher=ScoringPass(hidden),
                 update=HeadRequest("divergence", False, chunk, 0, loss.objective, **anchored),
-                anchor=HeadRequest("hidden", True, chunk) if drawn else None,
+                anchor=ScoringPass.anchor(hidden) if drawn else None,
             )
-        k = top_k(loss)
+        k, ids = top_k(loss), (SUPPORT_IDS,)
         own = SUPPORT_OF[loss.objective] == "teacher"
+        on_support = HeadRequest("on_support", True, chunk, k)
         return cls(
             student=None if own else HeadRequest("top_k_ids", False, chunk, k),
-            teacher=HeadRequest("top_k" if own else "on_support", True, chunk, k),
+            teacher=ScoringPass(HeadRequest("top_k", True, chunk, k)) if own else ScoringPass(on_support, reads=ids),
             update=HeadRequest("divergence", False, chunk, k, loss.objective, loss.tail or "bucket", **anchored),
-            carry=() if own else (SUPPORT_IDS,),
-            anchor=HeadRequest("on_support", True, chunk, k) if drawn else None,
+            anchor=ScoringPass.anchor(on_support, ids) if drawn else None,
         )
 
 

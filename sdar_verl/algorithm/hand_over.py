@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdar_verl.algorithm.schedule_base import GAP_MEAN, GAP_SIZE, SUCCESS, Schedule, register_schedule
+from sdar_verl.algorithm.schedules import GAP_MEAN, GAP_SIZE, SUCCESS, Schedule, register_schedule
 
 
 @register_schedule("hand_off")

@@ -1,8 +1,9 @@
 """The gated self-distillation loss, L_SDAR of arXiv:2605.15155.
 
-    Delta_t = sg[ log pi_T(y_t | s_t+) - log pi_theta(y_t | s_t) ]       gap on the sampled token, nats
-    g_t     = sg[ gate(Delta_t; beta) ]                                  default sigmoid(beta * Delta_t)
-    l_t     = g_t * objective(log pi_theta, log pi_T)                    default log pi_T - log pi_theta, minimised
+    Delta_t = sg[ log pi_T(y_t | s_t+) - log pi_theta(y_t | s_t) ]     gap on the sampled token, nats
+    g_t     = sg[ gate(Delta_t; beta) ]                                default (gates.py, gap): sigmoid(beta * Delta_t)
+    l_t     = g_t * objective(log pi_theta, log pi_T)                  default (objectives.py, sampled):
+                                                                       log pi_T - log pi_theta, minimised
     L_SDAR  = aggregate(l_t over valid response tokens)
 
 s_t is the student's context, s_t+ the same with the privileged context, y_t the sampled token, sg[.] stop-gradient.
@@ -66,7 +67,7 @@ def distillation_terms(
         old_log_probs: (batch, response_length), log pi_old(y_t | s_t), for objectives and gates that read it.
         advantages: (batch, response_length), of the policy gradient, for gates that read them.
         against: (batch, response_length), log-probs that the gap is taken to, in nats: a teacher's with a bad context
-            (:mod:`sdar_verl.algorithm.contrast`). None: the student's own.
+            (``sdar.context.contrast``). None: the student's own.
         importance_clip: largest importance weight min(pi_theta / pi_old, importance_clip), detached, that a token's
             loss is multiplied with; None, or without ``old_log_probs``: no weight.
         distill_mask: (batch,) or (batch, response_length), False where there is no teacher log-prob (validation
@@ -141,6 +142,4 @@ def distillation_terms(
         gap=gap,
         mask=mask,
         response_mask=response,
-        gate_gap=entering,
-        entropy=entropy,
     )

@@ -18,8 +18,6 @@ class DistillationTerms:
         gap: Delta_t in nats, detached, before centring and the like.
         mask: bool, valid response tokens that have a teacher.
         response_mask: bool, valid response tokens.
-        gate_gap: the gap as it entered the gate, detached; the same as ``gap`` by default.
-        entropy: the student's, nats, detached; None when it was not given.
     """
 
     loss: torch.Tensor
@@ -27,5 +25,3 @@ class DistillationTerms:
     gap: torch.Tensor
     mask: torch.Tensor
     response_mask: torch.Tensor
-    gate_gap: torch.Tensor
-    entropy: torch.Tensor | None = None

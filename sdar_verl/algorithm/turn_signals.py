@@ -8,7 +8,7 @@ from collections.abc import Hashable
 import torch
 
 from sdar_verl.algorithm.advantages import FLAT
-from sdar_verl.algorithm.signal_rows import SignalRows, register_signal
+from sdar_verl.algorithm.signals import SignalRows, register_signal
 from sdar_verl.algorithm.turns import row_turns, turn_sums
 
 MAX_LOG_RATIO = 20.0

@@ -97,7 +97,7 @@ class WeightSource:
 
     @contextmanager
     def scoring(self) -> Iterator[dict[str, Any]]:
-        """The teacher's weights are in place; yields what to tell verl's ``infer_batch`` besides."""
+        """The teacher's weights are in place; yields options of the worker's ``score``."""
         yield {}
 
     def updated(self, step: int) -> None:

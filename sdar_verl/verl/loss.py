@@ -18,7 +18,6 @@ from sdar_verl.algorithm.divergences import COLUMNS, DIVERGENCES
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.masking import ROWS_NAMED, NonFiniteValues
 from sdar_verl.algorithm.stats import stats_sums
-from sdar_verl.algorithm.terms import DistillationTerms
 from sdar_verl.errors import ConfigError, NonFiniteError
 from sdar_verl.fields import CONTRAST, STATISTICS, STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.method import Method, StepValues
@@ -64,12 +63,19 @@ def sdar_loss(
         config, model_output, data if method.settings.policy_gradient else _without_advantages(data)
     )
 
-    step = StepValues.from_dict(tu.get_non_tensor_data(data, STEP_VALUES, None))
+    sent = tu.get_non_tensor_data(data, STEP_VALUES, None)
+    if sent is None:
+        raise ConfigError("sdar_loss needs the step's lambda and beta, which trainer.v1.trainer_mode=sdar sends along")
+    step = StepValues.from_dict(sent)
     if step.coef == 0 and TEACHER_LOG_PROBS not in data:  # the teacher has retired
         return loss, metrics
+    entropy, divergence = (
+        None if name not in model_output else no_padding_2_padding(model_output[name], data)
+        for name in ("entropy", f"{COLUMN_PREFIX}divergence")
+    )
     log_probs = no_padding_2_padding(model_output["log_probs"], data)
     try:
-        terms = _terms(method, step, log_probs, model_output, data)
+        terms = method.terms(log_probs, _columns(data, method), step, entropy=entropy, divergence=divergence)
     except NonFiniteValues as error:
         raise NonFiniteError(f"{error}{_named(data, error.rows)}") from error
     distillation = agg_loss(
@@ -90,6 +96,75 @@ def sdar_loss(
     if step.coef == 0:
         return loss, metrics  # exactly verl's graph: GRPO bit for bit
     return loss + step.coef * distillation, metrics
+
+
+def gradient_squares(
+    loss: torch.Tensor, distillation: torch.Tensor, log_probs: torch.Tensor, padded: torch.Tensor
+) -> dict[str, float]:
+    """Squared norms of both losses' gradients with respect to the log-probs of the sampled tokens.
+
+    No backward pass through the model: this is the gradient before the model's Jacobian, one number per token, so its
+    squares add up exactly over micro-batches and ranks. It says how hard each loss pushes on the sampled tokens; where
+    pushes cancel in the weights (a constant gate pushes all tokens up and moves nothing on average) it says more than
+    is felt there; :class:`sdar_verl.verl.engine.WithRequests` measures that.
+
+    Args:
+        loss: verl's loss: policy gradient, and KL to the reference where it is on.
+        distillation: the distillation term before lambda.
+        log_probs: the engine's nested log-probs, from which ``loss`` was computed.
+        padded: the same of the responses, (batch, response_length), from which ``distillation`` was computed.
+    """
+    (rest,) = torch.autograd.grad(loss, log_probs, retain_graph=True, allow_unused=True)
+    (ours,) = torch.autograd.grad(distillation, padded, retain_graph=True, allow_unused=True)
+    flat = None if rest is None else (rest.values() if rest.is_nested else rest)
+    return {
+        "grad_rl_squared": 0.0 if flat is None else flat.double().square().sum().item(),
+        "grad_distill_squared": 0.0 if ours is None else ours.double().square().sum().item(),
+    }
+
+
+def _columns(data: TensorDict, method: Method) -> dict[str, torch.Tensor]:
+    """What the method reads of the rows, (rows, response_length)."""
+    names = ["response_mask", "old_log_probs", TEACHER_LOG_PROBS, TEACHER_MASK]
+    names += ["advantages"] * method.reads_advantages
+    names += [name for name in (*STATISTICS, CONTRAST) if name in data]
+    return dict(data.select(*names).to_padded_tensor().items())
+
+
+def column_sums(model_output: Mapping[str, Any], data: TensorDict, mask: torch.Tensor) -> dict[str, float]:
+    """Sum of each column over the distilled tokens, ``mask`` (batch, response_length); empty without columns."""
+    if f"{COLUMN_PREFIX}{COLUMNS[0]}" not in model_output:
+        return {}
+    columns = {name: model_output[f"{COLUMN_PREFIX}{name}"].detach() for name in COLUMNS}
+    return {
+        f"distribution_{name}": no_padding_2_padding(values, data)[mask].double().sum().item()
+        for name, values in columns.items()
+    }
+
+
+def _named(data: TensorDict, rows: Sequence[int]) -> str:
+    """What these rows are called, where the micro-batch says it."""
+    columns = [tu.get(data, name, None) for name in ("uid", "session_id", "extra_fields")]
+    if any(not isinstance(column, (list, torch.Tensor)) or len(column) <= max(rows) for column in columns):
+        return ""
+    uids, sessions, extras = (list(column) for column in columns)
+    names = []
+    for row in rows[:ROWS_NAMED]:
+        record = extras[row][ROW_KEY]
+        names.append(f"{uids[row]}_{int(sessions[row])} (task {record['task_id']}, turn {record['turn'] + 1})")
+    return f" Rows of this micro-batch, by episode: {', '.join(names)}."
+
+
+def _differentiable(distillation: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """The term, also of a micro-batch in which no row has a teacher."""
+    return distillation if distillation.requires_grad else distillation + 0.0 * log_probs.sum()
+
+
+def _without_advantages(data: TensorDict) -> TensorDict:
+    """The same micro-batch with advantages of 0: verl's policy gradient is then 0, its KL and entropy terms stay."""
+    data = data.copy()
+    data["advantages"] = torch.zeros_like(data["advantages"])
+    return data
 
 
 def gated_distillation_loss(
@@ -140,87 +215,3 @@ def gated_distillation_loss(
     if not response_mask.any():
         loss = terms.loss.sum()  # the mean over nothing would be 0 / 0; this 0 is still part of the graph
     return loss, stats_sums(terms)
-
-
-def gradient_squares(
-    loss: torch.Tensor, distillation: torch.Tensor, log_probs: torch.Tensor, padded: torch.Tensor
-) -> dict[str, float]:
-    """Squared norms of both losses' gradients with respect to the log-probs of the sampled tokens.
-
-    No backward pass through the model: this is the gradient before the model's Jacobian, one number per token, so its
-    squares add up exactly over micro-batches and ranks. It says how hard each loss pushes on the sampled tokens; where
-    pushes cancel in the weights (a constant gate pushes all tokens up and moves nothing on average) it says more than
-    is felt there; :class:`sdar_verl.verl.engine.WithRequests` measures that.
-
-    Args:
-        loss: verl's loss: policy gradient, and KL to the reference where it is on.
-        distillation: the distillation term before lambda.
-        log_probs: the engine's nested log-probs, from which ``loss`` was computed.
-        padded: the same of the responses, (batch, response_length), from which ``distillation`` was computed.
-    """
-    (rest,) = torch.autograd.grad(loss, log_probs, retain_graph=True, allow_unused=True)
-    (ours,) = torch.autograd.grad(distillation, padded, retain_graph=True, allow_unused=True)
-    flat = None if rest is None else (rest.values() if rest.is_nested else rest)
-    return {
-        "grad_rl_squared": 0.0 if flat is None else flat.double().square().sum().item(),
-        "grad_distill_squared": 0.0 if ours is None else ours.double().square().sum().item(),
-    }
-
-
-def _terms(
-    method: Method, step: StepValues, log_probs: torch.Tensor, model_output: dict[str, Any], data: TensorDict
-) -> DistillationTerms:
-    """The distillation term per token of one micro-batch."""
-    names = ["response_mask", "old_log_probs", TEACHER_LOG_PROBS, TEACHER_MASK]
-    names += ["advantages"] * method.reads_advantages
-    rows = data.select(*names, *(name for name in (*STATISTICS, CONTRAST) if name in data)).to_padded_tensor()
-    entropy = model_output.get("entropy")
-    if entropy is None and method.reads_entropy:
-        raise ConfigError(
-            f"sdar.loss.gate={method.settings.gate} reads the student's entropy, but the engine gives none; use an "
-            "engine that computes it (actor_rollout_ref.actor.strategy fsdp or fsdp2), or another gate"
-        )
-    divergence = model_output.get(f"{COLUMN_PREFIX}divergence")
-    return method.terms(
-        log_probs,
-        dict(rows.items()),
-        step,
-        entropy=None if entropy is None else no_padding_2_padding(entropy, data),
-        signals=None if divergence is None else {"divergence": no_padding_2_padding(divergence, data)},
-    )
-
-
-def column_sums(model_output: Mapping[str, Any], data: TensorDict, mask: torch.Tensor) -> dict[str, float]:
-    """Sum of each column over the distilled tokens, ``mask`` (batch, response_length); empty without columns."""
-    if f"{COLUMN_PREFIX}{COLUMNS[0]}" not in model_output:
-        return {}
-    columns = {name: model_output[f"{COLUMN_PREFIX}{name}"].detach() for name in COLUMNS}
-    return {
-        f"distribution_{name}": no_padding_2_padding(values, data)[mask].double().sum().item()
-        for name, values in columns.items()
-    }
-
-
-def _named(data: TensorDict, rows: Sequence[int]) -> str:
-    """What these rows are called, where the micro-batch says it."""
-    columns = [tu.get(data, name, None) for name in ("uid", "session_id", "extra_fields")]
-    if any(not isinstance(column, (list, torch.Tensor)) or len(column) <= max(rows) for column in columns):
-        return ""
-    uids, sessions, extras = (list(column) for column in columns)
-    names = []
-    for row in rows[:ROWS_NAMED]:
-        record = extras[row][ROW_KEY]
-        names.append(f"{uids[row]}_{int(sessions[row])} (task {record['task_id']}, turn {record['turn'] + 1})")
-    return f" Rows of this micro-batch, by episode: {', '.join(names)}."
-
-
-def _differentiable(distillation: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-    """The term, also of a micro-batch in which no row has a teacher."""
-    return distillation if distillation.requires_grad else distillation + 0.0 * log_probs.sum()
-
-
-def _without_advantages(data: TensorDict) -> TensorDict:
-    """The same micro-batch with advantages of 0: verl's policy gradient is then 0, its KL and entropy terms stay."""
-    data = data.copy()
-    data["advantages"] = torch.zeros_like(data["advantages"])
-    return data

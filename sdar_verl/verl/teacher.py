@@ -1,13 +1,14 @@
 """The teacher pass, seen from the trainer: it names the rows, the workers that hold the teacher's weights do the rest.
 
-They read the rows' own columns, score the very response ids that were sampled, without gradient, and write log-probs
-and mask back beside them (:meth:`sdar_verl.verl.worker.SdarTrainingWorker.score`): no token passes the trainer. Whose
-weights do that is :mod:`sdar_verl.teacher.sources`.
+They read the rows' own columns and score the very response ids that were sampled, without gradient
+(:meth:`sdar_verl.verl.worker.SdarTrainingWorker.score`); verl's ``@register`` stores what they return beside the rows,
+so no token passes the trainer. Whose weights do that is :mod:`sdar_verl.teacher.sources`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -23,14 +24,13 @@ from sdar_verl.config import TeacherConfig
 from sdar_verl.errors import TeacherError
 from sdar_verl.fields import (
     MODULES_NODE,
-    SUPPORT_IDS,
     TEACHER_LOG_PROBS,
-    TEACHER_MASK,
+    TEACHER_MESH,
     TEACHER_NODE,
     TEACHER_PROMPTS,
     prompts_of,
 )
-from sdar_verl.requests import HEAD_REQUEST, HeadRequest, StepRequests
+from sdar_verl.requests import SCORING_PASS, ScoringPass, StepRequests
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.table import StepTable
 from sdar_verl.teacher.rows import deal, scored_rows, stop_without_contexts
@@ -102,8 +102,8 @@ class PrivilegedTeacher:
         and the reference's log-probs. A pass that reads what those compute has to wait for them.
         """
         stop_without_contexts(table.infos, table.step)
-        if self.pool is not None and not self._requests.carry:
-            self._begun = self._send(table)
+        if self.pool is not None and not self._requests.teacher.reads:
+            self._begun = self._send(table, self._requests.teacher)
 
     def score(self, table: StepTable) -> dict[str, float]:
         """Have the teacher's columns written on every row, and one more per further pass (another teacher, a text of a
@@ -120,12 +120,12 @@ class PrivilegedTeacher:
             metrics["sdar/empty_context_gap"] = self._empty_context_gap(table)
         self._context_checked = True
         if not self.on_server and not self.source.per_update:
-            self._wait(table, self._begun if self._begun is not None else self._send(table))
+            self._wait(table, self._begun if self._begun is not None else self._send(table, self._requests.teacher))
             self._begun = None
         for name in table.further_passes:
-            self._wait(table, self._send(table, further=name))
+            self._wait(table, self._send(table, ScoringPass.further(name)))
         if self._requests.anchor is not None:
-            self._wait(table, self._send_anchor(table, self._requests.anchor))
+            self._wait(table, self._send(table, self._requests.anchor))
         return metrics
 
     def verify(self, table: StepTable) -> dict[str, float]:
@@ -156,9 +156,7 @@ class PrivilegedTeacher:
 
     def ask_within(self, extra_info: dict[str, Any]) -> None:
         """Tell an update what a teacher that is scored inside it must give."""
-        from sdar_verl.verl.worker import TEACHER_REQUEST
-
-        extra_info[TEACHER_REQUEST] = self._requests.teacher.to_json()
+        extra_info[SCORING_PASS] = self._requests.teacher.to_json()
 
     def updated(self) -> None:
         """The step's update is done: weights that follow the actor may follow now."""
@@ -218,7 +216,7 @@ class PrivilegedTeacher:
         if self._begun is not None:  # its answers go where this one's do
             self._wait(table, self._begun)
             self._begun = None
-        self._wait(table, self._send(table, empty_context=True))
+        self._wait(table, self._send(table, ScoringPass.empty_context()))
         stored = table.rows.read(["response_mask", "old_log_probs", TEACHER_LOG_PROBS])
         sampled = stored["response_mask"].values().bool()
         gap = (stored[TEACHER_LOG_PROBS].values() - stored["old_log_probs"].values())[sampled].abs()
@@ -236,63 +234,27 @@ class PrivilegedTeacher:
 
     # ---------------------------------------------------------------- the pass
 
-    def _send(self, table: StepTable, *, empty_context: bool = False, further: str | None = None) -> Any:
-        """Ask the workers; rows that the teacher scores are dealt out so that ranks have as much to do.
-
-        Args:
-            table: of the update.
-            empty_context: score the student's prompts, on all rows.
-            further: the pass, where it is not the first.
-        """
-        from sdar_verl.verl.worker import EMPTY_CONTEXT, FURTHER_PASS, MESH
-
-        workers = self._trainer.actor_rollout_wg if self.pool is None else self.pool
-        batch: KVBatchMeta = table.rows.batch
-        prompts = [_prompt_tokens(info, further) for info in table.infos]
-        lengths = [tokens and tokens + tag["response_len"] for tokens, tag in zip(prompts, batch.tags, strict=True)]
-        ranks = 1 + max(dispatched_ranks(workers, MESH))
-        scored = scored_rows(lengths, ranks)
-        order = list(range(len(lengths)))
-        if scored and not empty_context:
-            loads = calculate_workload(torch.tensor([max(1, lengths[row]) for row in scored])).tolist()
-            order = deal(lengths, ranks, get_seqlen_balanced_partitions(loads, k_partitions=ranks, equal_size=True))
-        plain, column = empty_context or further is not None, TEACHER_PROMPTS
-        request = HeadRequest(teacher=True) if plain else self._requests.teacher
-        carry = () if plain else self._requests.carry
-        if further is not None:
-            column = prompts_of(further)
+    def _send(self, table: StepTable, asked: ScoringPass) -> Any:
+        """Ask the workers; rows that they score are dealt out so that ranks have as much to do."""
+        trainer, batch, order = self._trainer, table.batch, list(range(len(table.infos)))
+        workers = trainer.actor_rollout_wg if self.pool is None else self.pool
+        if asked.prompts != "prompts":  # the student's verl has balanced
+            prompts = [_prompt_tokens(info, asked.prompts) for info in table.infos]
+            lengths = [tokens and tokens + tag["response_len"] for tokens, tag in zip(prompts, batch.tags, strict=True)]
+            order = _balanced(lengths, 1 + max(dispatched_ranks(workers, TEACHER_MESH)))
         meta = KVBatchMeta(
             keys=[batch.keys[row] for row in order],
             tags=[batch.tags[row] for row in order],
             partition_id=batch.partition_id,
-            fields=["prompts" if empty_context else column, "responses", "response_mask", *carry],
+            fields=[asked.prompts, "responses", asked.mask, *asked.reads],
             extra_info={
-                "temperature": self._trainer.config.actor_rollout_ref.rollout.temperature,
-                HEAD_REQUEST: request.to_json(),
-                EMPTY_CONTEXT: empty_context,
-                **({} if further is None else {FURTHER_PASS: further}),
+                "temperature": trainer.config.actor_rollout_ref.rollout.temperature,
+                SCORING_PASS: asked.to_json(),
             },
         )
+        if asked == self._requests.anchor:
+            return trainer.actor_rollout_wg.compute_anchor(meta)
         return workers.compute_teacher_log_prob(meta)
-
-    def _send_anchor(self, table: StepTable, request: HeadRequest) -> Any:
-        """The reference's pass over the student's prompts, on the rows that have a teacher."""
-        from sdar_verl.verl.worker import ANCHOR_PASS
-
-        batch: KVBatchMeta = table.rows.batch
-        carry = [SUPPORT_IDS] if request.what == "on_support" else []
-        meta = KVBatchMeta(
-            keys=list(batch.keys),
-            tags=list(batch.tags),
-            partition_id=batch.partition_id,
-            fields=["prompts", "responses", "response_mask", TEACHER_MASK, *carry],
-            extra_info={
-                "temperature": self._trainer.config.actor_rollout_ref.rollout.temperature,
-                HEAD_REQUEST: request.to_json(),
-                ANCHOR_PASS: True,
-            },
-        )
-        return self._trainer.actor_rollout_wg.compute_anchor(meta)
 
     def _wait(self, table: StepTable, answer: Any) -> None:
         # A pool's workers are not waited for when they are called; then verl leaves it to the caller to collect.
@@ -301,18 +263,27 @@ class PrivilegedTeacher:
             raise TeacherError(
                 f"the teacher pass returned {len(done)} rows for {len(table.infos)}: a fault of the engine"
             )
-        batch = table.rows.batch
-        if batch.fields is not None:
+        batch = table.batch
+        if batch.fields is not None:  # what the update's workers are sent; None is everything
             batch.fields = list(dict.fromkeys([*batch.fields, *done.fields]))
 
 
-def _prompt_tokens(info: RowInfo | None, further: str | None) -> int:
-    """Tokens of a row's prompt in a pass, 0 where it is not scored."""
+def _prompt_tokens(info: RowInfo | None, column: str) -> int:
+    """Tokens of a row's prompt in such a column, 0 where it has none."""
     if info is None:
         return 0
-    if further is None:
+    if column == TEACHER_PROMPTS:
         return info.teacher_prompt_tokens or 0
-    return len(info.further_prompts.get(further, ()))
+    return next((len(ids) for name, ids in info.further_prompts.items() if prompts_of(name) == column), 0)
+
+
+def _balanced(lengths: Sequence[int], ranks: int) -> list[int]:
+    """An order of rows, of ``lengths`` tokens or 0 where they are not scored, in which all ranks have as much to do."""
+    scored = scored_rows(lengths, ranks)
+    if not scored:
+        return list(range(len(lengths)))
+    loads = calculate_workload(torch.tensor([max(1, lengths[row]) for row in scored])).tolist()
+    return deal(lengths, ranks, get_seqlen_balanced_partitions(loads, k_partitions=ranks, equal_size=True))
 
 
 def dispatched_ranks(workers: Any, mesh: str) -> list[int]:

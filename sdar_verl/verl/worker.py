@@ -26,21 +26,17 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.fields import (
-    ANCHOR_HIDDEN,
-    ANCHOR_LOG_PROBS,
     MODULES_NODE,
     SUPPORT_IDS,
     SUPPORT_LOG_PROBS,
     TEACHER_HIDDEN,
     TEACHER_LOG_PROBS,
     TEACHER_MASK,
+    TEACHER_MESH,
     TEACHER_NODE,
-    TEACHER_PROMPTS,
-    log_probs_of,
-    prompts_of,
 )
 from sdar_verl.modules import import_modules
-from sdar_verl.requests import HEAD_REQUEST, HeadRequest
+from sdar_verl.requests import HEAD_REQUEST, SCORING_PASS, HeadRequest, ScoringPass
 from sdar_verl.teacher.rows import rope_axes, teacher_row
 from sdar_verl.teacher.sources import WeightSource, get_source
 from sdar_verl.verl import symbols
@@ -50,19 +46,8 @@ from sdar_verl.verl.queue import nested
 
 symbols.check("workers")
 
-MESH = "teacher"
-EMPTY_CONTEXT = "sdar_empty_context"
-"""Non-tensor entry of a teacher pass: score the student's own prompts."""
-FURTHER_PASS = "sdar_further_pass"
-"""Non-tensor entry of a teacher pass: its name, where it is not the first over these rows."""
-ANCHOR_PASS = "sdar_anchor_pass"
-"""Non-tensor entry of a pass: it is the reference's over the student's prompts, on the rows that have a teacher."""
-TEACHER_REQUEST = "sdar_teacher_request"
-"""Non-tensor entry of an update: the request of a teacher that is scored inside it, as JSON."""
-
 _EVERYWHERE: Any = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]  # verl adds its members at run time
 _ANSWERS = (SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN)
-_ANCHORED = {SUPPORT_LOG_PROBS: ANCHOR_LOG_PROBS, TEACHER_HIDDEN: ANCHOR_HIDDEN}
 
 
 class SdarTrainingWorker(TrainingWorker):
@@ -73,30 +58,23 @@ class SdarTrainingWorker(TrainingWorker):
     def __init__(self, config: Any):
         super().__init__(replace(config, model_type=MODEL_TYPE))
 
-    def score(self, data: TensorDict, request: HeadRequest, **options: Any) -> TensorDict:
-        """One teacher pass through the engine, with the weights as they are.
+    def score(self, data: TensorDict, *, no_lora_adapter: bool = False, on_device: bool = False) -> TensorDict:
+        """The :class:`~sdar_verl.requests.ScoringPass` of a batch through the engine, with the weights as they are.
 
-        Only rows that have a prompt of the teacher's are scored; the others have zeros in every column. The ranks
+        Only rows with a prompt and a token that counts are scored; the others have zeros in every column. The ranks
         agree on a number of rows, since they gather weights together.
 
         Args:
-            data: rows with ``responses``, ``response_mask``, the teacher's prompts, and what the request reads.
-            request: a teacher pass.
-            **options: ``empty_context``: score the student's prompts, on all rows; ``no_lora_adapter``: without it;
-                ``further``: with the prompts of this further pass; ``anchor``: the student's prompts, on rows that have
-                a teacher; ``disable_auto_offload``: the weights are on the device already.
+            data: rows with ``responses`` and the columns that the pass names.
+            no_lora_adapter: score without it.
+            on_device: the weights are there already, and stay.
 
         Returns:
-            Nested over the responses, on the CPU: log-probs (NaN at the sampled tokens of a row that holds a number
-            anywhere that is not finite), mask, and what else was asked for; of a further pass, log-probs alone; of an
-            anchor, what was asked for.
+            The columns that the pass writes, nested over the responses, on the CPU: log-probs (NaN at the tokens of a
+            row that holds a number anywhere that is not finite), mask, and what else was asked for.
         """
-        further, anchor = options.get("further"), bool(options.get("anchor"))
-        prompt = "prompts" if options.get("empty_context") or anchor else TEACHER_PROMPTS
-        if further is not None:
-            prompt = prompts_of(further)
-        names = (prompt, "responses", TEACHER_MASK if anchor else "response_mask")
-        prompts, responses, masks = (list(data[name].unbind()) for name in names)
+        asked = ScoringPass.from_json(tu.get(data, SCORING_PASS))
+        prompts, responses, masks = (list(data[name].unbind()) for name in (asked.prompts, "responses", asked.mask))
         seen = [bool(len(prompt)) and bool(mask.any()) for prompt, mask in zip(prompts, masks, strict=True)]
         numbers = self._agreed([i for i, has in enumerate(seen) if has], len(seen))
         columns = {
@@ -108,8 +86,11 @@ class SdarTrainingWorker(TrainingWorker):
             starts = {i: prompts[i] if len(prompts[i]) else responses[i][:1] for i in numbers}
             axes = rope_axes(getattr(self.model_config, "processor", None))
             rows = [teacher_row(starts[i], responses[i], masks[i], axes=axes) for i in numbers]
-            found = self._pass(rows, data, numbers, request, options)
-            broken = _broken(found, [masks[i] for i in numbers])
+            adapter = self.engine.disable_adapter if no_lora_adapter else nullcontext
+            with self.engine.eval_mode(disable_auto_offload=on_device), adapter():
+                found = self._infer(rows, data, numbers, asked.request)
+            for place in _broken(found, [masks[i] for i in numbers]):
+                found[TEACHER_LOG_PROBS][place][masks[numbers[place]].cpu().bool()] = float("nan")
             for name, values in found.items():
                 if name not in columns:
                     shape, dtype = values[0].shape[1:], values[0].dtype
@@ -117,14 +98,8 @@ class SdarTrainingWorker(TrainingWorker):
                 for i, row in zip(numbers, values, strict=True):
                     if seen[i]:
                         columns[name][i] = row
-            for place in broken:
-                if seen[numbers[place]]:
-                    columns[TEACHER_LOG_PROBS][numbers[place]][masks[numbers[place]].cpu().bool()] = float("nan")
-        if further is not None:
-            columns = {log_probs_of(further): columns[TEACHER_LOG_PROBS]}
-        if anchor:
-            columns = {_ANCHORED[name]: values for name, values in columns.items() if name in _ANCHORED}
-        return tu.get_tensordict({name: nested(values) for name, values in columns.items()})
+        writes = asked.writes
+        return tu.get_tensordict({writes[name]: nested(rows) for name, rows in columns.items() if name in writes})
 
     def _agreed(self, numbers: list[int], rows: int) -> list[int]:
         """As many rows on every rank: others are added where another rank has more, or micro-batches must be full."""
@@ -136,14 +111,14 @@ class SdarTrainingWorker(TrainingWorker):
         chosen = set(numbers)
         return [*numbers, *[i for i in range(rows) if i not in chosen][: wanted - len(numbers)]]
 
-    def _pass(
-        self,
-        rows: list[dict[str, torch.Tensor]],
-        data: TensorDict,
-        numbers: list[int],
-        request: HeadRequest,
-        options: dict[str, Any],
+    def _infer(
+        self, rows: list[dict[str, torch.Tensor]], data: TensorDict, numbers: list[int], request: HeadRequest
     ) -> dict[str, list[torch.Tensor]]:
+        """``rows`` through verl's engine in its micro-batches; they are those of ``data`` with these numbers.
+
+        Returns:
+            Name -> per row, (response tokens, ...): of such a pass our engine makes nothing for the prompt.
+        """
         names = ("input_ids", "position_ids", "loss_mask", "responses")
         batch = TensorDict({name: nested([row[name] for row in rows]) for name in names}, batch_size=len(rows))
         if request.what == "on_support":
@@ -162,9 +137,7 @@ class SdarTrainingWorker(TrainingWorker):
             **{HEAD_REQUEST: request.to_json()},
         )
         # The engine, not infer_batch of this class: the latter gives its result to reporting ranks alone.
-        adapter = self.engine.disable_adapter if options.get("no_lora_adapter") else nullcontext
-        with self.engine.eval_mode(disable_auto_offload=options.get("disable_auto_offload", False)), adapter():
-            result = self.engine.infer_batch(batch, loss_function=None)["model_output"]
+        result = self.engine.infer_batch(batch, loss_function=None)["model_output"]
         found = {TEACHER_LOG_PROBS: result["log_probs"]} | {n: result[n] for n in _ANSWERS if n in result}
         return {name: [row.cpu() for row in values.unbind()] for name, values in found.items()}
 
@@ -174,11 +147,9 @@ class FreshTeacherTrainingWorker(SdarTrainingWorker):
 
     def train_batch(self, data: TensorDict) -> TensorDict:
         """One optimizer update (verl's), on rows that carry the teacher's prompts."""
-        asked = tu.get(data, TEACHER_REQUEST, default=None)
-        if asked is None:  # the teacher has retired
+        if tu.get(data, SCORING_PASS, default=None) is None:  # the teacher has retired
             return super().train_batch(data)
-        request = HeadRequest.from_json(asked)
-        for name, values in self.score(data, request, disable_auto_offload=True).items():
+        for name, values in self.score(data, on_device=True).items():
             data[name] = values.to(data["responses"].device)
         if self.engine.heads.kept is not None:
             self.engine.heads.teacher, self.engine.heads.kept = self.engine.heads.kept, None
@@ -228,14 +199,14 @@ class WithTeacher(ActorRolloutRefWorker):
             frozen.init_model()
             self._other = frozen.ref
         self._source = get_source(self._settings.source)(self._settings, self)
-        self.set_dispatch_collect(mesh_name=MESH, **self._source.worker.get_dispatch_collect())
+        self.set_dispatch_collect(mesh_name=TEACHER_MESH, **self._source.worker.get_dispatch_collect())
 
-    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name=MESH))
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name=TEACHER_MESH))
     @DistProfiler.annotate(color="cyan", role="teacher_compute_log_prob")
     def compute_teacher_log_prob(self, data: TensorDict) -> TensorDict:
         """Score teacher rows with the teacher's weights; see :meth:`SdarTrainingWorker.score`."""
-        with self.source.scoring() as extra:
-            fields = score(self.source.worker, data, **extra)
+        with self.source.scoring() as options:
+            fields = self.source.worker.score(data, **options)
         heads = self.source.worker.engine.heads
         if heads.kept is not None:
             self.actor.engine.heads.teacher, heads.kept = heads.kept, None
@@ -245,7 +216,7 @@ class WithTeacher(ActorRolloutRefWorker):
     @DistProfiler.annotate(color="cyan", role="anchor")
     def compute_anchor(self, data: TensorDict) -> TensorDict:
         """What the start policy says of the student's rows, for a target that is drawn to it."""
-        fields = score(self.ref, data)
+        fields = self.ref.score(data)
         heads = self.ref.engine.heads
         if heads.kept is not None:
             self.actor.engine.heads.anchor, heads.kept = heads.kept, None
@@ -315,21 +286,13 @@ class PoolTeacherWorker(FrozenWorker):
     def init_model(self) -> None:
         """Build the teacher's model."""
         super().init_model()
-        self.set_dispatch_collect(mesh_name=MESH, **self.ref.get_dispatch_collect())
+        self.set_dispatch_collect(mesh_name=TEACHER_MESH, **self.ref.get_dispatch_collect())
 
-    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name=MESH), blocking=False)
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name=TEACHER_MESH), blocking=False)
     @DistProfiler.annotate(color="cyan", role="teacher_compute_log_prob")
     def compute_teacher_log_prob(self, data: TensorDict) -> TensorDict:
         """Score teacher rows. The caller gets futures: its own devices have work meanwhile."""
-        return score(self.ref, data)
-
-
-def score(worker: Any, data: TensorDict, **options: Any) -> TensorDict:
-    """A teacher pass as the batch asks for it, through one of our training workers."""
-    request = HeadRequest.from_json(tu.get(data, HEAD_REQUEST))
-    empty, further = tu.get(data, EMPTY_CONTEXT, default=False), tu.get(data, FURTHER_PASS, default=None)
-    anchor = tu.get(data, ANCHOR_PASS, default=False)
-    return worker.score(data, request, empty_context=empty, further=further, anchor=anchor, **options)
+        return self.ref.score(data)
 
 
 def teacher_settings(config: DictConfig) -> TeacherConfig:

@@ -24,7 +24,7 @@ from sdar_verl.fields import (
     TEACHER_PROMPTS,
 )
 from sdar_verl.method import Method, StepValues
-from sdar_verl.requests import HEAD_REQUEST, StepRequests
+from sdar_verl.requests import HEAD_REQUEST, SCORING_PASS, StepRequests
 from sdar_verl.verl.queue import nested
 from tests.integration.test_ranks import CHECKPOINTING, FEW_TOKENS, FSDP1, PACKED, SAME, weights
 from tests.support import ulysses
@@ -86,7 +86,7 @@ def run_case(rank: int, root: Path, fields: dict[str, list[torch.Tensor]], case:
     from verl.utils.config import omega_conf_to_dataclass
 
     from sdar_verl.verl.loss import sdar_loss
-    from sdar_verl.verl.worker import TEACHER_REQUEST, TeacherWorker
+    from sdar_verl.verl.worker import TeacherWorker
 
     settings = dict(case)
     measure, source = settings.pop("measure", False), settings.pop("source", "actor")
@@ -108,7 +108,7 @@ def run_case(rank: int, root: Path, fields: dict[str, list[torch.Tensor]], case:
         data[TEACHER_PROMPTS] = nested(
             [prompt[: len(prompt) * has] for has, (prompt, *_) in zip(seen, theirs, strict=True)]
         )
-        tu.assign_non_tensor(data, **{TEACHER_REQUEST: requests.teacher.to_json()})
+        tu.assign_non_tensor(data, **{SCORING_PASS: requests.teacher.to_json()})
     else:
         teacher = worker.compute_teacher_log_prob(teacher_batch(theirs, requests.teacher))
     if requests.update is not None:

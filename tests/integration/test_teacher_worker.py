@@ -17,7 +17,7 @@ from sdar_verl.fields import (
     TEACHER_MASK,
     TEACHER_PROMPTS,
 )
-from sdar_verl.requests import HeadRequest
+from sdar_verl.requests import SCORING_PASS, HeadRequest, ScoringPass
 from sdar_verl.verl.queue import nested
 from tests.support.ranks import run_on_ranks
 from tests.support.teacher_worker import (
@@ -66,14 +66,12 @@ def fresh(model: str, rank: int) -> dict[str, Any]:
     """Teacher log-probs that each of two updates of one step got, and the weights they started from."""
     from tensordict import NonTensorData
 
-    from sdar_verl.verl.worker import TEACHER_REQUEST
-
     likelihood.seen = []
     worker = make_worker(model, source="actor_fresh")
     prompts = nested([torch.cat([torch.tensor([9, 8, 7]), prompt]) for prompt, _, _ in make_rows(rank, seed=1)])
     out = {"start": weights(worker), "empty": ask(worker, rank)}
-    request = NonTensorData(HeadRequest(teacher=True).to_json())
-    update(worker, rank, **{TEACHER_PROMPTS: prompts, TEACHER_REQUEST: request})
+    request = NonTensorData(ScoringPass().to_json())
+    update(worker, rank, **{TEACHER_PROMPTS: prompts, SCORING_PASS: request})
     out["seen"] = likelihood.seen
     return out
 

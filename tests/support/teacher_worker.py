@@ -12,7 +12,7 @@ import torch
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.fields import MODULES_NODE, TEACHER_LOG_PROBS, TEACHER_NODE, TEACHER_PROMPTS
-from sdar_verl.requests import HEAD_REQUEST, HeadRequest
+from sdar_verl.requests import SCORING_PASS, HeadRequest, ScoringPass
 from sdar_verl.teacher.rows import teacher_row
 from sdar_verl.verl.queue import nested
 
@@ -72,10 +72,9 @@ def batch(rows: list[tuple[torch.Tensor, ...]], **extra: Any) -> Any:
     return data
 
 
-def teacher_batch(rows: list[tuple[torch.Tensor, ...]], request: HeadRequest | None = None, **extra: Any) -> Any:
+def teacher_batch(rows: list[tuple[torch.Tensor, ...]], asked: ScoringPass | None = None, **extra: Any) -> Any:
     """A teacher pass over rows (the teacher's prompt, empty where it has no say; response; mask)."""
-    request = request or HeadRequest(teacher=True)
-    data = batch(rows, **{HEAD_REQUEST: request.to_json()}, **extra)
+    data = batch(rows, **{SCORING_PASS: (asked or ScoringPass()).to_json()}, **extra)
     data[TEACHER_PROMPTS] = nested([prompt.int() for prompt, *_ in rows])
     return data
 
@@ -83,7 +82,8 @@ def teacher_batch(rows: list[tuple[torch.Tensor, ...]], request: HeadRequest | N
 def ask(
     worker: Any, rank: int, request: HeadRequest | None = None, rows: Any = None, **extra: Any
 ) -> dict[str, list[torch.Tensor]]:
-    data = teacher_batch(make_rows(rank) if rows is None else rows, request)
+    asked = None if request is None else ScoringPass(request)
+    data = teacher_batch(make_rows(rank) if rows is None else rows, asked)
     for name, value in extra.items():
         data[name] = value
     fields = worker.compute_teacher_log_prob(data)

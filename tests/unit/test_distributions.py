@@ -19,7 +19,7 @@ from sdar_verl.config.loss import LossConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.fields import SUPPORT_IDS
 from sdar_verl.observe.metrics import column_means
-from sdar_verl.requests import HEAD_REQUEST, HeadRequest, StepRequests, asked
+from sdar_verl.requests import HEAD_REQUEST, HeadRequest, ScoringPass, StepRequests, asked
 
 
 def settings(**options) -> LossConfig:
@@ -28,14 +28,14 @@ def settings(**options) -> LossConfig:
 
 def test_other_objectives_ask_for_nothing():
     for objective in ("sampled", "k1", "k2", "k3"):
-        assert StepRequests.of(settings(objective=objective)) == StepRequests(teacher=HeadRequest(teacher=True))
+        assert StepRequests.of(settings(objective=objective)) == StepRequests()
 
 
 @pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jsd"])
 def test_the_whole_vocabulary_asks_the_teacher_for_hidden_states(objective):
     requests = StepRequests.of(settings(objective=objective))
     assert requests.student is None
-    assert requests.teacher == HeadRequest("hidden", teacher=True)
+    assert requests.teacher == ScoringPass(HeadRequest("hidden", teacher=True))
     assert requests.update == HeadRequest("divergence", kind=objective)
     assert requests.update.k == 0 and requests.update.chunk == 128 and not requests.update.teacher
 
@@ -44,8 +44,8 @@ def test_the_whole_vocabulary_asks_the_teacher_for_hidden_states(objective):
 def test_the_students_support_is_found_before_the_teacher_pass(objective):
     requests = StepRequests.of(settings(objective=objective, support="top_k", top_k=7, chunk_tokens=9))
     assert requests.student == HeadRequest("top_k_ids", chunk=9, k=7)
-    assert requests.teacher == HeadRequest("on_support", teacher=True, chunk=9, k=7)
-    assert requests.carry == (SUPPORT_IDS,)
+    on_support = HeadRequest("on_support", teacher=True, chunk=9, k=7)
+    assert requests.teacher == ScoringPass(on_support, reads=(SUPPORT_IDS,))
     assert requests.update is not None
     assert (requests.update.k, requests.update.tail) == (7, "bucket")
 
@@ -53,10 +53,10 @@ def test_the_students_support_is_found_before_the_teacher_pass(objective):
 def test_an_anchored_target_asks_the_reference_and_the_update_knows_the_weights():
     anchor = {"reference": 0.1, "student": 0.05}
     full = StepRequests.of(settings(objective="forward_kl", anchor=anchor, chunk_tokens=9))
-    assert full.anchor == HeadRequest("hidden", teacher=True, chunk=9) and full.update is not None
+    assert full.anchor == ScoringPass.anchor(HeadRequest("hidden", teacher=True, chunk=9)) and full.update is not None
     assert (full.update.reference, full.update.student) == (0.1, 0.05)
     some = StepRequests.of(settings(objective="reverse_kl", support="top_k", top_k=7, anchor=anchor))
-    assert some.anchor == HeadRequest("on_support", teacher=True, k=7)
+    assert some.anchor == ScoringPass.anchor(HeadRequest("on_support", teacher=True, k=7), (SUPPORT_IDS,))
     own = StepRequests.of(settings(objective="reverse_kl", anchor={"student": 0.5}))
     assert own.anchor is None and own.update is not None and own.update.student == 0.5
     with pytest.raises(
@@ -68,7 +68,7 @@ def test_an_anchored_target_asks_the_reference_and_the_update_knows_the_weights(
 def test_forward_kl_takes_the_teachers_support():
     requests = StepRequests.of(settings(objective="forward_kl", support="top_k", tail="renormalise"))
     assert requests.student is None
-    assert requests.teacher == HeadRequest("top_k", teacher=True, chunk=128, k=100)
+    assert requests.teacher == ScoringPass(HeadRequest("top_k", teacher=True, chunk=128, k=100))
     assert requests.update is not None
     assert requests.update.tail == "renormalise"
 

@@ -13,8 +13,8 @@ import pytest
 import sdar_verl.envs.alfworld.env  # noqa: F401  registers itself once, before the fixture below copies the table
 from sdar_verl.algorithm.gates import register_gate
 from sdar_verl.algorithm.objectives import register_objective
-from sdar_verl.algorithm.schedule_base import register_schedule
-from sdar_verl.algorithm.signal_rows import register_signal
+from sdar_verl.algorithm.schedules import register_schedule
+from sdar_verl.algorithm.signals import register_signal
 from sdar_verl.context.registry import register_context
 from sdar_verl.envs import registry
 from sdar_verl.envs.base import Step, Task, TextEnv

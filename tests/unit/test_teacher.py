@@ -15,14 +15,22 @@ from omegaconf import OmegaConf
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.errors import NonFiniteError, TeacherError
-from sdar_verl.fields import SUPPORT_IDS, TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS, contrast_pass, prompts_of
+from sdar_verl.fields import (
+    SUPPORT_IDS,
+    TEACHER_LOG_PROBS,
+    TEACHER_MASK,
+    TEACHER_MESH,
+    TEACHER_PROMPTS,
+    contrast_pass,
+    log_probs_of,
+    prompts_of,
+)
 from sdar_verl.finite import leave_out_broken_teacher
-from sdar_verl.requests import HEAD_REQUEST, HeadRequest, StepRequests
+from sdar_verl.requests import SCORING_PASS, HeadRequest, ScoringPass, StepRequests
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.table import StepTable
 from sdar_verl.teacher.rows import deal, scored_rows, stop_without_contexts, teacher_row
 from sdar_verl.verl.teacher import PrivilegedTeacher, check_not_lost
-from sdar_verl.verl.worker import ANCHOR_PASS, EMPTY_CONTEXT, FURTHER_PASS, MESH
 from tests.support.fuzzing import quick
 from tests.support.table import make_table, stored
 
@@ -102,6 +110,10 @@ def test_a_teachers_row_is_its_prompt_and_the_sampled_ids():
 # ---------------------------------------------------------------- the pass
 
 
+def pass_of(meta: Any) -> ScoringPass:
+    return ScoringPass.from_json(meta.extra_info[SCORING_PASS])
+
+
 class Workers:
     """A group of workers; the log-prob of every token is minus the length of its row's prompt.
 
@@ -114,13 +126,14 @@ class Workers:
         self.waits = waits
         self.asked: list[Any] = []
         self.anchored: list[Any] = []
-        self._dispatch_info = {MESH: [rank for rank in range(ranks) for _ in range(2)]}  # two in each rank's group
+        # Two in each rank's group.
+        self._dispatch_info = {TEACHER_MESH: [rank for rank in range(ranks) for _ in range(2)]}
         self._query_dispatch_info = lambda mesh: self._dispatch_info[mesh]
 
     def compute_teacher_log_prob(self, meta: Any) -> Any:
         self.asked.append(meta)
         rows = stored(self.table)
-        prompts = rows["prompts" if meta.extra_info[EMPTY_CONTEXT] else TEACHER_PROMPTS]
+        prompts = rows["prompts" if pass_of(meta) == ScoringPass.empty_context() else TEACHER_PROMPTS]
         values = [-len(prompt) * torch.ones(len(row)) for prompt, row in zip(prompts, rows["responses"], strict=True)]
         rows[TEACHER_LOG_PROBS] = values
         done = Done(fields=[TEACHER_LOG_PROBS], keys=meta.keys)
@@ -165,25 +178,22 @@ def test_the_pass_is_asked_for_with_the_teachers_prompts():
     assert one.score(table) == {}
     (meta,) = workers.asked
     assert meta.fields == [TEACHER_PROMPTS, "responses", "response_mask"]
-    assert meta.extra_info == {
-        "temperature": 0.8,
-        HEAD_REQUEST: HeadRequest(teacher=True).to_json(),
-        EMPTY_CONTEXT: False,
-    }
+    assert meta.extra_info.keys() == {"temperature", SCORING_PASS} and meta.extra_info["temperature"] == 0.8
+    assert pass_of(meta) == ScoringPass()
     assert table.rows.batch.fields == ["prompts", "responses", TEACHER_LOG_PROBS], "the update gets them"
     table.read([TEACHER_LOG_PROBS])
     assert one.verify(table) == {"sdar/teacher_log_prob": -4.0, "sdar/teacher_staleness": 0.0}
 
 
 def test_an_anchor_is_one_pass_of_the_reference_over_the_students_prompts():
-    request = HeadRequest("on_support", True, 4, 5)
-    requests = StepRequests(teacher=HeadRequest("top_k", True, 4, 5), anchor=request)
+    anchor = ScoringPass.anchor(HeadRequest("on_support", True, 4, 5), reads=(SUPPORT_IDS,))
+    requests = StepRequests(teacher=ScoringPass(HeadRequest("top_k", True, 4, 5)), anchor=anchor)
     one, table = teacher(source="actor", sanity_check=False, requests=requests), step([4, 0])
     one._trainer.actor_rollout_wg = workers = Workers(table)
     one.score(table)
     (meta,) = workers.anchored
     assert meta.fields == ["prompts", "responses", "response_mask", TEACHER_MASK, SUPPORT_IDS]
-    assert meta.extra_info == {"temperature": 0.8, HEAD_REQUEST: request.to_json(), ANCHOR_PASS: True}
+    assert pass_of(meta) == anchor
     assert meta.keys == table.rows.keys
 
 
@@ -202,9 +212,11 @@ def test_each_text_of_a_bad_context_is_a_pass_over_the_rows_that_have_it(placeme
     one.begin(table)
     one.score(table)
     first, *others = workers.asked
-    assert first.fields[0] == TEACHER_PROMPTS and FURTHER_PASS not in first.extra_info
+    assert first.fields[0] == TEACHER_PROMPTS and pass_of(first) == ScoringPass()
     assert [meta.fields[0] for meta in others] == [prompts_of(contrast_pass(0)), prompts_of(contrast_pass(1))]
-    assert [meta.extra_info[FURTHER_PASS] for meta in others] == [contrast_pass(0), contrast_pass(1)]
+    assert [pass_of(meta).writes for meta in others] == [
+        {TEACHER_LOG_PROBS: log_probs_of(contrast_pass(number))} for number in range(2)
+    ]
     # Two ranks get as many rows with a text each: the second text's one row has another beside it, for the other rank.
     halves = [others[0].keys[:2], others[0].keys[2:]]
     with_text = {"u_0_0", "u_1_0", "u_3_0"}
@@ -219,7 +231,7 @@ def test_a_pool_scores_while_the_student_is_scored(monkeypatch):
     one.begin(table)
     assert len(workers.asked) == 1
     assert one.score(table) == {"sdar/empty_context_gap": 0.0}  # on the student's prompts: minus their lengths
-    assert [meta.extra_info[EMPTY_CONTEXT] for meta in workers.asked] == [False, True, False]
+    assert [meta.fields[0] for meta in workers.asked] == [TEACHER_PROMPTS, "prompts", TEACHER_PROMPTS]
     assert workers.asked[1].fields == ["prompts", "responses", "response_mask"]
     table.read([TEACHER_LOG_PROBS])
     assert one.verify(table)["sdar/teacher_log_prob"] == -4.0
@@ -230,7 +242,7 @@ def test_a_pool_scores_while_the_student_is_scored(monkeypatch):
 
 def test_a_pass_that_reads_the_students_numbers_cannot_start_before_them(monkeypatch):
     monkeypatch.setattr("ray.get", lambda futures: futures)
-    requests = StepRequests(teacher=HeadRequest("on_support", True, 4, 2), carry=(SUPPORT_IDS,))
+    requests = StepRequests(teacher=ScoringPass(HeadRequest("on_support", True, 4, 2), reads=(SUPPORT_IDS,)))
     one = teacher(requests=requests, source="reference", placement="pool", pool_gpus_per_node=1, sanity_check=False)
     table = step([4, 0])
     one.pool = workers = Workers(table, waits=False)

@@ -216,7 +216,7 @@ def test_rows_without_a_teachers_column_are_verls_alone_when_lambda_is_zero() ->
         else:
             loss, metrics = sdar_loss(actor(), Method(settings), output, bare)
             assert loss == run(step, LossConfig(coef=0.0))[0] and "sdar/loss" not in metrics
-        with pytest.raises(TypeError):
+        with pytest.raises(ConfigError, match="trainer_mode=sdar"):
             sdar_loss(actor(), Method(settings), output, data.exclude(STEP_VALUES))
 
 
