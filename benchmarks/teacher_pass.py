@@ -45,7 +45,7 @@ def rows_of(count: int, prompt: int, response: int, every: int) -> Any:
 
     from sdar_verl.fields import TEACHER_PROMPTS
     from sdar_verl.requests import SCORING_PASS, ScoringPass
-    from sdar_verl.verl.queue import nested
+    from sdar_verl.table import nested
     from tests.support.teacher_worker import batch
 
     generator = torch.Generator().manual_seed(0)

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from sdar_verl.algorithm.masking import ROWS_NAMED
 from sdar_verl.errors import NonFiniteError
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, log_probs_of
-from sdar_verl.table import StepTable
+from sdar_verl.table import StepTable, nested
 
 STUDENT_COLUMNS = {
     "old_log_probs": "the student's log-probs",
@@ -22,9 +23,6 @@ STUDENT_COLUMNS = {
 }
 """Columns that the update reads, and what they are called in a message."""
 ADVANTAGE_COLUMNS = {"advantages": "the advantages"}
-
-NAMED = 8
-"""Rows named in a message."""
 
 _TOKENS = ("prompts", "responses", "input_ids")
 _MASKS = ("response_mask", "loss_mask")
@@ -42,11 +40,11 @@ def broken_rows(values: torch.Tensor, mask: torch.Tensor) -> list[int]:
 def describe(what: str, broken: Sequence[int], table: StepTable) -> str:
     """A sentence that names the rows: verl's key, task and turn."""
     names = []
-    for number in broken[:NAMED]:
+    for number in broken[:ROWS_NAMED]:
         info = table.infos[number]
         place = f" (task {info.task_id}, turn {info.turn + 1})" if info is not None else ""
         names.append(table.rows.keys[number] + place)
-    more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+    more = f" and {len(broken) - ROWS_NAMED} more" if len(broken) > ROWS_NAMED else ""
     return f"{what} hold NaN or infinity in {len(broken)} of {len(table.infos)} rows: {', '.join(names)}{more}."
 
 
@@ -103,7 +101,7 @@ def _take_out(table: StepTable, numbers: Sequence[int], eos_token_id: int) -> No
         rows = list(values.unbind())
         for i in numbers:
             rows[i] = torch.full_like(rows[i], eos_token_id if name in _TOKENS else 0)
-        changed[name] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        changed[name] = nested(rows)
     table.rows.write(changed)
     table.rows.tag(numbers, is_padding=True)
     table.take_out(numbers)

@@ -193,8 +193,12 @@ def joined(tables: Sequence[StepTable]) -> StepTable:
 
 def nested_rows(values: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """(rows, response_length) as a column is stored: nested over the tokens of each response."""
-    rows = [row[:length] for row, length in zip(values, lengths, strict=True)]
-    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    return nested([row[:length] for row, length in zip(values, lengths, strict=True)])
+
+
+def nested(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of different length as one jagged tensor, the form that columns are stored in."""
+    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
 
 def stop_on_errors(errors: Sequence[str | None]) -> None:

@@ -25,8 +25,8 @@ from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import NO_ACTION, Step, Task
 from sdar_verl.envs.pool import EnvError, EnvProcessError
 from sdar_verl.panels import task_from_json
+from sdar_verl.rollout import outputs  # the module: verl loads this one while that one is being imported
 from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
-from sdar_verl.rollout.outputs import Episode, OutputMaker, Turn, conversation
 from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnView
 from sdar_verl.rollout.prompts import PromptTemplateError
 from sdar_verl.rollout.rows import RETIRED_COLUMN, SKILL_COLUMNS, TRACED_COLUMN, EpisodeNote, RowInfo, turn_text
@@ -86,11 +86,10 @@ class SdarAgentLoop(AgentLoopBase):
         self.server_manager = server_manager
         self.tokenizer = tokenizer
         sdar = self.config.sdar
-        self.outputs = OutputMaker(
+        self.outputs = outputs.OutputMaker(
             tokenizer.eos_token_id,
             log_probs=self.rollout_config.calculate_log_probs,
-            teacher=sdar.teacher.source != "none",
-            answered=sdar.teacher.placement == "rollout_server",
+            teacher=sdar.teacher,
         )
 
     async def run(  # type: ignore[override]  # verl's worker takes lists, its annotation has not followed
@@ -168,11 +167,11 @@ class SdarAgentLoop(AgentLoopBase):
         columns: Mapping[str, str],
         taught: bool,
         scores: ServerTeacher | None,
-    ) -> Episode:
+    ) -> outputs.Episode:
         settings = runtime.sdar
         texts = self._texts(runtime, task, arm, columns, taught)
         note = EpisodeNote(asdict(task), passages={name: asdict(passage) for name, passage in texts.passages.items()})
-        episode = Episode()
+        episode = outputs.Episode()
         history: list[tuple[str, str | None]] = []
         request_id = uuid4().hex
         async with runtime.pool.session(task) as session:
@@ -244,7 +243,7 @@ class SdarAgentLoop(AgentLoopBase):
         if scores is not None:
             if runtime.whole:
                 first = episode.turns[0]
-                scores.ask(first.info, first.prompt_ids, conversation(episode))
+                scores.ask(first.info, first.prompt_ids, outputs.conversation(episode))
             note.teacher_wait_s = await scores.collect()
         return episode
 
@@ -257,7 +256,7 @@ class SdarAgentLoop(AgentLoopBase):
         return ServerTeacher(self.server_manager, rollout.name, rollout.temperature, checks=checks)
 
     @staticmethod
-    def _follow_up(runtime: Runtime, shown: TurnView, episode: Episode) -> list[int]:
+    def _follow_up(runtime: Runtime, shown: TurnView, episode: outputs.Episode) -> list[int]:
         """The conversation up to the next answer, earlier answers verbatim; empty when a whole answer has no room."""
         last = episode.turns[-1]
         if not last.response_ids:  # the server was cut off: nothing to go on from
@@ -310,8 +309,8 @@ class SdarAgentLoop(AgentLoopBase):
         )
 
     async def _ask(
-        self, request_id: str, prompt_ids: list[int], params: dict[str, Any], info: RowInfo, episode: Episode
-    ) -> Turn:
+        self, request_id: str, prompt_ids: list[int], params: dict[str, Any], info: RowInfo, episode: outputs.Episode
+    ) -> outputs.Turn:
         """Sample one answer; its costs are noted on ``episode``."""
         runtime = get_runtime(self.config, self.tokenizer)
         started = time.perf_counter()
@@ -331,9 +330,9 @@ class SdarAgentLoop(AgentLoopBase):
             for key in ("min_global_steps", "max_global_steps")
             if (step := output.extra_fields.get(key)) is not None
         ]
-        return Turn(prompt_ids, list(output.token_ids)[: runtime.max_answer_length], output.log_probs, info)
+        return outputs.Turn(prompt_ids, list(output.token_ids)[: runtime.max_answer_length], output.log_probs, info)
 
-    def _read_answer(self, runtime: Runtime, turn: Turn, state: Step) -> str | None:
+    def _read_answer(self, runtime: Runtime, turn: outputs.Turn, state: Step) -> str | None:
         """The action to send, None where there is none; what was wrong with the answer is noted in its record."""
         prompts, tags = runtime.prompts, runtime.prompts.action_tags
         text = prompts.reader.text(turn.response_ids)

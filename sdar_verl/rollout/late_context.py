@@ -25,7 +25,7 @@ from sdar_verl.rollout.groups import Episode, Group, groups_of
 from sdar_verl.rollout.prompt_builder import PromptBuilder, TurnView
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
-from sdar_verl.table import StepTable, stop_on_errors
+from sdar_verl.table import StepTable, nested, stop_on_errors
 from sdar_verl.writer.step import StepWriting
 
 
@@ -297,5 +297,4 @@ class TurnPrompts:
 def _column(prompts: Iterable[np.ndarray | None]) -> torch.Tensor:
     """The prompt of every row, empty where it has none."""
     none = torch.zeros(0, dtype=torch.int32)
-    rows = [torch.from_numpy(ids) if ids is not None else none for ids in prompts]
-    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    return nested([torch.from_numpy(ids) if ids is not None else none for ids in prompts])

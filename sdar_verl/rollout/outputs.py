@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
+from pydantic import ConfigDict, Field
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 
+from sdar_verl.config import TeacherConfig
 from sdar_verl.envs.base import Task
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
 from sdar_verl.rollout.rows import ROW_KEY, RowInfo, TurnNote
-from sdar_verl.verl.row_output import RowOutput
+from sdar_verl.verl import symbols
+
+symbols.check("rows")
 
 
 @dataclass
@@ -58,21 +64,61 @@ class Episode:
     cut: bool = False
 
 
+class RowOutput(AgentLoopOutput):
+    """What an agent loop returns for one row; verl stores ``as_dict()`` column by column in its queue.
+
+    Attributes:
+        columns: name -> (tokens,) array; each becomes a column beside verl's own, where workers read it.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    columns: dict[str, np.ndarray] = Field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """verl's columns and ours."""
+        output = super().as_dict()
+        output.pop("columns", None)
+        return output | {name: torch.from_numpy(values) for name, values in self.columns.items()}
+
+
+def teacher_columns(info: RowInfo, mask: Sequence[int], settings: TeacherConfig) -> dict[str, np.ndarray]:
+    """What lies beside verl's own columns of a training row; a late context's prompts are written by the trainer.
+
+    Args:
+        info: the row's record, which gets an error where the rollout server was to answer and did not.
+        mask: (response tokens,), 1 where the policy sampled.
+        settings: the ``sdar.teacher`` node.
+    """
+    if settings.source == "none":
+        return {}
+    ids = info.teacher_prompt_ids
+    columns = {TEACHER_PROMPTS: np.zeros(0, dtype=np.int32) if ids is None else ids}
+    if settings.placement == "rollout_server":
+        seen = np.asarray(mask, dtype=np.int64) * info.has_teacher
+        answer = info.teacher_log_probs
+        if seen.any() and (answer is None or len(answer) != len(mask)):
+            given = "no answer" if answer is None else f"{len(answer)} log-probs"
+            info.error = f"sdar.teacher.placement=rollout_server: a row of {len(mask)} tokens has {given}"
+            seen, answer = np.zeros_like(seen), None
+        columns[TEACHER_MASK] = seen
+        columns[TEACHER_LOG_PROBS] = (np.zeros(len(mask)) if answer is None else answer).astype(np.float32)
+    return columns
+
+
 class OutputMaker:
     """Makes verl's rows.
 
     Args:
         eos_token_id: stands where a row has no token of its own.
         log_probs: whether rows carry the rollout's log-probs.
-        teacher: whether rows of training carry the teacher's prompt.
-        answered: whether they carry what the rollout server answered for it.
+        teacher: the ``sdar.teacher`` node.
     """
 
-    def __init__(self, eos_token_id: int, *, log_probs: bool, teacher: bool = False, answered: bool = False) -> None:
+    def __init__(self, eos_token_id: int, *, log_probs: bool, teacher: TeacherConfig) -> None:
         self._eos = eos_token_id
         self._log_probs = log_probs
         self._teacher = teacher
-        self._answered = answered
 
     def rows(self, episode: Episode, task: Task, arm: str | None, *, whole: bool) -> list[AgentLoopOutput]:
         """One row per turn, or one for the ``whole`` conversation."""
@@ -140,21 +186,7 @@ class OutputMaker:
         )
 
     def _columns(self, info: RowInfo, mask: list[int], arm: str | None) -> dict[str, np.ndarray]:
-        """What lies beside verl's own columns; a late context's prompts are written by the trainer."""
-        if arm is not None or not self._teacher:
-            return {}
-        ids = info.teacher_prompt_ids
-        columns = {TEACHER_PROMPTS: np.zeros(0, dtype=np.int32) if ids is None else ids}
-        if self._answered:
-            seen = np.asarray(mask, dtype=np.int64) * info.has_teacher
-            answer = info.teacher_log_probs
-            if seen.any() and (answer is None or len(answer) != len(mask)):
-                given = "no answer" if answer is None else f"{len(answer)} log-probs"
-                info.error = f"sdar.teacher.placement=rollout_server: a row of {len(mask)} tokens has {given}"
-                seen, answer = np.zeros_like(seen), None
-            columns[TEACHER_MASK] = seen
-            columns[TEACHER_LOG_PROBS] = (np.zeros(len(mask)) if answer is None else answer).astype(np.float32)
-        return columns
+        return {} if arm is not None else teacher_columns(info, mask, self._teacher)
 
 
 @dataclass

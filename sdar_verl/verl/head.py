@@ -36,6 +36,7 @@ from sdar_verl.fields import (
     TEACHER_MASK,
 )
 from sdar_verl.requests import HeadRequest
+from sdar_verl.table import nested
 
 COLUMN_PREFIX = "sdar_distribution_"
 """Model outputs of an update, nested (rows, sequence tokens): this and a name of the divergences' ``COLUMNS``."""
@@ -155,7 +156,7 @@ class HeadPass:
     def response_part(self, values: torch.Tensor) -> torch.Tensor:
         """Nested (rows, sequence tokens): what stands at the positions that predict the response."""
         rows = zip(values.unbind(), self._responses, strict=True)
-        return torch.nested.as_nested_tensor([row[-length - 1 : -1] for row, length in rows], layout=torch.jagged)
+        return nested([row[-length - 1 : -1] for row, length in rows])
 
     def spread(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         """What verl's engine asks of a logits processor: the columns at their places among all tokens, 0 elsewhere.
@@ -263,7 +264,7 @@ class HeadPass:
         )
 
     def _rows(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.nested.as_nested_tensor(list(values.split(self._responses)), layout=torch.jagged)
+        return nested(values.split(self._responses))
 
     def _check(self, logits: torch.Tensor) -> None:
         """Once per engine: the model's logits are the head's (no soft-capping, no scaling after it)."""

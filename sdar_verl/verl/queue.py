@@ -86,8 +86,3 @@ def _reward(info: RowInfo, reward: float, said: dict[str, Any]) -> None:
     info.score, info.success = reward, bool(said.get("acc", reward > 0))
     if info.episode is not None:
         info.episode.reward, info.episode.said = reward, dict(said)
-
-
-def nested(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows of different length as one jagged tensor, the form that verl's columns have."""
-    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)

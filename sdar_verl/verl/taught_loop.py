@@ -24,10 +24,9 @@ from verl.utils import tensordict_utils as tu
 from sdar_verl.config import SdarConfig, load_config
 from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import Task
-from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
 from sdar_verl.recipe import INNER_COLUMN, TAUGHT
+from sdar_verl.rollout import outputs  # the module: verl loads this one while that one is being imported
 from sdar_verl.rollout.messages import MessagesError, asks
-from sdar_verl.rollout.outputs import OutputMaker
 from sdar_verl.rollout.prompts import PromptTemplateError
 from sdar_verl.rollout.recipe_rows import record_of, task_of
 from sdar_verl.rollout.rows import RETIRED_COLUMN, ROW_KEY, TRACED_COLUMN, RowInfo
@@ -36,7 +35,6 @@ from sdar_verl.rollout.uids import request_seed, seed_part
 from sdar_verl.skills.retrieval import RetrievalError
 from sdar_verl.verl import symbols
 from sdar_verl.verl.recipe_prompts import Built, RecipeRuntime
-from sdar_verl.verl.row_output import RowOutput
 
 symbols.check("loops")
 
@@ -176,14 +174,13 @@ class TaughtLoop(AgentLoopBase):
     def _failed(self, task: Task, arm: str | None, columns: Mapping[str, Any], **why: str) -> list[AgentLoopOutput]:
         """The masked row of an episode that could not be played, so that its group goes on without it."""
         sdar, rollout = load_config(self.config.sdar), self.config.actor_rollout_ref.rollout
-        outputs = OutputMaker(
+        maker = outputs.OutputMaker(
             self.tokenizer.eos_token_id,
             log_probs=rollout.calculate_log_probs,
-            teacher=sdar.teacher.source != "none",
-            answered=sdar.teacher.placement == "rollout_server",
+            teacher=sdar.teacher,
         )
         step = max(int(columns.get("global_steps") or 0) - (arm is None), 0)
-        return [outputs.failed_row(task, arm, step, **why)]
+        return [maker.failed_row(task, arm, step, **why)]
 
     def _runtime(self) -> RecipeRuntime:
         key = id(self.config)
@@ -258,14 +255,6 @@ class TaughtLoop(AgentLoopBase):
 
     @staticmethod
     def _row(sdar: SdarConfig, one: AgentLoopOutput, info: RowInfo) -> AgentLoopOutput:
-        columns: dict[str, np.ndarray] = {}
-        if sdar.teacher.source != "none":
-            ids = info.teacher_prompt_ids
-            columns[TEACHER_PROMPTS] = np.zeros(0, dtype=np.int32) if ids is None else ids
-        if sdar.teacher.placement == "rollout_server":
-            mask = np.asarray(one.response_mask, dtype=np.int64) * info.has_teacher
-            answer = info.teacher_log_probs
-            columns[TEACHER_MASK] = mask if answer is not None else np.zeros_like(mask)
-            columns[TEACHER_LOG_PROBS] = (np.zeros(len(mask)) if answer is None else answer).astype(np.float32)
+        columns = outputs.teacher_columns(info, one.response_mask, sdar.teacher)
         fields = {**one.__dict__, "extra_fields": {**one.extra_fields, ROW_KEY: info.as_dict()}, "columns": columns}
-        return RowOutput.model_construct({*one.model_fields_set, "extra_fields", "columns"}, **fields)
+        return outputs.RowOutput.model_construct({*one.model_fields_set, "extra_fields", "columns"}, **fields)

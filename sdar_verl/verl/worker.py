@@ -37,12 +37,12 @@ from sdar_verl.fields import (
 )
 from sdar_verl.modules import import_modules
 from sdar_verl.requests import HEAD_REQUEST, SCORING_PASS, HeadRequest, ScoringPass
+from sdar_verl.table import nested
 from sdar_verl.teacher.rows import rope_axes, teacher_row
 from sdar_verl.teacher.sources import WeightSource, get_source
 from sdar_verl.verl import symbols
 from sdar_verl.verl.detach import DetachWorker
 from sdar_verl.verl.engine import MODEL_TYPE
-from sdar_verl.verl.queue import nested
 
 symbols.check("workers")
 

@@ -25,7 +25,7 @@ from sdar_verl.fields import (
 )
 from sdar_verl.method import Method, StepValues
 from sdar_verl.requests import HEAD_REQUEST, SCORING_PASS, StepRequests
-from sdar_verl.verl.queue import nested
+from sdar_verl.table import nested
 from tests.integration.test_ranks import CHECKPOINTING, FEW_TOKENS, FSDP1, PACKED, SAME, weights
 from tests.support import ulysses
 from tests.support.one_update import (

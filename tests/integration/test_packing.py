@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from sdar_verl.table import StepTable
-from sdar_verl.verl.queue import QueueRows, nested
+from sdar_verl.table import StepTable, nested
+from sdar_verl.verl.queue import QueueRows
 from tests.support.one_update import ROWS, make_rows
 from tests.support.ranks import run_on_ranks
 from tests.support.teacher_worker import recipe, worker_config

@@ -18,7 +18,7 @@ from sdar_verl.fields import (
     TEACHER_PROMPTS,
 )
 from sdar_verl.requests import SCORING_PASS, HeadRequest, ScoringPass
-from sdar_verl.verl.queue import nested
+from sdar_verl.table import nested
 from tests.support.ranks import run_on_ranks
 from tests.support.teacher_worker import (
     RANKS,

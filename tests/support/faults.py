@@ -23,7 +23,7 @@ def _register(_) -> None:
     from verl.trainer.ppo.v1.trainer_base import register_trainer
 
     from sdar_verl.fields import TEACHER_LOG_PROBS
-    from sdar_verl.verl.queue import nested
+    from sdar_verl.table import nested
     from sdar_verl.verl.trainer import SdarTrainer
 
     def poisoned(values: torch.Tensor, row: int) -> torch.Tensor:

@@ -11,8 +11,8 @@ import torch
 from sdar_verl.algorithm.divergences import DIVERGENCES
 from sdar_verl.fields import STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.method import StepValues
+from sdar_verl.table import nested
 from sdar_verl.verl.loss import gated_distillation_loss
-from sdar_verl.verl.queue import nested
 from tests.support.plain import padded
 from tests.support.teacher_worker import TEMPERATURE, batch
 

@@ -13,8 +13,8 @@ import torch
 from sdar_verl.config import TeacherConfig
 from sdar_verl.fields import MODULES_NODE, TEACHER_LOG_PROBS, TEACHER_NODE, TEACHER_PROMPTS
 from sdar_verl.requests import SCORING_PASS, HeadRequest, ScoringPass
+from sdar_verl.table import nested
 from sdar_verl.teacher.rows import teacher_row
-from sdar_verl.verl.queue import nested
 
 RANKS = 2
 ROWS = 4  # of each rank

@@ -99,8 +99,8 @@ def test_capped_logits_are_not_taken_for_those_of_the_head() -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_position_ids_of_four_axes_are_read_as_one_in_a_text(packed: bool) -> None:
     """As verl gives them where the model has a processor; the engine takes both forms."""
+    from sdar_verl.table import nested
     from sdar_verl.teacher.rows import ROPE_AXES, teacher_row
-    from sdar_verl.verl.queue import nested
 
     rows = [
         teacher_row(prompt, response, torch.ones_like(response), axes=ROPE_AXES)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from sdar_verl.rollout.outputs import RowOutput
 from sdar_verl.rollout.rows import COLUMNS, ROW_KEY, EpisodeNote, RowInfo, TurnNote
-from sdar_verl.verl.row_output import RowOutput
 from tests.support.fuzzing import quick
 
 TEXT = st.text(max_size=5)

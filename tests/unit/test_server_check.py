@@ -58,11 +58,15 @@ def step(*infos: RowInfo | None, rollout: bool = True) -> StepTable:
 # ---------------------------------------------------------------- what the agent loop gives along
 
 
-def rows_of(*infos: RowInfo, mask: int = 3, arm: str | None = None, **maker: Any) -> list[Any]:
+def node(answered: bool) -> TeacherConfig:
+    return TeacherConfig(source="actor", placement="rollout_server" if answered else "colocated")
+
+
+def rows_of(*infos: RowInfo, mask: int = 3, arm: str | None = None, answered: bool = False) -> list[Any]:
     """verl's rows, one turn of three sampled tokens each."""
     turns = [Turn([1, 2], [7, 8, 9][:mask], [-0.5] * mask, info) for info in infos]
     task = Task("e", "task", "t", "do it", {})
-    return OutputMaker(0, log_probs=True, teacher=True, **maker).rows(Episode(turns), task, arm, whole=False)
+    return OutputMaker(0, log_probs=True, teacher=node(answered)).rows(Episode(turns), task, arm, whole=False)
 
 
 def test_answers_become_columns_of_the_row():
@@ -101,14 +105,14 @@ def test_only_rows_of_training_have_a_teacher_and_only_asked_servers_an_answer()
     assert row.columns == {}
     (row,) = rows_of(record(ANSWERED))
     assert set(row.columns) == {TEACHER_PROMPTS}
-    (row,) = OutputMaker(0, log_probs=True).rows(
+    (row,) = OutputMaker(0, log_probs=True, teacher=TeacherConfig(source="none")).rows(
         Episode([Turn([1], [2], [-0.5], RowInfo(0, "t"))]), Task("e", "task", "t", "do it", {}), None, whole=False
     )
     assert row.columns == {}
 
 
 def test_the_row_of_a_failed_episode_has_the_columns_of_the_others():
-    row = OutputMaker(0, log_probs=True, teacher=True, answered=True).failed_row(
+    row = OutputMaker(0, log_probs=True, teacher=node(answered=True)).failed_row(
         Task("e", "task", "t", "do it", {}), None, 3, failure="died"
     )
     fields = row.as_dict()
