@@ -2,13 +2,16 @@
 
 Methods that are overridden or called by name would, after a rename, simply not be called any more: training would go on
 without its teacher. So everything is looked up when we register with verl, presence and parameters, and what is missing
-is an error. A new release of verl is read here first, then in this folder.
+is an error; so is a phase of verl's ``_step_once`` that :mod:`sdar_verl.step`, which takes its place, does not know. A
+new release of verl is read here first, then in this folder.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+import textwrap
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
@@ -72,6 +75,8 @@ NEEDED: Mapping[str, Mapping[str, str]] = {
         f"{_WORKERS}:ActorRolloutRefWorker.save_checkpoint": "local_path hdfs_path global_step max_ckpt_to_keep",
         f"{_WORKERS}:ActorRolloutRefWorker.load_checkpoint": "local_path hdfs_path del_local_after_load",
         f"{_WORKERS}:TrainingWorker.train_batch": "data",
+        "verl.single_controller.base.worker:Worker.set_dispatch_collect": "mesh_name",
+        "verl.single_controller.base.worker:Worker.get_dispatch_collect": "",
         f"{_WORKERS}:TrainingWorkerConfig": "model_type",
         f"{_SEPARATION}:DetachActorWorker.copy_handler": "",
         f"{_SEPARATION}:DetachActorWorker.restore_handler": "",
@@ -97,6 +102,7 @@ NEEDED: Mapping[str, Mapping[str, str]] = {
         f"{_LOOPS}:AgentLoopBase.ct_build_initial_tokens|AgentLoopBase.apply_chat_template": "messages tools",
     },
     "loss": {
+        "verl.workers.config:ActorConfig": "global_batch_info",
         "verl.workers.utils.losses:ppo_loss": "config model_output data",
         "verl.workers.utils.padding:no_padding_2_padding": "tensor data",
         "verl.trainer.ppo.core_algos:agg_loss": "loss_mat loss_mask loss_agg_mode",
@@ -108,12 +114,31 @@ NEEDED: Mapping[str, Mapping[str, str]] = {
 def check(group: str) -> None:
     """Raise :class:`ConfigError` that names every symbol of a group that this verl does not have as we need it."""
     faults = list(missing(NEEDED[group]))
+    if group == "trainer" and not faults:
+        faults = [f"its _step_once has a phase {name}, which would be left out" for name in unknown_phases()]
     if faults:
         raise ConfigError(
             f"verl {metadata.version('verl')} is not as sdar_verl {metadata.version('sdar-verl')} needs it: "
             + "; ".join(faults)
             + '. Install a version that it was tested with (pip install "verl==0.9.1"), or a newer sdar_verl'
         )
+
+
+def unknown_phases() -> list[str]:
+    """Methods of the trainer's own that verl's ``_step_once`` calls and :data:`NEEDED` does not list."""
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(PPOTrainer._step_once)))
+    except OSError:  # verl without its source
+        return []
+    known = {symbol.rsplit(".", 1)[-1] for symbol in NEEDED["trainer"]}
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [
+        one.attr
+        for one in calls
+        if isinstance(one, ast.Attribute) and ast.unparse(one.value) == "self" and one.attr not in known
+    ]
 
 
 def missing(needed: Mapping[str, str]) -> Iterator[str]:

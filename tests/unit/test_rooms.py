@@ -102,14 +102,30 @@ def test_a_renamed_symbol_is_an_error_that_names_it_and_the_remedy(needed, told,
     assert "pip install" in str(error.value)
 
 
+def test_a_phase_that_verl_adds_to_its_step_is_not_left_out_silently(monkeypatch):
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    assert symbols.unknown_phases() == []
+
+    def longer(self, metrics, timing_raw, sample_batch_size):
+        batch = self._balance_batch(sample_batch_size, metrics=metrics)
+        return self._weigh_batch(batch, timing_raw)
+
+    monkeypatch.setattr(PPOTrainer, "_step_once", longer)
+    with pytest.raises(ConfigError, match="its _step_once has a phase _weigh_batch, which would be left out"):
+        symbols.check("trainer")
+
+
 def test_every_overridden_method_of_verls_trainer_is_looked_up():
     """A method of verl's that our trainer overrides, or calls with an underscore, stands in the table."""
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
+    from sdar_verl.step import LocalUpdate
     from sdar_verl.verl.trainer import SdarTraining
 
     known = {symbol.rsplit(".", 1)[-1] for symbol in symbols.NEEDED["trainer"]}
-    overridden = {name for name in vars(SdarTraining) if callable(getattr(PPOTrainer, name, None))} - {"__init__"}
+    ours = {*vars(SdarTraining), *vars(LocalUpdate)}
+    overridden = {name for name in ours if callable(getattr(PPOTrainer, name, None))} - {"__init__"}
     assert overridden <= known | {"__module__", "__doc__"}
     source = ast.parse((PACKAGE / "step.py").read_text())
     called = {node.attr for node in ast.walk(source) if isinstance(node, ast.Attribute) and node.attr.startswith("_")}
