@@ -1,4 +1,7 @@
-"""Names of what trainer, agent loops and workers exchange: columns of the rows, entries of a batch, worker metrics."""
+"""Names of what trainer, agent loops and workers exchange: columns of the rows, entries of a batch, worker metrics.
+
+How a pass is asked for has its names in :mod:`sdar_verl.requests`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ TEACHER_LOG_PROBS = "sdar_teacher_log_probs"
 
 TEACHER_MASK = "sdar_teacher_mask"
 """Nested (rows, response tokens), int64: 1 where the distillation term reads the teacher."""
+
+EMPTY_CONTEXT_LOG_PROBS = "sdar_empty_context_log_probs"
+"""Like :data:`TEACHER_LOG_PROBS`, without a context; where a first step compares them with the student's."""
 
 CONTRAST = "sdar_contrast"
 """Nested (rows, response tokens), nats: log-probs that the gap is taken to where there is a bad context."""

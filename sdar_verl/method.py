@@ -2,7 +2,7 @@
 
     L = L_RL + lambda * Agg[ g_t * objective_t ],      g_t = sg[ gate(gap_t; beta) ]      (arXiv:2605.15155, equation 8)
 
-The trainer sees all rows of a step, a worker a micro-batch, the record a finished step; each asks the same object:
+The trainer sees all rows of a step, a worker a micro-batch; both ask the same object:
 
     Strengths.at(step)      lambda, beta and the policy gradient's weight            trainer
     Method.judge(table)     what spans rows; gap and gate; shaped advantages         trainer, once per local update
@@ -93,54 +93,6 @@ class Method:
         self._shape: dict[str, Any] = {name: getattr(settings, name) for name in ("granularity", "centre", "clamp")}
         self._gate: dict[str, Any] = {"gate": settings.gate, "gate_options": settings.gate_options}
 
-    def terms(
-        self,
-        log_probs: torch.Tensor,
-        rows: Mapping[str, torch.Tensor],
-        values: StepValues,
-        *,
-        entropy: torch.Tensor | None = None,
-        divergence: torch.Tensor | None = None,
-    ) -> DistillationTerms:
-        """The distillation term per token of a micro-batch, with gradient to ``log_probs``.
-
-        Args:
-            log_probs: (rows, response_length), the student's of now, nats.
-            rows: ``response_mask``, ``old_log_probs``, the teacher's log-probs and mask, what statistics there are, and
-                ``advantages`` for a gate that reads them.
-            values: of the step.
-            entropy: (rows, response_length), the student's, nats, for a gate that reads it.
-            divergence: (rows, response_length), between the two distributions, nats, for an objective that is one.
-
-        Raises:
-            ConfigError: the gate reads the entropy, and there is none.
-        """
-        settings = self.settings
-        if entropy is None and self.reads_entropy:
-            raise ConfigError(
-                f"sdar.loss.gate={settings.gate} reads the student's entropy, but the engine gives none; use an "
-                "engine that computes it (actor_rollout_ref.actor.strategy fsdp or fsdp2), or another gate"
-            )
-        shift, pooled, scale = (rows.get(name) for name in STATISTICS)
-        return distillation_terms(
-            log_probs,
-            rows[TEACHER_LOG_PROBS],
-            rows["response_mask"],
-            beta=values.beta,
-            objective=settings.objective,
-            objective_options=settings.objective_options,
-            importance_clip=settings.importance_clip,
-            entropy=entropy,
-            old_log_probs=rows["old_log_probs"],
-            advantages=rows["advantages"] if self.reads_advantages else None,
-            against=rows.get(CONTRAST),
-            distill_mask=rows[TEACHER_MASK].bool(),
-            statistics=StepStatistics(shift, pooled, scale, Ranges(*values.ranges) if values.ranges else None),
-            signals=None if divergence is None else {"divergence": divergence},
-            **self._gate,
-            **self._shape,
-        )
-
     def judge(self, table: StepTable, coef: float, beta: float, rl: float = 1.0) -> Judgement:
         """Look at all rows of a local update before it is made.
 
@@ -184,6 +136,54 @@ class Method:
             {name: value for name, value in columns.items() if value is not None},
             terms,
             change,
+        )
+
+    def terms(
+        self,
+        log_probs: torch.Tensor,
+        rows: Mapping[str, torch.Tensor],
+        values: StepValues,
+        *,
+        entropy: torch.Tensor | None = None,
+        divergence: torch.Tensor | None = None,
+    ) -> DistillationTerms:
+        """The distillation term per token of a micro-batch, with gradient to ``log_probs``.
+
+        Args:
+            log_probs: (rows, response_length), the student's of now, nats.
+            rows: ``response_mask``, ``old_log_probs``, the teacher's log-probs and mask, what statistics there are, and
+                ``advantages`` for a gate that reads them.
+            values: of the step.
+            entropy: (rows, response_length), the student's, nats, for a gate that reads it.
+            divergence: (rows, response_length), between the two distributions, nats, for an objective that is one.
+
+        Raises:
+            ConfigError: the gate reads the entropy, and there is none.
+        """
+        settings = self.settings
+        if entropy is None and self.reads_entropy:
+            raise ConfigError(
+                f"sdar.loss.gate={settings.gate} reads the student's entropy, but the engine gives none; use an "
+                "engine that computes it (actor_rollout_ref.actor.strategy fsdp or fsdp2), or another gate"
+            )
+        shift, pooled, scale = (rows.get(name) for name in STATISTICS)
+        return distillation_terms(
+            log_probs,
+            rows[TEACHER_LOG_PROBS],
+            rows["response_mask"],
+            beta=values.beta,
+            objective=settings.objective,
+            objective_options=settings.objective_options,
+            importance_clip=settings.importance_clip,
+            entropy=entropy if self.reads_entropy else None,
+            old_log_probs=rows["old_log_probs"],
+            advantages=rows["advantages"] if self.reads_advantages else None,
+            against=rows.get(CONTRAST),
+            distill_mask=rows[TEACHER_MASK].bool(),
+            statistics=StepStatistics(shift, pooled, scale, Ranges(*values.ranges) if values.ranges else None),
+            signals=None if divergence is None else {"divergence": divergence},
+            **self._gate,
+            **self._shape,
         )
 
     def _measure(self, table: StepTable, coef: float) -> int | None:

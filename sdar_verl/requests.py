@@ -30,6 +30,7 @@ from sdar_verl.config.loss import LossConfig
 from sdar_verl.fields import (
     ANCHOR_HIDDEN,
     ANCHOR_LOG_PROBS,
+    EMPTY_CONTEXT_LOG_PROBS,
     SUPPORT_IDS,
     SUPPORT_LOG_PROBS,
     TEACHER_HIDDEN,
@@ -102,6 +103,7 @@ class ScoringPass:
         mask: column of the tokens that count; a row without any is not scored.
         reads: further columns that the request reads.
         writes: what the pass gives, by its name as a column of the teacher's -> the column that it is stored in.
+        by_reference: verl's reference makes it, whatever the teacher is.
     """
 
     request: HeadRequest = HeadRequest(teacher=True)
@@ -109,11 +111,12 @@ class ScoringPass:
     mask: str = "response_mask"
     reads: tuple[str, ...] = ()
     writes: Mapping[str, str] = field(default_factory=_own_names)
+    by_reference: bool = False
 
     @classmethod
     def empty_context(cls) -> ScoringPass:
         """The teacher's, over the student's own prompts: its weights alone are tried."""
-        return cls(prompts="prompts")
+        return cls(prompts="prompts", writes={TEACHER_LOG_PROBS: EMPTY_CONTEXT_LOG_PROBS})
 
     @classmethod
     def further(cls, name: str) -> ScoringPass:
@@ -124,7 +127,7 @@ class ScoringPass:
     def anchor(cls, request: HeadRequest, reads: tuple[str, ...] = ()) -> ScoringPass:
         """The reference's over the student's prompts, on the rows that have a teacher."""
         writes = {SUPPORT_LOG_PROBS: ANCHOR_LOG_PROBS, TEACHER_HIDDEN: ANCHOR_HIDDEN}
-        return cls(request, "prompts", TEACHER_MASK, reads, writes)
+        return cls(request, "prompts", TEACHER_MASK, reads, writes, by_reference=True)
 
     def to_json(self) -> str:
         """The form that travels with a batch."""

@@ -1,7 +1,7 @@
 """One local update of SDAR, from finished episodes to new weights: what a reader opens first.
 
 It takes the place of verl's ``_step_once`` in its synchronous and in both asynchronous trainers. What begins with an
-underscore is verl's own phase (:mod:`sdar_verl.verl.symbols` sees to it that each is there); the others are below, in
+underscore is verl's own phase (:mod:`sdar_verl.verl.symbols` sees to it that each is there); the others follow, in
 their order. Rows lie in verl's queue, where phases and workers read and write them by column
 (:mod:`sdar_verl.fields` names ours); the table is what this process knows of them.
 """
@@ -75,14 +75,14 @@ class LocalUpdate(PPOTrainer):
             with self.timed("reward"):
                 batch = self._compute_reward_colocate(batch, metrics=metrics)
         table = read_table(self._balance_batch(batch, metrics=metrics), self.global_steps)
-        metrics |= self.count_crashed(table)
+        metrics |= self.count_crashed(table, size)
         if self.late_contexts is not None:
             metrics |= self.late_contexts.fill(table)
         metrics |= row_metrics(table)
         self.first_checks(table, metrics)
 
         if self.teacher is not None:
-            self.teacher.begin(table)
+            self.teacher.begin(table)  # one on devices of its own scores from here on
         with self.timed("old_log_prob"):
             self.old_log_probs(table, metrics)
         if self.use_reference_policy:
@@ -105,7 +105,7 @@ class LocalUpdate(PPOTrainer):
         with self.timed("adv"):
             self.advantages(table, metrics)
         metrics |= self.leave_out(table, ADVANTAGE_COLUMNS)
-        if self.taught:
+        if self.taught:  # also when the teacher has retired: the policy gradient's weight is the method's
             with self.timed("method"):
                 metrics |= self.judge(table)
 
@@ -140,10 +140,9 @@ class LocalUpdate(PPOTrainer):
         self.on_sample_end()
         return batch
 
-    def count_crashed(self, table: StepTable) -> dict[str, float]:
-        """Episodes that were asked for and left no row; too many stop the run."""
-        tasks = self.config.data.train_batch_size // self.parameter_sync_step
-        expected, failures = tasks * self.config.actor_rollout_ref.rollout.n, table.failures()
+    def count_crashed(self, table: StepTable, size: int) -> dict[str, float]:
+        """Episodes that left no row; too many of these and of those that failed stop the run."""
+        expected, failures = size * self.config.actor_rollout_ref.rollout.n, table.failures()
         stop_on_lost_episodes(failures, expected)
         return {"sdar/crashed_episodes": expected - len(failures)}
 

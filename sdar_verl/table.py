@@ -49,8 +49,9 @@ class StepTable:
         rows: where the rows lie.
         ids: which rollout of which prompt each row belongs to.
         infos: the agent loop's record of each row; None for rows that fill the batch up, which count nowhere.
-        columns: name -> (rows, response_length), 0 behind the end of a response; what :meth:`read` has fetched.
-        lengths: (rows,) response tokens; there after :meth:`read`.
+        columns: name -> (rows, response_length), 0 behind the end of a response: what was read or written, and what was
+            made for the observers alone (gap, gate).
+        lengths: (rows,) response tokens; there after the first :meth:`read`.
         taken_out: how many rows were taken out.
     """
 
@@ -73,7 +74,10 @@ class StepTable:
         self.rows.batch = batch
 
     def read(self, names: Sequence[str]) -> None:
-        """Fetch columns of all rows, in one call; those that this run does not have are left out."""
+        """Fetch columns of all rows, in one call; those that this run does not have are left out.
+
+        The first call names ``response_mask``.
+        """
         stored = self.rows.read(names)
         if not self.lengths:
             self.lengths = [len(row) for row in stored["response_mask"].unbind()]
@@ -149,7 +153,8 @@ class StepTable:
 
     @cached_property
     def mask(self) -> torch.Tensor:
-        """(rows, response_length) bool, sampled tokens that have a teacher."""
+        """(rows, response_length) bool, sampled tokens that have a teacher: what the workers that scored them stored as
+        ``TEACHER_MASK``, but for rows that were taken out since."""
         seen = torch.tensor([info is not None and info.has_teacher for info in self.infos])
         return self.response & seen.unsqueeze(-1)
 
@@ -188,6 +193,7 @@ def joined(tables: Sequence[StepTable]) -> StepTable:
             if name in names
         },
         lengths=[length for table in tables for length in table.lengths],
+        taken_out=sum(table.taken_out for table in tables),
     )
 
 

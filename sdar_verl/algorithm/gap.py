@@ -133,7 +133,8 @@ def step_statistics(
       the mean over those tokens alone.
 
     Args:
-        old_log_probs: (rows, response_length), log pi_theta at the weights the step began with, nats.
+        old_log_probs: (rows, response_length), what the gap is taken to: log pi_theta at the weights the step began
+            with, or a teacher's with a bad context, nats.
         teacher_log_probs: (rows, response_length), nats.
         response_mask: (rows, response_length), bool or 0/1, all rows of the step, padding rows with no token.
         episode_ids: (rows,), which episode each row belongs to.

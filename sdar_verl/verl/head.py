@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict
@@ -60,6 +60,12 @@ class Heads:
     teacher: Head | None = None
     anchor: Head | None = None
     checked: bool = False
+
+    def hand_over(self, to: Heads, place: Literal["teacher", "anchor"]) -> None:
+        """Give a head that was kept in the last pass to the engine that reads it."""
+        if self.kept is not None:
+            setattr(to, place, self.kept)
+            self.kept = None
 
 
 class HeadPass:

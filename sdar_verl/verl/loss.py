@@ -94,7 +94,7 @@ def sdar_loss(
     for name, value in sums.items():
         metrics[f"{SUMS_PREFIX}{name}"] = Metric(value=value, aggregation=AggregationType.SUM)
     if step.coef == 0:
-        return loss, metrics  # exactly verl's graph: GRPO bit for bit
+        return loss, metrics  # exactly verl's graph
     return loss + step.coef * distillation, metrics
 
 

@@ -23,6 +23,7 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 from sdar_verl.config import TeacherConfig
 from sdar_verl.errors import TeacherError
 from sdar_verl.fields import (
+    EMPTY_CONTEXT_LOG_PROBS,
     MODULES_NODE,
     TEACHER_LOG_PROBS,
     TEACHER_MESH,
@@ -100,6 +101,9 @@ class PrivilegedTeacher:
 
         Only a teacher with devices of its own does so: it then runs while the actor's devices compute the student's
         and the reference's log-probs. A pass that reads what those compute has to wait for them.
+
+        Raises:
+            TeacherError: no row has a context, and that is not the luck of the step.
         """
         stop_without_contexts(table.infos, table.step)
         if self.pool is not None and not self._requests.teacher.reads:
@@ -213,13 +217,10 @@ class PrivilegedTeacher:
         Raises:
             TeacherError: it exceeds ``sdar.teacher.sanity_tolerance``.
         """
-        if self._begun is not None:  # its answers go where this one's do
-            self._wait(table, self._begun)
-            self._begun = None
-        self._wait(table, self._send(table, ScoringPass.empty_context()))
-        stored = table.rows.read(["response_mask", "old_log_probs", TEACHER_LOG_PROBS])
+        self._done(table, self._send(table, ScoringPass.empty_context()))
+        stored = table.rows.read(["response_mask", "old_log_probs", EMPTY_CONTEXT_LOG_PROBS])
         sampled = stored["response_mask"].values().bool()
-        gap = (stored[TEACHER_LOG_PROBS].values() - stored["old_log_probs"].values())[sampled].abs()
+        gap = (stored[EMPTY_CONTEXT_LOG_PROBS].values() - stored["old_log_probs"].values())[sampled].abs()
         gap = gap[gap.isfinite()]  # broken numbers have looks of their own, which name the rows
         difference = gap.mean().item()
         if difference > self.tolerance:
@@ -252,20 +253,25 @@ class PrivilegedTeacher:
                 SCORING_PASS: asked.to_json(),
             },
         )
-        if asked == self._requests.anchor:
+        if asked.by_reference:
             return trainer.actor_rollout_wg.compute_anchor(meta)
         return workers.compute_teacher_log_prob(meta)
 
     def _wait(self, table: StepTable, answer: Any) -> None:
+        """The columns of a pass go to the update with the rest of the rows."""
+        done, batch = self._done(table, answer), table.batch
+        if batch.fields is not None:  # None is everything
+            batch.fields = list(dict.fromkeys([*batch.fields, *done.fields]))
+
+    @staticmethod
+    def _done(table: StepTable, answer: Any) -> Any:
         # A pool's workers are not waited for when they are called; then verl leaves it to the caller to collect.
         done = BatchData(ray.get(answer.futures)).concat() if hasattr(answer, "futures") else answer
         if len(done) != len(table.infos):
             raise TeacherError(
                 f"the teacher pass returned {len(done)} rows for {len(table.infos)}: a fault of the engine"
             )
-        batch = table.batch
-        if batch.fields is not None:  # what the update's workers are sent; None is everything
-            batch.fields = list(dict.fromkeys([*batch.fields, *done.fields]))
+        return done
 
 
 def _prompt_tokens(info: RowInfo | None, column: str) -> int:

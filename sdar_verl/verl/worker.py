@@ -82,7 +82,7 @@ class SdarTrainingWorker(TrainingWorker):
             TEACHER_MASK: [mask.cpu().long() * has for mask, has in zip(masks, seen, strict=True)],
         }
         if numbers:
-            # A row that only fills up has no prompt: any token will do.
+            # A row that only fills up may have no prompt: any token will do.
             starts = {i: prompts[i] if len(prompts[i]) else responses[i][:1] for i in numbers}
             axes = rope_axes(getattr(self.model_config, "processor", None))
             rows = [teacher_row(starts[i], responses[i], masks[i], axes=axes) for i in numbers]
@@ -151,8 +151,7 @@ class FreshTeacherTrainingWorker(SdarTrainingWorker):
             return super().train_batch(data)
         for name, values in self.score(data, on_device=True).items():
             data[name] = values.to(data["responses"].device)
-        if self.engine.heads.kept is not None:
-            self.engine.heads.teacher, self.engine.heads.kept = self.engine.heads.kept, None
+        self.engine.heads.hand_over(self.engine.heads, "teacher")
         return super().train_batch(data)
 
 
@@ -207,9 +206,7 @@ class WithTeacher(ActorRolloutRefWorker):
         """Score teacher rows with the teacher's weights; see :meth:`SdarTrainingWorker.score`."""
         with self.source.scoring() as options:
             fields = self.source.worker.score(data, **options)
-        heads = self.source.worker.engine.heads
-        if heads.kept is not None:
-            self.actor.engine.heads.teacher, heads.kept = heads.kept, None
+        self.source.worker.engine.heads.hand_over(self.actor.engine.heads, "teacher")
         return fields
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="ref"))
@@ -217,9 +214,7 @@ class WithTeacher(ActorRolloutRefWorker):
     def compute_anchor(self, data: TensorDict) -> TensorDict:
         """What the start policy says of the student's rows, for a target that is drawn to it."""
         fields = self.ref.score(data)
-        heads = self.ref.engine.heads
-        if heads.kept is not None:
-            self.actor.engine.heads.anchor, heads.kept = heads.kept, None
+        self.ref.engine.heads.hand_over(self.actor.engine.heads, "anchor")
         return fields
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))

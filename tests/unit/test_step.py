@@ -111,7 +111,7 @@ class Trainer(LocalUpdate):
         self.table.batch = batch
         return self.table
 
-    def count_crashed(self, table: StepTable) -> dict[str, float]:
+    def count_crashed(self, table: StepTable, size: int) -> dict[str, float]:
         return {"sdar/crashed_episodes": 0}
 
     def fill(self, table: StepTable) -> dict[str, float]:

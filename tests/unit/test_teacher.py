@@ -135,8 +135,9 @@ class Workers:
         rows = stored(self.table)
         prompts = rows["prompts" if pass_of(meta) == ScoringPass.empty_context() else TEACHER_PROMPTS]
         values = [-len(prompt) * torch.ones(len(row)) for prompt, row in zip(prompts, rows["responses"], strict=True)]
-        rows[TEACHER_LOG_PROBS] = values
-        done = Done(fields=[TEACHER_LOG_PROBS], keys=meta.keys)
+        column = pass_of(meta).writes[TEACHER_LOG_PROBS]
+        rows[column] = values
+        done = Done(fields=[column], keys=meta.keys)
         return done if self.waits else SimpleNamespace(futures=[done])
 
     def compute_anchor(self, meta: Any) -> Any:
@@ -224,20 +225,19 @@ def test_each_text_of_a_bad_context_is_a_pass_over_the_rows_that_have_it(placeme
 
 
 def test_a_pool_scores_while_the_student_is_scored(monkeypatch):
-    """The check's answers go where those of the pass go, so the pass comes after it."""
     monkeypatch.setattr("ray.get", lambda futures: futures)
     one, table = teacher(source="reference", placement="pool", pool_gpus_per_node=1), step([4, 0])
     one.pool = workers = Workers(table, waits=False)
     one.begin(table)
     assert len(workers.asked) == 1
     assert one.score(table) == {"sdar/empty_context_gap": 0.0}  # on the student's prompts: minus their lengths
-    assert [meta.fields[0] for meta in workers.asked] == [TEACHER_PROMPTS, "prompts", TEACHER_PROMPTS]
+    assert [meta.fields[0] for meta in workers.asked] == [TEACHER_PROMPTS, "prompts"], "nothing is asked twice"
     assert workers.asked[1].fields == ["prompts", "responses", "response_mask"]
     table.read([TEACHER_LOG_PROBS])
     assert one.verify(table)["sdar/teacher_log_prob"] == -4.0
     one.begin(table)
     assert one.score(table) == {}, "the context is checked once"
-    assert len(workers.asked) == 4, "what was begun is what counts"
+    assert len(workers.asked) == 3, "what was begun is what counts"
 
 
 def test_a_pass_that_reads_the_students_numbers_cannot_start_before_them(monkeypatch):
