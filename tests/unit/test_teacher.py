@@ -193,7 +193,7 @@ def test_an_anchor_is_one_pass_of_the_reference_over_the_students_prompts():
     one._trainer.actor_rollout_wg = workers = Workers(table)
     one.score(table)
     (meta,) = workers.anchored
-    assert meta.fields == ["prompts", "responses", "response_mask", TEACHER_MASK, SUPPORT_IDS]
+    assert meta.fields == ["prompts", "responses", TEACHER_MASK, SUPPORT_IDS]
     assert pass_of(meta) == anchor
     assert meta.keys == table.rows.keys
 
