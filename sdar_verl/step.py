@@ -79,7 +79,7 @@ class LocalUpdate(PPOTrainer):
         if self.late_contexts is not None:
             metrics |= self.late_contexts.fill(table)
         metrics |= row_metrics(table)
-        self.first_checks(table, metrics)
+        metrics |= self.first_checks(table)
 
         if self.teacher is not None:
             self.teacher.begin(table)  # one on devices of its own scores from here on
@@ -146,11 +146,12 @@ class LocalUpdate(PPOTrainer):
         stop_on_lost_episodes(failures, expected)
         return {"sdar/crashed_episodes": expected - len(failures)}
 
-    def first_checks(self, table: StepTable, metrics: dict[str, Any]) -> None:
+    def first_checks(self, table: StepTable) -> dict[str, float]:
         """What can only be seen on rows and workers, once."""
-        if self.checks_packing:
-            self.checks_packing = False
-            metrics["sdar/packing_gap"] = check_packing(self, table)
+        if not self.checks_packing:
+            return {}
+        self.checks_packing = False
+        return {"sdar/packing_gap": check_packing(self, table)}
 
     def leave_out(self, table: StepTable, columns: Mapping[str, str]) -> dict[str, float]:
         """Stop, or take rows out, where one of these columns is not finite."""

@@ -119,9 +119,9 @@ class Trainer(LocalUpdate):
         table.infos[0].teacher_prompt_tokens = 4  # type: ignore[union-attr]
         return {"sdar/writer/asked": 2}
 
-    def first_checks(self, table: StepTable, metrics: dict[str, Any]) -> None:
+    def first_checks(self, table: StepTable) -> dict[str, float]:
         self.calls.append("first_checks")
-        metrics["sdar/packing_gap"] = 0.0
+        return {"sdar/packing_gap": 0.0}
 
     def begin(self, table: StepTable) -> None:
         self.calls.append("begin")
