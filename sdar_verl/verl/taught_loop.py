@@ -144,10 +144,10 @@ class TaughtLoop(AgentLoopBase):
             return self._failed(task, arm_name, columns, failure=f"{type(error).__name__} in {name}: {error}")
         if arm_name is not None:
             return output
-        outputs = output if isinstance(output, list) else [output]
+        played = output if isinstance(output, list) else [output]
         scores = None if retired else self._server(runtime, columns)
         rows, turn = [], 0
-        for one in outputs:
+        for one in played:
             late = runtime.contexts.late
             words = self.tokenizer if traced or late else None
             info = record_of(
@@ -192,8 +192,11 @@ class TaughtLoop(AgentLoopBase):
         registry = verl_loops._agent_loop_registry
         if name not in registry:
             raise ValueError(f"agent loop {name!r} is not registered; known: {', '.join(sorted(registry))}")
-        entry = dict(registry[name])
-        entry |= {"_target_": f"{__name__}.{recorded.__name__}", "kind": entry["_target_"]}
+        options = dict(registry[name])
+        kind = options.pop("_target_")
+        if not options:  # Hydra would merge what is given into a config first, for every episode
+            return recorded(kind, **self._given)
+        entry = {**options, "_target_": f"{__name__}.{recorded.__name__}", "kind": kind}
         return hydra.utils.instantiate(entry, **self._given)
 
     def _server(self, runtime: RecipeRuntime, columns: Mapping[str, Any]) -> ServerTeacher | None:
