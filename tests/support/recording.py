@@ -44,22 +44,17 @@ def _register(_) -> None:
     ]
 
     class Recording:
-        def read_table(self, batch):
-            self._recorded = super().read_table(batch)
-            return self._recorded
-
-        def _update_actor(self, batch, metrics):
-            table = self._recorded
+        def update_actor(self, table, metrics):
             data = table.rows.read(fields)
             record = {name: [row.clone() for row in data[name].unbind()] for name in fields if name in data}
             infos = [
                 info and replace(info, teacher_prompt_ids=ids.numpy() if len(ids) else None)
                 for info, ids in zip(table.infos, record.pop(TEACHER_PROMPTS, [()] * len(table.infos)), strict=True)
             ]
-            record |= {"keys": list(batch.keys), "infos": infos, "tags": list(batch.tags)}
+            record |= {"keys": list(table.batch.keys), "infos": infos, "tags": list(table.batch.tags)}
             part = f"_{self.local_trigger_step}" if self.local_trigger_step else ""
             torch.save(record, Path(os.environ["SDAR_RECORD"]) / f"step_{self.global_steps}{part}.pt")
-            return super()._update_actor(batch, metrics)
+            super().update_actor(table, metrics)
 
     for mode, trainer in (
         ("sdar", SdarTrainer),
