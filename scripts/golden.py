@@ -103,7 +103,6 @@ CASES: dict[str, list[str]] = {
 NOT_REPEATABLE = {
     "source-lora_base": "the adapter's start is drawn without a seed",
     "colocate_async": "which episodes are ready first decides which update they are in",
-    "separate_async": "the same; it has not been seen to agree with itself",
 }
 """Cases that are run by name only: two runs of the same code differ."""
 
