@@ -18,6 +18,7 @@ from sdar_verl.checks.run import check_run
 from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from tests.support.recipe_run import command_of, write_data
+from tests.support.verl_version import IS_VERL_090
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -95,7 +96,7 @@ def test_only_answers_are_learnt_and_a_few_batches_lower_the_loss(small: ModuleT
 
 def test_a_call_is_learnt_in_the_tokens_that_verls_tool_agent_makes(small: ModuleType) -> None:
     """verl's own parser reads the call, and its own tokenisation of the answer is what the policy has seen."""
-    builders = pytest.importorskip("verl.utils.tokenizer.continuous_token", reason="of verl 0.9.1")
+    builders = pytest.importorskip("verl.utils.tokenizer.continuous_token")
     from verl.experimental.agent_loop.tool_parser import HermesToolParser
 
     tokenizer, schema = small.make_tokenizer(tool=True), small.schema()
@@ -110,9 +111,8 @@ def test_a_call_is_learnt_in_the_tokens_that_verls_tool_agent_makes(small: Modul
     prompt = tokenizer.apply_chat_template(
         lesson.messages, tools=[schema], add_generation_prompt=True, return_dict=False
     )
-    merged = builder.merge_context_tokens(
-        before, [*before, {"role": "tool", "content": told}], [*prompt, *call], tools=[schema]
-    )
+    merge = builder.merge_non_assistant_tokens if IS_VERL_090 else builder.merge_context_tokens
+    merged = merge(before, [*before, {"role": "tool", "content": told}], [*prompt, *call], tools=[schema])
     batch = small.collate(tokenizer, [lesson], tool=True)
     said = [*tokenizer.encode(answer), tokenizer.eos_token_id]
     assert batch["input_ids"][0].tolist() == [*merged.token_ids, *said]
