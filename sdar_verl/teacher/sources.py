@@ -97,7 +97,8 @@ class WeightSource:
 
     @contextmanager
     def scoring(self) -> Iterator[dict[str, Any]]:
-        """The teacher's weights are in place; yields options of the worker's ``score``."""
+        """The teacher's weights are in place; yields options of the worker's ``score``: ``no_lora_adapter``,
+        ``on_device``."""
         yield {}
 
     def updated(self, step: int) -> None:

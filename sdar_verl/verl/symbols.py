@@ -125,20 +125,24 @@ def check(group: str) -> None:
 
 
 def unknown_phases() -> list[str]:
-    """Methods of the trainer's own that verl's ``_step_once`` calls and :data:`NEEDED` does not list."""
-    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+    """Methods of a trainer's own that verl's ``_step_once`` calls, in any of them, and :mod:`sdar_verl.step` does not."""
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, PPOTrainer
 
+    import sdar_verl.step
+
+    known = _own_calls(inspect.getsource(sdar_verl.step))
+    trainers: tuple[Any, ...] = (PPOTrainer, *TRAINER_REGISTRY.values())
+    steps = {one._step_once for one in trainers if one.__module__.startswith("verl.")}
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(PPOTrainer._step_once)))
+        found = set().union(*(_own_calls(inspect.getsource(step)) for step in steps))
     except OSError:  # verl without its source
         return []
-    known = {symbol.rsplit(".", 1)[-1] for symbol in NEEDED["trainer"]}
-    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return [
-        one.attr
-        for one in calls
-        if isinstance(one, ast.Attribute) and ast.unparse(one.value) == "self" and one.attr not in known
-    ]
+    return sorted(found - known)
+
+
+def _own_calls(source: str) -> set[str]:
+    calls = [node.func for node in ast.walk(ast.parse(textwrap.dedent(source))) if isinstance(node, ast.Call)]
+    return {one.attr for one in calls if isinstance(one, ast.Attribute) and ast.unparse(one.value) == "self"}
 
 
 def missing(needed: Mapping[str, str]) -> Iterator[str]:
