@@ -125,7 +125,7 @@ def check(group: str) -> None:
 
 
 def unknown_phases() -> list[str]:
-    """Methods of a trainer's own that verl's ``_step_once`` calls, in any of them, and :mod:`sdar_verl.step` does not."""
+    """Methods of a trainer's own that verl's ``_step_once`` calls and :mod:`sdar_verl.step` does not."""
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, PPOTrainer
 
     import sdar_verl.step
