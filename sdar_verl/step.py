@@ -16,7 +16,7 @@ from verl.utils.debug import marked_timer
 
 from sdar_verl.algorithm.schedules import GAP_SIZE
 from sdar_verl.config import SdarConfig
-from sdar_verl.fields import STEP_VALUES
+from sdar_verl.fields import STEP_VALUES, TEACHER_PROMPTS
 from sdar_verl.finite import ADVANTAGE_COLUMNS, STUDENT_COLUMNS, leave_out_broken_rows, leave_out_broken_teacher
 from sdar_verl.method import Method, Strengths
 from sdar_verl.observe.base import Observer
@@ -87,10 +87,10 @@ class LocalUpdate(PPOTrainer):
             self.old_log_probs(table, metrics)
         if self.use_reference_policy:
             with self.timed("ref"):
-                table.batch = self._compute_ref_log_prob(table.batch, metrics=metrics)
+                table.batch = self._compute_ref_log_prob(table.rows.lean(), metrics=metrics)
         if self.use_critic:
             with self.timed("values"):
-                table.batch = self._compute_values(table.batch, metrics=metrics)
+                table.batch = self._compute_values(table.rows.lean(), metrics=metrics)
         if self.teacher is not None:
             with self.timed("teacher"):
                 metrics |= self.score_teacher(table)
@@ -111,7 +111,7 @@ class LocalUpdate(PPOTrainer):
 
         if self.use_critic:
             with self.timed("update_critic"):
-                table.batch = self._update_critic(table.batch, metrics=metrics)
+                table.batch = self._update_critic(table.rows.lean(), metrics=metrics)
         if self.config.trainer.critic_warmup <= self.global_steps:
             with self.timed("update_actor"):
                 self.update_actor(table, metrics)
@@ -161,7 +161,7 @@ class LocalUpdate(PPOTrainer):
 
     def old_log_probs(self, table: StepTable, metrics: dict[str, Any]) -> None:
         """verl's, with what the objective asks of the student's pass."""
-        batch = table.batch
+        batch = table.rows.lean()
         with asked(batch.extra_info, self.requests.student):
             if self.requests.student is not None and self.bypasses:
                 temperature = self.config.actor_rollout_ref.rollout.temperature
@@ -209,12 +209,14 @@ class LocalUpdate(PPOTrainer):
     def update_actor(self, table: StepTable, metrics: dict[str, Any]) -> None:
         """verl's, whose workers call :func:`sdar_verl.verl.loss.sdar_loss`; their sums become means."""
         if self.teacher is None:
-            table.batch = self._update_actor(table.batch, metrics=metrics)
+            table.batch = self._update_actor(table.rows.lean(), metrics=metrics)
             return
-        if self.teacher.source.per_update:
-            self.teacher.ask_within(table.batch.extra_info)
-        with asked(table.batch.extra_info, self.requests.update):
-            table.batch = self._update_actor(table.batch, metrics=metrics)
+        within = self.teacher.source.per_update
+        batch = table.rows.lean(*([TEACHER_PROMPTS] if within else []))
+        if within:
+            self.teacher.ask_within(batch.extra_info)
+        with asked(batch.extra_info, self.requests.update):
+            table.batch = self._update_actor(batch, metrics=metrics)
         if self.local_trigger_step == self.parameter_sync_step - 1:
             self.teacher.updated()
         metrics.update(reduce_loss_sums(metrics))

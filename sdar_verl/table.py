@@ -39,6 +39,9 @@ class Rows(Protocol):
     def tag(self, numbers: Sequence[int], **tags: Any) -> None:
         """Add verl's tags to some rows."""
 
+    def lean(self, *prompts: str) -> Any:
+        """verl's batch for a pass of verl's, whose workers get what they read."""
+
 
 @dataclass
 class StepTable:
@@ -264,3 +267,6 @@ class _Several:
 
     def tag(self, numbers: Sequence[int], **tags: Any) -> None:
         raise NotImplementedError("the rows of one update are tagged")
+
+    def lean(self, *prompts: str) -> Any:
+        raise NotImplementedError("the rows of one update are sent")

@@ -21,7 +21,6 @@ from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.errors import ConfigError, NonFiniteError
 from sdar_verl.fields import CONTRAST, STATISTICS, STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.method import Method, StepValues
-from sdar_verl.rollout.rows import ROW_KEY
 from sdar_verl.verl import symbols
 from sdar_verl.verl.head import COLUMN_PREFIX
 
@@ -144,14 +143,11 @@ def column_sums(model_output: Mapping[str, Any], data: TensorDict, mask: torch.T
 
 def _named(data: TensorDict, rows: Sequence[int]) -> str:
     """What these rows are called, where the micro-batch says it."""
-    columns = [tu.get(data, name, None) for name in ("uid", "session_id", "extra_fields")]
+    columns = [tu.get(data, name, None) for name in ("uid", "session_id")]
     if any(not isinstance(column, (list, torch.Tensor)) or len(column) <= max(rows) for column in columns):
         return ""
-    uids, sessions, extras = (list(column) for column in columns)
-    names = []
-    for row in rows[:ROWS_NAMED]:
-        record = extras[row][ROW_KEY]
-        names.append(f"{uids[row]}_{int(sessions[row])} (task {record['task_id']}, turn {record['turn'] + 1})")
+    uids, sessions = (list(column) for column in columns)
+    names = [f"{uids[row]}_{int(sessions[row])}" for row in rows[:ROWS_NAMED]]
     return f" Rows of this micro-batch, by episode: {', '.join(names)}."
 
 

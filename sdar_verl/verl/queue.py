@@ -10,6 +10,7 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
+from sdar_verl.fields import TEACHER_PROMPTS, prompts_of
 from sdar_verl.rollout.rows import RowId, RowInfo
 from sdar_verl.table import StepTable, stop_on_errors
 
@@ -26,6 +27,10 @@ def in_order(batch: KVBatchMeta) -> KVBatchMeta:
     return batch
 
 
+_READ_BY_WORKERS = frozenset({"multi_modal_inputs", "uid", "session_id"})
+"""Columns of objects that workers look at: verl's engines at the first, our loss at the others, to name a row."""
+
+
 class QueueRows:
     """The rows of a batch in verl's queue.
 
@@ -35,6 +40,7 @@ class QueueRows:
 
     def __init__(self, batch: KVBatchMeta):
         self.batch = batch
+        self._objects: frozenset[str] | None = None
 
     @property
     def keys(self) -> list[str]:
@@ -52,6 +58,26 @@ class QueueRows:
             written = tq.kv_batch_put(keys=self.keys, partition_id=self.batch.partition_id, fields=fields)
             if self.batch.fields is not None:  # what the workers are sent; None is everything
                 self.batch.fields = written.fields
+
+    def lean(self, *prompts: str) -> KVBatchMeta:
+        """The batch for a pass of verl's, whose workers are sent the columns of numbers.
+
+        Otherwise they are sent all there are: messages, records of the agent loop, the teacher's prompts. They read
+        none of these, and a column of objects costs more than the tokens.
+
+        Args:
+            *prompts: columns of the teacher's prompts that this pass reads.
+        """
+        if self._objects is None:
+            row = tq.kv_batch_get(keys=self.keys[:1], partition_id=self.batch.partition_id)
+            objects = {name for name, value in row.items() if not isinstance(value, torch.Tensor)}
+            self._objects = frozenset(objects - _READ_BY_WORKERS)
+            if self.batch.fields is None:
+                self.batch.fields = sorted(row.keys())
+        ours = {name for name in self.batch.fields if name.startswith((TEACHER_PROMPTS, prompts_of("")))}
+        left_out = self._objects | ours - {*prompts}
+        self.batch.fields = [name for name in self.batch.fields if name not in left_out]
+        return self.batch
 
     def tag(self, numbers: Sequence[int], **tags: Any) -> None:
         """Add tags to some rows; verl's ``is_padding`` keeps a row out of its metrics."""

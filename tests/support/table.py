@@ -45,6 +45,9 @@ class StoredRows:
     def write(self, columns: Mapping[str, torch.Tensor]) -> None:
         self.stored |= {name: list(values.unbind()) for name, values in columns.items()}
 
+    def lean(self, *prompts: str) -> Any:
+        return self.batch
+
     def tag(self, numbers: Sequence[int], **tags: Any) -> None:
         self.tags |= dict.fromkeys(numbers, tags)
 
