@@ -50,14 +50,14 @@ def _counted(call: Callable[..., Any], kind: str) -> Callable[..., Any]:
 
         started = time.perf_counter()
         answer = call(*args, **kwargs)
-        written = kwargs.get("fields")
+        written = kwargs.get("fields") if kind == "put" else answer
         asked = kwargs.get("select_fields") or (written.keys() if written is not None else ())
         line = {
             "step": getattr(SkipManager, "_step", None),
             "kind": kind,
             "whose": _caller(),
             "rows": len(kwargs.get("keys", ())),
-            "bytes": _bytes(answer if kind == "get" else written),
+            "bytes": _bytes(written),
             "seconds": time.perf_counter() - started,
             "fields": sorted(asked),
         }

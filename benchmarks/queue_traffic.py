@@ -19,8 +19,13 @@ from benchmarks.common import machine, table
 from tests.support.toy_run import SMALL, train
 
 ROWS = [
-    *[item for item in SMALL if not item.startswith(("sdar.update", "sdar.env.max_steps", "data.train_batch"))],
+    *[
+        item
+        for item in SMALL
+        if not item.startswith(("sdar.update", "sdar.env.max_steps")) and "batch_size" not in item
+    ],
     "data.train_batch_size=8",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
     "sdar.env.max_steps=6",
     "sdar.update.mini_batch_rows=64",
     "trainer.save_freq=-1",
