@@ -90,11 +90,10 @@ def made_up(rows: int, tokens: int, prompt: int) -> tuple[list[str], list[dict],
 
 def a_step(keys: list[str], extras: list[dict], columns: dict[str, torch.Tensor], signal: str) -> None:
     """What the trainer's process does of ours."""
-    from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
-
-    from sdar_verl.teacher.rows import deal, scored_rows
+    from sdar_verl.step import TABLE_COLUMNS
     from sdar_verl.verl.advantage import AdvantageRows, advantage_rows, compute_sdar_advantage
     from sdar_verl.verl.queue import row_id
+    from sdar_verl.verl.teacher import balanced_order
 
     settings = load_config({"loss": {"signal": signal, "granularity": "trajectory", "centre": "trajectory"}})
     order = sorted(range(len(keys)), key=lambda i: row_id(keys[i]))
@@ -102,10 +101,8 @@ def a_step(keys: list[str], extras: list[dict], columns: dict[str, torch.Tensor]
     one = StepTable(1, InMemory(keys, dict(columns)), [row_id(key) for key in keys], infos)
     row_metrics(one)
     lengths = [0 if info is None else (info.teacher_prompt_tokens or 0) for info in one.infos]
-    scored = scored_rows(lengths, RANKS)
-    loads = calculate_workload(torch.tensor([lengths[row] for row in scored])).tolist()
-    deal(lengths, RANKS, get_seqlen_balanced_partitions(loads, k_partitions=RANKS, equal_size=True))
-    one.read(["response_mask", "rm_scores", "entropy", *STUDENT_COLUMNS, TEACHER_LOG_PROBS])
+    balanced_order(lengths, RANKS)
+    one.read([*TABLE_COLUMNS, TEACHER_LOG_PROBS])
     leave_out_broken_rows(one, STUDENT_COLUMNS, "drop", 0)
     leave_out_broken_teacher(one, "drop")
     with advantage_rows(AdvantageRows.of(settings.advantage, one)) as rows:

@@ -28,6 +28,9 @@ from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
 from sdar_verl.verl.packing import check_packing
 from sdar_verl.verl.queue import in_order, read_table
 
+TABLE_COLUMNS = ("response_mask", "rm_scores", "entropy", *STUDENT_COLUMNS)
+"""What this process reads of every row, beside the teachers' log-probs."""
+
 if TYPE_CHECKING:
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 else:
@@ -95,7 +98,7 @@ class LocalUpdate(PPOTrainer):
             with self.timed("teacher"):
                 metrics |= self.score_teacher(table)
 
-        table.read(["response_mask", "rm_scores", "entropy", *STUDENT_COLUMNS, *self.teacher_columns])
+        table.read([*TABLE_COLUMNS, *self.teacher_columns])
         metrics |= self.leave_out(table, STUDENT_COLUMNS)
         if self.teacher is not None:
             metrics |= leave_out_broken_teacher(table, self.sdar.on_nonfinite)

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
+
 from sdar_verl.algorithm.registry import Registry
 from sdar_verl.config import TeacherConfig
 
@@ -293,8 +295,6 @@ class Ema(_OwnWeights):
         return EMA_DECAY if self.settings.ema_decay is None else self.settings.ema_decay
 
     def _dtype(self) -> Any:
-        import torch
-
         return torch.float32
 
 

@@ -242,7 +242,7 @@ class PrivilegedTeacher:
         if asked.prompts != "prompts":  # the student's verl has balanced
             prompts = [_prompt_tokens(info, asked.prompts) for info in table.infos]
             lengths = [tokens and tokens + tag["response_len"] for tokens, tag in zip(prompts, batch.tags, strict=True)]
-            order = _balanced(lengths, 1 + max(dispatched_ranks(workers, TEACHER_MESH)))
+            order = balanced_order(lengths, 1 + max(dispatched_ranks(workers, TEACHER_MESH)))
         meta = KVBatchMeta(
             keys=[batch.keys[row] for row in order],
             tags=[batch.tags[row] for row in order],
@@ -283,7 +283,7 @@ def _prompt_tokens(info: RowInfo | None, column: str) -> int:
     return next((len(ids) for name, ids in info.further_prompts.items() if prompts_of(name) == column), 0)
 
 
-def _balanced(lengths: Sequence[int], ranks: int) -> list[int]:
+def balanced_order(lengths: Sequence[int], ranks: int) -> list[int]:
     """An order of rows, of ``lengths`` tokens or 0 where they are not scored, in which all ranks have as much to do."""
     scored = scored_rows(lengths, ranks)
     if not scored:

@@ -10,12 +10,12 @@ import torch
 from tensordict import TensorDict
 
 from sdar_verl.fields import TEACHER_LOG_PROBS
-from sdar_verl.finite import STUDENT_COLUMNS
 from sdar_verl.rollout.rows import RowInfo
+from sdar_verl.step import TABLE_COLUMNS
 from sdar_verl.table import StepTable, nested
 from sdar_verl.verl.queue import row_id
 
-COLUMNS = ("response_mask", "rm_scores", "entropy", *STUDENT_COLUMNS, TEACHER_LOG_PROBS)
+COLUMNS = (*TABLE_COLUMNS, TEACHER_LOG_PROBS)
 """What the trainer reads of every row."""
 
 Values = Mapping[str, Sequence[Any]]

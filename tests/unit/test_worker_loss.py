@@ -28,7 +28,6 @@ from sdar_verl.fields import (
     TEACHER_MASK,
 )
 from sdar_verl.method import Method, StepValues
-from sdar_verl.rollout.rows import ROW_KEY, RowInfo
 from sdar_verl.verl.loss import sdar_loss
 
 PROMPTS, RESPONSES = [2, 3, 1, 2, 2, 1], [3, 2, 4, 1, 2, 5]
@@ -271,7 +270,6 @@ def test_a_log_prob_that_broke_within_the_update_is_named() -> None:
     columns = {
         "uid": ["a", "a", "b", "c"],
         "session_id": [0, 0, 1, 0],
-        "extra_fields": [{ROW_KEY: RowInfo(turn, "t", task_id=f"task-{turn}").as_dict()} for turn in range(4)],
     }
     for name, values in columns.items():
         tu.assign_non_tensor_stack(data, name, values)
