@@ -26,7 +26,7 @@ from sdar_verl.table import StepTable, stop_on_lost_episodes
 from sdar_verl.teacher.several import mix, teacher_metrics
 from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
 from sdar_verl.verl.packing import check_packing
-from sdar_verl.verl.queue import in_order, read_table
+from sdar_verl.verl.queue import RowColumns, in_order, read_table
 
 TABLE_COLUMNS = ("response_mask", "rm_scores", "entropy", *STUDENT_COLUMNS)
 """What this process reads of every row, beside the teachers' log-probs."""
@@ -47,6 +47,7 @@ class LocalUpdate(PPOTrainer):
         taught: whether the run began with a teacher: the method goes on without it, with lambda = 0.
         late_contexts: contexts made of the step's own episodes; None without any.
         teacher_columns: log-prob columns of the teacher passes.
+        row_columns: what a run's rows are stored as.
         observers: they see the finished rows of a step.
         checks_packing: whether verl's packing is still to be looked at.
     """
@@ -59,6 +60,7 @@ class LocalUpdate(PPOTrainer):
     taught: bool
     late_contexts: Any
     teacher_columns: list[str]
+    row_columns: RowColumns
     observers: list[Observer]
     checks_packing: bool
 
@@ -77,7 +79,7 @@ class LocalUpdate(PPOTrainer):
         if self.colocated_reward_model:
             with self.timed("reward"):
                 batch = self._compute_reward_colocate(batch, metrics=metrics)
-        table = read_table(self._balance_batch(batch, metrics=metrics), self.global_steps)
+        table = read_table(self._balance_batch(batch, metrics=metrics), self.global_steps, self.row_columns)
         metrics |= self.count_crashed(table, size)
         if self.late_contexts is not None:
             metrics |= self.late_contexts.fill(table)
@@ -135,7 +137,7 @@ class LocalUpdate(PPOTrainer):
         observers = [observer for observer in self.observers if observer.wants_rollout(self.global_steps)]
         late = self.late_contexts if self.late_contexts is not None and self.late_contexts.during_rollout else None
         if observers or late is not None:
-            table = read_table(batch, self.global_steps)
+            table = read_table(batch, self.global_steps, self.row_columns)
             if late is not None:
                 late.write(table)
             for observer in observers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,30 @@ def in_order(batch: KVBatchMeta) -> KVBatchMeta:
     return batch
 
 
+def is_padding(tag: Mapping[str, Any]) -> bool:
+    """verl added the row to fill up its ranks; it has columns of numbers alone."""
+    return bool(tag.get("is_padding", False))
+
+
 _READ_BY_WORKERS = frozenset({"multi_modal_inputs", "uid", "session_id"})
 """Columns of objects that workers look at: verl's engines at the first, our loss at the others, to name a row."""
+
+
+class RowColumns:
+    """The columns of a run's rows, and those of them that hold objects; the first of them says it, once."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.objects: frozenset[str] = frozenset()
+
+    def learn(self, batch: KVBatchMeta) -> None:
+        """Read one row, if none was read before."""
+        if not self.names:
+            rows = zip(batch.keys, batch.tags, strict=True)
+            key = next((key for key, tag in rows if not is_padding(tag)), batch.keys[0])
+            row = tq.kv_batch_get(keys=[key], partition_id=batch.partition_id)
+            self.names = sorted(row.keys())
+            self.objects = frozenset(name for name, value in row.items() if not isinstance(value, torch.Tensor))
 
 
 class QueueRows:
@@ -36,11 +58,12 @@ class QueueRows:
 
     Args:
         batch: of verl's trainer, which puts a new one in its place after some of its phases.
+        columns: of the run; without, they are learnt from this batch.
     """
 
-    def __init__(self, batch: KVBatchMeta):
+    def __init__(self, batch: KVBatchMeta, columns: RowColumns | None = None):
         self.batch = batch
-        self._objects: frozenset[str] | None = None
+        self.columns = columns or RowColumns()
 
     @property
     def keys(self) -> list[str]:
@@ -68,15 +91,11 @@ class QueueRows:
         Args:
             *prompts: columns of the teacher's prompts that this pass reads.
         """
-        if self._objects is None:
-            row = tq.kv_batch_get(keys=self.keys[:1], partition_id=self.batch.partition_id)
-            objects = {name for name, value in row.items() if not isinstance(value, torch.Tensor)}
-            self._objects = frozenset(objects - _READ_BY_WORKERS)
-            if self.batch.fields is None:
-                self.batch.fields = sorted(row.keys())
-        ours = {name for name in self.batch.fields if name.startswith((TEACHER_PROMPTS, prompts_of("")))}
-        left_out = self._objects | ours - {*prompts}
-        self.batch.fields = [name for name in self.batch.fields if name not in left_out]
+        self.columns.learn(self.batch)
+        names = self.columns.names if self.batch.fields is None else self.batch.fields
+        ours = {name for name in names if name.startswith((TEACHER_PROMPTS, prompts_of("")))}
+        left_out = (self.columns.objects - _READ_BY_WORKERS) | (ours - {*prompts})
+        self.batch.fields = [name for name in names if name not in left_out]
         return self.batch
 
     def tag(self, numbers: Sequence[int], **tags: Any) -> None:
@@ -87,17 +106,17 @@ class QueueRows:
         tq.kv_batch_put(keys=keys, partition_id=self.batch.partition_id, tags=changed)
 
 
-def read_table(batch: KVBatchMeta, step: int) -> StepTable:
+def read_table(batch: KVBatchMeta, step: int, columns: RowColumns) -> StepTable:
     """The table of a batch with the agent loop's records; tokens are read later.
 
     Raises:
         RolloutError: a row says that the run must stop.
     """
-    rows = QueueRows(batch)
+    rows = QueueRows(batch, columns)
     stored = rows.read(["extra_fields", "rm_scores"])
     extras = list(stored["extra_fields"])
     infos = [
-        None if tag.get("is_padding", False) else RowInfo.from_extra_fields(extra)
+        None if is_padding(tag) else RowInfo.from_extra_fields(extra)
         for tag, extra in zip(batch.tags, extras, strict=True)
     ]
     for info, extra, scores in zip(infos, extras, stored["rm_scores"].unbind(), strict=True):

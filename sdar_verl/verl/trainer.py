@@ -46,6 +46,7 @@ from sdar_verl.verl import symbols
 from sdar_verl.verl.late import late_contexts, run_writer, step_writing
 from sdar_verl.verl.liveness import Liveness, queue_processes, run_processes, watched
 from sdar_verl.verl.loss import sdar_loss
+from sdar_verl.verl.queue import RowColumns
 from sdar_verl.verl.resume import claim_checkpoints, from_scratch, resumed_folder
 from sdar_verl.verl.taught_loop import teach
 from sdar_verl.verl.teacher import PrivilegedTeacher
@@ -86,6 +87,7 @@ class SdarTraining(LocalUpdate, PPOTrainer):
         self.taught = taught
         self.observers = [*observers(self.sdar, config, self), self.cloud]
         self.late_contexts = None
+        self.row_columns = RowColumns()
         self.teacher_columns = []
         if self.teacher is not None and not self.teacher.source.per_update:
             self.teacher_columns = [TEACHER_LOG_PROBS, *map(log_probs_of, further_passes(self.sdar.context))]

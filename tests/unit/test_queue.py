@@ -12,7 +12,7 @@ from transfer_queue import KVBatchMeta
 
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_PROMPTS, contrast_pass, prompts_of
 from sdar_verl.verl import queue
-from sdar_verl.verl.queue import QueueRows
+from sdar_verl.verl.queue import QueueRows, RowColumns
 
 NUMBERS = ("input_ids", "response_mask", TEACHER_LOG_PROBS)
 PROMPTS = (TEACHER_PROMPTS, prompts_of(contrast_pass(0)))
@@ -35,9 +35,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return calls
 
 
-def rows(fields: list[str] | None = None) -> QueueRows:
-    keys = ["a_0_0", "a_1_0"]
-    return QueueRows(KVBatchMeta(keys=keys, tags=[{}, {}], partition_id="train", fields=fields, extra_info={}))
+def rows(fields: list[str] | None = None, columns: RowColumns | None = None) -> QueueRows:
+    keys, tags = ["p_0_0", "a_0_0", "a_1_0"], [{"is_padding": True}, {}, {}]
+    return QueueRows(KVBatchMeta(keys=keys, tags=tags, partition_id="train", fields=fields, extra_info={}), columns)
 
 
 def test_workers_are_sent_numbers_and_what_they_read(asked: list[list[str]]) -> None:
@@ -56,4 +56,11 @@ def test_after_a_phase_of_verls_all_columns_are_named_again_and_none_is_looked_u
     one.lean()
     one.batch = rows([*NUMBERS, *PROMPTS, *OBJECTS, *READ, "old_log_probs"]).batch
     assert one.lean().fields == [*NUMBERS, *READ, "old_log_probs"]
+    assert len(asked) == 1
+
+
+def test_a_run_looks_at_one_row_of_its_first_step(asked: list[list[str]]) -> None:
+    columns = RowColumns()
+    sent = [rows(columns=columns).lean().fields for _ in range(3)]
+    assert sent == [sorted([*NUMBERS, *READ])] * 3
     assert len(asked) == 1

@@ -16,6 +16,7 @@ from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.step import LocalUpdate
 from sdar_verl.table import StepTable
+from sdar_verl.verl.queue import RowColumns
 from tests.support.table import StoredRows, make_table
 
 EOS = 7
@@ -64,6 +65,7 @@ class Trainer(LocalUpdate):
         self.tokenizer = SimpleNamespace(eos_token_id=EOS)
         self.config = SimpleNamespace(trainer=SimpleNamespace(critic_warmup=settings.pop("critic_warmup", 0)))
         self.global_steps = 1
+        self.row_columns = RowColumns()
         self.teacher_columns = [TEACHER_LOG_PROBS] if teacher else []
         self.late_contexts = SimpleNamespace(fill=self.fill) if late else None
         self.teacher = self if teacher else None
@@ -156,7 +158,7 @@ class Trainer(LocalUpdate):
 
 @pytest.fixture(autouse=True)
 def rows_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdar_verl.step.read_table", lambda batch, step: Trainer.last.read_table(batch))
+    monkeypatch.setattr("sdar_verl.step.read_table", lambda batch, step, columns: Trainer.last.read_table(batch))
 
 
 def updated(**settings: Any) -> tuple[Trainer, dict[str, Any], StepTable]:
