@@ -1,22 +1,22 @@
-"""Step time of SDAR against GRPO in the same recipe, by phase.
+"""Step times of methods in the same recipe, by phase and process.
 
-    python -m benchmarks.step_overhead [--steps 4] [--rounds 2] [--pair quickstart|paper] [--games 8]
-    python -m benchmarks.step_overhead --finished GRPO_RUN SDAR_RUN [GRPO_RUN SDAR_RUN ...]
+    python -m benchmarks.step_overhead [--methods grpo,sdar_frozen] [--steps 4] [--rounds 2] [OVERRIDE ...]
+    python -m benchmarks.step_overhead --methods grpo,sdar_frozen --finished RUN RUN [RUN RUN ...]
 
-Runs the quick start's recipe through verl's main_ppo on generated ALFWorld games, once per arm and round, arms in turn:
+Runs the quick start's recipe through verl's main_ppo on generated ALFWorld games, once per method and round, in turn.
+With the paper's KL to the reference:
 
-quickstart  sdar_frozen (the teacher is the frozen reference; the student's rows need no pass of it) against grpo
-paper       sdar (the teacher is the current policy) against grpo, both with the paper's KL to the reference, 0.01
+    --methods grpo,sdar actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0.01
 
-The learning rate is 0 and every request has its seed, so both arms play the very same episodes and update on the very
-same rows; the work does not depend on the learning rate. The first step is left out: it warms up, and SDAR's checks
-itself then.
+The learning rate is 0 and every request has its seed, so all methods play the very same episodes and update on the very
+same rows (but where a method changes prompts or rows of the student's); the work does not depend on the learning rate.
+The first step is left out: it warms up, and SDAR's checks itself then.
 
 Wall seconds are verl's ``timing_s/*``, medians over the steps. On a busy machine compare CPU seconds per step: of the
-processes that train, generate, play and control. Ratios are of SDAR to GRPO within each round.
+processes that train, generate, play and control. Ratios are to the first method within each round.
 
 ``--finished`` reads the phases of runs that are there already (folders with ``metrics.jsonl``, such as those of
-``benchmarks/quickstart_seeds.sh``), a pair per round. Those trained, so their episodes differ.
+``benchmarks/quickstart_seeds.sh``), one per method and round. Those trained, so their episodes differ.
 """
 
 from __future__ import annotations
@@ -33,13 +33,8 @@ from benchmarks.runs import Watched, watch
 from sdar_verl.panels import write_panel
 from tests.support.verl_run import Run, run_main_ppo
 
-KL = ["actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_coef=0.01"]
-PAIRS: dict[str, dict[str, list[str]]] = {
-    "quickstart": {"grpo": ["method=grpo"], "sdar": ["method=sdar_frozen"]},
-    "paper": {"grpo": ["method=grpo", *KL], "sdar": ["method=sdar", *KL]},
-}
-PHASES = ("gen", "old_log_prob", "ref", "teacher", "parts", "adv", "update_actor", "update_weights", "step")
-WALL = ["wall seconds of a step", "grpo", "sdar", "ratio"]
+PHASES = ("gen", "old_log_prob", "ref", "teacher", "adv", "method", "update_actor", "update_weights", "step")
+WALL = "wall seconds of a step"
 SAME = [
     "actor_rollout_ref.actor.optim.lr=0.0",
     "trainer.val_before_train=False",
@@ -49,16 +44,16 @@ SAME = [
 ]
 
 
-def run(arm: str, overrides: list[str], games: list[Path], args: argparse.Namespace) -> Watched:
-    """One arm, from start to end."""
-    folder = (args.out / arm).resolve()
+def run(method: str, games: list[Path], args: argparse.Namespace) -> Watched:
+    """One run, from start to end."""
+    folder = (args.out / method).resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     panels = [folder / "train.parquet", folder / "validation.parquet"]
     for file in panels:
         write_panel([as_task(game) for game in games], file, file.stem)
     files = [f"data.train_files={panels[0]}", f"data.val_files={panels[1]}"]
-    every = [*files, *SAME, f"trainer.total_training_steps={args.steps}", *overrides, *args.overrides]
+    every = [*files, *SAME, f"method={method}", f"trainer.total_training_steps={args.steps}", *args.overrides]
     start = partial(run_main_ppo, folder, every, timeout=args.timeout, PYTHONUNBUFFERED="1")
     return watch(folder, start, every=0.5)
 
@@ -71,13 +66,16 @@ def phases(run: Run) -> dict[str, float]:
 
 
 def compared(rounds: dict[str, list[dict[str, float]]], names: Iterable[str]) -> list[list[str]]:
-    """A line per name: medians of both arms, and the median of the ratios within the rounds."""
+    """A line per name: each method's median, and behind it the median of its ratios to the first within the rounds."""
+    first, *others = rounds.values()
     rows = []
     for name in names:
-        grpo, sdar = ([one.get(name, 0.0) for one in rounds[arm]] for arm in ("grpo", "sdar"))
-        gains = [b / a for a, b in zip(grpo, sdar, strict=True) if a]
-        gain = f"{statistics.median(gains):.3f}" if gains else ""
-        rows.append([name, f"{statistics.median(grpo):.2f}", f"{statistics.median(sdar):.2f}", gain])
+        seconds = [[one.get(name, 0.0) for one in runs] for runs in (first, *others)]
+        cells = [f"{statistics.median(seconds[0]):.2f}"]
+        for own in seconds[1:]:
+            ratios = [b / a for a, b in zip(seconds[0], own, strict=True) if a]
+            cells.append(f"{statistics.median(own):.2f}" + (f" ({statistics.median(ratios):.2f})" if ratios else ""))
+        rows.append([name, *cells])
     return rows
 
 
@@ -92,9 +90,9 @@ def cpu_per_step(watched: Watched) -> dict[str, float]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="further overrides of verl's and ours, for both arms")
-    parser.add_argument("--finished", type=Path, nargs="+", help="folders of runs, GRPO and SDAR in turn")
-    parser.add_argument("--pair", choices=PAIRS, default="quickstart")
+    parser.add_argument("overrides", nargs="*", help="further overrides of verl's and ours, for all methods")
+    parser.add_argument("--finished", type=Path, nargs="+", help="folders of runs, the methods in turn")
+    parser.add_argument("--methods", default="grpo,sdar_frozen", help="presets; the others are compared with the first")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--games", type=int, default=8)
@@ -102,31 +100,32 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("outputs/benchmarks/games"), help="games are kept here")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/step_overhead"))
     args = parser.parse_args()
+    methods = args.methods.split(",")
     if args.finished:
         folders = [Run(folder, "", 0) for folder in args.finished]
-        if len(folders) % 2:
-            parser.error("--finished: give pairs, GRPO first")
-        print(f"{len(folders) // 2} rounds\n")
-        walls = {"grpo": [phases(run) for run in folders[::2]], "sdar": [phases(run) for run in folders[1::2]]}
-        print(table(WALL, compared(walls, (*PHASES, "rows"))))
+        if len(folders) % len(methods):
+            parser.error(f"--finished: give rounds of {len(methods)} folders, {args.methods} in turn")
+        print(f"{len(folders) // len(methods)} rounds\n")
+        walls = {name: [phases(run) for run in folders[i :: len(methods)]] for i, name in enumerate(methods)}
+        print(table([WALL, *methods], compared(walls, (*PHASES, "rows"))))
         return
     if args.steps < 2:
         parser.error("--steps: at least 2, the first is left out")
     games = real_games(args.data / "small_room", args.games)
-    seen: dict[str, list[Watched]] = {arm: [] for arm in PAIRS[args.pair]}
+    seen: dict[str, list[Watched]] = {method: [] for method in methods}
     for number in range(args.rounds):
-        for arm in list(seen) if number % 2 == 0 else reversed(list(seen)):
-            seen[arm].append(run(arm, PAIRS[args.pair][arm], games, args))
-            print(f"round {number + 1}, {arm}: done", flush=True)
+        for method in methods if number % 2 == 0 else reversed(methods):
+            seen[method].append(run(method, games, args))
+            print(f"round {number + 1}, {method}: done", flush=True)
 
     print("\n" + machine("verl", "torch", "ray"))
-    print(f"{args.pair}, {args.steps} steps, {args.rounds} rounds\n")
-    walls = {arm: [phases(watched.run) for watched in runs if watched.run] for arm, runs in seen.items()}
-    print(table(WALL, compared(walls, (*PHASES, "rows"))) + "\n")
-    cpus = {arm: [cpu_per_step(watched) for watched in runs] for arm, runs in seen.items()}
+    print(f"{args.steps} steps, {args.rounds} rounds; ratios to {methods[0]}\n")
+    walls = {method: [phases(watched.run) for watched in runs if watched.run] for method, runs in seen.items()}
+    print(table([WALL, *methods], compared(walls, (*PHASES, "rows"))) + "\n")
+    cpus = {method: [cpu_per_step(watched) for watched in runs] for method, runs in seen.items()}
     used = {name: seconds for runs in cpus.values() for one in runs for name, seconds in one.items() if seconds >= 0.05}
     names = sorted(used, key=lambda name: -used[name])
-    print(table(["CPU seconds per step of", "grpo", "sdar", "ratio"], compared(cpus, names)))
+    print(table(["CPU seconds per step of", *methods], compared(cpus, names)))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from types import ModuleType
 
 import wrapt
 
-# Module of verl that holds a registry, and module of ours that registers when imported.
+# Module that holds a registry (or that the next one builds on), and module of ours that registers when imported.
 _REGISTRATIONS = (
     ("verl.trainer.ppo.core_algos", "sdar_verl.verl.advantage"),
     ("verl.trainer.ppo.v1", "sdar_verl.verl.trainer"),
-    ("verl.trainer.ppo.v1", "sdar_verl.verl.async_modes"),
+    ("sdar_verl.verl.trainer", "sdar_verl.verl.async_modes"),
     ("verl.experimental.agent_loop", "sdar_verl.rollout.agent_loop"),
     ("verl.experimental.agent_loop", "sdar_verl.verl.taught_loop"),
     ("verl.workers.engine", "sdar_verl.verl.engines"),

@@ -216,8 +216,8 @@ def test_finished_runs_are_compared_phase_by_phase(
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
     command(monkeypatch, step_overhead, "--finished", tmp_path / "grpo", tmp_path / "sdar")
     printed = capsys.readouterr().out
-    assert "| step | 10.00 | 12.00 | 1.200 |" in printed
-    assert "| teacher | 0.00 | 2.00 |  |" in printed
+    assert "| step | 10.00 | 12.00 (1.20) |" in printed
+    assert "| teacher | 0.00 | 2.00 |" in printed
 
 
 @pytest.mark.parametrize(("leak", "files"), [(0, 0.0), (500_000, 0.0), (0, 0.5)])

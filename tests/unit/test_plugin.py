@@ -68,6 +68,18 @@ def test_verls_own_modes_are_still_verls(told):
     assert told["verl's"] == ["verl.trainer.ppo.v1.trainer_sync", "verl.trainer.ppo.core_algos"]
 
 
+def test_a_module_of_ours_may_be_the_first_that_is_imported():
+    """It loads the registry that registers it."""
+    done = run(
+        "import sdar_verl.verl.trainer\n"
+        "from verl.trainer.ppo.v1 import get_trainer_cls\n"
+        "print(get_trainer_cls('sdar').__name__, get_trainer_cls('sdar_separate_async').__name__)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["SdarTrainer", "SdarSeparateAsync"]
+    assert "could not" not in done.stderr
+
+
 def test_an_error_of_ours_is_shown_although_verl_swallows_it():
     """verl drops a plugin's exception at debug level; the user must still see it, with the remedy."""
     done = run(
