@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.support.toy_run import SMALL, train  # noqa: E402
+from tests.support.toy_run import LOUD, SMALL, train  # noqa: E402
 
 FOLDER = ROOT / "tests" / "golden"
 STEPS = 2
@@ -70,6 +70,7 @@ CASES: dict[str, list[str]] = {
     "skill_prompt": ["method=skill_prompt", "trainer.val_before_train=True"],
     "validation": ["trainer.val_before_train=True", "trainer.test_freq=2"],
     **{f"source-{name}": [f"sdar.teacher.source={name}"] for name in ("actor_fresh", "reference", "ema", "snapshot")},
+    "source-actor": ["sdar.teacher.source=actor", *LOUD],
     "source-lora_base": ["sdar.teacher.source=lora_base", *LORA],
     "placement-pool": ["method=sdar_frozen", "sdar.teacher.placement=pool", "sdar.teacher.pool_gpus_per_node=1"],
     "placement-rollout_server": ["sdar.teacher.source=actor", "sdar.teacher.placement=rollout_server"],

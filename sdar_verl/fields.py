@@ -3,11 +3,11 @@
 A row's columns, in the order in which a step writes them:
 
     column                    written by                                    read by
-    sdar_teacher_prompts      agent loop (rollout.outputs) or late context  worker, to score (verl.worker)
+    sdar_teacher_prompts      rollout.outputs.teacher_columns, late context verl.worker: SdarTrainingWorker.score
     sdar_prompts_NAME         the same                                      the same, for a further pass
     sdar_support_ids          worker, student's or teacher's pass           worker, teacher's pass; update (verl.head)
-    sdar_teacher_log_probs    worker, teacher's pass, or agent loop         trainer, worker (Method.judge, .terms)
-    sdar_teacher_mask         with them                                     the same, as StepTable.mask in the trainer
+    sdar_teacher_log_probs    worker, teacher's pass, or agent loop         Method.judge (trainer), .terms (worker)
+    sdar_teacher_mask         with them                                     Method.terms; the trainer has StepTable.mask
     sdar_log_probs_NAME       worker, further pass                          trainer: StepTable.contrast, teacher.several
     sdar_support_log_probs    worker, teacher's pass                        worker, update
     sdar_teacher_hidden       worker, teacher's pass                        worker, update
@@ -15,7 +15,7 @@ A row's columns, in the order in which a step writes them:
     sdar_contrast             trainer (Method.judge)                        worker (Method.terms)
     sdar_gap_..., _loss_scale the same                                      the same
 
-A row has a teacher where its prompt is not empty. The pass makes the mask of that; the trainer knows the same from the
+A row has a teacher where its prompt is not empty. The pass makes the mask of that; the trainer makes its own from the
 agent loop's record, and who takes a row out later (:mod:`sdar_verl.finite`) does so in both.
 
 How a pass is asked for has its names in :mod:`sdar_verl.requests`.

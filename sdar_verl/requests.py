@@ -142,7 +142,7 @@ class ScoringPass:
 
 @dataclass(frozen=True)
 class StepRequests:
-    """What the passes of a step are asked for.
+    """What the passes of a step are asked for; as it stands, for an objective on the sampled tokens.
 
     Attributes:
         student: with the old log-probs; None: verl's pass as it is.
@@ -192,7 +192,7 @@ def top_k(loss: LossConfig) -> int:
 
 
 @contextmanager
-def asked(extra_info: dict[str, Any], request: HeadRequest | None) -> Iterator[None]:
+def requested(extra_info: dict[str, Any], request: HeadRequest | None) -> Iterator[None]:
     """Within the context, a batch with this ``extra_info`` carries the request; verl keeps the dict between passes."""
     if request is not None:
         extra_info[HEAD_REQUEST] = request.to_json()

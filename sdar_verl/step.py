@@ -21,7 +21,7 @@ from sdar_verl.finite import ADVANTAGE_COLUMNS, STUDENT_COLUMNS, leave_out_broke
 from sdar_verl.method import Method, Strengths
 from sdar_verl.observe.base import Observer
 from sdar_verl.observe.metrics import gap_metrics, gap_size, reduce_loss_sums, row_metrics
-from sdar_verl.requests import StepRequests, asked
+from sdar_verl.requests import StepRequests, requested
 from sdar_verl.table import StepTable, stop_on_lost_episodes
 from sdar_verl.teacher.several import mix, teacher_metrics
 from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
@@ -167,7 +167,7 @@ class LocalUpdate(PPOTrainer):
     def old_log_probs(self, table: StepTable, metrics: dict[str, Any]) -> None:
         """verl's, with what the objective asks of the student's pass."""
         batch = table.rows.lean()
-        with asked(batch.extra_info, self.requests.student):
+        with requested(batch.extra_info, self.requests.student):
             if self.requests.student is not None and self.bypasses:
                 temperature = self.config.actor_rollout_ref.rollout.temperature
                 batch.extra_info.update(calculate_entropy=False, compute_loss=False, temperature=temperature)
@@ -192,7 +192,11 @@ class LocalUpdate(PPOTrainer):
             table.columns["advantages"] = rows.tokens
 
     def judge(self, table: StepTable) -> dict[str, float]:
-        """The method's view of all rows: statistics and signals go to the rows, the step's values to the batch."""
+        """The method's view of all rows: statistics and signals go to the rows, lambda and beta with the batch.
+
+        Gap and gate of here are those at the old weights, for what spans rows and for metrics; the loss takes its own
+        at the weights of each update (:meth:`sdar_verl.method.Method.terms`).
+        """
         coef, beta, rl = self.strengths.at(self.global_steps)
         metrics = {"sdar/lambda": coef, "sdar/beta": beta}
         if self.sdar.loss.rl_schedule.name != "constant" or rl != 1.0:
@@ -212,15 +216,16 @@ class LocalUpdate(PPOTrainer):
         return metrics
 
     def update_actor(self, table: StepTable, metrics: dict[str, Any]) -> None:
-        """verl's, whose workers call :func:`sdar_verl.verl.loss.sdar_loss`; their sums become means."""
+        """verl's, whose workers call :func:`sdar_verl.verl.loss.sdar_loss` with what :meth:`judge` sent along; their
+        sums become means."""
         if self.teacher is None:
-            table.batch = self._update_actor(table.rows.lean(), metrics=metrics)
+            table.batch = self._update_actor(table.rows.lean(taught=False), metrics=metrics)
             return
         within = self.teacher.source.per_update
         batch = table.rows.lean(*([TEACHER_PROMPTS] if within else []))
         if within:
             self.teacher.ask_within(batch.extra_info)
-        with asked(batch.extra_info, self.requests.update):
+        with requested(batch.extra_info, self.requests.update):
             table.batch = self._update_actor(batch, metrics=metrics)
         if self.local_trigger_step == self.parameter_sync_step - 1:
             self.teacher.updated()

@@ -39,7 +39,7 @@ class Rows(Protocol):
     def tag(self, numbers: Sequence[int], **tags: Any) -> None:
         """Add verl's tags to some rows."""
 
-    def lean(self, *prompts: str) -> Any:
+    def lean(self, *prompts: str, taught: bool = True) -> Any:
         """verl's batch for a pass of verl's, whose workers get what they read."""
 
 
@@ -156,8 +156,8 @@ class StepTable:
 
     @cached_property
     def mask(self) -> torch.Tensor:
-        """(rows, response_length) bool, sampled tokens that have a teacher: what the workers that scored them stored as
-        ``TEACHER_MASK``, but for rows that were taken out since."""
+        """(rows, response_length) bool, sampled tokens that have a teacher by the agent loops' records: what workers
+        stored as ``TEACHER_MASK``, but for rows that were taken out since."""
         seen = torch.tensor([info is not None and info.has_teacher for info in self.infos])
         return self.response & seen.unsqueeze(-1)
 
@@ -268,5 +268,5 @@ class _Several:
     def tag(self, numbers: Sequence[int], **tags: Any) -> None:
         raise NotImplementedError("the rows of one update are tagged")
 
-    def lean(self, *prompts: str) -> Any:
+    def lean(self, *prompts: str, taught: bool = True) -> Any:
         raise NotImplementedError("the rows of one update are sent")

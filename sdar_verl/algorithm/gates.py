@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sdar_verl.algorithm.masking import MAX_LOG_IMPORTANCE
 from sdar_verl.algorithm.registry import Registry
 from sdar_verl.algorithm.turns import row_turns, turn_medians, turn_sums
 
@@ -41,8 +42,6 @@ Gate = Callable[..., torch.Tensor]
 
 SIGNALS = ("beta", "entropy", "mask", "ranges", "advantages", "ratio", "turn")
 NORMS = ("none", "batch_minmax", "squash")
-MAX_LOG_RATIO = 10.0
-"""Beyond it the importance ratio is taken for exp(10)."""
 
 _GATES: Registry[Gate] = Registry("gate", SIGNALS)
 
@@ -116,7 +115,7 @@ def gate_weight(
     signals: dict[str, Any] = {"beta": beta, "entropy": entropy, "mask": mask, "ranges": ranges}
     signals["advantages"] = advantages
     if gate_reads(gate, "ratio"):
-        signals["ratio"] = torch.ones_like(gap) if log_ratio is None else log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+        signals["ratio"] = torch.ones_like(gap) if log_ratio is None else log_ratio.clamp(max=MAX_LOG_IMPORTANCE).exp()
     if gate_reads(gate, "turn"):
         signals["turn"] = row_turns(response_mask)
     return get_gate(gate)(gap, **signals, **(options or {}))

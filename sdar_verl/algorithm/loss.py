@@ -23,8 +23,8 @@ import torch
 
 from sdar_verl.algorithm.gap import StepStatistics, gate_gap
 from sdar_verl.algorithm.gates import gate_weight, get_gate
-from sdar_verl.algorithm.masking import active_mask, clean
-from sdar_verl.algorithm.objectives import MAX_LOG_RATIO, get_objective
+from sdar_verl.algorithm.masking import MAX_LOG_RATIO, active_mask, clean
+from sdar_verl.algorithm.objectives import get_objective
 from sdar_verl.algorithm.terms import DistillationTerms
 
 

@@ -1,10 +1,17 @@
-"""Masks and input checks shared by the loss and the advantages."""
+"""Masks, bounds and input checks shared by the loss and the advantages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+
+# Beyond these, exponentials of a difference of log-probs would overflow, or one token outweigh all others.
+MAX_LOG_RATIO = 20.0
+"""Of teacher to student, nats: a token this far from its teacher teaches no less."""
+
+MAX_LOG_IMPORTANCE = 10.0
+"""Of student to sampler, nats."""
 
 ROWS_NAMED = 8
 """Rows named in a message."""

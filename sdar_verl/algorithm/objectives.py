@@ -29,15 +29,13 @@ from typing import Any
 import torch
 
 from sdar_verl.algorithm.divergences import DIVERGENCES
+from sdar_verl.algorithm.masking import MAX_LOG_IMPORTANCE, MAX_LOG_RATIO
 from sdar_verl.algorithm.registry import Registry
 
 Objective = Callable[..., torch.Tensor]
 
 SIGNALS = ("old_log_probs", "divergence")
 
-# Beyond these the exponentials would overflow; a token this far from its teacher or its sampler teaches no less.
-MAX_LOG_RATIO = 20.0
-MAX_LOG_IMPORTANCE = 10.0
 
 _OBJECTIVES: Registry[Objective] = Registry("objective", SIGNALS)
 

@@ -8,11 +8,9 @@ from collections.abc import Hashable
 import torch
 
 from sdar_verl.algorithm.advantages import FLAT
+from sdar_verl.algorithm.masking import MAX_LOG_RATIO
 from sdar_verl.algorithm.signals import SignalRows, register_signal
 from sdar_verl.algorithm.turns import row_turns, turn_sums
-
-MAX_LOG_RATIO = 20.0
-"""Beyond it exp(gap) - 1 is cut."""
 
 
 @register_signal("advantage_factor", reads=("gap",))

@@ -235,6 +235,11 @@ class RowInfo:
         """The teacher has a say on this row."""
         return self.teacher_prompt_tokens is not None and self.teacher_failure is None
 
+    def take_teacher_prompt(self, ids: Sequence[int]) -> None:
+        """These are the teacher's prompt; the student's is known."""
+        self.teacher_prompt_ids, self.teacher_prompt_tokens = np.asarray(ids, dtype=np.int32), len(ids)
+        self.context_tokens = len(ids) - self.prompt_tokens
+
     def as_dict(self) -> dict[str, Any]:
         """What differs from the defaults, as plain values, for verl's ``extra_fields``; without :data:`COLUMNS`."""
         return _changed(self, leave=COLUMNS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from sdar_verl.config import TeacherConfig
 from sdar_verl.context.base import Passage
 from sdar_verl.rollout.prompt_builder import PromptBuilder, PromptTooLong, TurnView
@@ -41,5 +39,4 @@ def add_teacher_prompt(
             )
         return
     info.truncated = dropped > 0
-    info.context_tokens = len(ids) - info.prompt_tokens
-    info.teacher_prompt_ids, info.teacher_prompt_tokens = np.asarray(ids, dtype=np.int32), len(ids)
+    info.take_teacher_prompt(ids)

@@ -265,8 +265,8 @@ class HeadPass:
             )
         raise RuntimeError(
             f"the head was called on {tuple(hidden.shape)} for {len(self._lengths)} rows of {self._total} tokens: "
-            "neither packed nor padded rows. Sequence parallelism and static padding are not supported by objectives "
-            "over distributions"
+            "neither packed nor padded rows. Sequence parallelism and static padding are not supported by a "
+            "teacher's pass and by objectives over distributions"
         )
 
     def _rows(self, values: torch.Tensor) -> torch.Tensor:
@@ -309,5 +309,7 @@ def _flat(nested: torch.Tensor) -> torch.Tensor:
 def _temperature(data: TensorDict) -> float:
     temperature = tu.get_non_tensor_data(data, "temperature", default=None)
     if temperature is None or isinstance(temperature, torch.Tensor):
-        raise RuntimeError(f"objectives over distributions need one temperature for all rows, not {temperature!r}")
+        raise RuntimeError(
+            f"a teacher's pass and objectives over distributions need one temperature for all rows, not {temperature!r}"
+        )
     return float(temperature)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig
 
 from sdar_verl.config import SdarConfig, load_config
@@ -153,8 +152,7 @@ class TeacherPrompts:
                 f"the teacher's prompt of {info.task_id} is the student's. Use another place"
             )
             return
-        info.context_tokens = len(ids) - info.prompt_tokens
-        info.teacher_prompt_ids, info.teacher_prompt_tokens = np.asarray(ids, dtype=np.int32), len(ids)
+        info.take_teacher_prompt(ids)
 
 
 class LateTeacherPrompts:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import hydra
-import numpy as np
 from tensordict import TensorDict
 from verl.experimental.agent_loop import agent_loop as verl_loops
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
@@ -212,9 +211,7 @@ class TaughtLoop(AgentLoopBase):
         """The teacher's prompt of one output, or why there is none."""
         given = one.extra_fields.pop("teacher_prompt_ids", None)
         if given is not None:
-            info.teacher_prompt_ids = np.asarray(given, dtype=np.int32)
-            info.teacher_prompt_tokens = len(given)
-            info.context_tokens = len(given) - info.prompt_tokens
+            info.take_teacher_prompt(given)
             return
         if one.multi_modal_data:
             kinds = ", ".join(name for name, values in one.multi_modal_data.items() if values is not None)

@@ -124,12 +124,12 @@ class PrivilegedTeacher:
             metrics["sdar/empty_context_gap"] = self._empty_context_gap(table)
         self._context_checked = True
         if not self.on_server and not self.source.per_update:
-            self._wait(table, self._begun if self._begun is not None else self._send(table, self._requests.teacher))
+            self._collect(table, self._begun if self._begun is not None else self._send(table, self._requests.teacher))
             self._begun = None
         for name in table.further_passes:
-            self._wait(table, self._send(table, ScoringPass.further(name)))
+            self._collect(table, self._send(table, ScoringPass.further(name)))
         if self._requests.anchor is not None:
-            self._wait(table, self._send(table, self._requests.anchor))
+            self._collect(table, self._send(table, self._requests.anchor))
         return metrics
 
     def verify(self, table: StepTable) -> dict[str, float]:
@@ -217,7 +217,7 @@ class PrivilegedTeacher:
         Raises:
             TeacherError: it exceeds ``sdar.teacher.sanity_tolerance``.
         """
-        self._done(table, self._send(table, ScoringPass.empty_context()))
+        self._collected(table, self._send(table, ScoringPass.empty_context()))
         stored = table.rows.read(["response_mask", "old_log_probs", EMPTY_CONTEXT_LOG_PROBS])
         sampled = stored["response_mask"].values().bool()
         gap = (stored[EMPTY_CONTEXT_LOG_PROBS].values() - stored["old_log_probs"].values())[sampled].abs()
@@ -235,36 +235,36 @@ class PrivilegedTeacher:
 
     # ---------------------------------------------------------------- the pass
 
-    def _send(self, table: StepTable, asked: ScoringPass) -> Any:
+    def _send(self, table: StepTable, scoring: ScoringPass) -> Any:
         """Ask the workers; rows that they score are dealt out so that ranks have as much to do."""
         trainer, batch, order = self._trainer, table.batch, list(range(len(table.infos)))
         workers = trainer.actor_rollout_wg if self.pool is None else self.pool
-        if asked.prompts != "prompts":  # the student's verl has balanced
-            prompts = [_prompt_tokens(info, asked.prompts) for info in table.infos]
+        if scoring.prompts != "prompts":  # the student's verl has balanced
+            prompts = [_prompt_tokens(info, scoring.prompts) for info in table.infos]
             lengths = [tokens and tokens + tag["response_len"] for tokens, tag in zip(prompts, batch.tags, strict=True)]
             order = balanced_order(lengths, 1 + max(dispatched_ranks(workers, TEACHER_MESH)))
         meta = KVBatchMeta(
             keys=[batch.keys[row] for row in order],
             tags=[batch.tags[row] for row in order],
             partition_id=batch.partition_id,
-            fields=[asked.prompts, "responses", asked.mask, *asked.reads],
+            fields=[scoring.prompts, "responses", scoring.mask, *scoring.reads],
             extra_info={
                 "temperature": trainer.config.actor_rollout_ref.rollout.temperature,
-                SCORING_PASS: asked.to_json(),
+                SCORING_PASS: scoring.to_json(),
             },
         )
-        if asked.by_reference:
+        if scoring.by_reference:
             return trainer.actor_rollout_wg.compute_anchor(meta)
         return workers.compute_teacher_log_prob(meta)
 
-    def _wait(self, table: StepTable, answer: Any) -> None:
-        """The columns of a pass go to the update with the rest of the rows."""
-        done, batch = self._done(table, answer), table.batch
+    def _collect(self, table: StepTable, answer: Any) -> None:
+        """Wait for a pass; from here on the columns that it wrote go to the update with the rest of the rows."""
+        done, batch = self._collected(table, answer), table.batch
         if batch.fields is not None:  # None is everything
             batch.fields = list(dict.fromkeys([*batch.fields, *done.fields]))
 
     @staticmethod
-    def _done(table: StepTable, answer: Any) -> Any:
+    def _collected(table: StepTable, answer: Any) -> Any:
         # A pool's workers are not waited for when they are called; then verl leaves it to the caller to collect.
         done = BatchData(ray.get(answer.futures)).concat() if hasattr(answer, "futures") else answer
         if len(done) != len(table.infos):

@@ -183,7 +183,7 @@ class SdarTraining(LocalUpdate, PPOTrainer):
         if self.teacher is not None and self.strengths.retired(self.global_steps):
             print(f"sdar: lambda is 0 for good from step {self.global_steps} on; the teacher's pass ends", flush=True)
             self.teacher = self.late_contexts = None
-            self.requests = StepRequests()
+            self.teacher_columns, self.requests = [], StepRequests()
         batch = super().step(metrics, timing_raw)
         metrics.update(step_metrics(self._updates))
         self.strengths.observe(self.global_steps, metrics)

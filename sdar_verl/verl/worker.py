@@ -73,8 +73,8 @@ class SdarTrainingWorker(TrainingWorker):
             The columns that the pass writes, nested over the responses, on the CPU: log-probs (NaN at the tokens of a
             row that holds a number anywhere that is not finite), mask, and what else was asked for.
         """
-        asked = ScoringPass.from_json(tu.get(data, SCORING_PASS))
-        prompts, responses, masks = (list(data[name].unbind()) for name in (asked.prompts, "responses", asked.mask))
+        scoring = ScoringPass.from_json(tu.get(data, SCORING_PASS))
+        prompts, responses, masks = (list(data[name].unbind()) for name in (scoring.prompts, "responses", scoring.mask))
         seen = [bool(len(prompt)) and bool(mask.any()) for prompt, mask in zip(prompts, masks, strict=True)]
         numbers = self._agreed([i for i, has in enumerate(seen) if has], len(seen))
         columns = {
@@ -88,7 +88,7 @@ class SdarTrainingWorker(TrainingWorker):
             rows = [teacher_row(starts[i], responses[i], masks[i], axes=axes) for i in numbers]
             adapter = self.engine.disable_adapter if no_lora_adapter else nullcontext
             with self.engine.eval_mode(disable_auto_offload=on_device), adapter():
-                found = self._infer(rows, data, numbers, asked.request)
+                found = self._infer(rows, data, numbers, scoring.request)
             for place in _broken(found, [masks[i] for i in numbers]):
                 found[TEACHER_LOG_PROBS][place][masks[numbers[place]].cpu().bool()] = float("nan")
             for name, values in found.items():
@@ -98,7 +98,7 @@ class SdarTrainingWorker(TrainingWorker):
                 for i, row in zip(numbers, values, strict=True):
                     if seen[i]:
                         columns[name][i] = row
-        writes = asked.writes
+        writes = scoring.writes
         return tu.get_tensordict({writes[name]: nested(rows) for name, rows in columns.items() if name in writes})
 
     def _agreed(self, numbers: list[int], rows: int) -> list[int]:

@@ -19,6 +19,8 @@ OFF = ["sdar.loss.coef_schedule.stop_step=2", "trainer.save_freq=1"]
         ["method=sdar_frozen"],
         ["method=revkl_frozen"],  # the requests at the head end, too
         ["method=sdar", "sdar.teacher.source=actor_fresh"],
+        # Every row has the server's columns, asked or not.
+        ["method=sdar", "sdar.teacher.placement=rollout_server"],
         ["method=rlcsd"],  # so do late contexts and the passes over them
     ],
 )
@@ -31,6 +33,7 @@ def test_a_lambda_of_zero_for_good_ends_the_pass_and_leaves_grpo(options: list[s
         assert not {"timing_s/teacher", "sdar/gap_mean", "sdar/loss", "sdar/gate_mean", "sdar/advantage_change"} & {
             *later
         }
+        assert not [name for name in later if name.startswith("actor/sdar")]
         kl = later.get("actor/kl_loss", 0.0) * 0.001
         assert later["actor/loss"] == pytest.approx(later["actor/pg_loss"] + kl, rel=1e-3, abs=1e-5)
     assert "lambda is 0 for good from step 2 on" in run.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.local import start_policy
 from sdar_verl.verl.loss import gated_distillation_loss
+from tests.support.golden import OTHER_PROCESSORS, golden
 from tests.support.plain import padded, plain_log_probs
 from tests.support.toy_run import SAME, train
 from tests.support.verl_run import Run
@@ -24,6 +26,12 @@ DISTILLING = ("sdar/loss", "sdar/gate_mean", "sdar/gap_mean", "sdar/gap_std")
 def whole(tmp_path_factory) -> Run:
     """Four steps, with the paper's teacher (current weights)."""
     return train(tmp_path_factory.mktemp("whole"), "sdar.teacher.source=actor", record=True)
+
+
+def test_its_numbers_are_the_golden_ones(whole):
+    old = json.loads(golden.golden_file("source-actor").read_text())
+    new = {step: numbers for step, numbers in golden.golden_metrics(whole).items() if step in old}
+    assert list(golden.differences(old, new, OTHER_PROCESSORS)) == []
 
 
 def test_the_first_steps_loss_is_the_equation(whole):
@@ -131,31 +139,42 @@ def test_two_ranks_equal_one(whole, tmp_path):
             assert two.metrics[step][name] == pytest.approx(whole.metrics[step][name], **SAME), (step, name)
 
 
-def test_every_update_of_a_step_is_normalised_by_its_own_rows(tmp_path):
-    """Three updates and more per step, at a learning rate of 0 so that one forward pass serves them all."""
-    rows_per_update = 16
-    run = train(
-        tmp_path,
-        "sdar.teacher.source=actor",
-        f"sdar.update.mini_batch_rows={rows_per_update}",
+ROWS_PER_UPDATE = 16
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory) -> Run:
+    """Three updates and more in a step, at a learning rate of 0 so that one forward pass serves them all; the reference
+    is the teacher, and one environment process kills itself in mid-episode."""
+    folder = tmp_path_factory.mktemp("one_step")
+    return train(
+        folder,
+        "sdar.teacher.source=reference",
+        "actor_rollout_ref.actor.kl_loss_coef=0",
+        f"sdar.update.mini_batch_rows={ROWS_PER_UPDATE}",
         "actor_rollout_ref.actor.shuffle=False",
         "actor_rollout_ref.actor.optim.lr=0",
+        "~sdar.env.options",
+        f"+sdar.env.options={{die_once: {folder / 'died'}}}",
         steps=1,
         record=True,
     )
-    record = torch.load(tmp_path / "step_1.pt", weights_only=False)
+
+
+def test_every_update_of_a_step_is_normalised_by_its_own_rows(one_step):
+    record = torch.load(one_step.folder / "step_1.pt", weights_only=False)
     columns = [padded(record[name]) for name in ("old_log_probs", TEACHER_LOG_PROBS, "response_mask", TEACHER_MASK)]
     advantages = padded(record["advantages"])
-    updates = range(0, len(record["keys"]), rows_per_update)
+    updates = range(0, len(record["keys"]), ROWS_PER_UPDATE)
     assert len(updates) >= 2
     distillation, policy = [], []
     for start in updates:
-        student, teacher, mask, seen = (column[start : start + rows_per_update] for column in columns)
+        student, teacher, mask, seen = (column[start : start + ROWS_PER_UPDATE] for column in columns)
         loss, _ = gated_distillation_loss(student, teacher, mask, distill_mask=seen.bool())
         distillation.append(loss.item())
-        signal = advantages[start : start + rows_per_update] * mask
+        signal = advantages[start : start + ROWS_PER_UPDATE] * mask
         policy.append(-signal.sum().item() / max(mask.sum().item(), 1.0))
-    metrics = run.metrics[1]
+    metrics = one_step.metrics[1]
     assert len({round(value, 6) for value in distillation}) > 1, "the updates are alike: this test would show nothing"
     assert metrics["sdar/loss"] == pytest.approx(sum(distillation) / len(updates), rel=1e-3, abs=1e-6)
     assert metrics["actor/pg_loss"] == pytest.approx(sum(policy) / len(updates), rel=1e-3, abs=1e-5)
@@ -163,6 +182,19 @@ def test_every_update_of_a_step_is_normalised_by_its_own_rows(tmp_path):
     gap = (columns[1] - columns[0])[columns[3].bool()]
     assert metrics["sdar/gap_mean"] == pytest.approx(gap.mean().item(), rel=1e-3, abs=1e-5)
     assert metrics["sdar/gate_mean"] == pytest.approx(torch.sigmoid(5 * gap).mean().item(), rel=1e-4)
+
+
+def test_a_dead_environment_process_costs_nothing_but_a_retry(one_step):
+    assert (one_step.folder / "died").exists()
+    assert one_step.metrics[1]["sdar/episodes"] == 16
+    assert one_step.metrics[1]["sdar/failed_episodes"] == 0
+    assert math.isfinite(one_step.metrics[1]["actor/loss"])
+
+
+def test_a_reference_that_is_the_teacher_alone_makes_no_pass_for_verl(one_step):
+    """With a KL coefficient of 0."""
+    assert "timing_s/teacher" in one_step.metrics[1]
+    assert "timing_s/ref" not in one_step.metrics[1]
 
 
 def test_lambda_zero_is_grpo_bit_for_bit(tmp_path):
@@ -177,22 +209,3 @@ def test_lambda_zero_is_grpo_bit_for_bit(tmp_path):
     assert watched.metrics[1]["sdar/loss"] != 0
     weights = [run.folder / "checkpoints/global_step_2/actor/huggingface/model.safetensors" for run in (watched, plain)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-
-
-def test_a_dead_environment_process_costs_nothing_but_a_retry(tmp_path):
-    """One environment process kills itself in mid-episode; the step completes and no episode is lost."""
-    marker = tmp_path / "died"
-    run = train(
-        tmp_path / "run",
-        "~sdar.env.options",
-        f"+sdar.env.options={{die_once: {marker}}}",
-        "actor_rollout_ref.actor.kl_loss_coef=0",
-        steps=1,
-    )
-    assert marker.exists()
-    assert run.metrics[1]["sdar/episodes"] == 16
-    assert run.metrics[1]["sdar/failed_episodes"] == 0
-    assert math.isfinite(run.metrics[1]["actor/loss"])
-    # The reference is the teacher here, and with a KL coefficient of 0 it makes no pass for verl.
-    assert "timing_s/teacher" in run.metrics[1]
-    assert "timing_s/ref" not in run.metrics[1]

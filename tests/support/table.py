@@ -45,7 +45,7 @@ class StoredRows:
     def write(self, columns: Mapping[str, torch.Tensor]) -> None:
         self.stored |= {name: list(values.unbind()) for name, values in columns.items()}
 
-    def lean(self, *prompts: str) -> Any:
+    def lean(self, *prompts: str, taught: bool = True) -> Any:
         return self.batch
 
     def tag(self, numbers: Sequence[int], **tags: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from tensordict import NonTensorStack, TensorDict
 from transfer_queue import KVBatchMeta
 
-from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_PROMPTS, contrast_pass, prompts_of
+from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS, contrast_pass, prompts_of
 from sdar_verl.verl import queue
 from sdar_verl.verl.queue import QueueRows, RowColumns
 
@@ -49,6 +49,13 @@ def test_workers_are_sent_numbers_and_what_they_read(asked: list[list[str]]) -> 
 
 def test_a_teacher_within_the_update_gets_its_prompts(asked: list[list[str]]) -> None:
     assert set(rows().lean(TEACHER_PROMPTS).fields) == {*NUMBERS, *READ, TEACHER_PROMPTS}
+
+
+def test_a_retired_teachers_log_probs_stay_behind(asked: list[list[str]]) -> None:
+    """Of rows that the rollout server would have scored."""
+    fields = [*NUMBERS, TEACHER_MASK]
+    assert rows(fields).lean().fields == fields
+    assert rows(fields).lean(taught=False).fields == [name for name in NUMBERS if name != TEACHER_LOG_PROBS]
 
 
 def test_after_a_phase_of_verls_all_columns_are_named_again_and_none_is_looked_up_twice(asked: list[list[str]]) -> None:
