@@ -55,7 +55,7 @@ class WeightSource:
         options: optional ``sdar.teacher`` options that this source reads; setting another one is an error.
         placements: where it can run.
         own_weights: it keeps weights of its own, which belong into the checkpoint.
-        own_engine: the pass runs through another engine than the actor's.
+        own_engine: the pass runs through another engine than the actor's, or through its frozen base alone.
         follows: its weights change as the actor is trained.
         per_update: the teacher is scored inside each optimizer update, not once per step.
         equals_student: ``always``, ``start`` (at the first step of a fresh run) or ``never``.
