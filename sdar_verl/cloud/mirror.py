@@ -23,6 +23,7 @@ from sdar_verl.report import layout
 MANIFEST = "manifest.json"
 RUN_FILE = "sdar_run.json"
 _NOTES = (RUN_FILE, layout.WRITTEN_FILE)
+_FOLDERS = (layout.RECORD, layout.SKILLS)
 _SCHEMA = 1
 _FOLDER = re.compile(r"global_step_(\d+)/")
 _STREAMS = 4
@@ -76,16 +77,21 @@ class Mirror:
         return {file: facts for part in parts for file, facts in part.items()}
 
     def sync(self, folder: Path) -> None:
-        """Copy what changed of the run's record, and its notes: of the experiment, of answers paid for."""
-        paths = [*(folder / note for note in _NOTES), *(folder / layout.RECORD).rglob("*")]
+        """Copy what changed of the run's record and learned skills, and its notes: of the experiment, of answers paid
+        for."""
+        paths = [folder / note for note in _NOTES]
+        paths += [path for name in _FOLDERS for path in (folder / name).rglob("*")]
         paths = [path for path in paths if path.is_file()]
         here = {path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
         for name, state in here.items():
             if self._synced.get(name) != state:
                 self.store.upload(folder / name, name)
                 self._synced[name] = state
-        for name in self.store.names(layout.RECORD).keys() - here.keys():  # traces that were thinned out
+        for name in set(self._stored()) - here.keys():  # traces that were thinned out, versions taken back
             self.store.delete(name)
+
+    def _stored(self) -> list[str]:
+        return [name for folder in _FOLDERS for name in self.store.names(folder)]
 
     def seal(self, step: int, files: Mapping[str, Mapping[str, Any]], attempt: str) -> None:
         """Write the manifest of a checkpoint whose files are there: from now on it counts."""
@@ -134,7 +140,7 @@ class Mirror:
             if fault:
                 self._say(f"{name}: {fault}: passed over")
                 continue
-            for note in (*_NOTES, *self.store.names(layout.RECORD)):
+            for note in (*_NOTES, *self._stored()):
                 if note not in _NOTES or self.store.read(note) is not None:
                     self.store.download(_inside(note), folder / note)
             write_text_atomically(folder / TRACKER, str(step))  # last: only now verl sees the checkpoint

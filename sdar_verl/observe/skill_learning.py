@@ -170,12 +170,12 @@ class SkillLearning(Observer):
 
     def _write_bank(self) -> None:
         """This version as a folder; later ones are of a run that has been taken back."""
-        for folder in (self._folder.parent / "skills").glob("version_*"):
+        for folder in (self._folder.parent / layout.SKILLS).glob("version_*"):
             number = folder.name.removeprefix("version_")
             if number.isdecimal() and int(number) >= self._version:
                 shutil.rmtree(folder)
         if self._version:
-            write_bank(self._bank, self._folder.parent / "skills" / f"version_{self._version}", self._proved)
+            write_bank(self._bank, self._folder.parent / layout.SKILLS / f"version_{self._version}", self._proved)
 
     def _line(self, step: int, verdict: Verdict, known: Iterable[str]) -> dict[str, Any]:
         skill = verdict.skill

@@ -27,6 +27,10 @@ WRITTEN_FILE = "sdar_written.jsonl"
 """Beside the record: answers of ``sdar.context.writer.url`` that were paid for."""
 
 
+SKILLS = "skills"
+"""Beside the record: the bank of each version of a run that learns skills."""
+
+
 class RecordError(SdarError):
     """A run's folder is not one, or its record cannot be read; the message says what to do."""
 

@@ -147,6 +147,19 @@ def test_a_second_upload_of_a_step_does_not_count_before_it_is_whole(place, tmp_
     assert "other" in (tmp_path / "new/global_step_2/actor/model_world_size_1_rank_0.pt").read_text()
 
 
+def test_banks_of_a_run_that_learns_skills_come_along_and_one_taken_back_goes(place, tmp_path):
+    run = tmp_path / "run"
+    for version in (1, 2):
+        (run / f"skills/version_{version}/a").mkdir(parents=True)
+        (run / f"skills/version_{version}/a/SKILL.md").write_text(f"version {version}")
+    put(Mirror(place), run, 2)
+    assert Mirror(place).fill(tmp_path / "new") == 2
+    assert (tmp_path / "new/skills/version_2/a/SKILL.md").read_text() == "version 2"
+    (run / "skills/version_2/a/SKILL.md").unlink()
+    Mirror(place).sync(run)
+    assert set(Mirror(place).store.names("skills")) == {"skills/version_1/a/SKILL.md"}
+
+
 def test_the_mirrored_record_is_that_of_the_folder(place, tmp_path):
     mirror, folder = Mirror(place), tmp_path / "run"
     put(mirror, folder, 2)
