@@ -22,13 +22,13 @@ NOISE = "within noise"
 
 def cell(estimate: Estimate, measure: Measure, *, runs: int, difference: bool = False) -> str:
     """One number with its interval, in the units of its measure."""
+    if not math.isfinite(estimate.value):
+        return "–" if difference or measure.share else f"{estimate.reached} of {runs} runs get there"
     if measure.share:
         number = f"{estimate.value * 100:+.1f}" if difference else f"{estimate.value * 100:.1f}%"
         bounds = [
             f"{bound * 100:+.1f}" if difference else f"{bound * 100:.1f}" for bound in (estimate.low, estimate.high)
         ]
-    elif not math.isfinite(estimate.value):
-        return "–" if difference else f"{estimate.reached} of {runs} runs get there"
     else:
         number = _count(estimate.value, difference)
         bounds = [_count(bound, difference) for bound in (estimate.low, estimate.high)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,6 +46,7 @@ class Measure:
         share: it is a share, shown in per cent; else a count.
         of: (success at the validations, where they are on the axis) -> number.
         axis: ``steps``, ``tokens`` or ``seconds``.
+        of_baseline: what of the baseline's curve it is compared with; None: the same.
     """
 
     key: str
@@ -53,6 +54,7 @@ class Measure:
     share: bool
     of: Callable[[Curve, Curve], float]
     axis: str = "steps"
+    of_baseline: Callable[[Curve, Curve], float] | None = None
 
 
 def measures(threshold: float) -> list[Measure]:
@@ -61,8 +63,15 @@ def measures(threshold: float) -> list[Measure]:
     def reach(curve: Curve, places: Curve) -> float:
         return first_reach(places, curve, threshold)
 
+    def final(curve: Curve, _: Curve) -> float:
+        return float(curve[-1])
+
+    def halfway(curve: Curve, places: Curve) -> float:
+        return next((float(curve[i]) for i in reversed(range(len(places))) if places[i] <= places[-1] / 2), math.nan)
+
     return [
-        Measure("final", "success at the end", True, lambda curve, _: float(curve[-1])),
+        Measure("final", "success at the end", True, final),
+        Measure("halfway", "success halfway (less the baseline's at the end)", True, halfway, of_baseline=final),
         Measure("best", "best success", True, lambda curve, _: float(max(curve))),
         Measure("area", "mean over training", True, lambda curve, places: area_under_curve(places, curve)),
         Measure("steps", f"steps to {threshold:.0%}", False, reach),
@@ -94,7 +103,8 @@ def estimate(group: Group, measure: Measure, draws: int = 2000) -> Estimate:
 def difference(group: Group, baseline: Group, measure: Measure, draws: int = 2000) -> Estimate:
     """Method minus baseline: the same tasks are drawn for both, and the same seeds where both have the same ones."""
     tasks = np.arange(group.success.shape[2])
-    ours, theirs = (_per_run(one, measure, tasks) for one in (group, baseline))
+    of_baseline = replace(measure, of=measure.of_baseline or measure.of)
+    ours, theirs = _per_run(group, measure, tasks), _per_run(baseline, of_baseline, tasks)
     value = float(ours.mean() - theirs.mean())
     runs = len(ours), len(theirs)
     if not np.isfinite([*ours, *theirs]).all() or (len(tasks) == 1 and max(runs) == 1):
@@ -105,7 +115,7 @@ def difference(group: Group, baseline: Group, measure: Measure, draws: int = 200
     def statistic(drawn: np.ndarray, chosen: np.ndarray) -> float:
         others = drawn if paired else generator.integers(0, runs[1], runs[1])
         return float(
-            _per_run(group, measure, chosen)[drawn].mean() - _per_run(baseline, measure, chosen)[others].mean()
+            _per_run(group, measure, chosen)[drawn].mean() - _per_run(baseline, of_baseline, chosen)[others].mean()
         )
 
     return Estimate(value, *bootstrap(statistic, runs[0], len(tasks), draws=draws))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,6 +68,8 @@ def test_estimates_are_means_over_runs_and_tasks(runs):
     final = estimate(group, measure("final"), 500)
     assert final.value == pytest.approx(group.success[:, -1].mean())
     assert final.low < final.value < final.high
+    half = estimate(group, measure("halfway"), 200)
+    assert half.value == pytest.approx(group.success[:, 1].mean())  # validated at steps 0, 4 and 9
     best = estimate(group, measure("best"), 200)
     assert best.value == pytest.approx(np.mean([run.mean(axis=1).max() for run in group.success]))
     area = estimate(group, measure("area"), 200)
@@ -80,6 +83,16 @@ def test_times_to_a_threshold_on_three_axes(runs):
     assert found["steps"].reached == 3
     assert found["tokens"].value == pytest.approx(1000 * found["steps"].value)
     assert found["seconds"].value == pytest.approx(11 * found["steps"].value)
+
+
+def test_half_of_the_steps_are_compared_with_all_of_the_baselines(runs):
+    sdar, grpo = load(runs).groups
+    found = difference(sdar, grpo, measure("halfway"), 200)
+    assert found.value == pytest.approx(sdar.success[:, 1].mean() - grpo.success[:, -1].mean())
+    assert found.low < found.value < found.high
+    late = replace(sdar, steps=sdar.steps[-1:], success=sdar.success[:, -1:])
+    nothing = estimate(late, measure("halfway"), 200)
+    assert math.isnan(nothing.value) and cell(nothing, measure("halfway"), runs=3) == "–"
 
 
 def test_a_threshold_that_is_not_reached_has_no_time_and_no_interval(runs):
