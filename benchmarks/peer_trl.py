@@ -5,9 +5,10 @@
 
 Both train the policy of recipes/gsm8k/small.py on the same problems: 8 prompts x 8 answers a step, one update, AdamW
 with the same constants, and nothing but the reverse KL over the whole vocabulary to the current weights with the
-worked solution behind the question (the very same teacher prompts). One thread of the CPU for each process of either.
-Seed by seed in turn, TRL first in one and last in the next. TRL is one process; ours is verl's: driver, trainer,
-rollout server, agent loop, queue, reward.
+worked solution behind the question (the very same teacher prompts). Between them verl's own GRPO on the same problems,
+without our trainer: what of ours is verl's. One thread of the CPU for each process of any. Seed by seed in turn, TRL
+first in one and last in the next. TRL is one process; verl is driver, trainer, rollout server, agent loop, queue,
+reward.
 
 Memory is the largest sum of proportional set sizes over a run's processes, twice a second. The first two steps are left
 out of the seconds.
@@ -108,37 +109,39 @@ def trl(python: str, data: Path, folder: Path, steps: int, seed: int) -> dict[st
     return found | {"memory": memory}
 
 
-def ours(data: Path, folder: Path, steps: int, seed: int) -> dict[str, Any]:
-    """One run of ours."""
+def verls(data: Path, folder: Path, steps: int, seed: int, *, sdar: bool) -> dict[str, Any]:
+    """One run of verl's ``main_ppo``: ours, or with GRPO and nothing of ours but the CPU's engine and server."""
     words = [
         *("+hardware=cpu", f"data.train_files={data}/train.parquet", f"data.val_files={data}/test.parquet"),
         *(f"data.train_batch_size={PROMPTS}", "data.max_prompt_length=128", f"data.max_response_length={RESPONSE}"),
-        *(f"data.seed={seed}", f"sdar.rollout.seed={seed}", "algorithm.adv_estimator=grpo"),
+        *(f"data.seed={seed}", "algorithm.adv_estimator=grpo"),
         *(f"actor_rollout_ref.model.path={data}/policy", f"actor_rollout_ref.rollout.n={GROUP}"),
         *(f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS}", f"actor_rollout_ref.actor.optim.lr={RATE}"),
-        *("actor_rollout_ref.actor.optim.weight_decay=0.0", "sdar.loss.objective=reverse_kl", "sdar.loss.support=full"),
-        *("sdar.loss.gate=none", "sdar.loss.coef=1.0", "sdar.loss.policy_gradient=False", "sdar.teacher.source=actor"),
-        *("sdar.context.sources=[column]", "+sdar.context.options.column.path=extra_info.answer"),
-        *("sdar.teacher.max_prompt_length=192", "sdar.rollout.poll_interval_s=0.02"),
-        *(
-            "actor_rollout_ref.rollout.val_kwargs.temperature=1.0",
-            "trainer.logger=[console,file]",
-            "trainer.save_freq=-1",
-        ),
-        *(f"trainer.total_training_steps={steps}", f"trainer.test_freq={steps}"),
+        *("actor_rollout_ref.actor.optim.weight_decay=0.0", "actor_rollout_ref.rollout.val_kwargs.temperature=1.0"),
+        *("actor_rollout_ref.rollout.val_kwargs.do_sample=True", "trainer.logger=[console,file]"),
+        *(f"trainer.total_training_steps={steps}", f"trainer.test_freq={steps}", "trainer.save_freq=-1"),
     ]
-    process = start_main_ppo(folder, words, config="sdar_ppo")
+    if sdar:
+        words += [
+            *(f"sdar.rollout.seed={seed}", "sdar.rollout.poll_interval_s=0.02"),
+            *("sdar.loss.objective=reverse_kl", "sdar.loss.support=full", "sdar.loss.gate=none", "sdar.loss.coef=1.0"),
+            *("sdar.loss.policy_gradient=False", "sdar.teacher.source=actor", "sdar.teacher.max_prompt_length=192"),
+            *("sdar.context.sources=[column]", "+sdar.context.options.column.path=extra_info.answer"),
+        ]
+        process = start_main_ppo(folder, words, config="sdar_ppo")
+    else:
+        quick = {"VERL_USE_EXTERNAL_MODULES": "sdar_verl.plugin,benchmarks.quick_poll"}
+        process = start_main_ppo(folder, words, config="ppo_trainer", **quick)
     memory = peak_memory(process, 3600)
     run = Run(folder, (folder / "log.txt").read_text(), process.returncode)
     if run.returncode:
-        raise RuntimeError(f"our run failed:\n{run.output[-3000:]}")
-    name = "val-core/openai/gsm8k/acc/mean@1"
+        raise RuntimeError(f"verl's run failed:\n{run.output[-3000:]}")
     seconds = [
         {key.removeprefix("timing_s/"): value for key, value in data.items() if key.startswith("timing_s/")}
         for step, data in sorted(run.metrics.items())
         if step > 0
     ]
-    rates = run.column(name)
+    rates = run.column("val-core/openai/gsm8k/acc/mean@1")
     return {"steps": seconds, "before": rates[0], "after": rates[steps], "memory": memory}
 
 
@@ -151,6 +154,12 @@ def phase(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> float:
         if "testing" not in step
     ]
     return statistics.median(found)
+
+
+def _beside(trls: float, verls: float, ours: float, digits: int) -> list[str]:
+    """What is nothing is a dash."""
+    shown = [f"{value:.{digits}f}" if value else "-" for value in (trls, verls, ours)]
+    return [*shown, f"{ours / trls:.1f}" if trls else "-"]
 
 
 def main() -> int:
@@ -173,11 +182,12 @@ def main() -> int:
     data = (arguments.data or out / "data").resolve()
     if not (data / "policy").is_dir():
         subprocess.run([sys.executable, str(HERE.parent / "recipes/gsm8k/small.py"), "--out", str(data)], check=True)
-    runs: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
+    runs: dict[str, list[dict[str, Any]]] = {"trl": [], "verl": [], "ours": []}
     for number, seed in enumerate(map(int, arguments.seeds.split(","))):
         sides: dict[str, Callable[[], dict[str, Any]]] = {
             "trl": lambda s=seed: trl(arguments.trl, data, out / f"trl-{s}", arguments.steps, s),  # type: ignore[misc]
-            "ours": lambda s=seed: ours(data, out / f"ours-{s}", arguments.steps, s),  # type: ignore[misc]
+            "verl": lambda s=seed: verls(data, out / f"verl-{s}", arguments.steps, s, sdar=False),  # type: ignore[misc]
+            "ours": lambda s=seed: verls(data, out / f"ours-{s}", arguments.steps, s, sdar=True),  # type: ignore[misc]
         }
         for name in list(sides) if number % 2 == 0 else reversed(list(sides)):
             runs[name].append(sides[name]())
@@ -185,15 +195,15 @@ def main() -> int:
     print(f"TRL {found.stdout.strip()}; {machine('verl', 'torch', 'transformers')}\n")
     lines = []
     for title, (theirs, own) in PHASES.items():
-        a, b = phase(runs["trl"], [theirs]) if theirs else None, phase(runs["ours"], own)
-        lines.append((title, "-" if a is None else f"{a:.3f}", f"{b:.3f}", "-" if not a else f"{b / a:.2f}"))
-    memory = {name: max(run["memory"] for run in side) for name, side in runs.items()}
-    lines.append(("memory, MB", *(f"{memory[side] / 1e6:.0f}" for side in ("trl", "ours")),
-                  f"{memory['ours'] / memory['trl']:.2f}"))  # fmt: skip
+        seconds = {name: phase(runs[name], own) for name in ("verl", "ours")}
+        trls = phase(runs["trl"], [theirs]) if theirs else 0.0
+        lines.append((title, *_beside(trls, seconds["verl"], seconds["ours"], 3)))
+    memory = [max(run["memory"] for run in side) / 1e6 for side in runs.values()]
+    lines.append(("memory, MB", *_beside(*memory, 0)))
     for when in ("before", "after"):
-        rates = {name: [run[when] for run in side] for name, side in runs.items()}
-        lines.append((f"success {when}", *(", ".join(f"{rate:.3f}" for rate in rates[s]) for s in ("trl", "ours")), ""))
-    print(table(["seconds of a step, median", "TRL", "ours", "ratio"], lines))
+        rates = [", ".join(f"{run[when]:.3f}" for run in side) for side in runs.values()]
+        lines.append((f"success {when}", *rates, ""))
+    print(table(["seconds of a step, median", "TRL, SDPO", "verl, GRPO", "ours, SDPO", "ours to TRL's"], lines))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -34,3 +35,16 @@ def require_name(decorator: str, name: Any) -> None:
     if not isinstance(name, str) or not name:
         given = getattr(name, "__name__", repr(name))
         raise TypeError(f'@{decorator} needs a name, and got {given}: write @{decorator}("a_name")')
+
+
+def origin(function: Callable[..., Any]) -> str:
+    """Module and name; a module that is imported twice under one name makes two functions of one origin."""
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
+
+
+def require_free(
+    kind: str, name: str, owner: str | None, new: Callable[..., Any], error: type[Exception] = ValueError
+) -> None:
+    """``error`` if ``name`` is taken by another origin than ``new``'s; the same one replaces itself."""
+    if owner is not None and owner != origin(new):
+        raise error(f"{kind} {name!r} is already registered by {owner}; choose another name")

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
-from sdar_verl.errors import require_name
+from sdar_verl.errors import origin, require_free, require_name
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -44,10 +44,7 @@ class Registry(Generic[F]):
 
         def enter(function: F) -> F:
             known = self._entries.get(name)
-            if known is not None and _origin(known) != _origin(function):
-                raise ValueError(
-                    f"{self.kind} {name!r} is already registered by {'.'.join(_origin(known))}; choose another name"
-                )
+            require_free(self.kind, name, None if known is None else origin(known), function)
             self._entries[name] = function
             self._facts[name] = facts
             return function
@@ -100,7 +97,3 @@ class Registry(Generic[F]):
         missing = [option for option in missing if option not in options]
         if missing:
             raise ValueError(f"{self.kind} {name!r} needs the option {', '.join(map(repr, missing))}")
-
-
-def _origin(function: Callable[..., object]) -> tuple[str, str]:
-    return getattr(function, "__module__", ""), getattr(function, "__qualname__", repr(function))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from sdar_verl.context.base import ContextRequest, Passage
-from sdar_verl.errors import SdarError, require_name
+from sdar_verl.errors import SdarError, origin, require_free, require_name
 
 ContextFunction = TypeVar("ContextFunction", bound=Callable[..., "Passage | str | Generator[Any, Any, Any] | None"])
 
@@ -98,10 +98,7 @@ def register_context(
 
     def enter(function: ContextFunction) -> ContextFunction:
         known = _contexts.get(name)
-        if known is not None and _origin(known.function) != _origin(function):
-            raise ContextError(
-                f"context {name!r} is registered already by {'.'.join(_origin(known.function))}; choose another name"
-            )
+        require_free("context", name, None if known is None else origin(known.function), function, ContextError)
         writes = inspect.isgeneratorfunction(function)
         _contexts[name] = Context(name, function, late or by_turn or writes, by_turn, writes)
         return function
@@ -185,7 +182,3 @@ def _kinds(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
             with suppress(PydanticUserError):  # a class of a third party's
                 kinds[parameter.name] = TypeAdapter(hints[parameter.name])
     return kinds
-
-
-def _origin(function: Callable[..., Any]) -> tuple[str, str]:
-    return (getattr(function, "__module__", ""), getattr(function, "__qualname__", repr(function)))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from sdar_verl.envs.base import TAG_NAME, Task, TextEnv
 from sdar_verl.envs.fields import StepError, texts_of
-from sdar_verl.errors import require_name
+from sdar_verl.errors import origin, require_free, require_name
 from sdar_verl.untrusted import shorten
 
 Factory = TypeVar("Factory", bound=Callable[..., TextEnv])
@@ -58,11 +58,10 @@ def register_env(name: str) -> Callable[[Factory], Factory]:
 
     def enter(factory: Factory) -> Factory:
         known = _registered.get(name)
-        owner = _origin(known) if known else None
-        if owner is None and name in _BUILTINS and _origin(factory)[0] != _BUILTINS[name].module:
-            owner = (_BUILTINS[name].module,)
-        if owner is not None and owner != _origin(factory):
-            raise ValueError(f"environment {name!r} is already registered by {'.'.join(owner)}; choose another name")
+        owner = known and origin(known)
+        if owner is None and name in _BUILTINS and factory.__module__ != _BUILTINS[name].module:
+            owner = _BUILTINS[name].module
+        require_free("environment", name, owner, factory)
         _registered[name] = factory
         return factory
 
@@ -236,7 +235,3 @@ def _check_methods(name: str, env: TextEnv) -> None:
             raise ValueError(f"environment {name!r}: {method} must be defined as {right} ({error})") from error
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise ValueError(f"environment {name!r}: {method} must be a plain function {right}, not an async one")
-
-
-def _origin(factory: Callable[..., TextEnv]) -> tuple[str, ...]:
-    return (getattr(factory, "__module__", ""), getattr(factory, "__qualname__", repr(factory)))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sdar_verl.errors import require_name
+from sdar_verl.errors import origin, require_free, require_name
 from sdar_verl.skills.skill import Skill
 
 Function = TypeVar("Function", bound=Callable[..., list[Skill]])
@@ -64,9 +64,9 @@ def register_retriever(name: str) -> Callable[[Function], Function]:
 
     def enter(function: Function) -> Function:
         known = _rules.get(name)
-        if known is not None and _origin(known.function) != _origin(function):
-            owner = ".".join(_origin(known.function))
-            raise RetrievalError(f"retrieval rule {name!r} is registered already by {owner}; choose another name")
+        require_free(
+            "retrieval rule", name, None if known is None else origin(known.function), function, RetrievalError
+        )
         _rules[name] = Rule(name, function)
         return function
 
@@ -117,7 +117,3 @@ def check_rules(rules: str | Sequence[str], options: Mapping[str, Mapping[str, A
                 f"{', '.join(known) or 'none'}"
             )
     return names
-
-
-def _origin(function: Callable[..., Any]) -> tuple[str, str]:
-    return (getattr(function, "__module__", ""), getattr(function, "__qualname__", repr(function)))

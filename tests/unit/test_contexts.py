@@ -170,7 +170,7 @@ def test_a_name_belongs_to_one_function(own_registry):
 
     assert "mine" in context_names()
     register_context("mine")(mine)
-    with pytest.raises(ContextError, match="'mine' is registered already"):
+    with pytest.raises(ContextError, match="'mine' is already registered"):
         register_context("mine")(lambda request: "other")
 
 

@@ -133,7 +133,7 @@ def test_a_new_rule_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
     register_retriever("last")(lambda bank, task, seed: list(bank)[-1:])
     assert "last" in retriever_names()
     assert retrieve(BANK, task(), "last").names == ("recipe-place",)
-    with pytest.raises(RetrievalError, match="'full' is registered already"):
+    with pytest.raises(RetrievalError, match="'full' is already registered"):
         register_retriever("full")(lambda bank, task, seed: [])
 
 
