@@ -148,10 +148,12 @@ def _other_types(config: DictConfig, option: str) -> list[str]:
 
 
 def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    """Make the early contexts of a few tasks, but for the skills, which have checks of their own."""
+    """Make the early contexts of a few tasks, but for the skills, which have checks of their own; of validation data, too,
+    where an arm shows them."""
     names = [name for name in sdar.context.sources if name != "skills" and not get_context(name).late]
-    panel = panel_tasks(config, "train_files") if names else []
-    for name in names:
+    shown = any(arm.context == "teacher" for arm in sdar.validation.arms.values())
+    options = ("train_files", *(["val_files"] if shown else [])) if names else ()
+    for name, option, panel in ((name, option, panel_tasks(config, option)) for option in options for name in names):
         texts, tasks = [], [task for task in panel if name in _shown(sdar.context, task)][:PROBED_TASKS]
         for task in tasks:
             request = ContextRequest(task, seed=sdar.context.seed, skills=lambda: Passage(""))
@@ -162,9 +164,15 @@ def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
         if tasks and not any(texts):
             return [
                 f"sdar.context.sources: context {name!r} has nothing to show for the first {len(tasks)} tasks of "
-                f"data.train_files (environment {tasks[0].env!r}); use another context"
+                f"data.{option}{_set(sdar.context, name)}; their data are {', '.join(sorted(tasks[0].data))}. "
+                f"Set sdar.context.options.{name}, or use another context"
             ]
     return []
+
+
+def _set(context: ContextConfig, name: str) -> str:
+    given = context.options.get(name, {})
+    return "".join(f", with sdar.context.options.{name}.{option}={value}" for option, value in given.items())
 
 
 def _without_context(config: DictConfig, sdar: SdarConfig) -> list[str]:

@@ -28,7 +28,7 @@ def data_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             tasks, found = panel_faults(f"data.{option}", file, sdar)
             faults += found
             train_tasks += len(tasks) if option == "train_files" else 0
-    return faults or (_steps(config, train_tasks) if train_tasks else [])
+    return faults or (step_faults(config, train_tasks) if train_tasks else [])
 
 
 def panel_faults(option: str, file: str, sdar: SdarConfig) -> tuple[list[Task], list[str]]:
@@ -57,7 +57,7 @@ def panel_faults(option: str, file: str, sdar: SdarConfig) -> tuple[list[Task], 
     return tasks, faults
 
 
-def _steps(config: DictConfig, tasks: int) -> list[str]:
+def step_faults(config: DictConfig, tasks: int) -> list[str]:
     """verl starts an epoch of ``tasks // train_batch_size`` steps, drops the rest of the panel, and ends with the last
     of ``total_epochs``, whatever ``total_training_steps`` says: then without a checkpoint or a validation."""
     data, trainer = config.data, config.trainer
@@ -69,6 +69,12 @@ def _steps(config: DictConfig, tasks: int) -> list[str]:
     if tasks < data.train_batch_size:
         more = "raise it" if limit == tasks else "prepare more"
         return [f"data.train_batch_size={data.train_batch_size}, but {held}; {more}, or lower the batch size"]
+    at_a_time = data.get("gen_batch_size", None) or data.train_batch_size
+    if data.train_batch_size % at_a_time:
+        return [
+            f"data.gen_batch_size={at_a_time} does not divide data.train_batch_size={data.train_batch_size}, which "
+            "verl fetches in parts of that size; set one that does, or null"
+        ]
     steps = tasks // data.train_batch_size
     epochs, wanted = trainer.get("total_epochs", None), trainer.total_training_steps
     if wanted is None or epochs is None or epochs * steps >= wanted:

@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.checks.options import idle_options
+from sdar_verl.checks.panel_tasks import panel_files
 from sdar_verl.config import SdarConfig
 
 NO_LIMIT = 1000
@@ -28,7 +29,9 @@ def run_notes(config: DictConfig, sdar: SdarConfig) -> list[str]:
             "mass that was cut off; the paper samples with top_p=1, top_k=-1"
         )
     epochs, steps = trainer.get("total_epochs", NO_LIMIT), trainer.get("total_training_steps", None)
-    if steps is not None and epochs < NO_LIMIT:
+    if (
+        steps is not None and epochs < NO_LIMIT and panel_files(config, "train_files")
+    ):  # those of remote files are unknown
         notes.append(
             f"trainer.total_epochs={epochs} has no effect: trainer.total_training_steps={steps} ends the run before"
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from sdar_verl.panels import PanelError, panel_digest, read_panel
 from sdar_verl.recipe import plays_environments
 from sdar_verl.rollout.recipe_rows import task_of
 from sdar_verl.text_files import numbered_lines
+from sdar_verl.untrusted import shorten
 
 ROWS_READ = 2000
 """Rows of a recipe's file that are looked at before the start."""
@@ -65,10 +68,25 @@ def panel_tasks(config: DictConfig, option: str) -> list[Task]:
                 tasks += read_panel(file)
             else:
                 key = config.data.get("prompt_key", "prompt")
-                tasks += [task_of({**row, "raw_prompt": row[key]}) for row in read_rows(file)]
-        except (PanelError, KeyError, TypeError, ValueError):
+                for row in read_rows(file):
+                    with suppress(KeyError, TypeError, ValueError):
+                        tasks.append(task_of({**row, "raw_prompt": row[key]}))
+        except PanelError:
             continue
     return tasks
+
+
+def row_count(path: str | Path) -> int:
+    """Rows of such a file.
+
+    Raises:
+        PanelError: it cannot be read.
+    """
+    import pyarrow.parquet as pq
+
+    if str(path).endswith(".parquet"):
+        return pq.ParquetFile(path).metadata.num_rows
+    return sum(1 for _ in read_rows(path, sys.maxsize))
 
 
 def read_rows(path: str | Path, limit: int = ROWS_READ) -> Iterator[dict[str, Any]]:
@@ -80,6 +98,8 @@ def read_rows(path: str | Path, limit: int = ROWS_READ) -> Iterator[dict[str, An
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not str(path).endswith((".parquet", ".json", ".jsonl")):
+        raise PanelError(f"{path}: verl reads files that end in .parquet, .json or .jsonl")
     try:
         if str(path).endswith(".parquet"):
             file, left = pq.ParquetFile(path), limit
@@ -94,6 +114,9 @@ def read_rows(path: str | Path, limit: int = ROWS_READ) -> Iterator[dict[str, An
             # An array of JSON may be a file's whole text; as lines, only so many are read.
             whole = json.loads("\n".join([first, *lines])) if first.startswith("[") else None
             rows = whole if whole is not None else map(json.loads, chain([first], lines))
-            yield from islice(rows, limit)
+            for number, row in enumerate(islice(rows, limit)):
+                if not isinstance(row, dict):
+                    raise ValueError(f"row {number} is {shorten(row)}, not an object of columns")
+                yield row
     except (OSError, pa.ArrowException, ValueError) as error:
         raise PanelError(f"{path} cannot be read: {error}") from error

@@ -30,21 +30,20 @@ def skills(request: ContextRequest) -> Passage:
 
 
 @register_context("answer")
-def answer(request: ContextRequest, *, field: str = "answers") -> str:
-    """The ground truth of the task, from its data: a text, a number, or a list of them (any of which is right).
+def answer(request: ContextRequest, *, field: str | None = None) -> str | None:
+    """The ground truth of the task, from its data: a text, a number, or a list of them (any of which is right); None
+    where it has none.
 
     Args:
         request: ``task`` is read.
-        field: key of the task's data.
+        field: key of the task's data; None: verl's ``reward_model.ground_truth``, or ``answers`` of a text environment.
     """
-    answers = _texts(request.task.data.get(field))
+    data = request.task.data
+    graded = data.get("reward_model") if field is None else None
+    truth = graded.get("ground_truth") if isinstance(graded, Mapping) else data.get(field or "answers")
+    answers = _texts(truth, "the ground truth" if field is None else field)
     if not answers:
-        keys = ", ".join(sorted(request.task.data)) or "nothing"
-        raise ContextError(
-            f"context 'answer' reads {field!r} from the task's data, where task {request.task.task_id!r} of "
-            f"environment {request.task.env!r} has no text (it has: {keys}); name the right one in "
-            "sdar.context.options.answer.field, or use the context 'demonstration'"
-        )
+        return None
     if len(answers) == 1:
         return f"The right answer is: {answers[0]}"
     return "Any of these answers is right:\n" + _listed(answers)
@@ -75,18 +74,29 @@ def column(request: ContextRequest, *, path: str, intro: str = "") -> str | None
     value: Any = request.task.data
     for part in path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    text = "\n".join(_texts(value))
+    text = "\n".join(_texts(value, path))
     if not text:
         return None
     return f"{intro}\n{text}" if intro else text
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(value: Any, name: str) -> list[str]:
     """What a value of a data file says: nothing, where it is a gap of a table (None, NaN) or blank. Search-R1's ground
-    truth is an object with the answers as its target."""
+    truth is an object with the answers as its target.
+
+    Raises:
+        ContextError: ``name`` holds objects or bytes, which say nothing to a reader.
+    """
     if isinstance(value, Mapping) and "target" in value:
-        return _texts(value["target"])
+        return _texts(value["target"], name)
     items = value if isinstance(value, list | tuple) else [value]
+    for item in items:
+        if isinstance(item, Mapping | list | tuple | bytes):
+            keys = f" with {', '.join(map(str, item))}" if isinstance(item, Mapping) else ""
+            raise ContextError(
+                f"{name} holds {type(item).__name__}{keys}, not a text; use the context column with "
+                "sdar.context.options.column.path down to the text, with dots (reward_model.ground_truth.solution)"
+            )
     return [text for item in items if item is not None and item == item and (text := str(item)).strip()]
 
 

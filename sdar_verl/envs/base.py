@@ -21,6 +21,10 @@ NO_ACTION = "none"
 """Sent to the environment, which does not know it, where an answer held no action."""
 
 
+RECIPE = "recipe"
+"""Stands as the environment of a task that is a row of another recipe's data."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One thing to do, as a task panel stores it. Halves of surrogate pairs in its texts become U+FFFD.

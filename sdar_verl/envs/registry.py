@@ -12,7 +12,7 @@ from importlib import util
 from numbers import Real
 from typing import Any, TypeVar
 
-from sdar_verl.envs.base import TAG_NAME, Task, TextEnv
+from sdar_verl.envs.base import RECIPE, TAG_NAME, Task, TextEnv
 from sdar_verl.envs.fields import StepError, texts_of
 from sdar_verl.errors import origin, require_free, require_name
 from sdar_verl.untrusted import shorten
@@ -103,7 +103,8 @@ def demonstration_of(task: Task) -> list[str]:
         OSError: a file that the environment needs for it is not there.
     """
     stored = task.data.get("demonstration")
-    expert = getattr(_factory(task.env), "demonstration", None) if not stored else None
+    knows = not stored and task.env != RECIPE
+    expert = getattr(_factory(task.env), "demonstration", None) if knows else None
     actions = stored or (expert(task) if expert is not None else None)
     try:
         given = [actions] if isinstance(actions, str) else () if actions is None else actions

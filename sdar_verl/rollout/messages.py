@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -15,6 +15,7 @@ from sdar_verl.text_files import TextFileError, read_text
 from sdar_verl.untrusted import shorten
 
 Message = Mapping[str, Any]
+M = TypeVar("M", bound=Message)
 
 PLACES = ("user", "system")
 """Words of ``sdar.context.place``; anything else is the path of a template."""
@@ -54,25 +55,39 @@ class ContextPlace:
         if not context:
             return copied
         context = neutralise(context, self._control)
-        if self._place == "system":
-            if copied and copied[0]["role"] == "system":
-                copied[0]["content"] = f"{_text(copied[0])}\n\n{context}"
-            else:
-                copied.insert(0, {"role": "system", "content": context})
-            return copied
-        last = next((message for message in reversed(copied) if message["role"] == "user"), None)
-        if last is None:
-            roles = ", ".join(str(message.get("role")) for message in copied) or "none"
+        found = holder(copied, self._place)
+        if found is None:
+            copied.insert(0, {"role": "system", "content": context})
+        elif self._template is None:
+            found["content"] = f"{found['content']}\n\n{context}"
+        else:
+            found["content"] = self._template.render(prompt=found["content"], context=context)
+        return copied
+
+
+def holder(messages: Sequence[M], place: str) -> M | None:
+    """The one of ``messages`` that a context is put into; None where it becomes a system message of its own.
+
+    Raises:
+        MessagesError: there is no user message, or its content is not text.
+    """
+    if place == "system":
+        found = messages[0] if messages and messages[0].get("role") == "system" else None
+    else:
+        found = next((message for message in reversed(messages) if message.get("role") == "user"), None)
+        if found is None:
+            roles = ", ".join(str(message.get("role")) for message in messages) or "none"
             raise MessagesError(
                 f"the prompt has no user message to put the context behind (its roles: {roles}); set "
                 "sdar.context.place=system"
             )
-        said = _text(last)
-        if self._template is None:
-            last["content"] = f"{said}\n\n{context}"
-        else:
-            last["content"] = self._template.render(prompt=said, context=context)
-        return copied
+    if found is not None and not isinstance(found.get("content"), str):
+        raise MessagesError(
+            f"a message of role {found['role']} holds {shorten(found.get('content'))} instead of text: write what is a "
+            "list of parts as one text; prompts with images, videos or audio are not supported (data.image_key, "
+            "data.video_key), leave such rows out of the data"
+        )
+    return found
 
 
 def asks(messages: Any) -> bool:
@@ -89,16 +104,6 @@ def last_user_text(messages: Sequence[Message]) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _text(message: Message) -> str:
-    content = message.get("content")
-    if not isinstance(content, str):
-        raise MessagesError(
-            f"a message of role {message['role']} holds {shorten(content)} instead of text: prompts with images, "
-            "videos or audio are not supported (data.image_key, data.video_key); leave such rows out of the data"
-        )
-    return content
-
-
 def load_place(path: str) -> Any:
     """The template of a place; None for ``user`` and ``system``.
 
@@ -113,9 +118,10 @@ def load_place(path: str) -> Any:
         slots = meta.find_undeclared_variables(environment.parse(source))
         template = environment.from_string(source)
         shown = template.render(prompt="\ue000prompt", context="\ue000context")
-    except (TextFileError, TemplateError) as error:
+    except Exception as error:  # a template's expressions can fail in any way Python can
+        said = str(error) if isinstance(error, (TextFileError, TemplateError)) else f"{type(error).__name__}: {error}"
         raise PromptTemplateError(
-            f"sdar.context.place={path}: {error}; it is user, system, or the path of a Jinja template"
+            f"sdar.context.place={path}: {said}; it is user, system, or the path of a Jinja template"
         ) from error
     unknown = sorted(slots - set(_SLOTS))
     if unknown:

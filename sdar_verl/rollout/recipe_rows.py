@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from sdar_verl.envs.base import Task
+from sdar_verl.envs.base import RECIPE, Task
 from sdar_verl.rollout.messages import last_user_text
 from sdar_verl.rollout.rows import EpisodeNote, RowInfo, TurnNote, turn_text
 
@@ -18,17 +18,13 @@ _NOT_DATA = frozenset({"raw_prompt", "prompt", "multi_modal_data", "uid", "sessi
 def task_of(columns: Mapping[str, Any]) -> Task:
     """The task of a row of verl's data: ``prompt``, ``data_source``, ``reward_model`` and whatever else it has.
 
-    Its id is a hash of the prompt, its type the data source, its data all columns (lists and numbers made plain), with
-    the ground truth of ``reward_model`` as ``answers``, where the context ``answer`` looks.
+    Its id is a hash of the prompt, its type the data source, its data all columns (lists and numbers made plain).
     """
     messages = [dict(message) for message in columns["raw_prompt"]]
     source = str(columns.get("data_source", "data"))
     digest = hashlib.sha256(json.dumps(messages, sort_keys=True, default=str).encode()).hexdigest()[:16]
     data = {name: plain(value) for name, value in columns.items() if name not in _NOT_DATA}
-    reward_model = data.get("reward_model")
-    if isinstance(reward_model, dict) and reward_model.get("ground_truth") is not None:
-        data.setdefault("answers", reward_model["ground_truth"])
-    return Task("recipe", f"{source}/{digest}", source, last_user_text(messages), data)
+    return Task(RECIPE, f"{source}/{digest}", source, last_user_text(messages), data)
 
 
 def plain(value: Any) -> Any:

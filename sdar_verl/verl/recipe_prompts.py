@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.config import SdarConfig, load_config
 from sdar_verl.context.base import ContextRequest, Passage
@@ -80,17 +80,30 @@ def model_type(config: DictConfig) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def tool_schemas(config: DictConfig) -> list[dict[str, Any]] | None:
-    """Of the tools that ``tool_agent`` puts into its prompts; None without tools."""
-    from verl.tools.tool_registry import load_all_tools
+def loop_names(config: DictConfig) -> set[str]:
+    """Agent loops that are registered in this process, and those that ``agent_loop_config_path`` lists."""
+    from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
+
+    file = config.actor_rollout_ref.rollout.agent.get("agent_loop_config_path")
+    listed: Any = OmegaConf.load(config_file(file)) if file else ()
+    return {*_agent_loop_registry, *(str(entry.name) for entry in listed)}
+
+
+def config_file(path: str) -> str:
+    """Where verl finds a file that an option names: as it is written, or in verl's own package."""
     from verl.utils import import_utils
 
     # verl 0.9.0 takes a path as it is written.
-    resolve_config_path = getattr(import_utils, "resolve_config_path", str)
+    return str(getattr(import_utils, "resolve_config_path", str)(path))
+
+
+def tool_schemas(config: DictConfig) -> list[dict[str, Any]] | None:
+    """Of the tools that ``tool_agent`` puts into its prompts; None without tools."""
+    from verl.tools.tool_registry import load_all_tools
 
     settings = config.actor_rollout_ref.rollout.multi_turn
     files = (settings.get("tool_config_path"), settings.get("function_tool_path"))
-    found = load_all_tools(*(resolve_config_path(file) if file else None for file in files))
+    found = load_all_tools(*(config_file(file) if file else None for file in files))
     return [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True) for tool in found] or None
 
 
@@ -185,6 +198,15 @@ class RecipeRuntime:
         return ContextRequest(
             task, self.sdar.context.seed, skills=None if skills is None else lambda: skills.find(task)
         )
+
+    def shown(self, task: Task, context: str) -> str:
+        """What a validation arm puts into the student's prompt: nothing, the skills, or all that the teacher sees."""
+        if context == "none":
+            return ""
+        if context == "skills":
+            return self.skills.find(task).text if self.skills is not None else ""  # a check before the start
+        passage = self.early(task)
+        return "" if passage is None else passage.text
 
     def early(self, task: Task) -> Passage | None:
         """What the teacher sees of a task before an episode ends; None where that is nothing."""

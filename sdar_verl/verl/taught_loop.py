@@ -98,6 +98,9 @@ def _recording(tokenizer: Any, built: list[Built]) -> Any:
     return own
 
 
+_NO_PROMPT = (ContextError, RetrievalError, MessagesError, PromptTemplateError)
+"""A context cannot be made, or not be put into a row's messages."""
+
 _runtimes: dict[int, RecipeRuntime] = {}
 
 
@@ -131,8 +134,12 @@ class TaughtLoop(AgentLoopBase):
             return self._failed(task, arm_name, columns, error=fault)
         if arm_name is not None:
             arm = runtime.sdar.validation.arms[arm_name]
-            shown = None if arm.context == "none" else runtime.early(task)
-            columns["raw_prompt"] = runtime.prompts.place.put(list(columns["raw_prompt"]), shown.text if shown else "")
+            try:
+                shown = runtime.shown(task, arm.context)
+                columns["raw_prompt"] = runtime.prompts.place.put(list(columns["raw_prompt"]), shown)
+            except _NO_PROMPT as error:
+                why = f"sdar.validation.arms.{arm_name}: row {columns.get('index')} ({task.task_id}): {error}"
+                return self._failed(task, arm_name, columns, error=why)
             sampling_params = {**sampling_params, "temperature": arm.temperature}
         submitted = seed_part(columns.get("uid"), columns.get("global_steps"))
         seed = request_seed(runtime.sdar.rollout.seed, task.task_id, arm_name, submitted, columns.get("session_id"))
@@ -159,7 +166,7 @@ class TaughtLoop(AgentLoopBase):
             try:
                 if not retired:
                     self._teach(runtime, name, loop.built, one, info, task)
-            except (ContextError, RetrievalError, MessagesError, PromptTemplateError) as error:
+            except _NO_PROMPT as error:
                 info.error = f"row {columns.get('index')} ({task.task_id}): {error}"
             if scores is not None:
                 scores.ask(info, one.prompt_ids, one.response_ids)

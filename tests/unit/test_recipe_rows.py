@@ -84,7 +84,7 @@ def columns(**more: object) -> dict[str, object]:
 def test_a_rows_task_is_its_data():
     task = task_of(columns(reward_model={"ground_truth": np.array(["4"])}, extra_info={"index": np.int64(3)}))
     assert (task.task_type, task.description) == ("openai/gsm8k", "And 2 + 2?")
-    assert task.data["answers"] == ["4"] and task.data["extra_info"] == {"index": 3}
+    assert task.data["reward_model"] == {"ground_truth": ["4"]} and task.data["extra_info"] == {"index": 3}
     assert "uid" not in task.data and "raw_prompt" not in task.data
 
 

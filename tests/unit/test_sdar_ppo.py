@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_grpo_needs_no_context(tmp_path):
         (["sdar.context.sources=[answer]", "sdar.skills.bank=mine"], "sdar.skills.bank=mine has no effect"),
         (["sdar.context.sources=[answer]", "sdar.context.place=nowhere.jinja"], "sdar.context.place=nowhere.jinja"),
         (["sdar.context.sources=[answer]", "sdar.teacher.on_long_prompt=drop_history"], "use error or mask"),
-        (["sdar.context.sources=[answer]", "data.prompt_key=question"], "has no column 'question'"),
+        (["sdar.context.sources=[answer]", "data.prompt_key=question"], "there is no column 'question'"),
         (
             ["sdar.context.sources=[answer]", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=4"],
             "ulysses_sequence_parallel_size=4 does not divide the 1 devices",
@@ -109,6 +110,90 @@ def test_flags_of_a_script_that_do_nothing_stay_and_are_told(tmp_path):
     told = [note for note in run_notes(config, load_config(config.sdar)) if "has no effect" in note]
     for option in ("kl_loss_type=mse", "multi_stage_wake_up=True", "over_sample_rate=0.1", "lora_alpha=32"):
         assert any(option in note for note in told), option
+
+
+def test_flags_that_name_nothing_are_told(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def score(data_source, solution_str, ground_truth, extra_info=None):\n    return 0\n"
+    )
+    for override, told in {
+        "actor_rollout_ref.rollout.agent.default_agent_loop=tool_agnet": "loop=tool_agnet is no agent loop",
+        "actor_rollout_ref.rollout.agent.agent_loop_config_path=/no.yaml": "agent_loop_config_path=/no.yaml does not",
+        "actor_rollout_ref.rollout.multi_turn.tool_config_path=/no.yaml": "tool_config_path=/no.yaml does not exist",
+        "reward.custom_reward_function.path=/no.py": "reward.custom_reward_function.path=/no.py does not exist",
+        f"reward.custom_reward_function.path={tmp_path}/mine.py": "custom_reward_function.name=compute_score",
+        "data.gen_batch_size=3": "data.gen_batch_size=3 does not divide data.train_batch_size=4",
+        "data.train_batch_size=32": "data.train_batch_size=32, but data.train_files holds 16 tasks",
+        "data.train_max_samples=2": "data.train_max_samples=2 leaves 2 tasks",
+        "trainer.total_epochs=1 trainer.total_training_steps=9": "trainer.total_epochs=1 ends the run after 4 steps",
+        "sdar.teacher.max_prompt_length=4": "sdar.teacher.max_prompt_length=4, but the first prompt",
+        "+sdar.validation.arms.sk={context: skills, temperature: 1.0}": "arms.sk.context=skills has none",
+    }.items():
+        words = [override] if override.startswith("+") else override.split(" ")
+        assert told in faults(tmp_path / "run", "sdar.context.sources=[answer]", *words), override
+
+
+def row_faults(folder: Path, changed: Any, *overrides: str) -> str:
+    """What is told when row 3 of the data has these columns."""
+    rows = word_problems(16)
+    rows[3] = {**rows[3], **changed}
+    lines = "\n".join(json.dumps(row) for row in rows)
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text(lines)
+    data = [f"data.train_files={folder}/rows.jsonl", f"data.val_files={folder}/rows.jsonl"]
+    return faults(folder, "sdar.context.sources=[answer]", *data, *overrides)
+
+
+def test_a_row_that_cannot_be_used_is_named(tmp_path):
+    parts = [{"type": "text", "text": "How many?"}]
+    for changed, told in (
+        ({"prompt": None}, "row 3: the column 'prompt' holds NoneType"),
+        ({"prompt": [{"role": "user"}]}, "row 3: the column 'prompt' holds"),
+        ({"prompt": [{"role": "human", "content": "Hi"}]}, "row 3: the prompt has no user message"),
+        ({"prompt": [{"role": "user", "content": parts}]}, "write what is a list of parts as one text"),
+        ({"reward_model": None}, "row 3: there is no reward_model"),
+        ({"agent_name": "sdar_agent"}, "row 3: agent_name=sdar_agent is no agent loop"),
+    ):
+        assert told in row_faults(tmp_path, changed), changed
+    assert row_faults(tmp_path, {"reward_model": {"style": "rule", "ground_truth": None}}) == ""
+
+
+def test_a_fault_of_a_column_is_told_beside_one_of_a_row(tmp_path):
+    """Rows that cannot be read leave the others to be looked at."""
+    told = row_faults(
+        tmp_path, {"prompt": None}, "sdar.context.sources=[column]", "+sdar.context.options.column.path=extra_info.TYPO"
+    )
+    assert "row 3: the column 'prompt'" in told
+    assert "with sdar.context.options.column.path=extra_info.TYPO; their data are ability, data_source" in told
+
+
+def test_an_arm_without_a_context_in_the_validation_data_is_told(tmp_path):
+    rows = [{**row, "extra_info": {"index": 0}} for row in word_problems(8)]
+    validation = write_data(tmp_path, rows, "validation")
+    column = ("sdar.context.sources=[column]", "+sdar.context.options.column.path=extra_info.answer")
+    arm = "+sdar.validation.arms.told={context: teacher, temperature: 1.0}"
+    assert faults(tmp_path / "run", *column, f"data.val_files={validation}") == ""
+    told = faults(tmp_path / "run", *column, f"data.val_files={validation}", arm)
+    assert "nothing to show for the first 8 tasks of data.val_files" in told
+
+
+def test_remote_data_are_verls_to_read(tmp_path):
+    assert faults(tmp_path, "sdar.context.sources=[answer]", "data.train_files=hdfs://a/train.parquet") == ""
+
+
+@pytest.mark.parametrize("name", ["rows.pq", "rows.txt"])
+def test_a_file_that_verl_does_not_read_is_told(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    told = faults(tmp_path / "run", "sdar.context.sources=[answer]", f"data.train_files={tmp_path}/{name}")
+    assert f"{name}: verl reads files that end in .parquet, .json or .jsonl" in told
+
+
+@pytest.mark.parametrize("wrong", ["{% include 'x.jinja' %}", "{{ prompt + 1 }}{{ context }}", "{{ 1 / 0 }}"])
+def test_a_template_that_fails_is_told_by_its_path(tmp_path, wrong):
+    place = tmp_path / "place.jinja"
+    place.write_text(wrong)
+    told = faults(tmp_path / "run", "sdar.context.sources=[answer]", f"sdar.context.place={place}")
+    assert f"sdar.context.place={place}: " in told and "Error" in told
 
 
 def test_a_template_that_loses_the_prompt_is_refused(tmp_path):

@@ -1,0 +1,194 @@
+"""Checks of a recipe's own data, of what its rows and options name, and of its first prompt, before Ray starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sdar_verl.checks.data import step_faults
+from sdar_verl.checks.panel_tasks import panel_files, read_rows, row_count
+from sdar_verl.config import SdarConfig
+from sdar_verl.panels import PanelError
+from sdar_verl.recipe import AGENT_LOOP, TAUGHT
+from sdar_verl.rollout.messages import MessagesError, holder
+from sdar_verl.untrusted import shorten
+
+_GRADED_LOOPS = ("single_turn_agent", "tool_agent")
+"""verl's loops, which leave the reward to the reward manager."""
+
+
+def recipe_data_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Every fault, one text each; the later checks need what the earlier ones look at."""
+    for look in (_files, _names, _prompts):
+        faults = list(look(config, sdar))
+        if faults:
+            return faults
+    return []
+
+
+# -------------------------------------------------------------------- rows
+
+
+def _files(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
+    train, whole = 0, True
+    for option in ("train_files", "val_files"):
+        if not config.data[option]:
+            yield f"data.{option} is not set; give the Parquet files of your recipe"
+            continue
+        for file in panel_files(config, option):
+            if not Path(file).is_file():
+                yield f"data.{option}={file} does not exist; give the Parquet files of your recipe, by an absolute path"
+                continue
+            try:
+                fault = _of_rows(config, sdar, f"data.{option}={file}", file)
+                train += row_count(file) if option == "train_files" else 0
+            except PanelError as error:
+                fault = f"data.{option}: {error}"
+            if fault:
+                whole = False
+                yield fault
+    if whole and train:
+        yield from step_faults(config, train)
+
+
+def _of_rows(config: DictConfig, sdar: SdarConfig, said: str, file: str) -> str | None:
+    """The first fault of a file's rows, as far as they are looked at."""
+    number = -1
+    for number, row in enumerate(read_rows(file)):
+        fault = _of_row(config, sdar, row)
+        if fault:
+            return f"{said}: row {number}: {fault}"
+    return f"{said} holds no row" if number < 0 else None
+
+
+def _of_row(config: DictConfig, sdar: SdarConfig, row: Mapping[str, Any]) -> str | None:
+    key, loop = config.data.get("prompt_key", "prompt"), config.actor_rollout_ref.rollout.agent.default_agent_loop
+    if key not in row:
+        return f"there is no column {key!r} (data.prompt_key); it has {', '.join(sorted(row))}"
+    messages = row[key]
+    if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
+        held = type(messages).__name__ if not isinstance(messages, list) else shorten(messages)
+        return (
+            f"the column {key!r} holds {held}, not a list of messages with role and content, as verl's agent loops "
+            "read it"
+        )
+    if sdar.teacher.source != "none":
+        try:
+            holder(messages, sdar.context.place)
+        except MessagesError as error:
+            return str(error)
+    graded = (row.get("agent_name") or loop) in _GRADED_LOOPS
+    if graded and OmegaConf.select(config, "reward.reward_manager.name") == "naive":
+        lacking = [column for column in ("data_source", "reward_model") if row.get(column) is None]
+        if lacking:
+            return (
+                f"there is no {' and no '.join(lacking)}, which verl's reward manager reads "
+                "(reward.reward_manager.name=naive); add it to the data, or choose a manager that does without"
+            )
+    return None
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
+
+
+# -------------------------------------------------------------------- what is named
+
+
+def _names(config: DictConfig, _: SdarConfig) -> Iterator[str]:
+    rollout = config.actor_rollout_ref.rollout
+    paths = {
+        "actor_rollout_ref.rollout.agent.agent_loop_config_path": rollout.agent.get("agent_loop_config_path"),
+        "actor_rollout_ref.rollout.multi_turn.tool_config_path": rollout.multi_turn.get("tool_config_path"),
+        "actor_rollout_ref.rollout.multi_turn.function_tool_path": rollout.multi_turn.get("function_tool_path"),
+        "reward.custom_reward_function.path": OmegaConf.select(config, "reward.custom_reward_function.path"),
+    }
+    missing = {option: path for option, path in paths.items() if path and "://" not in path and not _exists(path)}
+    yield from (f"{option}={path} does not exist" for option, path in missing.items())
+    if missing:
+        return
+    name = OmegaConf.select(config, "reward.custom_reward_function.name")
+    file = paths["reward.custom_reward_function.path"]
+    if file and name and "://" not in file and not _defines(file, name):
+        yield f"reward.custom_reward_function.name={name}: {file} defines no such function"
+    yield from _loops(config)
+
+
+def _exists(path: str) -> bool:
+    from sdar_verl.verl.recipe_prompts import config_file
+
+    with suppress(OSError, ValueError):  # verl's, of a path that it finds nowhere
+        return Path(config_file(path)).is_file()
+    return False
+
+
+def _defines(file: str, name: str) -> bool:
+    """Whether a module may hold ``name``: the word stands in it, or it takes all there is from another."""
+    text = Path(file).read_text("utf-8", "replace")
+    return re.search(rf"\b{re.escape(name)}\b|import \*", text) is not None
+
+
+def _loops(config: DictConfig) -> Iterator[str]:
+    """Loops that are registered nowhere; those that a model's library registers are known to its processes alone."""
+    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
+    if model.get("external_lib"):
+        return
+    from sdar_verl.verl.recipe_prompts import loop_names
+
+    known = loop_names(config) - {AGENT_LOOP, TAUGHT}
+    of_rows = {
+        str(row["agent_name"]): f"data.{option}={path}: row {number}: agent_name"
+        for option in ("train_files", "val_files")
+        for path in panel_files(config, option)
+        for number, row in enumerate(read_rows(path))
+        if row.get("agent_name")
+    }
+    named = {rollout.agent.default_agent_loop: "actor_rollout_ref.rollout.agent.default_agent_loop"} | of_rows
+    for loop, option in named.items():
+        if loop not in known:
+            yield (
+                f"{option}={loop} is no agent loop that is registered here; known: {', '.join(sorted(known))}. One of "
+                "your own: name its module in sdar.modules, or agent_loop_config_path"
+            )
+
+
+# -------------------------------------------------------------------- prompts
+
+
+def _prompts(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
+    """Whether verl's loops can make the first prompt at all, and whether there is room for it and for the teacher's; of
+    a model that lies here, nothing is downloaded."""
+    model, data = config.actor_rollout_ref.model, config.data
+    files = panel_files(config, "train_files")
+    row = next(chain.from_iterable(read_rows(file, 1) for file in files), None)
+    if row is None or not Path(str(model.path)).is_dir():
+        return
+    from transformers import AutoTokenizer
+
+    from sdar_verl.verl.recipe_prompts import model_type, prompt_maker
+
+    try:
+        trust = model.get("trust_remote_code", False)
+        tokenizer = AutoTokenizer.from_pretrained(model.get("tokenizer_path") or model.path, trust_remote_code=trust)
+        make = prompt_maker(config, tokenizer, model_type(config))
+        tokens = len(make([dict(message) for message in row[data.get("prompt_key", "prompt")]]))
+    except Exception as error:  # transformers, verl and a chat template raise many kinds
+        yield (
+            f"actor_rollout_ref.model.path={model.path}: verl's agent loops cannot make the prompt of the first row of "
+            f"data.train_files={files[0]} with its tokenizer ({type(error).__name__}: {shorten(str(error))}); use a "
+            "model whose tokenizer has a chat template for these messages"
+        )
+        return
+    if sdar.teacher.source != "none" and sdar.teacher.on_long_prompt == "error":
+        limit = sdar.teacher.max_prompt_length
+        if tokens >= limit:
+            yield (
+                f"sdar.teacher.max_prompt_length={limit}, but the first prompt of data.train_files has {tokens} tokens "
+                "without a context; raise it, or set sdar.teacher.on_long_prompt=mask"
+            )
