@@ -148,8 +148,8 @@ def _other_types(config: DictConfig, option: str) -> list[str]:
 
 
 def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    """Make the early contexts of a few tasks, but for the skills, which have checks of their own; of validation data, too,
-    where an arm shows them."""
+    """Make the early contexts of a few tasks, but for the skills, which have checks of their own; of validation data
+    as well, where an arm shows them."""
     names = [name for name in sdar.context.sources if name != "skills" and not get_context(name).late]
     shown = any(arm.context == "teacher" for arm in sdar.validation.arms.values())
     options = ("train_files", *(["val_files"] if shown else [])) if names else ()
