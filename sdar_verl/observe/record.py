@@ -253,6 +253,7 @@ def describe_run(config: DictConfig) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "panels": {option: panel_digests(config, option) for option in ("train_files", "val_files")}
         | _deciding(config),
+        "arms": sorted(OmegaConf.select(config, "sdar.validation.arms") or ()),
         "settings": plain(fingerprint(config)),
         "max_steps": config.sdar.env.max_steps,
         "total_steps": config.trainer.total_training_steps,

@@ -73,17 +73,18 @@ def success(data: RunData) -> Chart | None:
     for arm in data.arms():
         shares = data.column(f"sdar-val/{arm}/success")
         counts = dict(data.column(f"sdar-val/{arm}/episodes"))
-        validated = [[s, y, *wilson(y * counts.get(s, 0), counts.get(s, 0))] for s, y in shares]
+        validated = [[s, y, *(wilson(y * counts[s], counts[s]) if counts.get(s) else ())] for s, y in shares]
         series.append({"name": f"validation, {arm}", "points": validated, "dots": True})
+    # A recipe's success may be a reward, of any size.
+    are_shares = all(0 <= point[1] <= 1 for one in series for point in one["points"])
     smoothed = f", mean of the last {window} steps" if window > 1 else ""
     return lines(
         "Success",
         f"Share of episodes that solve their task{smoothed}. Bands: 95% interval (Wilson), episodes taken as "
         "independent; rollouts of one task are not, so the training band is somewhat too narrow.",
-        "success, share of episodes",
+        "success, share of episodes" if are_shares else "success",
         series,
-        domain=[0, 1],
-        percent=True,
+        **({"domain": [0, 1], "percent": True} if are_shares else {}),
     )
 
 

@@ -54,6 +54,9 @@ def check_run(run: Mapping[str, Any], where: str) -> None:
     for name, hashes in run.get("panels", {}).items():
         if not isinstance(hashes, list) or not all(isinstance(one, str) for one in hashes):
             raise RecordError(f"{where} is damaged: panels.{shorten(name)} is {shorten(hashes)}, not a list of hashes")
+    arms = run.get("arms", [])
+    if not isinstance(arms, list) or not all(isinstance(one, str) for one in arms):
+        raise RecordError(f"{where} is damaged: arms is {shorten(arms)}, not a list of names")
     if not isinstance(run.get("started", ""), str):
         raise RecordError(f"{where} is damaged: started is {shorten(run['started'])}, not a time")
 

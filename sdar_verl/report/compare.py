@@ -104,6 +104,9 @@ def load(
     for group in listed:
         _check_settings(group, any_settings, notes)
     _check_tasks_options(listed, any_settings, notes)
+    for text in dict.fromkeys(text for run in runs for text in run.success_notes):
+        where = [str(run.folder) for run in runs if text in run.success_notes]
+        notes.append(text if len(where) == len(runs) else f"{', '.join(where)}: {text}")
     arm = _arm(runs, arm)
     comparison = Comparison(listed, arm, [], notes)
     _fill(comparison, any_panel)
@@ -239,7 +242,8 @@ def _fill(comparison: Comparison, any_panel: bool) -> None:
         comparison.notes.append(f"{text[0].upper()}{text[1:]}; only those count.")
     if not common:
         comparison.notes.append(
-            "Outcomes per task are missing, so that differences are not paired and intervals rest on the seeds alone."
+            "Outcomes per task are missing, so that differences are not paired task by task and intervals rest on the "
+            "seeds alone."
         )
     comparison.tasks = common
     rows = iter(tables)

@@ -69,7 +69,9 @@ def explain(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         "Brackets: 95% bootstrap interval"
         + (" over runs and tasks; differences are paired task by task, in points." if tasks else " over runs."),
     ]
-    if any(row.runs == 1 for row in rows):
+    if any(row.runs == 1 for row in rows) and not tasks:
+        texts.append("One run says nothing about another seed, and without outcomes per task it has no interval.")
+    elif any(row.runs == 1 for row in rows):
         texts.append("One run says nothing about another seed: its interval holds the chance of the tasks only.")
     elif any(row.runs < 5 for row in rows):
         texts.append("With fewer than five runs of a method the intervals are too narrow: few seeds cannot vary much.")
@@ -145,14 +147,23 @@ def _noise(text: str) -> str:
 
 def curves(comparison: Comparison) -> list[Chart | None]:
     """Validation success over steps, tokens and seconds; training success, gate, gap."""
-    band = "Mean over runs; band: 95% bootstrap interval over runs and tasks."
+    band = f"Mean over runs; band: 95% bootstrap interval over runs{' and tasks' if comparison.tasks else ''}."
     style: dict[str, Any] = {"domain": [0, 1], "percent": True}
+    # A recipe's success may be a reward, of any size.
+    are_shares = all(((group.success >= 0) & (group.success <= 1)).all() for group in comparison.groups)
     charts: list[Chart | None] = []
     for axis, label in (("steps", "training step"), ("tokens", "tokens, millions"), ("seconds", "seconds of training")):
         series = [{"name": group.name, "points": _validated(group, axis)} for group in comparison.groups]
         if axis == "steps" or all(one["points"] for one in series):
             charts.append(
-                lines(f"Validation success by {axis}", band, "success, share of tasks", series, x=label, **style)
+                lines(
+                    f"Validation success by {axis}",
+                    band,
+                    "success, share of tasks" if are_shares else "success",
+                    series,
+                    x=label,
+                    **(style if are_shares else {}),
+                )
             )
     for key, title, unit in (
         ("sdar/success", "Training success", "success, share of episodes"),

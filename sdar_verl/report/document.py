@@ -91,9 +91,12 @@ def _cards(data: RunData) -> str:
         shares = data.column(f"sdar-val/{arm}/success")
         counts = dict(data.column(f"sdar-val/{arm}/episodes"))
         (_, first), (step, last) = shares[0], shares[-1]
-        low, high = wilson(last * counts.get(step, 0), counts.get(step, 0))
         change = f"{first:.1%} → {last:.1%}" if len(shares) > 1 else f"{last:.1%}"
-        cards.append((f"success, {arm}", change, f"95% interval {low:.0%} to {high:.0%} at step {step}"))
+        where = f"at step {step}"
+        if counts.get(step):  # verl's own metrics do not say over how many episodes they are
+            low, high = wilson(last * counts[step], counts[step])
+            where = f"95% interval {low:.0%} to {high:.0%} {where}"
+        cards.append((f"success, {arm}", change, where))
     for key, name, form in (("sdar/gate_mean", "gate, mean", "{:.3f}"), ("sdar/gap_mean", "gap, mean", "{:+.3f} nats")):
         column = data.column(key)
         if column:

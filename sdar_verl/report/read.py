@@ -13,6 +13,7 @@ from sdar_verl.cloud.store import Store, StoreError
 from sdar_verl.report import layout
 from sdar_verl.report.checked import check_run, is_number, numbers_of, sound_distributions, step_of
 from sdar_verl.report.layout import RecordError
+from sdar_verl.report.recipe_metrics import recipe_success
 from sdar_verl.report.trace import read_trace
 from sdar_verl.untrusted import parse_json, shorten
 
@@ -32,6 +33,7 @@ class RunData:
         skills: verdicts on skills that were written within the run.
         notes: what is missing or could not be read, in plain words.
         attempts: the run's ledger.
+        success_notes: what validation success is in a recipe of verl's; empty with the text environments.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class RunData:
     skills: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
+    success_notes: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -97,9 +100,22 @@ def read_run(folder: str | Path) -> RunData:
         data.notes.append("The run has not finished a step: there is nothing to draw yet.")
     if not data.traces:
         data.notes.append("No episode was traced. Set sdar.trace.every to see what the teacher said of each token.")
-    if not data.outcomes:
+    _recipe(data)
+    if not data.arms():
         data.notes.append("No validation was recorded.")
+    elif not data.outcomes:
+        data.notes.append("No outcomes per task were recorded: validation success has no interval over tasks.")
     return data
+
+
+def _recipe(data: RunData) -> None:
+    """Give a run whose validations have verl's own names the arms that everything else reads."""
+    if data.arms():
+        return
+    success, data.success_notes = recipe_success(data.metrics, data.run.get("arms"))
+    for step, values in success.items():
+        data.metrics[step].update(values)
+    data.notes += data.success_notes
 
 
 def _attempts(folder: Path, notes: list[str]) -> list[Attempt]:
@@ -141,6 +157,7 @@ def _from_tracker(folder: Path) -> RunData:
         )
     data = RunData(folder if folder.is_dir() else folder.parent)
     data.metrics = _metrics(file, data.notes)
+    _recipe(data)
     data.notes.append(
         f"Only {file.name} of verl's file tracker was found; distributions, outcomes and traces are in the record "
         "that runs of this version write."
