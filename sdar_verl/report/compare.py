@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sdar_verl.errors import SdarError
+from sdar_verl.report.layout import RecordError
 from sdar_verl.report.read import RunData, read_run
 
 SEED_OPTIONS = ("data.seed", "sdar.rollout.seed", "actor_rollout_ref.actor.data_loader_seed")
@@ -84,7 +86,7 @@ def load(
     """Read the runs and put them side by side.
 
     Args:
-        specs: folders of runs, or ``METHOD=FOLDER``.
+        specs: folders of runs, or ``METHOD=FOLDER``; a folder that exists is one, whatever its name holds.
         arm: validation arm; None: the only one, or ``student``.
         any_panel: compare runs of different, or unknown, panels and tasks all the same.
         any_settings: let runs of one method differ in more than their seeds.
@@ -115,8 +117,10 @@ def load(
 
 def _read(spec: str) -> tuple[str, RunData]:
     name, separator, folder = spec.partition("=")
-    if not separator:
+    if not separator or Path(spec).exists():  # Hydra calls folders lr=1e-4
         name, folder = "", spec
+    elif not Path(folder).exists():
+        raise RecordError(f"{spec}: neither {spec} nor {folder} exists; give a run's folder, or METHOD=FOLDER")
     run = read_run(folder)
     return name or method_of(run), run
 

@@ -63,6 +63,16 @@ def test_a_method_can_be_named(runs):
     assert [group.name for group in comparison.groups] == ["mine", "grpo"]
 
 
+def test_a_folder_may_hold_an_equals_sign(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("lr=1e-4", "lr=1e-3")):
+        write_run(tmp_path / "runs" / name, experiment=f"sdar-{number}", seed=number)
+    assert [group.name for group in load(["runs/lr=1e-4", "runs/lr=1e-3"]).groups] == ["sdar"]
+    assert [group.name for group in load(["runs/lr=1e-4", "fast=runs/lr=1e-3"]).groups] == ["sdar", "fast"]
+    assert main(["compare", "runs/lr=1e-4", "runs/lr=1e-5"]) == 2
+    assert "runs/lr=1e-5" in capsys.readouterr().err
+
+
 def test_estimates_are_means_over_runs_and_tasks(runs):
     group = load(runs).groups[0]
     final = estimate(group, measure("final"), 500)
