@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
-from hydra import compose, initialize_config_module
+import yaml
+from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from sdar_verl.config_folders import ConfigFolders
 from sdar_verl.errors import ConfigError
 
 
-def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Compose ``--config-name CONFIG_NAME OVERRIDES``.
+def compose_config(config_name: str, overrides: Sequence[str] = (), folders: ConfigFolders | None = None) -> DictConfig:
+    """Compose ``--config-dir DIR --config-path DIR --config-name CONFIG_NAME OVERRIDES``.
 
     Raises:
-        ConfigError: unknown config, group or key, in Hydra's words.
+        ConfigError: a folder that does not exist; unknown config, group or key, in Hydra's words.
     """
-    import verl  # noqa: F401  loads the plugin, which puts our configs on Hydra's search path
+    import verl  # loads the plugin, which puts our configs on Hydra's search path
 
+    from sdar_verl.hydra_search_path import also_searched
+
+    folders = folders or ConfigFolders()
+    path = None if folders.path is None else Path(verl.__file__).parent / "trainer" / folders.path
+    for option, given, folder in (
+        ("--config-dir", folders.dir, Path(folders.dir or ".")),
+        ("--config-path", folders.path, path or Path(".")),
+    ):
+        if given is not None and not folder.is_dir():
+            where = "" if os.path.isabs(given) else f" ({os.path.abspath(folder)})"
+            raise ConfigError(
+                f"{option} {given}{where} is no folder, so that --config-name {config_name} cannot be looked for in it"
+            )
     GlobalHydra.instance().clear()
+    words = " ".join([*folders.words, "--config-name", config_name, *overrides])
     try:
-        with initialize_config_module("verl.trainer.config", version_base=None):
+        with (
+            also_searched(folders.dir),
+            initialize_config_module("verl.trainer.config", version_base=None)
+            if path is None
+            else initialize_config_dir(os.path.abspath(path), version_base=None),
+        ):
             return compose(config_name, overrides=list(overrides))
-    except HydraException as error:
-        raise ConfigError(f"--config-name {config_name} {' '.join(overrides)}: {error}") from error
+    except (HydraException, yaml.YAMLError) as error:
+        raise ConfigError(f"{words}: {error}") from error

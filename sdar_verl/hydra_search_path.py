@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+_folder: ContextVar[str | None] = ContextVar("sdar_verl_config_dir", default=None)
 
 
 class SdarSearchPath(SearchPathPlugin):
@@ -13,6 +20,18 @@ class SdarSearchPath(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Hydra's hook."""
         search_path.append(provider="sdar_verl", path="pkg://sdar_verl.hydra_configs")
+        if folder := _folder.get():  # last, where Hydra's main function has it
+            search_path.append(provider="command-line", path=f"file://{os.path.abspath(folder)}")
+
+
+@contextmanager
+def also_searched(folder: str | None) -> Iterator[None]:
+    """Have configs composed within with ``--config-dir folder``, for which Hydra's compose API has no argument."""
+    token = _folder.set(folder)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
 
 
 Plugins.instance().register(SdarSearchPath)

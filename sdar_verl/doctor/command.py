@@ -7,6 +7,8 @@ import json
 import sys
 from typing import Any
 
+from sdar_verl.config_folders import add_folder_options, folders_of
+
 
 def add_parser(commands: Any) -> None:
     """Add ``doctor`` to ``sdar-verl``."""
@@ -17,6 +19,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("--config-name", help="recipe whose run is checked too, e.g. sdar_alfworld")
+    add_folder_options(parser)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for the run")
     parser.add_argument("--no-ray", action="store_true", help="do not ask a Ray worker for the plugin (saves seconds)")
     parser.add_argument(
@@ -41,6 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.overrides and not arguments.config_name:
         raise ConfigError(f"overrides {arguments.overrides} have no effect without --config-name; name the recipe")
+    folders = folders_of(arguments)
+    if folders.words and not arguments.config_name:
+        raise ConfigError(f"{' '.join(folders.words)}: no effect without --config-name; name the recipe")
     if arguments.resets < 0:
         raise ConfigError(f"--resets {arguments.resets}: at least 0")
     if arguments.cloud and not arguments.config_name:
@@ -52,13 +58,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.config_name:
         from sdar_verl.doctor.run_checks import check_config
 
-        findings += check_config(arguments.config_name, arguments.overrides, machine, arguments.resets)
+        findings += check_config(arguments.config_name, arguments.overrides, machine, arguments.resets, folders)
     if arguments.cloud:
         from sdar_verl.compose import compose_config
         from sdar_verl.config import load_config
         from sdar_verl.doctor.cloud import check_cloud
 
-        config = compose_config(arguments.config_name, arguments.overrides)
+        config = compose_config(arguments.config_name, arguments.overrides, folders)
         findings += check_cloud(config, load_config(config.sdar))
     if arguments.json:
         print(json.dumps(as_json(findings), indent=1))

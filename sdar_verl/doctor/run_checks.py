@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from sdar_verl.checks.modes import verl_mode
 from sdar_verl.checks.notes import run_notes
@@ -16,6 +17,7 @@ from sdar_verl.checks.panel_tasks import panel_files, panel_tasks
 from sdar_verl.checks.run import check_run
 from sdar_verl.compose import compose_config
 from sdar_verl.config import SdarConfig, load_config
+from sdar_verl.config_folders import ConfigFolders
 from sdar_verl.doctor.findings import Finding
 from sdar_verl.doctor.machine import Machine
 from sdar_verl.doctor.prompts import check_prompts
@@ -23,7 +25,9 @@ from sdar_verl.errors import ConfigError
 from sdar_verl.recipe import plays_environments
 
 
-def check_config(config_name: str, overrides: list[str], machine: Machine, resets: int) -> list[Finding]:
+def check_config(
+    config_name: str, overrides: list[str], machine: Machine, resets: int, folders: ConfigFolders | None = None
+) -> list[Finding]:
     """Every finding about the run that ``--config-name CONFIG_NAME OVERRIDES`` would start.
 
     Args:
@@ -31,16 +35,20 @@ def check_config(config_name: str, overrides: list[str], machine: Machine, reset
         overrides: Hydra overrides.
         machine: where it would start.
         resets: tasks of each panel whose environment is really reset, to see its first prompt.
+        folders: of YAML files of the user's own.
     """
     try:
-        config = compose_config(config_name, overrides)
+        config = compose_config(config_name, overrides, folders)
         sdar = load_config(config.get("sdar"))
         OmegaConf.resolve(config)
     except ConfigError as error:
         return [Finding("fail", "config", str(error))]
     except Exception as error:  # an interpolation that leads nowhere, a missing value
         return [Finding("fail", "config", f"{type(error).__name__}: {error}")]
-    findings = list(_check_run(config, sdar))
+    try:
+        findings = list(_check_run(config, sdar))
+    except MissingMandatoryValue as error:
+        return [Finding("fail", "config", f"{error.full_key} has no value", f"set it: {error.full_key}=...")]
     for check in (_data, _devices, _steps, _model):
         findings += check(config, sdar, machine)
     findings += check_prompts(config, sdar, resets)

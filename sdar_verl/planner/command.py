@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.config_folders import add_folder_options, folders_of
+
 
 def add_parser(commands: Any) -> None:
     """Add ``plan`` to ``sdar-verl``."""
@@ -19,6 +21,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("--config-name", default="sdar_alfworld", help="recipe (default: sdar_alfworld)")
+    add_folder_options(parser)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. model=qwen2.5-7b trainer.n_gpus_per_node=4")
     parser.add_argument("--gpu", default="h100-80gb", help="card (default: h100-80gb)")
     parser.add_argument("--price", type=float, metavar="P", help="of a GPU-hour, in any currency")
@@ -70,8 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     efficiency = Efficiency(**{name: share for name, share in shares.items() if share is not None})
     given = _assumptions(arguments)
     gpu = find_gpu(arguments.gpu)
-    config = compose_config(arguments.config_name, arguments.overrides)
-    sdar = load_config(config.sdar)
+    config = compose_config(arguments.config_name, arguments.overrides, folders_of(arguments))
+    sdar = load_config(config.get("sdar"))
     if faults := type_faults(config, sdar):  # it calculates with them
         raise ConfigError("\n".join(faults))
     lengths = {name: getattr(arguments, name) for name in ("turns", "prompt", "context", "response")}

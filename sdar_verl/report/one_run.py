@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdar_verl.config_folders import ConfigFolders
 from sdar_verl.errors import ConfigError, SdarError
 
 if TYPE_CHECKING:
@@ -15,10 +18,12 @@ FINISHED = "finished"
 """File in the folder of a run that has made its last step."""
 
 
-def run_command(config: str, name: str, seed: int, folder: Path, own: list[str]) -> list[str]:
-    """What starts one run called ``name`` with its ``own`` overrides."""
+def run_command(
+    config: str, name: str, seed: int, folder: Path, own: list[str], folders: Sequence[str] = ()
+) -> list[str]:
+    """What starts one run called ``name`` with its ``own`` overrides; ``folders`` are the words of ConfigFolders."""
     return [
-        *(sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", config),
+        *(sys.executable, "-m", "verl.trainer.main_ppo", *folders, "--config-name", config),
         *own,
         f"data.seed={seed}",
         f"sdar.rollout.seed={seed}",
@@ -47,7 +52,9 @@ def check(words: list[str], *, whole: bool) -> DictConfig:
     at = words.index("--config-name")
     name = next(word.split("=", 1)[1] for word in words if word.startswith("trainer.experiment_name="))
     try:
-        config = compose_config(words[at + 1], words[at + 2 :])
+        given = dict(itertools.pairwise(words[:at]))
+        folders = ConfigFolders(given.get("--config-dir"), given.get("--config-path"))
+        config = compose_config(words[at + 1], words[at + 2 :], folders)
         sdar = load_config(config.get("sdar"))
         if whole:
             check_run(config, sdar)

@@ -11,9 +11,11 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.config_folders import add_folder_options, folders_of
 from sdar_verl.errors import ConfigError
 from sdar_verl.report.one_run import FINISHED, check, run_command, tail
 
@@ -27,6 +29,7 @@ def add_parser(subparsers: Any) -> None:
         "again, an unfinished one resumes from its latest checkpoint. Words that remain are verl overrides.",
     )
     parser.add_argument("--config-name", help="the recipe, such as sdar_alfworld")
+    add_folder_options(parser)
     parser.add_argument(
         "--methods",
         type=_names,
@@ -59,11 +62,13 @@ def _seeds(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def command(config: str, method: str, seed: int, folder: Path, overrides: list[str]) -> list[str]:
+def command(
+    config: str, method: str, seed: int, folder: Path, overrides: list[str], folders: Sequence[str] = ()
+) -> list[str]:
     """What starts one run of ``method``, or ``method+control``. Later words win in Hydra: the user's stand last."""
     preset, plus, control = method.partition("+")
     own = [f"method={preset}", *([f"sdar.context.control={control}"] if plus else [])]
-    return run_command(config, method, seed, folder, own) + overrides
+    return run_command(config, method, seed, folder, own, folders) + overrides
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,17 +84,18 @@ def run(arguments: argparse.Namespace) -> int:
         given = (arguments.price, arguments.budget, arguments.gpu, arguments.dry_run)
         return run_plan(arguments.plan, arguments.out, arguments.overrides, *given)
     out: Path = arguments.out.resolve()
+    folders = folders_of(arguments).words
     for method in arguments.methods:
         for seed in arguments.seeds if not arguments.dry_run else arguments.seeds[:1]:
             folder = out / f"{method}-{seed}"
             if not (folder / FINISHED).is_file():
-                words = command(arguments.config_name, method, seed, folder, arguments.overrides)
+                words = command(arguments.config_name, method, seed, folder, arguments.overrides, folders)
                 check(words, whole=not arguments.dry_run)
     failed = []
     for seed in arguments.seeds:
         for method in arguments.methods:
             folder = out / f"{method}-{seed}"
-            words = command(arguments.config_name, method, seed, folder, arguments.overrides)
+            words = command(arguments.config_name, method, seed, folder, arguments.overrides, folders)
             if arguments.dry_run:
                 print(shlex.join(words))
                 continue
@@ -118,6 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _options(arguments: argparse.Namespace) -> None:
     """A sweep has methods, a plan its own."""
     of_a_sweep = {"--config-name": arguments.config_name, "--methods": arguments.methods, "--seeds": arguments.seeds}
+    of_a_sweep |= {"--config-dir": arguments.config_dir, "--config-path": arguments.config_path}
     of_a_plan = {"--budget": arguments.budget, "--price": arguments.price}
     if arguments.plan is not None:
         idle = [name for name, value in of_a_sweep.items() if value is not None]
