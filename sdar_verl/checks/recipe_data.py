@@ -185,6 +185,11 @@ def _prompts(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
             "model whose tokenizer has a chat template for these messages"
         )
         return
+    if tokens > data.max_prompt_length and not data.get("filter_overlong_prompts", False):
+        yield (
+            f"data.max_prompt_length={data.max_prompt_length}, but the first prompt of data.train_files has {tokens} "
+            "tokens; raise it, or set data.filter_overlong_prompts=True"
+        )
     if sdar.teacher.source != "none" and sdar.teacher.on_long_prompt == "error":
         limit = sdar.teacher.max_prompt_length
         if tokens >= limit:

@@ -126,6 +126,7 @@ def test_flags_that_name_nothing_are_told(tmp_path):
         "data.train_batch_size=32": "data.train_batch_size=32, but data.train_files holds 16 tasks",
         "data.train_max_samples=2": "data.train_max_samples=2 leaves 2 tasks",
         "trainer.total_epochs=1 trainer.total_training_steps=9": "trainer.total_epochs=1 ends the run after 4 steps",
+        "data.max_prompt_length=4": "data.max_prompt_length=4, but the first prompt",
         "sdar.teacher.max_prompt_length=4": "sdar.teacher.max_prompt_length=4, but the first prompt",
         "+sdar.validation.arms.sk={context: skills, temperature: 1.0}": "arms.sk.context=skills has none",
     }.items():
