@@ -25,7 +25,10 @@ class _Node(BaseModel):
 
 
 class Below(_Node):
-    """Give an arm up that is below the baseline: by at least ``by``, and below its 95 % interval, at step ``at``."""
+    """Give an arm up that is below the baseline: by at least ``by``, and below its 95 % interval, at step ``at``.
+
+    Recipes of verl's count no episodes: there ``by`` alone decides.
+    """
 
     by: float = Field(..., ge=0, lt=1)
     at: int = Field(..., ge=1)
@@ -161,9 +164,11 @@ def give_up(plan: Plan, arm: str, run: RunData, baselines: Sequence[RunData]) ->
         return None
     solved, played = sum(share * number for share, number in theirs), sum(number for _, number in theirs)
     mean = solved / played if played else sum(share for share, _ in theirs) / len(theirs)
-    low, _ = wilson(solved, played)
+    low = wilson(solved, played)[0] if played else mean
     if own <= mean - below.by and own < low:
-        return f"success {own:.3f} at step {below.at}, the baseline {mean:.3f} (95 % interval from {low:.3f})"
+        return f"success {own:.3f} at step {below.at}, the baseline {mean:.3f}" + (
+            f" (95 % interval from {low:.3f})" if played else ""
+        )
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,14 @@ def test_an_arm_is_given_up_for_a_warning_and_for_success_far_below(tmp_path):
     assert give_up(plan(kill=kill), "sdar", low, []) is None, "nothing to compare with"
     assert give_up(plan(kill=kill), "grpo", low, [base]) is None, "the baseline itself"
     assert give_up(plan(kill={"below": {"by": 0.9, "at": 4}}), "sdar", low, [base]) is None
+    uncounted = [
+        replace(one, metrics={step: {n: v for n, v in data.items() if not n.endswith("/episodes")}
+                              for step, data in one.metrics.items()})
+        for one in (low, near, base)
+    ]  # fmt: skip
+    told = give_up(plan(kill=kill), "sdar", uncounted[0], uncounted[2:])
+    assert told is not None and "interval" not in told, "a recipe of verl's"
+    assert give_up(plan(kill=kill), "sdar", uncounted[1], uncounted[2:]) is None
     layout.append_line(
         tmp_path / "near/checkpoints/record/warnings.jsonl", {"step": 2, "name": "zero_gap", "text": "x"}
     )
