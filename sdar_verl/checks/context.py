@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 
 from omegaconf import DictConfig
 
@@ -164,8 +165,8 @@ def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
         if tasks and not any(texts):
             return [
                 f"sdar.context.sources: context {name!r} has nothing to show for the first {len(tasks)} tasks of "
-                f"data.{option}{_set(sdar.context, name)}; their data are {', '.join(sorted(tasks[0].data))}. "
-                f"Set sdar.context.options.{name}, or use another context"
+                f"data.{option} (environment {tasks[0].env!r}){_set(sdar.context, name)}; their data are "
+                f"{', '.join(sorted(tasks[0].data)) or 'empty'}. Use {_other(name)}another context"
             ]
     return []
 
@@ -173,6 +174,11 @@ def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
 def _set(context: ContextConfig, name: str) -> str:
     given = context.options.get(name, {})
     return "".join(f", with sdar.context.options.{name}.{option}={value}" for option, value in given.items())
+
+
+def _other(name: str) -> str:
+    parameters = signature(get_context(name).function).parameters.values()
+    return f"other sdar.context.options.{name}, or " if any(p.kind is p.KEYWORD_ONLY for p in parameters) else ""
 
 
 def _without_context(config: DictConfig, sdar: SdarConfig) -> list[str]:

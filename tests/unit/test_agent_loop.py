@@ -8,6 +8,8 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
+from sdar_verl.context import registry
+from sdar_verl.context.registry import Context, ContextError
 from sdar_verl.envs.base import Step
 from sdar_verl.local import start_policy
 from tests.support.scripted import GOOD, LOST, MUTE, WRONG, Pool, Server, Session, play_episode
@@ -240,10 +242,14 @@ def test_a_validation_arm_can_show_what_the_teacher_sees(play, tokenizer):
     assert rows[0].prompt_ids == plain[0].prompt_ids
 
 
-def test_a_context_that_cannot_be_made_stops_the_run(play):
-    _, infos, _, _ = play([GOOD], context__sources=["answer"])
+def test_a_context_that_cannot_be_made_stops_the_run(play, monkeypatch):
+    def broken(request):
+        raise ContextError("the shelf is empty")
+
+    monkeypatch.setattr(registry, "_contexts", {**registry._contexts, "broken": Context("broken", broken, False)})
+    _, infos, _, _ = play([GOOD], context__sources=["broken"])
     assert infos[0].failed
-    assert "task task-1: context 'answer' reads 'answers'" in infos[0].error
+    assert "task task-1: the shelf is empty" in infos[0].error
 
 
 def test_rows_keep_what_a_trace_or_a_late_context_needs(play):

@@ -64,7 +64,10 @@ CASES = {
         {"sdar.context.options": {"sibling": {"choice": "first"}}},
         ["sdar.context.options.sibling has no effect", "['skills']"],
     ),
-    "no ground truth": ({"sdar.context.sources": ["answer"]}, ["context 'answer'", "'answers'", "demonstration"]),
+    "no ground truth": (
+        {"sdar.context.sources": ["answer"]},
+        ["context 'answer'", "their data are empty", "sdar.context.options.answer"],
+    ),
     "no walkthrough": (
         {"sdar.context.sources": ["skills", "demonstration"]},
         ["context 'demonstration'", "8 tasks of data.train_files", "alfworld"],

@@ -19,7 +19,7 @@ from sdar_verl.config.loss import LossConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.fields import SUPPORT_IDS
 from sdar_verl.observe.metrics import column_means
-from sdar_verl.requests import HEAD_REQUEST, HeadRequest, ScoringPass, StepRequests, asked
+from sdar_verl.requests import HEAD_REQUEST, HeadRequest, ScoringPass, StepRequests, requested
 
 
 def settings(**options) -> LossConfig:
@@ -77,9 +77,9 @@ def test_a_request_travels_as_text_and_only_as_long_as_it_is_asked():
     request = HeadRequest("divergence", chunk=4, k=3, kind="jsd", tail="renormalise")
     assert HeadRequest.from_json(request.to_json()) == request
     extra = {"temperature": 1.0}
-    with asked(extra, request):
+    with requested(extra, request):
         assert HeadRequest.from_json(extra[HEAD_REQUEST]) == request
-    with asked(extra, None):
+    with requested(extra, None):
         assert extra == {"temperature": 1.0}
     assert extra == {"temperature": 1.0}
 
