@@ -154,7 +154,8 @@ def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
     names = [name for name in sdar.context.sources if name != "skills" and not get_context(name).late]
     shown = any(arm.context == "teacher" for arm in sdar.validation.arms.values())
     options = ("train_files", *(["val_files"] if shown else [])) if names else ()
-    for name, option, panel in ((name, option, panel_tasks(config, option)) for option in options for name in names):
+    panels = {option: panel_tasks(config, option) for option in options}
+    for name, option, panel in ((name, option, panel) for option, panel in panels.items() for name in names):
         texts, tasks = [], [task for task in panel if name in _shown(sdar.context, task)][:PROBED_TASKS]
         for task in tasks:
             request = ContextRequest(task, seed=sdar.context.seed, skills=lambda: Passage(""))

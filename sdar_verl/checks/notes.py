@@ -29,9 +29,8 @@ def run_notes(config: DictConfig, sdar: SdarConfig) -> list[str]:
             "mass that was cut off; the paper samples with top_p=1, top_k=-1"
         )
     epochs, steps = trainer.get("total_epochs", NO_LIMIT), trainer.get("total_training_steps", None)
-    if (
-        steps is not None and epochs < NO_LIMIT and panel_files(config, "train_files")
-    ):  # those of remote files are unknown
+    known = bool(panel_files(config, "train_files"))  # how many rows remote files hold is not
+    if steps is not None and epochs < NO_LIMIT and known:
         notes.append(
             f"trainer.total_epochs={epochs} has no effect: trainer.total_training_steps={steps} ends the run before"
         )

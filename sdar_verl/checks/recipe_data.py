@@ -25,7 +25,7 @@ _GRADED_LOOPS = ("single_turn_agent", "tool_agent")
 
 def recipe_data_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Every fault, one text each; the later checks need what the earlier ones look at."""
-    for look in (_files, _names, _prompts):
+    for look in (_names, _files, _prompts):
         faults = list(look(config, sdar))
         if faults:
             return faults
@@ -36,7 +36,7 @@ def recipe_data_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 
 def _files(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
-    train, whole = 0, True
+    train, whole, loops = 0, True, _known_loops(config)
     for option in ("train_files", "val_files"):
         if not config.data[option]:
             yield f"data.{option} is not set; give the Parquet files of your recipe"
@@ -46,7 +46,7 @@ def _files(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
                 yield f"data.{option}={file} does not exist; give the Parquet files of your recipe, by an absolute path"
                 continue
             try:
-                fault = _of_rows(config, sdar, f"data.{option}={file}", file)
+                fault = _of_rows(config, sdar, loops, f"data.{option}={file}", file)
                 train += row_count(file) if option == "train_files" else 0
             except PanelError as error:
                 fault = f"data.{option}: {error}"
@@ -57,11 +57,11 @@ def _files(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
         yield from step_faults(config, train)
 
 
-def _of_rows(config: DictConfig, sdar: SdarConfig, said: str, file: str) -> str | None:
+def _of_rows(config: DictConfig, sdar: SdarConfig, loops: set[str] | None, said: str, file: str) -> str | None:
     """The first fault of a file's rows, as far as they are looked at."""
     number = -1
     for number, row in enumerate(read_rows(file)):
-        fault = _of_row(config, sdar, row)
+        fault = _of_row(config, sdar, row) or _of_loop(row.get("agent_name"), loops, "agent_name")
         if fault:
             return f"{said}: row {number}: {fault}"
     return f"{said} holds no row" if number < 0 else None
@@ -117,7 +117,9 @@ def _names(config: DictConfig, _: SdarConfig) -> Iterator[str]:
     file = paths["reward.custom_reward_function.path"]
     if file and name and "://" not in file and not _defines(file, name):
         yield f"reward.custom_reward_function.name={name}: {file} defines no such function"
-    yield from _loops(config)
+    said = "actor_rollout_ref.rollout.agent.default_agent_loop"
+    if fault := _of_loop(rollout.agent.default_agent_loop, _known_loops(config), said):
+        yield fault
 
 
 def _exists(path: str) -> bool:
@@ -134,28 +136,22 @@ def _defines(file: str, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b|import \*", text) is not None
 
 
-def _loops(config: DictConfig) -> Iterator[str]:
-    """Loops that are registered nowhere; those that a model's library registers are known to its processes alone."""
-    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
-    if model.get("external_lib"):
-        return
+def _known_loops(config: DictConfig) -> set[str] | None:
+    """Agent loops that a run may name; None where a model's library registers others, in processes that load it."""
+    if config.actor_rollout_ref.model.get("external_lib"):
+        return None
     from sdar_verl.verl.recipe_prompts import loop_names
 
-    known = loop_names(config) - {AGENT_LOOP, TAUGHT}
-    of_rows = {
-        str(row["agent_name"]): f"data.{option}={path}: row {number}: agent_name"
-        for option in ("train_files", "val_files")
-        for path in panel_files(config, option)
-        for number, row in enumerate(read_rows(path))
-        if row.get("agent_name")
-    }
-    named = {rollout.agent.default_agent_loop: "actor_rollout_ref.rollout.agent.default_agent_loop"} | of_rows
-    for loop, option in named.items():
-        if loop not in known:
-            yield (
-                f"{option}={loop} is no agent loop that is registered here; known: {', '.join(sorted(known))}. One of "
-                "your own: name its module in sdar.modules, or agent_loop_config_path"
-            )
+    return loop_names(config) - {AGENT_LOOP, TAUGHT}
+
+
+def _of_loop(loop: str | None, known: set[str] | None, said: str) -> str | None:
+    if not loop or known is None or loop in known:
+        return None
+    return (
+        f"{said}={loop} is no agent loop that is registered here; known: {', '.join(sorted(known))}. One of your own: "
+        "name its module in sdar.modules, or agent_loop_config_path"
+    )
 
 
 # -------------------------------------------------------------------- prompts
