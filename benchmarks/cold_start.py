@@ -66,7 +66,9 @@ def real_run(folder: Path, games: Path) -> Run:
         write_panel(tasks, file, file.stem)
     files = [f"data.train_files={panels[0]}", f"data.val_files={panels[1]}"]
     short = ["trainer.val_before_train=False", "trainer.test_freq=-1", "trainer.save_freq=-1"]
-    return run_main_ppo(folder, [*files, *short, "trainer.total_training_steps=2"], PYTHONUNBUFFERED="1", timeout=900)
+    return run_main_ppo(
+        folder, [*files, *short, "trainer.total_training_steps=2"], forked=False, PYTHONUNBUFFERED="1", timeout=900
+    )
 
 
 def main() -> None:

@@ -129,7 +129,9 @@ def run(tasks: int, order: list[int], args: argparse.Namespace) -> Watched:
         "trainer.save_freq=-1",
         f"trainer.total_training_steps={len(order)}",
     ]
-    return watch(folder, partial(run_main_ppo, folder, overrides, timeout=args.timeout, PYTHONUNBUFFERED="1"), 0.5)
+    return watch(
+        folder, partial(run_main_ppo, folder, overrides, timeout=args.timeout, forked=False, PYTHONUNBUFFERED="1"), 0.5
+    )
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -54,7 +54,7 @@ def run(method: str, games: list[Path], args: argparse.Namespace) -> Watched:
         write_panel([as_task(game) for game in games], file, file.stem)
     files = [f"data.train_files={panels[0]}", f"data.val_files={panels[1]}"]
     every = [*files, *SAME, f"method={method}", f"trainer.total_training_steps={args.steps}", *args.overrides]
-    start = partial(run_main_ppo, folder, every, timeout=args.timeout, PYTHONUNBUFFERED="1")
+    start = partial(run_main_ppo, folder, every, timeout=args.timeout, forked=False, PYTHONUNBUFFERED="1")
     return watch(folder, start, every=0.5)
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.support.fork_server import LIBRARIES
+
 
 def run_on_ranks(job: Callable[..., None], *args: Any, ranks: int) -> None:
     """Call ``job(rank, *args)`` on every rank, with what verl's workers read from the environment.
@@ -22,8 +24,11 @@ def run_on_ranks(job: Callable[..., None], *args: Any, ranks: int) -> None:
     Raises:
         ProcessRaisedException: if a rank's job does; the others are stopped.
     """
+    mp.set_forkserver_preload(list(LIBRARIES))
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(job, args, ranks, str(Path(folder) / "store")), nprocs=ranks)
+        mp.start_processes(
+            _rank, args=(job, args, ranks, str(Path(folder) / "store")), nprocs=ranks, start_method="forkserver"
+        )
 
 
 def _rank(rank: int, job: Callable[..., None], args: tuple[Any, ...], ranks: int, store: str) -> None:

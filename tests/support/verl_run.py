@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.support.fork_server import forking
 
 RAY_IS_LATE = "The current node timed out during startup"
 """Ray gives its own processes 30 s to start, whatever the load of the machine; nothing of a run has begun by then."""
@@ -45,18 +48,18 @@ class Run:
         return {step: data[name] for step, data in self.metrics.items() if name in data}
 
 
+SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VERL_PLATFORM": "cpu"}
+
+
 def main_ppo(folder: Path, overrides: list[str], config: str = "sdar_quickstart") -> tuple[list[str], dict[str, str]]:
     """``python -m verl.trainer.main_ppo --config-name CONFIG OVERRIDES`` with its files under ``folder``, and the
     environment variables that it needs."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
+        **SETTINGS,
         "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "VERL_PLATFORM": "cpu",
     }
     command = [
         *[sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", config],
@@ -68,10 +71,20 @@ def main_ppo(folder: Path, overrides: list[str], config: str = "sdar_quickstart"
 
 
 def start_main_ppo(
-    folder: Path, overrides: list[str], *, config: str = "sdar_quickstart", **env: str
+    folder: Path, overrides: list[str], *, config: str = "sdar_quickstart", forked: bool = False, **env: str
 ) -> subprocess.Popen[bytes]:
-    """Start :func:`main_ppo`. Its output goes to ``log.txt`` there; it leads a process group of its own."""
+    """Start :func:`main_ppo`. Its output goes to ``log.txt`` there; it leads a process group of its own.
+
+    Args:
+        folder, overrides, config: of :func:`main_ppo`.
+        forked: the driver and Ray's workers are forks of :mod:`tests.support.fork_server`, which start sooner. They are
+            not below the returned process then.
+        **env: further environment variables.
+    """
     command, settings = main_ppo(folder, overrides, config)
+    if forked:
+        python = forking(**SETTINGS, OMP_WAIT_POLICY="PASSIVE")
+        command = [*python, *command[1:], f"+ray_kwargs.ray_init.runtime_env.py_executable={shlex.join(python)!r}"]
     with (folder / "log.txt").open("w") as stream:
         return subprocess.Popen(
             command,
@@ -83,14 +96,22 @@ def start_main_ppo(
         )
 
 
-def run_main_ppo(folder: Path, overrides: list[str], *, timeout: float = 400, check: bool = True, **kwargs: Any) -> Run:
+def run_main_ppo(
+    folder: Path,
+    overrides: list[str],
+    *,
+    timeout: float = 400,
+    check: bool = True,
+    forked: bool = True,
+    **kwargs: Any,
+) -> Run:
     """Run :func:`start_main_ppo`, whose further arguments these are, to its end.
 
     Raises:
         AssertionError: with the end of the output, when it does not end in time, or (``check``) not well.
     """
     for _ in range(STARTS):
-        process, log = start_main_ppo(folder, overrides, **kwargs), folder / "log.txt"
+        process, log = start_main_ppo(folder, overrides, forked=forked, **kwargs), folder / "log.txt"
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
