@@ -23,7 +23,7 @@ from tensordict import TensorDict
 from benchmarks.common import cost, machine, table
 from sdar_verl.config import load_config
 from sdar_verl.fields import TEACHER_LOG_PROBS
-from sdar_verl.finite import STUDENT_COLUMNS, leave_out_broken_rows, leave_out_broken_teacher
+from sdar_verl.finite import UPDATE_COLUMNS, check_rows, check_teacher
 from sdar_verl.method import Method
 from sdar_verl.observe.metrics import gap_metrics, row_metrics
 from sdar_verl.observe.record import distilled_tokens
@@ -103,8 +103,8 @@ def a_step(keys: list[str], extras: list[dict], columns: dict[str, torch.Tensor]
     lengths = [0 if info is None else (info.teacher_prompt_tokens or 0) for info in one.infos]
     balanced_order(lengths, RANKS)
     one.read([*TABLE_COLUMNS, TEACHER_LOG_PROBS])
-    leave_out_broken_rows(one, STUDENT_COLUMNS, "drop", 0)
-    leave_out_broken_teacher(one, "drop")
+    check_rows(one, UPDATE_COLUMNS, "drop", 0)
+    check_teacher(one, "drop")
     with advantage_rows(AdvantageRows.of(settings.advantage, one)) as rows:
         index = np.array(one.group_ids)
         compute_sdar_advantage(one.columns["rm_scores"], one.response, OmegaConf.create({}), index)

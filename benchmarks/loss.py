@@ -25,6 +25,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class MicroBatch:
         self.data = TensorDict(fields, batch_size=rows)
         values = StepValues(self.settings.coef, self.settings.beta)
         info = {"dp_size": 1, "batch_num_tokens": int(mask.sum()), "global_batch_size": rows}
-        tu.assign_non_tensor(self.data, **{STEP_VALUES: values.as_dict()}, **info)
+        tu.assign_non_tensor(self.data, **{STEP_VALUES: asdict(values)}, **info)
         self.offsets = torch.arange(rows + 1) * (PROMPT + RESPONSE)
         self.log_probs = self._log_probs().detach().requires_grad_()
 

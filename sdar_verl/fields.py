@@ -87,7 +87,7 @@ STATISTICS = (GAP_SHIFT, GAP_POOLED, LOSS_SCALE)
 """What a row must know of the others."""
 
 STEP_VALUES = "sdar_step"
-"""Entry of the batch under which :class:`sdar_verl.method.StepValues` travel to the workers."""
+"""Entry of ``batch.extra_info``, which verl gives to each micro-batch: :class:`sdar_verl.method.StepValues`, a dict."""
 
 SUMS_PREFIX = "sdar_total/"
 """Worker metrics under this prefix are sums; the trainer turns them into means."""

@@ -15,7 +15,7 @@ from sdar_verl.errors import NonFiniteError
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, log_probs_of
 from sdar_verl.table import StepTable, nested
 
-STUDENT_COLUMNS = {
+UPDATE_COLUMNS = {
     "old_log_probs": "the student's log-probs",
     "rollout_log_probs": "the rollout engine's log-probs",
     "ref_log_prob": "the reference's log-probs",
@@ -48,9 +48,7 @@ def describe(what: str, broken: Sequence[int], table: StepTable) -> str:
     return f"{what} hold NaN or infinity in {len(broken)} of {len(table.infos)} rows: {', '.join(names)}{more}."
 
 
-def leave_out_broken_rows(
-    table: StepTable, columns: Mapping[str, str], on_nonfinite: str, eos_token_id: int
-) -> dict[str, float]:
+def check_rows(table: StepTable, columns: Mapping[str, str], on_nonfinite: str, eos_token_id: int) -> dict[str, float]:
     """Stop the step, or take rows out of it, where a number of the student is not finite.
 
     A row that is taken out becomes what verl fills batches up with: the same length, end-of-sequence tokens, nothing of
@@ -73,7 +71,7 @@ def leave_out_broken_rows(
     broken: set[int] = set()
     told = []
     for name, what in columns.items():
-        values = table.advantages if name == "advantages" else table.columns.get(name)
+        values = table.columns.get(name)
         found = broken_rows(values, table.response) if values is not None else []
         if found:
             told.append(describe(what, found, table))
@@ -107,7 +105,7 @@ def _take_out(table: StepTable, numbers: Sequence[int], eos_token_id: int) -> No
     table.take_out(numbers)
 
 
-def leave_out_broken_teacher(table: StepTable, on_nonfinite: str) -> dict[str, float]:
+def check_teacher(table: StepTable, on_nonfinite: str) -> dict[str, float]:
     """Stop the step, or take rows out of the distillation term, where a number of the teacher is not finite.
 
     Workers mark a row that holds such a number anywhere in its log-probs, so hidden states and top-k log-probs need not

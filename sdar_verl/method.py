@@ -15,7 +15,7 @@ dealt to micro-batches and ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -51,15 +51,6 @@ class StepValues:
     measure: int | None = None
     only: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for a batch."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> StepValues:
-        """The other way round."""
-        return cls(**values)
-
 
 @dataclass(frozen=True)
 class Judgement:
@@ -68,13 +59,14 @@ class Judgement:
     Attributes:
         values: for the workers.
         columns: (rows, response_length) to write beside the rows: statistics, shaped advantages.
-        terms: gap and gate at the weights the step began with.
+        gap, gate: (rows, response_length), at the weights the step began with.
         change: mean absolute change of an advantage over the sampled tokens; None where the signal leaves them alone.
     """
 
     values: StepValues
     columns: dict[str, torch.Tensor]
-    terms: DistillationTerms | None = None
+    gap: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
     change: float | None = None
 
 
@@ -104,14 +96,15 @@ class Method:
         """
         settings, measure = self.settings, self._measure(table, coef)
         coef_of_loss = coef if self.in_loss else 0.0
-        weighted = {} if rl == 1.0 else {"advantages": rl * table.advantages}
+        advantages = rl * table.columns["advantages"]
+        weighted = {} if rl == 1.0 else {"advantages": advantages}
         if TEACHER_LOG_PROBS not in table.columns:  # a teacher that is scored inside the update, or has retired
             return Judgement(StepValues(coef_of_loss, beta, measure=measure), weighted)
         old = clean("old_log_probs", table.columns["old_log_probs"], table.mask)
         teacher = clean("teacher_log_probs", table.columns[TEACHER_LOG_PROBS], table.mask)
         entropy = table.columns.get("entropy") if self.reads_entropy else None
         known = {"distill_mask": table.mask, "entropy": entropy, "beta": beta, **self._gate, **self._shape}
-        known["advantages"] = table.advantages if self.reads_advantages else None
+        known["advantages"] = advantages if self.reads_advantages else None
         against = table.contrast
         statistics = step_statistics(
             old if against is None else against,
@@ -127,14 +120,14 @@ class Method:
         columns |= {CONTRAST: against, **weighted}
         change = None
         if not self.in_loss:
-            base = weighted.get("advantages", table.advantages)
-            shaped = self._shape_advantages(table, base, old, teacher, terms, statistics, coef)
-            change = _mean_change(shaped, base, table)
+            shaped = self._shape_advantages(table, advantages, old, teacher, terms, statistics, coef)
+            change = _mean_change(shaped, advantages, table)
             columns["advantages"] = shaped
         return Judgement(
             StepValues(coef_of_loss, beta, statistics.ranges, measure),
             {name: value for name, value in columns.items() if value is not None},
-            terms,
+            terms.gap,
+            terms.gate,
             change,
         )
 

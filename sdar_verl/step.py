@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from verl.utils.debug import marked_timer
@@ -17,18 +18,18 @@ from verl.utils.debug import marked_timer
 from sdar_verl.algorithm.schedules import GAP_SIZE
 from sdar_verl.config import SdarConfig
 from sdar_verl.fields import STEP_VALUES, TEACHER_PROMPTS
-from sdar_verl.finite import ADVANTAGE_COLUMNS, STUDENT_COLUMNS, leave_out_broken_rows, leave_out_broken_teacher
+from sdar_verl.finite import ADVANTAGE_COLUMNS, UPDATE_COLUMNS, check_rows, check_teacher
 from sdar_verl.method import Method, Strengths
 from sdar_verl.observe.base import Observer
 from sdar_verl.observe.metrics import gap_metrics, gap_size, reduce_loss_sums, row_metrics
-from sdar_verl.requests import StepRequests, requested
+from sdar_verl.requests import SCORING_PASS, StepRequests, requested
 from sdar_verl.table import StepTable, stop_on_lost_episodes
 from sdar_verl.teacher.several import mix, teacher_metrics
 from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
 from sdar_verl.verl.packing import check_packing
 from sdar_verl.verl.queue import RowColumns, in_order, read_table
 
-TABLE_COLUMNS = ("response_mask", "rm_scores", "entropy", *STUDENT_COLUMNS)
+TABLE_COLUMNS = ("response_mask", "rm_scores", "entropy", *UPDATE_COLUMNS)
 """What this process reads of every row, beside the teachers' log-probs."""
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class LocalUpdate(PPOTrainer):
     checks_packing: bool
 
     def local_update(self, metrics: dict[str, Any], size: int) -> StepTable:
-        """Sample the finished episodes of ``size`` prompts, let the teacher judge them, update the actor.
+        """Sample the finished episodes of ``size`` prompts, let the teacher score them, update the actor.
 
         Args:
             metrics: of this update; everything is added to it.
@@ -87,7 +88,7 @@ class LocalUpdate(PPOTrainer):
         metrics |= self.first_checks(table)
 
         if self.teacher is not None:
-            self.teacher.begin(table)  # one on devices of its own scores from here on
+            self.teacher.begin(table)  # stops without contexts; on devices of its own it scores from here on
         with self.timed("old_log_prob"):
             self.old_log_probs(table, metrics)
         if self.use_reference_policy:
@@ -101,15 +102,16 @@ class LocalUpdate(PPOTrainer):
                 metrics |= self.score_teacher(table)
 
         table.read([*TABLE_COLUMNS, *self.teacher_columns])
-        metrics |= self.leave_out(table, STUDENT_COLUMNS)
+        metrics |= self.check(table, UPDATE_COLUMNS)
         if self.teacher is not None:
-            metrics |= leave_out_broken_teacher(table, self.sdar.on_nonfinite)
-            mix(table, self.sdar.context.shares)
+            metrics |= check_teacher(table, self.sdar.on_nonfinite)
+            if self.sdar.context.teachers.weights:
+                mix(table, self.sdar.context.shares)
             metrics |= self.teacher.verify(table)
 
         with self.timed("adv"):
             self.advantages(table, metrics)
-        metrics |= self.leave_out(table, ADVANTAGE_COLUMNS)
+        metrics |= self.check(table, ADVANTAGE_COLUMNS)
         if self.taught:  # also when the teacher has retired: the policy gradient's weight is the method's
             with self.timed("method"):
                 metrics |= self.judge(table)
@@ -158,9 +160,9 @@ class LocalUpdate(PPOTrainer):
         self.checks_packing = False
         return {"sdar/packing_gap": check_packing(self, table)}
 
-    def leave_out(self, table: StepTable, columns: Mapping[str, str]) -> dict[str, float]:
+    def check(self, table: StepTable, columns: Mapping[str, str]) -> dict[str, float]:
         """Stop, or take rows out, where one of these columns is not finite."""
-        return leave_out_broken_rows(table, columns, self.sdar.on_nonfinite, self.tokenizer.eos_token_id)
+        return check_rows(table, columns, self.sdar.on_nonfinite, self.tokenizer.eos_token_id)
 
     # ---------------------------------------------------------------- passes
 
@@ -182,14 +184,18 @@ class LocalUpdate(PPOTrainer):
 
     def advantages(self, table: StepTable, metrics: dict[str, Any]) -> None:
         """verl's, whose estimator ``sdar`` is told which row belongs to which episode."""
-        with advantage_rows(AdvantageRows.of(self.sdar.advantage, table)) as rows:
+        with advantage_rows(AdvantageRows.of(self.sdar.advantage, table)) as told:
             table.batch = self._compute_advantage(table.batch, metrics=metrics)
-        if rows.counts is not None:
-            metrics["sdar/groups_without_variance"] = rows.counts.groups_without_variance
-            metrics["sdar/groups_of_one"] = rows.counts.groups_of_one
-            metrics["sdar/groups"] = rows.counts.groups
-        if rows.tokens is not None:
-            table.columns["advantages"] = rows.tokens
+        if told.counts is not None:
+            metrics["sdar/groups_without_variance"] = told.counts.groups_without_variance
+            metrics["sdar/groups_of_one"] = told.counts.groups_of_one
+            metrics["sdar/groups"] = told.counts.groups
+        if told.advantages is not None:
+            table.columns["advantages"] = told.advantages
+        else:
+            table.read(["advantages"])
+        if self.correction.get("rollout_rs"):
+            table.read(["response_mask"])  # tokens that it rejected are out of it
 
     def judge(self, table: StepTable) -> dict[str, float]:
         """The method's view of all rows: statistics and signals go to the rows, lambda and beta with the batch.
@@ -202,29 +208,30 @@ class LocalUpdate(PPOTrainer):
         if self.sdar.loss.rl_schedule.name != "constant" or rl != 1.0:
             metrics["sdar/rl_weight"] = rl
         judged = self.method.judge(table, coef, beta, rl)
-        if judged.terms is not None:
-            gap, entropy = judged.terms.gap, table.columns.get("entropy")
+        if judged.gap is not None and judged.gate is not None:
+            gap, entropy = judged.gap, table.columns.get("entropy")
             metrics |= gap_metrics(gap, table.mask, table.response, table.episode_ids, table.turns, entropy)
-            metrics |= teacher_metrics(table, judged.terms.gate, self.sdar.context.shares)
-            table.columns |= {"gap": gap, "gate": judged.terms.gate}
+            if self.sdar.context.teachers.several:
+                metrics |= teacher_metrics(table, judged.gate, self.sdar.context.shares)
+            table.columns |= {"gap": gap, "gate": judged.gate}
             if GAP_SIZE in self.strengths.measures:
                 metrics |= gap_size(gap, table.mask, table.response)
         if judged.change is not None:
             metrics["sdar/advantage_change"] = judged.change
         table.write(judged.columns)
-        table.batch.extra_info[STEP_VALUES] = judged.values.as_dict()
+        table.batch.extra_info[STEP_VALUES] = asdict(judged.values)
         return metrics
 
     def update_actor(self, table: StepTable, metrics: dict[str, Any]) -> None:
         """verl's, whose workers call :func:`sdar_verl.verl.loss.sdar_loss` with what :meth:`judge` sent along; their
         sums become means."""
         if self.teacher is None:
-            table.batch = self._update_actor(table.rows.lean(taught=False), metrics=metrics)
+            table.batch = self._update_actor(table.rows.lean(teacher=False), metrics=metrics)
             return
         within = self.teacher.source.per_update
         batch = table.rows.lean(*([TEACHER_PROMPTS] if within else []))
         if within:
-            self.teacher.ask_within(batch.extra_info)
+            batch.extra_info[SCORING_PASS] = self.requests.teacher.to_json()
         with requested(batch.extra_info, self.requests.update):
             table.batch = self._update_actor(batch, metrics=metrics)
         if self.local_trigger_step == self.parameter_sync_step - 1:
@@ -234,9 +241,14 @@ class LocalUpdate(PPOTrainer):
     # ---------------------------------------------------------------- of the run
 
     @property
+    def correction(self) -> Mapping[str, Any]:
+        """verl's ``algorithm.rollout_correction``."""
+        return self.config.algorithm.get("rollout_correction", None) or {}
+
+    @property
     def bypasses(self) -> bool:
         """verl takes the rollout's log-probs for the old ones and makes no pass over the student's rows."""
-        return bool((self.config.algorithm.get("rollout_correction", None) or {}).get("bypass_mode", False))
+        return bool(self.correction.get("bypass_mode", False))
 
     @property
     def colocated_reward_model(self) -> bool:

@@ -39,7 +39,7 @@ class Rows(Protocol):
     def tag(self, numbers: Sequence[int], **tags: Any) -> None:
         """Add verl's tags to some rows."""
 
-    def lean(self, *prompts: str, taught: bool = True) -> Any:
+    def lean(self, *prompts: str, teacher: bool = True) -> Any:
         """verl's batch for a pass of verl's, whose workers get what they read."""
 
 
@@ -85,6 +85,7 @@ class StepTable:
         if not self.lengths:
             self.lengths = [len(row) for row in stored["response_mask"].unbind()]
         self.columns.update(stored.to_padded_tensor().items())
+        self._forget()
 
     def write(self, columns: dict[str, torch.Tensor]) -> None:
         """Store columns (rows, response_length) beside the rows; the workers get them with the rest of the batch."""
@@ -170,13 +171,6 @@ class StepTable:
             return None
         columns = [self.columns[log_probs_of(contrast_pass(number))] for number in range(int(texts.max()))]
         return mixture_log_probs(torch.stack(columns), torch.arange(len(columns)).unsqueeze(-1) < texts)
-
-    @property
-    def advantages(self) -> torch.Tensor:
-        """(rows, response_length), the estimator's; fetched when first asked for."""
-        if "advantages" not in self.columns:
-            self.read(["advantages"])
-        return self.columns["advantages"]
 
 
 def joined(tables: Sequence[StepTable]) -> StepTable:
@@ -268,5 +262,5 @@ class _Several:
     def tag(self, numbers: Sequence[int], **tags: Any) -> None:
         raise NotImplementedError("the rows of one update are tagged")
 
-    def lean(self, *prompts: str, taught: bool = True) -> Any:
+    def lean(self, *prompts: str, teacher: bool = True) -> Any:
         raise NotImplementedError("the rows of one update are sent")

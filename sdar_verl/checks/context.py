@@ -126,9 +126,8 @@ def _contrast(context: ContextConfig) -> list[str]:
             for option, is_set in unread.items()
             if is_set
         ]
-    several = context.teachers.weights or context.teachers.by is not None
     same = (bad.sources, bad.options, bad.control) == (context.sources, context.options, context.control)
-    if same and not several:
+    if same and not context.teachers.several:
         return [
             f"{node}.sources={bad.sources} is what sdar.context.sources shows, too: the gap between them is 0 on every "
             f"token; use another context, or {node}.control=shuffled"

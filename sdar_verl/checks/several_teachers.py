@@ -26,7 +26,7 @@ def several_teachers_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"{NODE}.weights={teachers.weights} mixes the teachers of a row, {NODE}.by={teachers.by} chooses one; "
             "leave one of them out"
         )
-    if (teachers.weights or teachers.by is not None) and len(sources) < 2:
+    if teachers.several and len(sources) < 2:
         faults.append(f"{NODE} needs several sdar.context.sources, a teacher each; there is one: {sources}")
     if faults:
         return faults

@@ -47,6 +47,11 @@ class TeachersConfig(Node):
     )
     choice: dict[str, str] = Field(default_factory=dict, description="its value -> the source that teaches these rows")
 
+    @property
+    def several(self) -> bool:
+        """Whether sources have a teacher each."""
+        return bool(self.weights) or self.by is not None
+
 
 class WriterConfig(Node):
     """Who writes, for contexts that ask somebody (docs/contexts.md): prompts go out once the episodes have ended."""

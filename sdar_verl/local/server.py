@@ -8,19 +8,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from verl.utils import normalize_token_ids
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.workers.engine.fsdp.utils import unfuse_moe_params
 from verl.workers.rollout.replica import TokenOutput
 
 from sdar_verl.local.requests import Completion
 from sdar_verl.local.sampling import SamplingParams
 from sdar_verl.local.scheduler import BatchScheduler
 from sdar_verl.local.slot_cache import attends_fully, verify_slot_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -154,12 +158,11 @@ class TransformersServer:
         first = not self._loaded
 
         def load() -> None:
-            missing, unexpected = self._model.load_state_dict(dict(tensors), strict=False)
-            missing = set(missing) - set(self._model.all_tied_weights_keys)
+            missing, unexpected = load_weights(self._model, tensors)
             if missing or unexpected:
                 raise ValueError(
                     f"the trainer's weights do not fit the rollout model {self.model_config.path}: missing "
-                    f"{sorted(missing)[:3]}, unexpected {list(unexpected)[:3]}"
+                    f"{sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}"
                 )
             if first and attends_fully(self._model.config):
                 verify_slot_cache(self._model)
@@ -224,3 +227,13 @@ def _eos_token_ids(model_config: HFModelConfig) -> list[int]:
             f"model {model_config.path} names no end-of-sequence token: set eos_token in its tokenizer_config.json"
         )
     return sorted(found)
+
+
+def load_weights(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> tuple[set[str], set[str]]:
+    """Give a model the weights that verl's trainer sends; names that it lacks, and names that it has no place for."""
+    # verl names experts one by one, as checkpoints do; taken apart in the same way, the model's own are views of it.
+    own = dict(unfuse_moe_params(model.state_dict().items(), model.config.model_type))
+    fit = {name for name in own.keys() & tensors.keys() if own[name].shape == tensors[name].shape}
+    for name in fit:
+        own[name].copy_(tensors[name])
+    return own.keys() - fit - set(model.all_tied_weights_keys), tensors.keys() - fit

@@ -162,7 +162,6 @@ def trace_rows(table: StepTable, limit: int, tokenizer: Any) -> list[dict[str, A
     }
     if not traced:
         return []
-    table.advantages  # noqa: B018  reads them, where nothing else has
     stored = table.rows.read(["prompts", "responses"])
     prompts, responses = stored["prompts"].unbind(), stored["responses"].unbind()
     turns = [

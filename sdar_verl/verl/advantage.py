@@ -32,7 +32,7 @@ class AdvantageRows:
         turns: index of each row in its episode, from 0.
         observations: what the agent saw before each turn.
         counts: filled in by the estimator.
-        tokens: (rows, response tokens), what the estimator gave.
+        advantages: (rows, response tokens), what the estimator gave.
     """
 
     settings: AdvantageConfig
@@ -43,7 +43,7 @@ class AdvantageRows:
     turns: list[int] = field(default_factory=list)
     observations: list[str] = field(default_factory=list)
     counts: GroupCounts | None = None
-    tokens: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
 
     @classmethod
     def of(cls, settings: AdvantageConfig, table: StepTable) -> AdvantageRows:
@@ -137,7 +137,7 @@ def compute_sdar_advantage(
     tokens = broadcast_to_tokens(advantages, response_mask)
     for row, start, stop in rows.invalid_spans:
         tokens[row, start:stop] -= settings.invalid_action_penalty * response_mask[row, start:stop]
-    rows.tokens = tokens
+    rows.advantages = tokens
     return tokens, tokens
 
 

@@ -15,7 +15,6 @@ from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
 from sdar_verl.algorithm.divergences import COLUMNS, DIVERGENCES
-from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.masking import ROWS_NAMED, NonFiniteValues
 from sdar_verl.algorithm.stats import stats_sums
 from sdar_verl.errors import ConfigError, NonFiniteError
@@ -42,7 +41,7 @@ def sdar_loss(
 
     Args:
         config: verl's actor config; verl's loss and ``loss_agg_mode`` come from it.
-        method: of the run.
+        method: of the run; :meth:`sdar_verl.verl.trainer.SdarTraining.on_init_end` binds it.
         model_output: the engine's, with ``log_probs`` of the whole sequences, and ``entropy`` where it was asked for.
         data: the micro-batch: verl's fields, ``sdar_teacher_log_probs`` and ``sdar_teacher_mask`` (nested, response
             tokens), the trainer's statistics where an option needs them, and :class:`StepValues`.
@@ -65,8 +64,8 @@ def sdar_loss(
     sent = tu.get_non_tensor_data(data, STEP_VALUES, None)
     if sent is None:
         raise ConfigError("sdar_loss needs the step's lambda and beta, which trainer.v1.trainer_mode=sdar sends along")
-    step = StepValues.from_dict(sent)
-    if step.coef == 0 and TEACHER_LOG_PROBS not in data:  # the teacher has retired
+    values = StepValues(**sent)
+    if values.coef == 0 and TEACHER_LOG_PROBS not in data:  # the teacher has retired
         return loss, metrics
     entropy, divergence = (
         None if name not in model_output else no_padding_2_padding(model_output[name], data)
@@ -74,7 +73,7 @@ def sdar_loss(
     )
     log_probs = no_padding_2_padding(model_output["log_probs"], data)
     try:
-        terms = method.terms(log_probs, _columns(data, method), step, entropy=entropy, divergence=divergence)
+        terms = method.terms(log_probs, _columns(data, method), values, entropy=entropy, divergence=divergence)
     except NonFiniteValues as error:
         raise NonFiniteError(f"{error}{_named(data, error.rows)}") from error
     distillation = agg_loss(
@@ -86,15 +85,15 @@ def sdar_loss(
     metrics["sdar/loss"] = Metric(value=distillation, aggregation=AggregationType.SUM)
     sums = stats_sums(terms)
     sums |= column_sums(model_output, data, terms.mask)
-    if step.only is not None:
-        return (loss if step.only == "rl" else _differentiable(distillation, log_probs)), metrics
-    if step.coef > 0 and loss.requires_grad and method.settings.objective not in DIVERGENCES:
+    if values.only is not None:
+        return (loss if values.only == "rl" else _differentiable(distillation, log_probs)), metrics
+    if values.coef > 0 and loss.requires_grad and method.settings.objective not in DIVERGENCES:
         sums |= gradient_squares(loss, distillation, model_output["log_probs"], log_probs)
-    for name, value in sums.items():
-        metrics[f"{SUMS_PREFIX}{name}"] = Metric(value=value, aggregation=AggregationType.SUM)
-    if step.coef == 0:
+    for name, total in sums.items():
+        metrics[f"{SUMS_PREFIX}{name}"] = Metric(value=total, aggregation=AggregationType.SUM)
+    if values.coef == 0:
         return loss, metrics  # exactly verl's graph
-    return loss + step.coef * distillation, metrics
+    return loss + values.coef * distillation, metrics
 
 
 def gradient_squares(
@@ -161,53 +160,3 @@ def _without_advantages(data: TensorDict) -> TensorDict:
     data = data.copy()
     data["advantages"] = torch.zeros_like(data["advantages"])
     return data
-
-
-def gated_distillation_loss(
-    student_log_probs: torch.Tensor,
-    teacher_log_probs: torch.Tensor,
-    response_mask: torch.Tensor,
-    *,
-    loss_agg_mode: str = "token-mean",
-    dp_size: int = 1,
-    batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None,
-    loss_scale_factor: int | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """L_SDAR as a scalar, aggregated by verl's ``agg_loss``, and its sums for the metrics.
-
-    The tensors and ``options`` are the arguments of :func:`distillation_terms`. The last four below are verl's numbers
-    of the global batch: with them, gradients accumulated over micro-batches and averaged over ranks do not depend on
-    how the batch was split (a worker passes ``**config.global_batch_info``). Without them the loss is the mean over
-    this batch.
-
-    Args:
-        loss_agg_mode: one of verl's modes (token-mean, token-sum, seq-mean-token-sum, seq-mean-token-sum-norm,
-            seq-mean-token-mean). The paper's Agg is seq-mean-token-mean when a row is a trajectory.
-        dp_size: data-parallel ranks that average their gradients.
-        batch_num_tokens: valid response tokens in the global batch.
-        global_batch_size: rows in the global batch.
-        loss_scale_factor: divisor of seq-mean-token-sum-norm; None: response_length.
-
-    Returns:
-        loss: scalar; 0 with a gradient of 0 when no token is valid.
-        stats: see :func:`sdar_verl.algorithm.stats.stats_sums`.
-
-    Raises:
-        ValueError: as :func:`distillation_terms`; an unknown ``loss_agg_mode``; dp_size > 1 without the global
-            number that the mode divides by.
-    """
-    terms = distillation_terms(student_log_probs, teacher_log_probs, response_mask, **options)
-    loss = agg_loss(
-        loss_mat=terms.loss,
-        loss_mask=terms.response_mask,
-        loss_agg_mode=loss_agg_mode,
-        dp_size=dp_size,
-        batch_num_tokens=batch_num_tokens,
-        global_batch_size=global_batch_size,
-        loss_scale_factor=loss_scale_factor,
-    )
-    if not response_mask.any():
-        loss = terms.loss.sum()  # the mean over nothing would be 0 / 0; this 0 is still part of the graph
-    return loss, stats_sums(terms)

@@ -82,22 +82,23 @@ class QueueRows:
             if self.batch.fields is not None:  # what the workers are sent; None is everything
                 self.batch.fields = written.fields
 
-    def lean(self, *prompts: str, taught: bool = True) -> KVBatchMeta:
+    def lean(self, *prompts: str, teacher: bool = True) -> KVBatchMeta:
         """The batch for a pass of verl's, whose workers are sent the columns of numbers.
 
         Otherwise they are sent all there are: messages, records of the agent loop, the teacher's prompts. They read
-        none of these, and a column of objects costs more than the tokens.
+        none of these, and a column of objects costs more than the tokens. After the advantages verl's batch names every
+        column that its rows have by then, the teacher's among them.
 
         Args:
             *prompts: columns of the teacher's prompts that this pass reads.
-            taught: send the teacher's log-probs along; agent loops store such where the rollout server is the teacher,
+            teacher: send the teacher's log-probs along; agent loops store such where the rollout server is the teacher,
                 also when it has retired.
         """
         self.columns.learn(self.batch)
         names = self.columns.names if self.batch.fields is None else self.batch.fields
         ours = {name for name in names if name.startswith((TEACHER_PROMPTS, prompts_of("")))}
         left_out = (self.columns.objects - _READ_BY_WORKERS) | (ours - {*prompts})
-        left_out |= set() if taught else {TEACHER_LOG_PROBS, TEACHER_MASK}
+        left_out |= set() if teacher else {TEACHER_LOG_PROBS, TEACHER_MASK}
         self.batch.fields = [name for name in names if name not in left_out]
         return self.batch
 

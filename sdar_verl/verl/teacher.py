@@ -158,10 +158,6 @@ class PrivilegedTeacher:
             self._server_checked |= COMPARED in metrics
         return metrics
 
-    def ask_within(self, extra_info: dict[str, Any]) -> None:
-        """Tell an update what a teacher that is scored inside it must give."""
-        extra_info[SCORING_PASS] = self._requests.teacher.to_json()
-
     def updated(self) -> None:
         """The step's update is done: weights that follow the actor may follow now."""
         if self.source.own_weights:
@@ -217,7 +213,7 @@ class PrivilegedTeacher:
         Raises:
             TeacherError: it exceeds ``sdar.teacher.sanity_tolerance``.
         """
-        self._collected(table, self._send(table, ScoringPass.empty_context()))
+        self._collect(table, self._send(table, ScoringPass.empty_context()))
         stored = table.rows.read(["response_mask", "old_log_probs", EMPTY_CONTEXT_LOG_PROBS])
         sampled = stored["response_mask"].values().bool()
         gap = (stored[EMPTY_CONTEXT_LOG_PROBS].values() - stored["old_log_probs"].values())[sampled].abs()
@@ -257,21 +253,15 @@ class PrivilegedTeacher:
             return trainer.actor_rollout_wg.compute_anchor(meta)
         return workers.compute_teacher_log_prob(meta)
 
-    def _collect(self, table: StepTable, answer: Any) -> None:
-        """Wait for a pass; from here on the columns that it wrote go to the update with the rest of the rows."""
-        done, batch = self._collected(table, answer), table.batch
-        if batch.fields is not None:  # None is everything
-            batch.fields = list(dict.fromkeys([*batch.fields, *done.fields]))
-
     @staticmethod
-    def _collected(table: StepTable, answer: Any) -> Any:
+    def _collect(table: StepTable, answer: Any) -> None:
+        """Wait for a pass, whose columns lie beside the rows then."""
         # A pool's workers are not waited for when they are called; then verl leaves it to the caller to collect.
         done = BatchData(ray.get(answer.futures)).concat() if hasattr(answer, "futures") else answer
         if len(done) != len(table.infos):
             raise TeacherError(
                 f"the teacher pass returned {len(done)} rows for {len(table.infos)}: a fault of the engine"
             )
-        return done
 
 
 def _prompt_tokens(info: RowInfo | None, column: str) -> int:

@@ -136,7 +136,8 @@ class SdarTrainingWorker(TrainingWorker):
             micro_batch_size_per_gpu=config.infer_micro_batch_size_per_gpu,
             **{HEAD_REQUEST: request.to_json()},
         )
-        # The engine, not infer_batch of this class: the latter gives its result to reporting ranks alone.
+        # Our engine (engine.py, head.py), not infer_batch of this class: the latter gives its result to reporting ranks
+        # alone.
         result = self.engine.infer_batch(batch, loss_function=None)["model_output"]
         found = {TEACHER_LOG_PROBS: result["log_probs"]} | {n: result[n] for n in _ANSWERS if n in result}
         return {name: [row.cpu() for row in values.unbind()] for name, values in found.items()}
@@ -162,32 +163,25 @@ class WithTeacher(ActorRolloutRefWorker):
         config: verl's ``actor_rollout_ref`` node, with ``sdar.teacher`` in it (:data:`TEACHER_NODE`).
         role: verl's name of the role.
         **kwargs: verl's.
+
+    Attributes:
+        other: frozen weights from ``sdar.teacher.path``, in an engine of their own; None without.
+        source: where the teacher's weights come from; there after :meth:`init_model`.
     """
 
     actor_worker_cls = ref_worker_cls = SdarTrainingWorker
     actor: Any
     ref: Any
+    source: WeightSource
 
     def __init__(self, config: DictConfig, role: str, **kwargs: Any):
         super().__init__(config, role, **kwargs)
         import_modules(config[MODULES_NODE])
         self._settings = teacher_settings(config)
         self._own_config = copy.deepcopy(config)  # verl's init_model renames keys in the reference's node
-        self._other: Any = None
-        self._source: WeightSource | None = None
+        self.other: TrainingWorker | None = None
         if get_source(self._settings.source).per_update:
             self.actor_worker_cls = FreshTeacherTrainingWorker
-
-    @property
-    def other(self) -> TrainingWorker | None:
-        """Frozen weights from ``sdar.teacher.path``, in an engine of their own."""
-        return self._other
-
-    @property
-    def source(self) -> WeightSource:
-        """Where the teacher's weights come from; there after :meth:`init_model`."""
-        assert self._source is not None, "init_model comes first"
-        return self._source
 
     @register(dispatch_mode=_EVERYWHERE)
     def init_model(self) -> None:
@@ -196,14 +190,15 @@ class WithTeacher(ActorRolloutRefWorker):
         if self._settings.path is not None and self._settings.placement == "colocated":
             frozen = FrozenWorker(config=other_weights(self._own_config, self._settings.path), role="ref")
             frozen.init_model()
-            self._other = frozen.ref
-        self._source = get_source(self._settings.source)(self._settings, self)
-        self.set_dispatch_collect(mesh_name=TEACHER_MESH, **self._source.worker.get_dispatch_collect())
+            self.other = frozen.ref
+        self.source = get_source(self._settings.source)(self._settings, self)
+        self.set_dispatch_collect(mesh_name=TEACHER_MESH, **self.source.worker.get_dispatch_collect())
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name=TEACHER_MESH))
     @DistProfiler.annotate(color="cyan", role="teacher_compute_log_prob")
     def compute_teacher_log_prob(self, data: TensorDict) -> TensorDict:
-        """Score teacher rows with the teacher's weights; see :meth:`SdarTrainingWorker.score`."""
+        """Score teacher rows with the teacher's weights, which the reference's or the actor's worker has
+        (:mod:`sdar_verl.teacher.sources`); see :meth:`SdarTrainingWorker.score`."""
         with self.source.scoring() as options:
             fields = self.source.worker.score(data, **options)
         self.source.worker.engine.heads.hand_over(self.actor.engine.heads, "teacher")

@@ -11,7 +11,7 @@ import torch
 from sdar_verl.fields import TEACHER_LOG_PROBS
 from sdar_verl.local import start_policy
 from sdar_verl.report import layout
-from sdar_verl.verl.loss import gated_distillation_loss
+from sdar_verl.verl.scalar_loss import gated_distillation_loss
 from tests.support.plain import padded, plain_log_probs
 from tests.support.toy_run import train
 from tests.support.verl_run import Run

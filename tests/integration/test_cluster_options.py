@@ -6,6 +6,7 @@ the loss and gradient must be those of a plain model. Fused kernels are verl's t
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def run_case(rank: int, root: Path, fields: dict[str, list[torch.Tensor]], case:
         data[TEACHER_HIDDEN] = teacher[TEACHER_HIDDEN]
         tu.assign_non_tensor(data, **{HEAD_REQUEST: requests.update.to_json()})
     if measure:
-        tu.assign_non_tensor(data, **{STEP_VALUES: StepValues(COEF, BETA, measure=1).as_dict()})
+        tu.assign_non_tensor(data, **{STEP_VALUES: asdict(StepValues(COEF, BETA, measure=1))})
     before = weights(worker)
     output = worker.update_actor(data)
     after = weights(worker)

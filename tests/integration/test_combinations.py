@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from sdar_verl.fields import TEACHER_LOG_PROBS
 from sdar_verl.local import start_policy
-from sdar_verl.verl.loss import gated_distillation_loss
+from sdar_verl.verl.scalar_loss import gated_distillation_loss
 from tests.integration.test_teachers import actor_weights, recorded
 from tests.support.plain import padded, plain_log_probs
 from tests.support.toy_run import SAME, train

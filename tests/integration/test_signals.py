@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sdar_verl.algorithm.advantages import rlsd_advantages
 from sdar_verl.algorithm.gap import step_statistics
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
-from sdar_verl.verl.loss import gated_distillation_loss
+from sdar_verl.verl.scalar_loss import gated_distillation_loss
 from tests.support.toy_run import train
 from tests.support.verl_run import Run
 

@@ -10,7 +10,7 @@ import torch
 
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.local import start_policy
-from sdar_verl.verl.loss import gated_distillation_loss
+from sdar_verl.verl.scalar_loss import gated_distillation_loss
 from tests.support.golden import OTHER_PROCESSORS, golden
 from tests.support.plain import padded, plain_log_probs
 from tests.support.toy_run import SAME, train

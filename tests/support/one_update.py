@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sdar_verl.algorithm.divergences import DIVERGENCES
 from sdar_verl.fields import STEP_VALUES, SUMS_PREFIX, TEACHER_LOG_PROBS, TEACHER_MASK
 from sdar_verl.method import StepValues
 from sdar_verl.table import nested
-from sdar_verl.verl.loss import gated_distillation_loss
+from sdar_verl.verl.scalar_loss import gated_distillation_loss
 from tests.support.plain import padded
 from tests.support.teacher_worker import TEMPERATURE, batch
 
@@ -121,7 +122,7 @@ def one_mini_batch(
     )
     for name, per_row in fields.items():
         data[name] = nested([per_row[row] for row in chosen])
-    tu.assign_non_tensor(data, **{STEP_VALUES: values.as_dict()})
+    tu.assign_non_tensor(data, **{STEP_VALUES: asdict(values)})
     return data
 
 

@@ -15,7 +15,7 @@ from sdar_verl.step import TABLE_COLUMNS
 from sdar_verl.table import StepTable, nested
 from sdar_verl.verl.queue import row_id
 
-COLUMNS = (*TABLE_COLUMNS, TEACHER_LOG_PROBS)
+COLUMNS = (*TABLE_COLUMNS, TEACHER_LOG_PROBS, "advantages")
 """What the trainer reads of every row."""
 
 Values = Mapping[str, Sequence[Any]]

@@ -16,8 +16,8 @@ from sdar_verl.algorithm.signals import SignalRows, get_signal
 from sdar_verl.config.loss import LossConfig
 from sdar_verl.errors import NonFiniteError
 from sdar_verl.fields import CONTRAST, TEACHER_LOG_PROBS, TEACHER_MASK, contrast_pass, log_probs_of
-from sdar_verl.finite import leave_out_broken_teacher
-from sdar_verl.method import Method, StepValues, Strengths
+from sdar_verl.finite import check_teacher
+from sdar_verl.method import Method, Strengths
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.table import StepTable
 from tests.support.table import make_table, stored
@@ -168,20 +168,19 @@ def test_the_gap_is_taken_to_the_bad_contexts_and_travels_to_the_workers() -> No
         table.columns[TEACHER_LOG_PROBS][0] - (bad[0][0].exp() / 2 + bad[0][1].exp() / 2).log(),
         table.columns[TEACHER_LOG_PROBS][1] - bad[1][0],
     ]
-    assert judged.terms is not None
     for row in (0, 1):
         inside = slice(LENGTHS[row])
-        torch.testing.assert_close(judged.terms.gap[row, inside], expected[row][inside])
-    assert not judged.terms.mask[2].any()
+        torch.testing.assert_close(judged.gap[row, inside], expected[row][inside])
+    assert not judged.gap[2].any()
     # A worker, from the columns that it is sent, has the same gap: whatever the student's log-probs are by then.
     rows = {name: table.columns[name] for name in ("response_mask", "old_log_probs", TEACHER_LOG_PROBS)}
     rows |= judged.columns | {TEACHER_MASK: table.mask.long()}
     student = (table.columns["old_log_probs"] - 0.3).requires_grad_()
-    terms = Method(settings).terms(student, rows, StepValues.from_dict(judged.values.as_dict()))
-    torch.testing.assert_close(terms.gate, judged.terms.gate)
+    terms = Method(settings).terms(student, rows, judged.values)
+    torch.testing.assert_close(terms.gate, judged.gate)
     # What is trained is the objective of the student all the same, with its gradient.
     (gradient,) = torch.autograd.grad(terms.loss.sum(), student)
-    torch.testing.assert_close(gradient, -judged.terms.gate)
+    torch.testing.assert_close(gradient, -judged.gate)
     assert set(judged.columns) >= {CONTRAST}
 
 
@@ -196,13 +195,13 @@ def test_without_a_bad_context_nothing_of_it_is_there() -> None:
 
 def test_a_broken_number_of_a_bad_context_is_the_teachers() -> None:
     with pytest.raises(NonFiniteError, match="the teacher's log-probs hold NaN or infinity in 1 of 3 rows: a_0_0"):
-        leave_out_broken_teacher(table_of(**{log_probs_of(contrast_pass(1)): float("nan")}), "error")
+        check_teacher(table_of(**{log_probs_of(contrast_pass(1)): float("nan")}), "error")
     table = table_of(**{log_probs_of(contrast_pass(1)): float("nan")})
-    assert leave_out_broken_teacher(table, "drop") == {"sdar/nonfinite_teacher_rows": 1}
+    assert check_teacher(table, "drop") == {"sdar/nonfinite_teacher_rows": 1}
     assert not table.mask[0].any() and table.mask[1].any()
     assert torch.stack([row.sum() for row in stored(table)[log_probs_of(contrast_pass(1))]]).isfinite().all()
     judged = Method(LossConfig()).judge(table, 0.01, 5.0)
-    assert judged.terms is not None and judged.terms.gap.isfinite().all()
+    assert judged.gap is not None and judged.gap.isfinite().all()
 
 
 def test_the_terms_do_not_take_a_gap_to_anything_else() -> None:

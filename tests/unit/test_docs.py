@@ -29,7 +29,7 @@ from sdar_verl.cli import _parser, guarded
 from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
 from sdar_verl.fields import NORM_PREFIX, SUMS_PREFIX, TEACHER_LOG_PROBS, contrast_pass, log_probs_of
-from sdar_verl.finite import leave_out_broken_rows, leave_out_broken_teacher
+from sdar_verl.finite import check_rows, check_teacher
 from sdar_verl.observe import warnings
 from sdar_verl.observe.metrics import gap_metrics, gap_size, reduce_loss_sums, row_metrics
 from sdar_verl.observe.skill_statistics import statistics_metrics
@@ -96,7 +96,7 @@ def emitted_metrics() -> set[str]:
     names = set(row_metrics(table))
     table.columns |= {name: torch.zeros(2, 1) for name in ("old_log_probs", log_probs_of(contrast_pass(0)))}
     names |= set(teacher_metrics(table, torch.ones(2, 1), {}))
-    names |= {*leave_out_broken_rows(table, {}, "drop", 0), *leave_out_broken_teacher(table, "drop")}
+    names |= {*check_rows(table, {}, "drop", 0), *check_teacher(table, "drop")}
     counted = {"acc": [1.0], "task_score": [1.0], "turns": [1.0], "invalid_actions": [0.0], "failed": [0.0]}
     outcomes = {**counted, "task_id": ["t"]}
     names |= set(arm_metrics({**outcomes, "task_type": ["<task type>"], "arm": ["<arm>"]}, {}))

@@ -7,7 +7,7 @@ import torch
 
 from sdar_verl.errors import NonFiniteError
 from sdar_verl.fields import SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN, TEACHER_LOG_PROBS, TEACHER_MASK
-from sdar_verl.finite import ADVANTAGE_COLUMNS, STUDENT_COLUMNS, leave_out_broken_rows, leave_out_broken_teacher
+from sdar_verl.finite import ADVANTAGE_COLUMNS, UPDATE_COLUMNS, check_rows, check_teacher
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.table import StepTable
 from sdar_verl.verl.worker import _broken
@@ -37,14 +37,14 @@ def table_of(**broken: list[tuple[int, int, float]]) -> StepTable:
 
 
 def check_student(table: StepTable, on_nonfinite: str = "error") -> dict[str, float]:
-    return leave_out_broken_rows(table, STUDENT_COLUMNS, on_nonfinite, EOS)
+    return check_rows(table, UPDATE_COLUMNS, on_nonfinite, EOS)
 
 
 def test_a_step_of_finite_numbers_is_left_alone() -> None:
     table = table_of()
     before = {name: [row.clone() for row in column] for name, column in stored(table).items()}
     assert check_student(table, "drop") == {"sdar/nonfinite_rows": 0}
-    assert leave_out_broken_rows(table, ADVANTAGE_COLUMNS, "drop", EOS) == {"sdar/nonfinite_rows": 0}
+    assert check_rows(table, ADVANTAGE_COLUMNS, "drop", EOS) == {"sdar/nonfinite_rows": 0}
     assert all(torch.equal(a, b) for name in before for a, b in zip(before[name], stored(table)[name], strict=True))
     assert check_student(table_of()) == {}
 
@@ -70,7 +70,7 @@ def test_long_lists_of_rows_are_cut() -> None:
     infos = [RowInfo(0, "pick", teacher_prompt_tokens=5)] * 20
     table = make_table([f"u_0_{i}" for i in range(20)], infos, columns)
     with pytest.raises(NonFiniteError, match=r"in 20 of 20 rows: u_0_0 .*u_0_7 \(task , turn 1\) and 12 more"):
-        leave_out_broken_teacher(table, "error")
+        check_teacher(table, "error")
 
 
 def test_dropped_rows_become_padding() -> None:
@@ -96,7 +96,7 @@ def test_dropped_rows_become_padding() -> None:
 def test_rows_are_counted_over_all_looks_of_a_step() -> None:
     table = table_of(old_log_probs=[(1, 0, NAN)], advantages=[(0, 0, INF)])
     check_student(table, "drop")
-    assert leave_out_broken_rows(table, ADVANTAGE_COLUMNS, "drop", EOS) == {"sdar/nonfinite_rows": 2}
+    assert check_rows(table, ADVANTAGE_COLUMNS, "drop", EOS) == {"sdar/nonfinite_rows": 2}
     assert [info is None for info in table.infos] == [True, True, False, True]
 
 
@@ -111,9 +111,9 @@ def test_a_broken_teacher_is_named_or_not_listened_to() -> None:
     with pytest.raises(
         NonFiniteError, match=r"teacher's log-probs .* 1 of 4 rows: s1p0_0_1 \(task a, turn 2\)\. .*drop"
     ):
-        leave_out_broken_teacher(table_of(**broken), "error")
+        check_teacher(table_of(**broken), "error")
     table = table_of(**broken)
-    assert leave_out_broken_teacher(table, "drop") == {"sdar/nonfinite_teacher_rows": 1}
+    assert check_teacher(table, "drop") == {"sdar/nonfinite_teacher_rows": 1}
     assert [row.tolist() for row in stored(table)[TEACHER_MASK]] == [[1, 1, 1], [0, 0], [1, 1, 1, 1], [0]]
     assert stored(table)[TEACHER_LOG_PROBS][1].tolist() == [0, 0]
     assert stored(table)[TEACHER_LOG_PROBS][0].tolist() == [-1, -1, -1]
@@ -124,14 +124,14 @@ def test_a_broken_teacher_is_named_or_not_listened_to() -> None:
 def test_a_teacher_without_a_fault_is_left_alone() -> None:
     table = table_of()
     before = dict(stored(table))
-    assert leave_out_broken_teacher(table, "error") == {}
-    assert leave_out_broken_teacher(table, "drop") == {"sdar/nonfinite_teacher_rows": 0}
+    assert check_teacher(table, "error") == {}
+    assert check_teacher(table, "drop") == {"sdar/nonfinite_teacher_rows": 0}
     assert stored(table) == before, "nothing is written"
 
 
 def test_a_teacher_that_is_scored_later_has_nothing_to_look_at() -> None:
     table = make_table(["u_0_0"], [RowInfo(0, "pick")], {"response_mask": [[1]]})
-    assert leave_out_broken_teacher(table, "drop") == {}
+    assert check_teacher(table, "drop") == {}
 
 
 def test_the_worker_looks_at_the_head_as_well_and_not_at_hidden_states() -> None:

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from sdar_verl.algorithm.gap import StepStatistics, gate_gap, step_statistics
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.turns import episode_means, turn_means
-from sdar_verl.verl.loss import gated_distillation_loss
+from sdar_verl.verl.scalar_loss import gated_distillation_loss
 
 ROWS, LENGTH = 6, 5
 EPISODES = ["x", "y", "x", "z", "y", "x"]

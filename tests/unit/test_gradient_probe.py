@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,7 +60,7 @@ def loss(outputs: torch.Tensor, data: TensorDict) -> torch.Tensor:
 
 def batch(measure: int | None) -> TensorDict:
     data = TensorDict({"x": torch.arange(12.0).reshape(4, 3)}, batch_size=4)
-    tu.assign_non_tensor(data, **{STEP_VALUES: StepValues(0.5, 5.0, measure=measure).as_dict()})
+    tu.assign_non_tensor(data, **{STEP_VALUES: asdict(StepValues(0.5, 5.0, measure=measure))})
     return data
 
 
@@ -88,7 +89,7 @@ def test_a_step_is_measured_on_its_first_update_alone() -> None:
 def test_the_batch_says_afterwards_what_it_said_before() -> None:
     data = batch(1)
     Measuring().train_batch(data, loss_function=loss)
-    assert StepValues.from_dict(tu.get_non_tensor_data(data, STEP_VALUES, None)) == StepValues(0.5, 5.0, measure=1)
+    assert StepValues(**tu.get_non_tensor_data(data, STEP_VALUES, None)) == StepValues(0.5, 5.0, measure=1)
 
 
 def test_a_batch_that_says_nothing_is_verls_own() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from sdar_verl.local.server import load_weights
 from tests.support.cpu_server import make_server, rollout_config
 from tests.support.plain import plain_logits
 from tests.support.tiny_model import make_tiny_model
@@ -165,3 +166,24 @@ def test_settings_of_a_gpu_engine_are_refused():
     for mode, is_reward_model in ((RolloutMode.COLOCATED, False), (RolloutMode.STANDALONE, True)):
         with pytest.raises(ValueError, match="serves the policy"):
             launch(mode, is_reward_model)
+
+
+def test_experts_that_verl_sends_one_by_one_are_put_together():
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    from verl.workers.engine.fsdp.utils import unfuse_moe_params
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "intermediate_size": 8}
+    config = Qwen3MoeConfig(**sizes, **experts, num_key_value_heads=1, tie_word_embeddings=True)
+    trained, served = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    sent = dict(unfuse_moe_params(trained.state_dict().items(), config.model_type))
+    del sent["lm_head.weight"]  # tied
+    assert load_weights(served, sent) == (set(), set())
+    for name, values in trained.state_dict().items():
+        assert torch.equal(served.state_dict()[name], values), name
+    del sent["model.layers.1.mlp.experts.3.down_proj.weight"]
+    sent["model.norm.weight"] = torch.ones(1)
+    assert load_weights(served, sent) == (
+        {"model.layers.1.mlp.experts.3.down_proj.weight", "model.norm.weight"},
+        {"model.norm.weight"},
+    )

@@ -17,7 +17,7 @@ from sdar_verl.algorithm.gates import _GATES, register_gate
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.objectives import _OBJECTIVES, get_objective, register_objective
 from sdar_verl.algorithm.stats import finalize_stats, stats_sums
-from sdar_verl.verl.loss import gated_distillation_loss
+from sdar_verl.verl.scalar_loss import gated_distillation_loss
 from tests.support.plain import add_stats
 
 ROWS, LENGTH, VOCAB = 6, 5, 7

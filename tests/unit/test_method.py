@@ -5,12 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import verl.trainer.ppo.v1  # noqa: F401  loads our trainers, which stand on it
 
 from sdar_verl.algorithm.advantages import rlsd_advantages
 from sdar_verl.algorithm.gap import step_statistics
+from sdar_verl.config import AdvantageConfig
 from sdar_verl.config.context import ContextConfig
 from sdar_verl.config.loss import LossConfig
 from sdar_verl.fields import GAP_POOLED, GAP_SHIFT, LOSS_SCALE, STEP_VALUES, TEACHER_LOG_PROBS
@@ -19,6 +21,7 @@ from sdar_verl.observe.base import load_states, save_states
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.step import LocalUpdate
 from sdar_verl.table import StepTable
+from sdar_verl.verl.advantage import compute_sdar_advantage
 from tests.support.table import make_table, stored
 
 KEYS = ["s1p0_0_0", "s1p0_0_1", "s1p0_1_0", "s1p1_0_0", "padding_0_0"]
@@ -104,18 +107,17 @@ def test_a_gate_that_reads_the_entropy_gets_the_steps_ranges() -> None:
 def test_gap_and_gate_are_those_of_the_loss_and_nothing_where_there_is_no_teacher() -> None:
     table = table_of()
     table.silence([1], "no answer")
-    terms = judged(table, beta=2.0).terms
-    assert terms is not None
+    found = judged(table, beta=2.0)
     gap = table.columns[TEACHER_LOG_PROBS] - table.columns["old_log_probs"]
-    torch.testing.assert_close(terms.gap[table.mask], gap[table.mask])
-    torch.testing.assert_close(terms.gate[table.mask], torch.sigmoid(2.0 * gap[table.mask]))
-    assert not terms.gap[1].any() and not terms.gate[1].any() and not terms.gate[4].any()
+    torch.testing.assert_close(found.gap[table.mask], gap[table.mask])
+    torch.testing.assert_close(found.gate[table.mask], torch.sigmoid(2.0 * gap[table.mask]))
+    assert not found.gap[1].any() and not found.gate[1].any() and not found.gate[4].any()
 
 
 def test_a_signal_changes_advantages_and_keeps_the_loss_out() -> None:
     table = table_of()
     found = judged(table, signal="advantage_weight", coef=0.5)
-    before = table.advantages
+    before = table.columns["advantages"]
     expected = rlsd_advantages(before, table.columns["old_log_probs"], table.columns[TEACHER_LOG_PROBS], table.response)
     torch.testing.assert_close(found.columns["advantages"], expected)
     assert found.values.coef == 0.0
@@ -171,7 +173,7 @@ def test_the_judgement_goes_to_the_rows_the_batch_and_the_metrics() -> None:
     metrics = LocalUpdate.judge(trainer(centre="batch"), table)
     assert set(stored(table)) - before == {GAP_SHIFT}
     assert [len(row) for row in stored(table)[GAP_SHIFT]] == LENGTHS
-    values = StepValues.from_dict(table.rows.batch.extra_info[STEP_VALUES])
+    values = StepValues(**table.rows.batch.extra_info[STEP_VALUES])
     assert values == StepValues(0.01, 5.0)
     assert (metrics["sdar/lambda"], metrics["sdar/beta"]) == (0.01, 5.0)
     assert "sdar/gap_centred_std" in metrics and "sdar/advantage_change" not in metrics
@@ -182,25 +184,47 @@ def test_shaped_advantages_are_what_the_workers_get() -> None:
     table = table_of()
     before = [row.clone() for row in stored(table)["advantages"]]
     metrics = LocalUpdate.judge(trainer(signal="advantage_weight", coef=0.5), table)
-    assert (metrics["sdar/lambda"], StepValues.from_dict(table.rows.batch.extra_info[STEP_VALUES]).coef) == (0.5, 0.0)
+    assert (metrics["sdar/lambda"], StepValues(**table.rows.batch.extra_info[STEP_VALUES]).coef) == (0.5, 0.0)
     assert metrics["sdar/advantage_change"] > 0.0
     assert not torch.equal(stored(table)["advantages"][0], before[0])
-    assert torch.equal(table.advantages[0, :3], stored(table)["advantages"][0]), "the record shows what was trained on"
+    assert torch.equal(table.columns["advantages"][0, :3], stored(table)["advantages"][0]), (
+        "the record shows what was trained on"
+    )
+
+
+@pytest.mark.parametrize("estimator", ["sdar", "another"])
+def test_tokens_that_verl_rejects_while_it_makes_the_advantages_are_out_of_all_that_follows(estimator: str) -> None:
+    table, one = table_of(), trainer(divide_by="gap_bearing")
+
+    def compute_advantage(batch: Any, metrics: dict[str, Any]) -> Any:
+        stored(table)["response_mask"][0] = torch.tensor([1, 0, 1])
+        if estimator == "sdar":
+            compute_sdar_advantage(torch.ones(5, 4), table.response.long(), index=np.array(["g"] * 5))
+        return batch
+
+    one.sdar.advantage, one._compute_advantage, one.correction = AdvantageConfig(), compute_advantage, {}
+    LocalUpdate.advantages(one, table, {})
+    assert table.response[0].tolist() == [True, True, True, False], "without rejection it is not read again"
+    one.correction = {"rollout_rs": "token"}
+    LocalUpdate.advantages(one, table, {})
+    assert table.response[0].tolist() == [True, False, True, False]
+    LocalUpdate.judge(one, table)
+    assert table.columns["gap"][0, 1] == 0 != table.columns["gap"][0, 2]
 
 
 def test_a_teacher_that_is_scored_within_the_update_has_no_gap_before_it() -> None:
     table = table_of(with_teacher=False)
     metrics = LocalUpdate.judge(trainer(), table)
     assert metrics == {"sdar/lambda": 0.01, "sdar/beta": 5.0}
-    assert StepValues.from_dict(table.rows.batch.extra_info[STEP_VALUES]) == StepValues(0.01, 5.0)
+    assert StepValues(**table.rows.batch.extra_info[STEP_VALUES]) == StepValues(0.01, 5.0)
 
 
 def test_the_policy_gradients_weight_is_a_factor_on_what_a_signal_adds_to() -> None:
-    plain, base = judged(table_of()), table_of().advantages
+    plain, base = judged(table_of()), table_of().columns["advantages"]
     assert "advantages" not in plain.columns
     weighted = judged(table_of(), rl_coef=0.25)
     torch.testing.assert_close(weighted.columns["advantages"], 0.25 * base)
-    assert torch.equal(weighted.terms.loss, plain.terms.loss), "the distillation term keeps its own weight"
+    assert torch.equal(weighted.gate, plain.gate) and weighted.values == plain.values, "the term keeps its own"
     shaped, alone = (judged(table_of(), signal="advantage_shaping", coef=0.3, rl_coef=rl) for rl in (0.25, 0.0))
     torch.testing.assert_close(shaped.columns["advantages"] - alone.columns["advantages"], 0.25 * base)
     assert shaped.change == pytest.approx(alone.change), "the change is the teacher's, not the weight's"
@@ -213,5 +237,5 @@ def test_a_retired_teacher_leaves_the_workers_verls_loss_and_the_weight_of_the_p
     one.teacher, one.global_steps = None, 2
     metrics = LocalUpdate.judge(one, table)
     assert metrics == {"sdar/lambda": 0.0, "sdar/beta": 5.0, "sdar/rl_weight": 0.5}
-    assert StepValues.from_dict(table.rows.batch.extra_info[STEP_VALUES]).coef == 0
+    assert StepValues(**table.rows.batch.extra_info[STEP_VALUES]).coef == 0
     assert torch.equal(stored(table)["advantages"][0], torch.full((3,), 0.5))

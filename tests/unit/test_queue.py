@@ -55,7 +55,7 @@ def test_a_retired_teachers_log_probs_stay_behind(asked: list[list[str]]) -> Non
     """Of rows that the rollout server would have scored."""
     fields = [*NUMBERS, TEACHER_MASK]
     assert rows(fields).lean().fields == fields
-    assert rows(fields).lean(taught=False).fields == [name for name in NUMBERS if name != TEACHER_LOG_PROBS]
+    assert rows(fields).lean(teacher=False).fields == [name for name in NUMBERS if name != TEACHER_LOG_PROBS]
 
 
 def test_after_a_phase_of_verls_all_columns_are_named_again_and_none_is_looked_up_twice(asked: list[list[str]]) -> None:

@@ -12,7 +12,7 @@ import torch
 from sdar_verl.algorithm.advantages import rlsd_advantages
 from sdar_verl.algorithm.schedules import Scheduled, make_schedule
 from sdar_verl.algorithm.stats import finalize_stats
-from sdar_verl.verl.loss import gated_distillation_loss
+from sdar_verl.verl.scalar_loss import gated_distillation_loss
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "released_losses.json").read_text())["cases"]
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}

@@ -13,7 +13,7 @@ from sdar_verl.config import TeacherConfig
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import NonFiniteError, TeacherError
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
-from sdar_verl.finite import leave_out_broken_teacher
+from sdar_verl.finite import check_teacher
 from sdar_verl.requests import StepRequests
 from sdar_verl.rollout.outputs import Episode, OutputMaker, Turn
 from sdar_verl.rollout.rows import EpisodeNote, RowInfo
@@ -133,9 +133,9 @@ def test_the_teachers_mean_is_that_of_the_sampled_tokens():
 def test_an_answer_of_nan_stops_the_step_or_leaves_the_distillation_term():
     infos = [record([float("nan"), -9.0, -0.75]), record([-1.5]), None]
     with pytest.raises(NonFiniteError, match="teacher's log-probs hold NaN or infinity in 1 of 3 rows"):
-        leave_out_broken_teacher(step(*infos), "error")
+        check_teacher(step(*infos), "error")
     table = step(*infos)
-    assert leave_out_broken_teacher(table, "drop") == {"sdar/nonfinite_teacher_rows": 1}
+    assert check_teacher(table, "drop") == {"sdar/nonfinite_teacher_rows": 1}
     assert teacher().verify(table)["sdar/teacher_log_prob"] == -1.5
     assert [row.tolist() for row in stored(table)[TEACHER_MASK]] == [[0, 0, 0], [1], [0]]
     assert [row.tolist() for row in stored(table)[TEACHER_LOG_PROBS]] == [[0.0] * 3, [-1.5], [0.0]]

@@ -19,9 +19,9 @@ from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import ConfigError, NonFiniteError
 from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, contrast_pass, log_probs_of, prompts_of, teacher_pass
-from sdar_verl.finite import leave_out_broken_teacher
+from sdar_verl.finite import check_teacher
 from sdar_verl.local import start_policy
-from sdar_verl.method import Method, StepValues, Strengths
+from sdar_verl.method import Method, Strengths
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.table import StepTable
 from sdar_verl.teacher.several import mix, teacher_metrics
@@ -80,12 +80,11 @@ def test_the_mixture_is_the_log_of_the_weighted_mean_probability_and_travels_to_
         assert torch.equal(stored(table)[TEACHER_LOG_PROBS][row], mixed[row, :length])
     settings = LossConfig()
     judged = Method(settings).judge(table, *Strengths(settings).at(1))
-    assert judged.terms is not None
-    torch.testing.assert_close(judged.terms.gap[0], (mixed - table.columns["old_log_probs"])[0])
+    torch.testing.assert_close(judged.gap[0], (mixed - table.columns["old_log_probs"])[0])
     rows = {name: table.columns[name] for name in ("response_mask", "old_log_probs", TEACHER_LOG_PROBS)}
     rows |= {TEACHER_MASK: table.mask.long()}
-    terms = Method(settings).terms(table.columns["old_log_probs"], rows, StepValues.from_dict(judged.values.as_dict()))
-    assert torch.equal(terms.gap, judged.terms.gap)
+    terms = Method(settings).terms(table.columns["old_log_probs"], rows, judged.values)
+    assert torch.equal(terms.gap, judged.gap)
 
 
 def test_gap_gate_and_share_of_each_teacher_are_those_of_a_plain_loop() -> None:
@@ -150,9 +149,9 @@ def test_chosen_teachers_have_their_rows_to_themselves_and_one_teacher_has_no_su
 def test_a_broken_number_of_any_teacher_is_told_or_silences_the_row() -> None:
     name = log_probs_of(teacher_pass(1))
     with pytest.raises(NonFiniteError, match="the teacher's log-probs hold NaN or infinity in 1 of 4 rows: a_0_0"):
-        leave_out_broken_teacher(table_of(**{name: float("nan")}), "error")
+        check_teacher(table_of(**{name: float("nan")}), "error")
     table = table_of(**{name: float("nan")})
-    assert leave_out_broken_teacher(table, "drop") == {"sdar/nonfinite_teacher_rows": 1}
+    assert check_teacher(table, "drop") == {"sdar/nonfinite_teacher_rows": 1}
     mix(table, SHARES)
     assert table.columns[TEACHER_LOG_PROBS].isfinite().all() and not table.mask[0].any()
     found = teacher_metrics(table, torch.ones(4, 4), SHARES)

@@ -22,7 +22,7 @@ from sdar_verl.algorithm.signals import (
     signal_reads,
     teacher_value,
 )
-from sdar_verl.verl.loss import gated_distillation_loss
+from sdar_verl.verl.scalar_loss import gated_distillation_loss
 
 EPISODES = ["a", "b", "a", "b", "a", "c"]
 GROUPS = ["g", "g", "g", "g", "g", "h"]

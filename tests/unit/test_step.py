@@ -146,6 +146,7 @@ class Trainer(LocalUpdate):
     def advantages(self, table: StepTable, metrics: dict[str, Any]) -> None:
         self.seen["estimated"] = [info is not None for info in table.infos]
         table.batch = verls("advantages", "advantages")(self, table.batch, metrics)
+        table.read(["advantages"])
 
     def judge(self, table: StepTable) -> dict[str, float]:
         self.calls.append("judge")

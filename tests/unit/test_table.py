@@ -40,10 +40,14 @@ def test_what_is_written_is_read_back_as_it_was_stored():
     assert table.columns["new"] is values
 
 
-def test_advantages_are_fetched_when_they_are_asked_for():
-    table = two_episodes(advantages=[[1.0] * 4, [2.0], [3.0, 3.0], [0.0]])
-    assert "advantages" not in table.columns
-    assert table.advantages[:, 0].tolist() == [1, 2, 3, 0]
+def test_a_mask_that_is_read_again_is_the_one_that_counts():
+    """verl's rejection takes tokens out of the response's mask after it was read."""
+    table = two_episodes()
+    assert table.mask[0].tolist() == [True, True, False, True]
+    stored(table)["response_mask"][0] = torch.tensor([1, 0, 0, 1])
+    table.read(["response_mask"])
+    assert table.mask[0].tolist() == table.response[0].tolist() == [True, False, False, True]
+    assert table.lengths[0] == 4
 
 
 def test_who_the_rows_are():
@@ -79,13 +83,14 @@ def test_the_updates_of_a_step_are_one_table():
     )
     for table, value in ((wide, 1.0), (narrow, 2.0)):
         stored(table)["advantages"] = [torch.full((length,), value) for length in table.lengths]
+        table.read(["advantages"])
     whole = joined([wide, narrow])
-    assert set(whole.columns) == {"response_mask", "old_log_probs"}
+    assert set(whole.columns) == {"response_mask", "old_log_probs", "advantages"}
     assert whole.columns["old_log_probs"][-1].tolist() == [-6, -7, 0, 0]
     assert whole.episode_ids == [*wide.episode_ids, "b_0"] and whole.lengths == [4, 1, 2, 1, 2]
     assert whole.rows.keys == [*wide.rows.keys, "b_0_0"]
     assert whole.mask.sum(1).tolist() == [3, 1, 0, 0, 2]
-    assert whole.advantages[:, 0].tolist() == [1, 1, 1, 1, 2]
+    assert whole.columns["advantages"][:, 0].tolist() == [1, 1, 1, 1, 2]
     assert joined([wide]) is wide
 
 

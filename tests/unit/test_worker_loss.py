@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -94,7 +95,7 @@ class Step:
         data = TensorDict({**ragged, **ids}, batch_size=len(rows))
         values = StepValues(coef, settings.beta, tuple(statistics.ranges) if statistics.ranges else None)
         info = {"dp_size": dp_size, "batch_num_tokens": int(self.mask.sum()), "global_batch_size": ROWS}
-        tu.assign_non_tensor(data, **{STEP_VALUES: values.as_dict()}, **info)
+        tu.assign_non_tensor(data, **{STEP_VALUES: asdict(values)}, **info)
         output = {"log_probs": self.whole_rows(self.student, rows)}
         if entropy:
             output["entropy"] = self.whole_rows(self.entropy, rows)
@@ -222,7 +223,7 @@ def test_rows_without_a_teachers_column_are_verls_alone_when_lambda_is_zero() ->
 def test_lambda_and_beta_are_the_steps_not_the_settings() -> None:
     step, settings = Step(), LossConfig(coef=0.0)
     output, data = step.micro_batch(range(ROWS), settings, coef=0.0)
-    tu.assign_non_tensor(data, **{STEP_VALUES: StepValues(coef=0.7, beta=1.0).as_dict()})
+    tu.assign_non_tensor(data, **{STEP_VALUES: asdict(StepValues(coef=0.7, beta=1.0))})
     loss, _ = sdar_loss(actor(), Method(settings), output, data)
     expected, _ = run(step, LossConfig(coef=0.7, beta=1.0))
     torch.testing.assert_close(loss, expected)
@@ -234,7 +235,7 @@ def test_a_measurement_differentiates_one_loss_at_a_time() -> None:
     parts = {}
     for part in ("rl", "distillation"):
         output, data = step.micro_batch(range(ROWS), settings, coef=0.7)
-        tu.assign_non_tensor(data, **{STEP_VALUES: StepValues(0.7, 5.0, measure=1, only=part).as_dict()})
+        tu.assign_non_tensor(data, **{STEP_VALUES: asdict(StepValues(0.7, 5.0, measure=1, only=part))})
         parts[part] = gradient(sdar_loss(actor(), Method(settings), output, data)[0], step)
     torch.testing.assert_close(parts["rl"] + 0.7 * parts["distillation"], gradient(both, step))
     squares = sums(metrics)
@@ -297,5 +298,5 @@ def test_the_worker_gets_the_steps_values_through_mini_and_micro_batches() -> No
     seen = []
     for mini in tu.make_iterator(data, mini_batch_size=2, epochs=1, seed=0, dataloader_kwargs={"shuffle": True}):
         for micro in prepare_micro_batches(mini)[0]:
-            seen.append(StepValues.from_dict(tu.get_non_tensor_data(micro, STEP_VALUES, None)))
+            seen.append(StepValues(**tu.get_non_tensor_data(micro, STEP_VALUES, None)))
     assert seen == [StepValues(0.25, 5.0)] * ROWS
