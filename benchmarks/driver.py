@@ -108,7 +108,7 @@ def a_step(keys: list[str], extras: list[dict], columns: dict[str, torch.Tensor]
     with advantage_rows(AdvantageRows.of(settings.advantage, one)) as rows:
         index = np.array(one.group_ids)
         compute_sdar_advantage(one.columns["rm_scores"], one.response, OmegaConf.create({}), index)
-    one.columns["advantages"] = rows.tokens
+    one.columns["advantages"] = rows.advantages
     judged = Method(settings.loss).judge(one, 0.5, 5.0)
     gap = one.columns[TEACHER_LOG_PROBS] - one.columns["old_log_probs"]
     gap_metrics(gap, one.mask, one.response, one.episode_ids, one.turns, one.columns["entropy"])

@@ -68,7 +68,8 @@ class RunRecord(Observer):
 
     def after_validation(self, step: int, metrics: Mapping[str, float], outcomes: dict[str, list[Any]]) -> None:
         self._begin()
-        layout.append_line(self.folder / layout.METRICS_FILE, {"step": step, "data": plain(metrics)})
+        if metrics:
+            layout.append_line(self.folder / layout.METRICS_FILE, {"step": step, "data": plain(metrics)})
         write_outcomes(outcomes, layout.step_file(self.folder / layout.OUTCOMES, step))
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:

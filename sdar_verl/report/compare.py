@@ -246,8 +246,8 @@ def _fill(comparison: Comparison, any_panel: bool) -> None:
         comparison.notes.append(f"{text[0].upper()}{text[1:]}; only those count.")
     if not common:
         comparison.notes.append(
-            "Outcomes per task are missing, so that differences are not paired task by task and intervals rest on the "
-            "seeds alone."
+            "Outcomes per task are missing, or of several data sources, so that differences are not paired task by "
+            "task and intervals rest on the seeds alone."
         )
     comparison.tasks = common
     rows = iter(tables)
@@ -271,8 +271,8 @@ def _fill(comparison: Comparison, any_panel: bool) -> None:
 def _by_task(run: RunData, step: int, arm: str) -> dict[str, float]:
     """Task -> share of its rollouts that solved it."""
     columns = run.outcomes.get(step)
-    if columns is None:
-        return {}
+    if columns is None or (run.success_notes and len({*columns["task_type"]}) > 1):
+        return {}  # of several data sources verl's mean counts, in which each weighs the same
     found: dict[str, list[float]] = {}
     for name, task, acc in zip(columns["arm"], columns["task_id"], columns["acc"], strict=True):
         if name == arm and task is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,9 @@ def _recipe(data: RunData) -> None:
     success, data.success_notes = recipe_success(data.metrics, data.run.get("arms"))
     for step, values in success.items():
         data.metrics[step].update(values)
+        columns = data.outcomes.get(step, {})
+        if len({*columns.get("task_type", [])}) == 1 and {*columns["acc"]} <= {0.0, 1.0}:
+            data.metrics[step] |= {f"sdar-val/{arm}/episodes": n for arm, n in Counter(columns["arm"]).items()}
     data.notes += data.success_notes
 
 

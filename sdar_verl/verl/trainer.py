@@ -247,21 +247,24 @@ class SdarTraining(LocalUpdate, PPOTrainer):
         **kwargs: Any,
     ) -> dict[str, float]:
         counts = validation_counts(kwargs)
+        outcomes: dict[str, list[Any]] = reward_extra_infos_dict
         if not self._environments:
+            outcomes = self.val_dataloader.outcomes(data_sources, sample_uids, reward_extra_infos_dict)
             data_sources, counts = self.val_dataloader.named(data_sources, sample_uids, counts)
             kwargs |= {EXPECTED: counts} if counts else {}
         metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
         stop_on_errors(reward_extra_infos_dict.get("error", []))
         stop_on_lost_episodes([failure or None for failure in reward_extra_infos_dict.get("failure", [])], asked=0)
-        if not self._environments:
-            return metrics
-        rollouts = self.config.actor_rollout_ref.rollout.val_kwargs.n
-        expected = expected_episodes(counts) if counts else self.val_dataset.asked(rollouts)
-        arms = arm_metrics(reward_extra_infos_dict, expected, self.val_dataset.task_types())
+        arms = {}  # in a recipe of verl's, its own metrics are there
+        if self._environments:
+            rollouts = self.config.actor_rollout_ref.rollout.val_kwargs.n
+            expected = expected_episodes(counts) if counts else self.val_dataset.asked(rollouts)
+            arms = arm_metrics(outcomes, expected, self.val_dataset.task_types())
         if arms:
             print(validation_line(self.global_steps, arms), flush=True)
+        if "arm" in outcomes:
             for observer in self.observers:
-                observer.after_validation(self.global_steps, arms, reward_extra_infos_dict)
+                observer.after_validation(self.global_steps, arms, outcomes)
         return {**metrics, **arms}
 
     # ---------------------------------------------------------------- checkpoints

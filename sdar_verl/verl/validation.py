@@ -100,6 +100,36 @@ class ArmLoader(StatefulDataLoader):
             self._batches.append(batch)
             yield batch
 
+    def outcomes(
+        self, sources: Sequence[str], uids: Sequence[str], told: Mapping[str, Sequence[Any]]
+    ) -> dict[str, list[Any]]:
+        """What became of each episode of a recipe of verl's, in the columns of the text environments' outcomes.
+
+        Args:
+            sources, uids: per episode, verl's.
+            told: column -> one value per episode, verl's: the reward, and what the reward function says beside it.
+
+        Returns:
+            ``arm`` (verl's own validation is ``student``, or ``verl`` where an arm is called so), ``task_id`` (data
+            source and place in the panel), ``task_type`` (data source), ``acc`` (the reward where there is none) and
+            ``reward``.
+        """
+        places: dict[str, tuple[str, int]] = {}
+        seen: Counter[str] = Counter()
+        for batch in self._batches:
+            for uid, arm in zip(batch["uid"], batch["sdar_arm"], strict=True):
+                places[uid] = (arm, seen[arm])
+                seen[arm] += 1
+        own = "verl" if "student" in seen else "student"
+        accurate = told.get("acc") or [None] * len(uids)
+        return {
+            "arm": [places[uid][0] or own for uid in uids],
+            "task_id": [f"{source}/{places[uid][1]}" for source, uid in zip(sources, uids, strict=True)],
+            "task_type": list(sources),
+            "acc": [float(r if a is None else a) for a, r in zip(accurate, told["reward"], strict=True)],
+            "reward": list(told["reward"]),
+        }
+
     def named(
         self, sources: Sequence[str], uids: Sequence[str], counts: Mapping[tuple[str, str], int] | None
     ) -> tuple[list[str], dict[tuple[str, str], int] | None]:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from sdar_verl.report.read import read_run
 from tests.support.calculator import CONFIG
 from tests.support.chat_server import chat_server, says
 from tests.support.recipe_run import recipe_arguments, train_recipe, word_problems
@@ -48,6 +49,11 @@ def test_a_single_turn_script_with_two_flags(tmp_path):
     assert any(name.startswith("val-core/openai/gsm8k/") for name in validated), "verl's own are as they were"
     for arm in ("teacher", "student"):
         assert any(name.startswith(f"val-core/openai/gsm8k/{arm}/") for name in validated)
+    outcomes = read_run(run.folder).outcomes[2]
+    assert set(outcomes["arm"]) == {"verl", "teacher", "student"}
+    for arm in ("verl", "teacher", "student"):
+        tasks = [task for name, task in zip(outcomes["arm"], outcomes["task_id"], strict=True) if name == arm]
+        assert len(tasks) == len({*tasks}) > 1 and tasks[0].startswith("openai/gsm8k/")
 
 
 @pytest.mark.slow

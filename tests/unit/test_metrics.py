@@ -237,6 +237,17 @@ def test_an_arm_of_a_recipe_keeps_the_data_source_by_which_its_reward_is_chosen(
         {("openai/gsm8k", "0-0"): 2, (named, "1-1"): 2, (named, "0-3"): 2},
     )
     assert loader.named(["openai/gsm8k"], ["0-0"], None) == (["openai/gsm8k"], None)
+    # What becomes of each is kept by task, which has one name in all arms.
+    rewards = {"reward": [0.5, 1.0, 0.0, 0.25], "acc": [None, True, False, False]}
+    assert loader.outcomes(["openai/gsm8k"] * 4, ["0-0", "0-0", "1-1", "0-3"], rewards) == {
+        "arm": ["student", "student", "told", "told"],
+        "task_id": ["openai/gsm8k/0", "openai/gsm8k/0", "openai/gsm8k/2", "openai/gsm8k/0"],
+        "task_type": ["openai/gsm8k"] * 4,
+        "acc": [0.5, 1.0, 0.0, 0.0],
+        "reward": [0.5, 1.0, 0.0, 0.25],
+    }
+    del rewards["acc"]
+    assert loader.outcomes(["s"] * 4, ["0-0", "0-1", "0-2", "0-3"], rewards)["acc"] == rewards["reward"]
 
 
 @pytest.mark.parametrize(

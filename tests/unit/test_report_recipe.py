@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdar_verl.cli import main
+from sdar_verl.observe.record import write_outcomes
 from sdar_verl.report import layout
 from sdar_verl.report.charts import success
 from sdar_verl.report.compare import load
@@ -16,6 +17,7 @@ from sdar_verl.report.estimates import difference, estimate, measures, table
 from sdar_verl.report.layout import RecordError
 from sdar_verl.report.read import read_run
 from sdar_verl.report.recipe_metrics import recipe_success
+from sdar_verl.report.stats import wilson
 
 FINAL = next(measure for measure in measures(0.5) if measure.key == "final")
 
@@ -134,3 +136,27 @@ def test_damaged_names_of_arms_are_an_error(tmp_path):
     run = write_recipe_run(tmp_path / "a-0", 0, {5: {"gsm8k/acc": 0.4}}, arms={"told": 1})
     with pytest.raises(RecordError, match="arms is"):
         read_run(run)
+
+
+def test_outcomes_by_task_pair_runs_of_one_data_source_and_not_of_several(tmp_path: Path) -> None:
+    def runs(sources: list[str]) -> list[str]:
+        folders = []
+        for name, solved in (("grpo-0", [1, 0, 0, 1]), ("sdar-0", [1, 1, 0, 1])):
+            folder = tmp_path / f"{len(sources)}" / name
+            folders.append(write_recipe_run(folder, 0, {2: {f"{source}/acc": sum(solved) / 4 for source in sources}}))
+            outcomes = {"arm": ["student"] * 4, "task_type": (sources * 4)[:4], "acc": [float(v) for v in solved]}
+            ids = [f"{source}/{number}" for number, source in enumerate(outcomes["task_type"])]
+            record = folder / "checkpoints" / layout.RECORD
+            write_outcomes({**outcomes, "task_id": ids}, layout.step_file(record / layout.OUTCOMES, 2))
+        return folders
+
+    comparison = load(runs(["gsm8k"]))
+    assert comparison.tasks == [f"gsm8k/{number}" for number in range(4)]
+    grpo, sdar = comparison.groups
+    found = difference(sdar, grpo, FINAL)
+    assert found.value == pytest.approx(0.25) and found.low < 0.25 < found.high
+    shown = success(read_run(sdar.runs[0].folder))["series"][-1]["points"]
+    assert shown == [[2, 0.75, *wilson(3, 4)]], "right or wrong, so there is an interval over the tasks"
+    several = load(runs(["gsm8k", "math"]))
+    assert several.tasks == [] and any("of several data sources" in note for note in several.notes)
+    assert estimate(several.groups[0], FINAL).value == pytest.approx(0.5)

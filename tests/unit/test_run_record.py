@@ -93,8 +93,9 @@ def test_a_resumed_run_goes_on_and_forgets_what_is_played_again(config):
 def judged(keys: list[str], infos: list[RowInfo | None], **columns) -> StepTable:
     """A table whose method has been asked."""
     table = make_table(keys, infos, columns)
-    terms = Method(LossConfig(beta=2.0)).judge(table, 0.0, 2.0).terms
-    table.columns |= {"gap": terms.gap, "gate": terms.gate}
+    table.columns.setdefault("advantages", torch.zeros(table.response.shape))
+    judgement = Method(LossConfig(beta=2.0)).judge(table, 0.0, 2.0)
+    table.columns |= {"gap": judgement.gap, "gate": judgement.gate}
     return table
 
 
