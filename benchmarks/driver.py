@@ -112,7 +112,7 @@ def a_step(keys: list[str], extras: list[dict], columns: dict[str, torch.Tensor]
     judged = Method(settings.loss).judge(one, 0.5, 5.0)
     gap = one.columns[TEACHER_LOG_PROBS] - one.columns["old_log_probs"]
     gap_metrics(gap, one.mask, one.response, one.episode_ids, one.turns, one.columns["entropy"])
-    one.columns |= {"gap": judged.terms.gap, "gate": judged.terms.gate}
+    one.columns |= {"gap": judged.gap, "gate": judged.gate}
     one.write(judged.columns)
     token_distributions(distilled_tokens(one), 512)
 
