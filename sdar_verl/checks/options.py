@@ -92,6 +92,13 @@ def _option_faults(config: DictConfig) -> tuple[list[str], list[str]]:
     return broken, idle
 
 
+def missing_faults(config: DictConfig) -> list[str]:
+    """What verl leaves to the user (``???``) and nobody has set."""
+    unused = () if OmegaConf.select(config, "reward.reward_model.enable") else ("reward.reward_model.",)
+    keys = sorted(key for key in OmegaConf.missing_keys(config) if not key.startswith(unused))
+    return [f"{key} has no value; set it: {key}=..." for key in keys]
+
+
 def type_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Numbers, flags and texts of verl's that are none, or out of range. The other checks calculate with them."""
     # What is written out comes first: an interpolation that calculates with a word can only say that it cannot.

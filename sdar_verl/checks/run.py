@@ -19,6 +19,7 @@ from sdar_verl.checks.modes import mode_faults, parts_of_a_step, verl_mode
 from sdar_verl.checks.options import (
     choice_faults,
     dataclass_faults,
+    missing_faults,
     optimizer_faults,
     option_faults,
     path_faults,
@@ -52,7 +53,11 @@ def check_run(config: DictConfig, sdar: SdarConfig) -> None:
     checks = [check for check in _CHECKS if plays_environments(config) or check not in _OF_ENVIRONMENTS]
     if not plays_environments(config) and (sdar.teacher.source == "none" or "skills" not in sdar.context.named):
         checks.remove(skill_faults)
-    faults = type_faults(config, sdar) or [fault for check in checks for fault in check(config, sdar)]
+    faults = (
+        missing_faults(config)
+        or type_faults(config, sdar)
+        or [fault for check in checks for fault in check(config, sdar)]
+    )
     # Last, for the words of others name neither option nor remedy.
     faults = faults or dataclass_faults(config) or optimizer_faults(config)
     if faults:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 
 from sdar_verl.checks.modes import verl_mode
 from sdar_verl.checks.notes import run_notes
+from sdar_verl.checks.options import missing_faults
 from sdar_verl.checks.panel_tasks import panel_files, panel_tasks
 from sdar_verl.checks.run import check_run
 from sdar_verl.compose import compose_config
@@ -45,10 +45,9 @@ def check_config(
         return [Finding("fail", "config", str(error))]
     except Exception as error:  # an interpolation that leads nowhere, a missing value
         return [Finding("fail", "config", f"{type(error).__name__}: {error}")]
-    try:
-        findings = list(_check_run(config, sdar))
-    except MissingMandatoryValue as error:
-        return [Finding("fail", "config", f"{error.full_key} has no value", f"set it: {error.full_key}=...")]
+    findings = list(_check_run(config, sdar))
+    if missing_faults(config):  # the others read all options
+        return findings
     for check in (_data, _devices, _steps, _model):
         findings += check(config, sdar, machine)
     findings += check_prompts(config, sdar, resets)

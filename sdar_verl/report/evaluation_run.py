@@ -35,6 +35,7 @@ class Evaluation:
         overrides: for all runs, after the plan's.
         price: USD an hour of what a run runs on; None: unknown.
         budget: USD for all runs together; None: no limit.
+        folders: the words of :class:`~sdar_verl.config_folders.ConfigFolders`.
     """
 
     plan: Plan
@@ -42,11 +43,12 @@ class Evaluation:
     overrides: Sequence[str]
     price: float | None
     budget: float | None
+    folders: Sequence[str] = ()
 
     def words(self, arm: str, seed: int) -> list[str]:
         """The training command of one run."""
         own = [*self.plan.overrides, *self.plan.arms[arm], *self.overrides]
-        return run_command(self.plan.config, arm, seed, self.folder(arm, seed), own)
+        return run_command(self.plan.config, arm, seed, self.folder(arm, seed), own, self.folders)
 
     def folder(self, arm: str, seed: int) -> Path:
         """Of one run."""
@@ -175,7 +177,14 @@ class Evaluation:
 
 
 def run_plan(
-    file: Path, out: Path, overrides: Sequence[str], price: float | None, budget: float | None, gpu: str, dry: bool
+    file: Path,
+    out: Path,
+    overrides: Sequence[str],
+    price: float | None,
+    budget: float | None,
+    gpu: str,
+    dry: bool,
+    folders: Sequence[str] = (),
 ) -> int:
     """``sdar-verl sweep --plan``.
 
@@ -185,7 +194,7 @@ def run_plan(
     if budget is not None and price is None:
         raise ConfigError(f"--budget {budget:g} has no effect without a price: add --price USD_PER_HOUR")
     plan = read_plan(file)
-    evaluation = Evaluation(plan, out.resolve(), overrides, price, budget)
+    evaluation = Evaluation(plan, out.resolve(), overrides, price, budget, folders)
     try:
         configs = {arm: check(evaluation.words(arm, plan.seeds[0]), whole=not dry) for arm in plan.arms}
     except SdarError as error:

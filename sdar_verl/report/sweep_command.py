@@ -78,13 +78,13 @@ def run(arguments: argparse.Namespace) -> int:
         ConfigError: see :func:`check`.
     """
     _options(arguments)
+    folders = folders_of(arguments).words
     if arguments.plan is not None:
         from sdar_verl.report.evaluation_run import run_plan
 
-        given = (arguments.price, arguments.budget, arguments.gpu, arguments.dry_run)
+        given = (arguments.price, arguments.budget, arguments.gpu, arguments.dry_run, folders)
         return run_plan(arguments.plan, arguments.out, arguments.overrides, *given)
     out: Path = arguments.out.resolve()
-    folders = folders_of(arguments).words
     for method in arguments.methods:
         for seed in arguments.seeds if not arguments.dry_run else arguments.seeds[:1]:
             folder = out / f"{method}-{seed}"
@@ -114,17 +114,16 @@ def run(arguments: argparse.Namespace) -> int:
                 (folder / FINISHED).touch()
     if arguments.dry_run:
         return 0
-    folders = [str(out / f"{method}-{seed}") for method in arguments.methods for seed in arguments.seeds]
-    print(f"sdar-verl compare {shlex.join(folders)} --baseline {arguments.methods[0]}")
+    runs = [str(out / f"{method}-{seed}") for method in arguments.methods for seed in arguments.seeds]
+    print(f"sdar-verl compare {shlex.join(runs)} --baseline {arguments.methods[0]}")
     if failed:
-        print(f"{len(failed)} of {len(folders)} runs failed: {', '.join(map(str, failed))}", file=sys.stderr)
+        print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(map(str, failed))}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _options(arguments: argparse.Namespace) -> None:
     """A sweep has methods, a plan its own."""
     of_a_sweep = {"--config-name": arguments.config_name, "--methods": arguments.methods, "--seeds": arguments.seeds}
-    of_a_sweep |= {"--config-dir": arguments.config_dir, "--config-path": arguments.config_path}
     of_a_plan = {"--budget": arguments.budget, "--price": arguments.price}
     if arguments.plan is not None:
         idle = [name for name, value in of_a_sweep.items() if value is not None]

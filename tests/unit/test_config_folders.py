@@ -97,5 +97,7 @@ def test_a_sweep_starts_its_runs_with_it(folder: Path, capsys: pytest.CaptureFix
     words = ["sweep", "--config-dir", "own", "--config-name", "mine", "--methods", "grpo", "--out", "out", "--dry-run"]
     assert main(words) == 0
     assert f"main_ppo --config-dir {folder} --config-name mine method=grpo" in capsys.readouterr().out
-    assert main(["sweep", "--plan", "plan.yaml", "--out", "out", "--config-dir", "own"]) == 2
-    assert "--config-dir: no effect with --plan" in capsys.readouterr().err
+    plan = "config: mine\nbaseline: a\narms: {a: [method=grpo], b: [method=sdar]}\nhours: 1\n"
+    (folder.parent / "plan.yaml").write_text(plan)
+    assert main(["sweep", "--plan", "plan.yaml", "--out", "out", "--config-dir", "own", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count(f"main_ppo --config-dir {folder} --config-name mine method=") == 6

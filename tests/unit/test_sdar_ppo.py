@@ -209,6 +209,12 @@ def test_prompts_that_are_no_messages_are_told(tmp_path):
     assert "not a list of messages" in faults(tmp_path, "sdar.context.sources=[answer]", rows=rows)
 
 
+def test_what_verl_leaves_to_the_user_is_told_where_nobody_set_it(tmp_path):
+    assert faults(tmp_path, "actor_rollout_ref.rollout.name=???").splitlines() == [
+        "actor_rollout_ref.rollout.name has no value; set it: actor_rollout_ref.rollout.name=..."
+    ]
+
+
 def test_a_missing_file_is_told(tmp_path):
     told = faults(tmp_path, "sdar.context.sources=[answer]", "data.val_files=/nowhere/val.parquet")
     assert "data.val_files=/nowhere/val.parquet does not exist" in told
