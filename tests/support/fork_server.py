@@ -1,9 +1,9 @@
 """Forks of a process that has imported torch and the like already: a run through verl starts in half of the time.
 
 A run has some nine processes, and each spends four seconds of CPU on the same imports. ``fork_server.py SOCKET SCRIPT``
-(or ``-m MODULE``) does what ``python SCRIPT`` would, with the same arguments, environment, folder, streams, signals and
-exit status, in a fork of the server. Ray, verl and this package are not imported beforehand: Ray reads its settings
-from the environment when it is imported, and the order of the others' imports is worth testing.
+(``-m MODULE``, ``-c CODE``) does what ``python SCRIPT`` would, with the same arguments, environment, folder, streams,
+signals and exit status, in a fork of the server. Ray, verl and this package are not imported beforehand: Ray reads its
+settings from the environment when it is imported, and the order of the others' imports is worth testing.
 """
 
 from __future__ import annotations
@@ -94,12 +94,16 @@ def become(words: list[str], environment: dict[str, str], folder: str, streams: 
         random.seed()
         numpy.random.seed()
         sys.path[:0] = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
-        module = words[0] == "-m"
-        sys.argv = words[module:]
-        sys.path.insert(0, folder if module else os.path.dirname(words[0]))
-        if module:
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        if words[0] in ("-m", "-c"):
+            sys.path.insert(0, folder)
+            sys.argv = words[1:]
+            if words[0] == "-m":
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            else:
+                exec(words[1], {"__name__": "__main__"})
         else:
+            sys.path.insert(0, os.path.dirname(words[0]))
+            sys.argv = words
             runpy.run_path(words[0], run_name="__main__")
         status = 0
     except SystemExit as end:

@@ -70,6 +70,11 @@ def main_ppo(folder: Path, overrides: list[str], config: str = "sdar_quickstart"
     return command, settings
 
 
+def forked_python() -> list[str]:
+    """What stands in the place of ``python`` in a command line that imports verl, to have it forked."""
+    return forking(**SETTINGS, OMP_WAIT_POLICY="PASSIVE")
+
+
 def start_main_ppo(
     folder: Path, overrides: list[str], *, config: str = "sdar_quickstart", forked: bool = False, **env: str
 ) -> subprocess.Popen[bytes]:
@@ -83,7 +88,7 @@ def start_main_ppo(
     """
     command, settings = main_ppo(folder, overrides, config)
     if forked:
-        python = forking(**SETTINGS, OMP_WAIT_POLICY="PASSIVE")
+        python = forked_python()
         command = [*python, *command[1:], f"+ray_kwargs.ray_init.runtime_env.py_executable={shlex.join(python)!r}"]
     with (folder / "log.txt").open("w") as stream:
         return subprocess.Popen(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ from verl.plugin.platform import PlatformRegistry
 
 from sdar_verl.local import on_cpu
 from sdar_verl.local import platform as cpu
+from tests.support.verl_run import forked_python
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ REGISTERED = (
 def fresh(told: str, code: str) -> list[str]:
     """What a process prints that imports nothing of ours; verl's entry point does the rest."""
     env = {**os.environ, "VERL_PLATFORM": told}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*forked_python(), "-c", code], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.split()
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from typing import Any
 
 import pytest
+
+from tests.support.verl_run import forked_python
 
 PROGRAM = """
 import json, sys, verl
@@ -30,6 +31,8 @@ told["verl's"] = [get_trainer_cls("sync").__module__, get_adv_estimator_fn("grpo
 
 import numpy, torch
 
+from tests.support.verl_run import forked_python
+
 try:
     ones = torch.ones(2, 3)
     get_adv_estimator_fn("sdar")(token_level_rewards=ones, response_mask=ones, index=numpy.array(["a", "a"]))
@@ -40,7 +43,7 @@ print(json.dumps(told))
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    return subprocess.run([*forked_python(), "-c", program], capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
