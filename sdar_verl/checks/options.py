@@ -95,8 +95,8 @@ def _option_faults(config: DictConfig) -> tuple[list[str], list[str]]:
 def missing_faults(config: DictConfig) -> list[str]:
     """What verl leaves to the user (``???``) and nobody has set."""
     unused = () if OmegaConf.select(config, "reward.reward_model.enable") else ("reward.reward_model.",)
-    keys = sorted(key for key in OmegaConf.missing_keys(config) if not key.startswith(unused))
-    return [f"{key} has no value; set it: {key}=..." for key in keys]
+    keys = [key for key, value in options_of(config, resolve=False).items() if value == "???"]
+    return [f"{key} has no value; set it: {key}=..." for key in sorted(keys) if not key.startswith(unused)]
 
 
 def type_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
