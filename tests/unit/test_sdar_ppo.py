@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from sdar_verl.checks.notes import run_notes
 from sdar_verl.checks.options import flat
@@ -213,6 +213,14 @@ def test_what_verl_leaves_to_the_user_is_told_where_nobody_set_it(tmp_path):
     assert faults(tmp_path, "actor_rollout_ref.rollout.name=???").splitlines() == [
         "actor_rollout_ref.rollout.name has no value; set it: actor_rollout_ref.rollout.name=..."
     ]
+
+
+def test_hydras_own_node_is_left_alone(tmp_path):
+    """It is there in a run, and cannot be resolved outside of Hydra."""
+    config = composed("sdar_ppo", recipe_arguments(tmp_path, "sdar.context.sources=[answer]"))
+    with open_dict(config):
+        config.hydra = {"sweep": {"subdir": "${hydra:job.num}"}}
+    check_run(config, load_config(config.sdar))
 
 
 def test_a_missing_file_is_told(tmp_path):
