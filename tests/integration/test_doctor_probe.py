@@ -6,6 +6,7 @@ import pytest
 
 from sdar_verl.doctor.machine import look_around
 from sdar_verl.doctor.probe import probe_fresh_process, probe_ray_worker
+from tests.support.verl_version import IS_VERL_090
 
 pytestmark = pytest.mark.integration
 
@@ -33,4 +34,5 @@ def test_an_import_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path)
 def test_verls_pins_are_read_from_its_metadata() -> None:
     machine = look_around(ray=False)
     assert machine.versions["verl"] and machine.pins["transformers"]
-    assert machine.pins["torch"].startswith("==") and machine.pins["vllm"].startswith("==")
+    if not IS_VERL_090:  # which names neither
+        assert machine.pins["torch"].startswith("==") and machine.pins["vllm"].startswith("==")

@@ -15,6 +15,7 @@ from tests.support.golden import OTHER_PROCESSORS, golden
 from tests.support.plain import padded, plain_log_probs
 from tests.support.toy_run import SAME, train
 from tests.support.verl_run import Run
+from tests.support.verl_version import IS_VERL_090
 
 pytestmark = pytest.mark.integration
 
@@ -28,6 +29,7 @@ def whole(tmp_path_factory) -> Run:
     return train(tmp_path_factory.mktemp("whole"), "sdar.teacher.source=actor", record=True)
 
 
+@pytest.mark.skipif(IS_VERL_090, reason="tests/golden holds the numbers of 0.9.1, which fills batches up otherwise")
 def test_its_numbers_are_the_golden_ones(whole):
     old = json.loads(golden.golden_file("source-actor").read_text())
     new = {step: numbers for step, numbers in golden.golden_metrics(whole).items() if step in old}

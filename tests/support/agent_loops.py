@@ -27,7 +27,7 @@ class _Loop(AgentLoopBase):
         )
 
     async def initial(self, messages: list[dict[str, Any]]) -> list[int]:
-        if hasattr(self, "ct_build_initial_tokens"):
+        if self.continuous_token_builder is not None:  # 0.9.0 makes one only when told to
             return list(await self.ct_build_initial_tokens(messages))
         return list(await self.apply_chat_template(messages))
 

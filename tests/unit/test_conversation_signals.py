@@ -98,7 +98,9 @@ def test_signals_change_a_conversation_as_they_change_its_turns(case):
     apart, whole = turn_rows(), conversation_rows()
     assert len(apart.turns) == 11 and len(whole.turns) == 5
     changed = [sampled(rows, method.judge(rows, 0.5, 5.0).columns["advantages"]) for rows in (apart, whole)]
-    assert not torch.allclose(changed[0], sampled(apart, apart.advantages), atol=1e-3), "the signal did nothing"
+    assert not torch.allclose(changed[0], sampled(apart, apart.columns["advantages"]), atol=1e-3), (
+        "the signal did nothing"
+    )
     assert torch.allclose(changed[0], changed[1], atol=1e-6)
 
 
