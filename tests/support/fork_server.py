@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import socketserver
@@ -70,7 +71,8 @@ def serve(path: str) -> None:
         importlib.import_module(name)
     with Forks(path + ".new", Fork) as server:
         os.rename(path + ".new", path)
-        threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+        # Not by sys.stdin, whose lock the forks would inherit.
+        threading.Thread(target=lambda: (os.read(0, 1), os._exit(0)), daemon=True).start()
         server.serve_forever()
 
 
@@ -149,7 +151,9 @@ def forking(**settings: str) -> list[str]:
     Args:
         **settings: environment variables that the libraries read when they are imported.
     """
-    path = str(Path(tempfile.mkdtemp(prefix="sdar-fork-")) / "socket")
+    folder = tempfile.mkdtemp(prefix="sdar-fork-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = str(Path(folder) / "socket")
     environment: dict[str, Any] = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     server = subprocess.Popen(
         [sys.executable, __file__, path, "serve"], stdin=subprocess.PIPE, env=environment | settings, cwd="/"
