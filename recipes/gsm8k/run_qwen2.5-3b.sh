@@ -15,8 +15,10 @@ exec python -m verl.trainer.main_ppo --config-name sdar_ppo +hardware=8gpu +mode
   actor_rollout_ref.actor.ppo_mini_batch_size=64 \
   actor_rollout_ref.actor.optim.lr=1e-6 \
   trainer.project_name=sdar_gsm8k \
-  trainer.experiment_name="qwen2.5-3b" \
+  trainer.experiment_name='qwen2.5-3b-${sdar.method}' \
   trainer.total_training_steps=150 \
+  trainer.save_freq=25 \
+  trainer.test_freq=10 \
   sdar.context.sources=[column] \
   +sdar.context.options.column.path=extra_info.answer \
   "$@"

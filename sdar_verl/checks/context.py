@@ -60,11 +60,10 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         if arm.context == "teacher" and late:
             faults.append(
                 f"sdar.validation.arms.{name}.context=teacher cannot be shown with {late_options(context)}: what the "
-                "teacher sees is known only when a training group has ended; use context=skills"
+                "teacher sees is known only when a training group has ended; use context=none"
             )
     if source == "none":
         idle = {
-            f"sdar.context.sources={context.sources}": context.sources != ["skills"],
             f"sdar.context.control={context.control}": context.control != "none",
             f"sdar.context.on_empty={context.on_empty}": context.on_empty != "mask",
             f"sdar.context.contrast.sources={context.contrast.sources}": bool(context.contrast.sources),

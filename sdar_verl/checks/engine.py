@@ -116,13 +116,13 @@ def _device(config: DictConfig) -> Iterator[str]:
     if name == "vllm" and (device != "cpu" or vllm_on_cpu) and util.find_spec("vllm") is None:
         yield (
             'actor_rollout_ref.rollout.name=vllm, but vllm is not installed: pip install "sdar-verl[vllm]" '
-            "(or hardware=cpu to try the recipe without a GPU)"
+            "(or +hardware=cpu, without the plus in our own recipes, to try it without a GPU)"
         )
     if device == "cpu":
         if name != "transformers" and not vllm_on_cpu:
             yield (
-                f"trainer.device=cpu runs with actor_rollout_ref.rollout.name=transformers, not {name}; "
-                "use hardware=cpu, which sets both"
+                f"trainer.device=cpu runs with actor_rollout_ref.rollout.name=transformers, not {name}; set that, or "
+                "leave rollout.name to hardware=cpu"
             )
         yield from _accelerator_only(config)
         return

@@ -34,6 +34,12 @@ def run_notes(config: DictConfig, sdar: SdarConfig) -> list[str]:
         notes.append(
             f"trainer.total_epochs={epochs} has no effect: trainer.total_training_steps={steps} ends the run before"
         )
+    shown = any(arm.context == "teacher" for arm in sdar.validation.arms.values())
+    if sdar.teacher.source == "none" and sdar.context.sources != ["skills"] and not shown:
+        notes.append(
+            f"sdar.context.sources={sdar.context.sources} has no effect: there is no teacher "
+            "(sdar.teacher.source=none), and no validation arm with context=teacher"
+        )
     warmup = OmegaConf.select(config, "actor_rollout_ref.actor.optim.lr_warmup_steps") or 0
     if steps is not None and warmup >= steps:
         notes.append(

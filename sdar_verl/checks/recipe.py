@@ -63,13 +63,13 @@ def _contexts(sdar: SdarConfig) -> Iterator[str]:
         yield (
             "sdar.context.sources=[skills] is the default of the text environments; say what the teacher of this "
             "recipe shall see: sdar.context.sources=[answer] (the ground truth), [column] with "
-            "sdar.context.options.column.path=extra_info.solution, [sibling], [feedback], or [skills] with "
+            "+sdar.context.options.column.path=extra_info.solution, [sibling], [feedback], or [skills] with "
             "sdar.skills.bank"
         )
     if "column" in context.sources and not context.options.get("column", {}).get("path"):
         yield (
-            "sdar.context.sources: the context column needs sdar.context.options.column.path, a column of the data "
-            "such as extra_info.solution"
+            "sdar.context.sources: the context column needs +sdar.context.options.column.path=..., a column of the "
+            "data such as extra_info.solution"
         )
     try:
         load_place(context.place)

@@ -233,6 +233,12 @@ def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
         faults.append(f"sdar.update.mini_batch_rows={rows} must be a multiple of the {ranks} ranks")
     if n < 2 and config.algorithm.adv_estimator == "sdar":
         faults.append(f"actor_rollout_ref.rollout.n={n}: group-relative advantages need at least 2 rollouts per task")
+    of_group = [name for name in ("sibling", "failed_sibling", "guide") if name in sdar.context.named]
+    if n < 2 and of_group and sdar.teacher.source != "none":
+        faults.append(
+            f"actor_rollout_ref.rollout.n={n}: the context {of_group[0]} is made of other rollouts of the same prompt, "
+            "and there is none; use at least 2, or another context"
+        )
     if not config.actor_rollout_ref.actor.use_dynamic_bsz:
         micro = config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu
         mini = (rows if rows is not None else config.actor_rollout_ref.actor.ppo_mini_batch_size * n) // ranks

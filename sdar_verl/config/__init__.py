@@ -294,7 +294,8 @@ def load_config(node: Mapping[str, Any] | DictConfig | None) -> SdarConfig:
     """
     if node is None:
         raise ConfigError(
-            "the config has no `sdar:` node; start from one of our recipes, e.g. --config-name sdar_alfworld"
+            "the config has no `sdar:` node: use --config-name sdar_ppo for a recipe of verl's, or one of our own "
+            "(sdar_alfworld), or add `- sdar_node` and `- method: sdar` to the defaults of your YAML"
         )
     raw = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
     if strange := list(_not_finite(raw, "sdar")):

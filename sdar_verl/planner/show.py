@@ -59,6 +59,8 @@ def as_text(plan: Plan, price: float | None = None) -> str:
     total = f"{layout.steps} steps: {plan.step * layout.steps / 3600:.1f} h, {plan.gpu_hours:,.0f} GPU-hours"
     if price is not None:
         total += f", {plan.gpu_hours * price:,.0f} at {price:g} a GPU-hour"
+    if not layout.steps:
+        total = "hours and cost are unknown: set trainer.total_training_steps"
     lines += ["", total, "", "fits" if plan.fits else "does not fit:"]
     lines += [f"  - {fault}" for fault in plan.faults]
     return "\n".join(lines)

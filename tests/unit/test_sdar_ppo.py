@@ -62,15 +62,28 @@ def test_presets_work_on_top_of_it(tmp_path, method):
     assert faults(tmp_path, f"method={method}", *sources) == ""
 
 
-def test_grpo_needs_no_context(tmp_path):
+def test_grpo_needs_no_context_and_takes_one_that_the_script_names(tmp_path):
     assert faults(tmp_path, "method=grpo", "sdar.context.sources=[skills]") == ""
+    column = ["method=grpo", "sdar.context.sources=[column]", "+sdar.context.options.column.path=extra_info.answer"]
+    assert faults(tmp_path, *column) == ""
+    config = composed("sdar_ppo", recipe_arguments(tmp_path, *column))
+    (note,) = [note for note in run_notes(config, load_config(config.sdar)) if "sdar.context" in note]
+    assert note.startswith("sdar.context.sources=['column'] has no effect: there is no teacher")
 
 
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
         ([], "say what the teacher of this recipe shall see: sdar.context.sources=[answer]"),
-        (["sdar.context.sources=[column]"], "needs sdar.context.options.column.path"),
+        (
+            ["sdar.context.sources=[sibling]", "actor_rollout_ref.rollout.n=1"],
+            "n=1: the context sibling is made of other",
+        ),
+        (
+            ["sdar.context.sources=[answer]", "custom_reward_function.path=mine.py"],
+            "custom_reward_function.path=mine.py is not supported: verl's v1 trainer reads it under reward alone",
+        ),
+        (["sdar.context.sources=[column]"], "needs +sdar.context.options.column.path"),
         (["sdar.context.sources=[answer]", "distillation.enabled=True"], "distillation.enabled=True is not supported"),
         (["sdar.context.sources=[answer]", "sdar.env.max_steps=7"], "sdar.env.max_steps=7 has no effect"),
         (["sdar.context.sources=[answer]", "sdar.prompt.history_length=1"], "sdar.prompt.history_length=1 has no"),
