@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import yaml
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from sdar_verl.config import load_config
 from sdar_verl.config_folders import ConfigFolders
 from sdar_verl.errors import ConfigError
 
@@ -38,7 +40,7 @@ def compose_config(config_name: str, overrides: Sequence[str] = (), folders: Con
                 f"{option} {given}{where} is no folder, so that --config-name {config_name} cannot be looked for in it"
             )
     GlobalHydra.instance().clear()
-    words = " ".join([*folders.words, "--config-name", config_name, *overrides])
+    words = " ".join([*folders.words, "--config-name", config_name])
     try:
         with (
             also_searched(folders.dir),
@@ -48,4 +50,17 @@ def compose_config(config_name: str, overrides: Sequence[str] = (), folders: Con
         ):
             return compose(config_name, overrides=list(overrides))
     except (HydraException, yaml.YAMLError) as error:
-        raise ConfigError(f"{words}: {error}") from error
+        raise ConfigError(f"{_told(str(error))}\n({words})") from error
+
+
+def _told(error: str) -> str:
+    """Hydra's words; of an option that we do not have ours, since to append it, as Hydra advises, leads nowhere."""
+    if found := re.match(r"Could not override 'sdar\.([\w.]+)'", error):
+        node = OmegaConf.create()
+        OmegaConf.update(node, found[1], None)
+        try:
+            load_config(node)
+        except ConfigError as ours:
+            if "no such option" in str(ours):
+                return str(ours)
+    return error

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 from inspect import signature
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from sdar_verl.checks.options import flat
 from sdar_verl.checks.panel_tasks import panel_tasks
 from sdar_verl.checks.several_teachers import several_teachers_faults
 from sdar_verl.checks.skills import PROBED_TASKS as SKILL_TASKS
@@ -15,7 +16,7 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.config.context import ContextConfig
 from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.context.builder import chosen_source, is_late, late_options
-from sdar_verl.context.registry import ContextError, get_context
+from sdar_verl.context.registry import ContextError, check_contexts, get_context
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
 from sdar_verl.recipe import env_of, plays_environments
@@ -25,14 +26,16 @@ from sdar_verl.skills.registry import get_rule
 from sdar_verl.skills.retrieval import render_skills
 from sdar_verl.teacher.sources import get_source, list_sources
 
+_LOOP = "actor_rollout_ref.rollout.agent.default_agent_loop"
 PROBED_TASKS = 8
 """Training tasks whose contexts are made once before the start."""
 
 
 def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    """Faults of the ``sdar.context`` node, one text each; unknown names are found elsewhere."""
+    """Faults of the ``sdar.context`` node, one text each; unknown names and options are found elsewhere."""
     context, source = sdar.context, sdar.teacher.source
     try:
+        check_contexts(context.sources, context.options)
         late, by_turn = is_late(context), [name for name in context.named if get_context(name).by_turn]
     except ContextError:
         return []
@@ -100,7 +103,13 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             "alone, but sdar.teacher.on_long_prompt=drop_history may drop more history from one than from the other; "
             "use error or mask"
         )
-    if by_turn and sdar.rollout.rows == "trajectory":
+    if by_turn and not plays_environments(config):
+        loop = OmegaConf.select(config, _LOOP)
+        faults.append(
+            f"sdar.context: {', '.join(by_turn)} differ by turn, but with {_LOOP}={loop} a row is a whole conversation "
+            "with the context in its prompt; use contexts of the whole episode"
+        )
+    elif by_turn and sdar.rollout.rows == "trajectory":
         faults.append(
             f"sdar.context: {', '.join(by_turn)} differ by turn, but with sdar.rollout.rows=trajectory the context "
             "stands once, in the first turn of the conversation; use rows=per_turn, or contexts of the whole episode"
@@ -165,7 +174,7 @@ def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
             return [
                 f"sdar.context.sources: context {name!r} has nothing to show for the first {len(tasks)} tasks of "
                 f"data.{option} (environment {tasks[0].env!r}){_set(sdar.context, name)}; their data are "
-                f"{', '.join(sorted(tasks[0].data)) or 'empty'}. Use {_other(name)}another context"
+                f"{', '.join(sorted(flat(tasks[0].data))) or 'empty'}. Use {_other(name)}another context"
             ]
     return []
 

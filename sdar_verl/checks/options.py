@@ -322,7 +322,7 @@ def _switched(config: DictConfig, switch: str) -> bool:
         return bool(value)
     words = wanted.split("|")
     if not option.endswith("trainer_mode") or value in words:
-        return value in words
+        return str(value) in words
     mode = verl_mode(str(value))  # a subclass of somebody's
     return mode is None or mode in map(verl_mode, words)
 

@@ -57,22 +57,21 @@ def recipe_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     return [*faults, *recipe_data_faults(config, sdar)]
 
 
+def names_no_context(sdar: SdarConfig) -> bool:
+    """Whether the context is still the default, the skills of a text environment."""
+    return sdar.context.sources == ["skills"] and sdar.skills.bank == SdarConfig().skills.bank
+
+
 def _contexts(sdar: SdarConfig) -> Iterator[str]:
-    context = sdar.context
-    if context.sources == ["skills"] and sdar.skills.bank == SdarConfig().skills.bank:
+    if names_no_context(sdar):
         yield (
             "sdar.context.sources=[skills] is the default of the text environments; say what the teacher of this "
             "recipe shall see: sdar.context.sources=[answer] (the ground truth), [column] with "
             "+sdar.context.options.column.path=extra_info.solution, [sibling], [feedback], or [skills] with "
             "sdar.skills.bank"
         )
-    if "column" in context.sources and not context.options.get("column", {}).get("path"):
-        yield (
-            "sdar.context.sources: the context column needs +sdar.context.options.column.path=..., a column of the "
-            "data such as extra_info.solution"
-        )
     try:
-        load_place(context.place)
+        load_place(sdar.context.place)
     except PromptTemplateError as error:
         yield str(error)
 

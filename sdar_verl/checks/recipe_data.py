@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.checks.data import step_faults
@@ -117,9 +118,38 @@ def _names(config: DictConfig, _: SdarConfig) -> Iterator[str]:
     file = paths["reward.custom_reward_function.path"]
     if file and name and "://" not in file and not _defines(file, name):
         yield f"reward.custom_reward_function.name={name}: {file} defines no such function"
+    faults = list(_classes(paths))
+    yield from faults
+    if faults:
+        return
     said = "actor_rollout_ref.rollout.agent.default_agent_loop"
     if fault := _of_loop(rollout.agent.default_agent_loop, _known_loops(config), said):
         yield fault
+
+
+def _classes(paths: Mapping[str, str | None]) -> Iterator[str]:
+    """Classes that verl's workers make by their names in files: of tools, and of agent loops."""
+    from sdar_verl.verl.recipe_prompts import config_file
+
+    for option, read in _CLASSES.items():
+        if not (path := paths[option]) or "://" in path:
+            continue
+        try:
+            names = read(OmegaConf.load(config_file(path)))
+        except Exception as error:  # YAML, OmegaConf, a list where a mapping is wanted
+            yield f"{option}={path} cannot be read ({type(error).__name__}: {shorten(str(error))})"
+            continue
+        for name in names:
+            try:
+                get_object(name)
+            except Exception as error:  # whatever a module does when it is imported
+                yield f"{option}={path}: {name} cannot be imported ({shorten(str(error))}); is PYTHONPATH set?"
+
+
+_CLASSES = {
+    "actor_rollout_ref.rollout.multi_turn.tool_config_path": lambda file: [tool.class_name for tool in file.tools],
+    "actor_rollout_ref.rollout.agent.agent_loop_config_path": lambda file: [loop["_target_"] for loop in file],
+}
 
 
 def _exists(path: str) -> bool:

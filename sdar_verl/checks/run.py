@@ -26,7 +26,7 @@ from sdar_verl.checks.options import (
     type_faults,
     verl_defaults,
 )
-from sdar_verl.checks.recipe import recipe_faults
+from sdar_verl.checks.recipe import names_no_context, recipe_faults
 from sdar_verl.checks.resume import resume_faults
 from sdar_verl.checks.skill_learning import skill_learning_faults
 from sdar_verl.checks.skills import skill_faults
@@ -51,7 +51,8 @@ def check_run(config: DictConfig, sdar: SdarConfig) -> None:
     check_verl_version()
     # The others calculate with these.
     checks = [check for check in _CHECKS if plays_environments(config) or check not in _OF_ENVIRONMENTS]
-    if not plays_environments(config) and (sdar.teacher.source == "none" or "skills" not in sdar.context.named):
+    shows_skills = sdar.teacher.source != "none" and "skills" in sdar.context.named and not names_no_context(sdar)
+    if not plays_environments(config) and not shows_skills:
         checks.remove(skill_faults)
     faults = (
         missing_faults(config)

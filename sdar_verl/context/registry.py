@@ -75,10 +75,10 @@ def register_context(
 ) -> Callable[[ContextFunction], ContextFunction]:
     """Decorator that enters a context function under ``name``.
 
-    The function takes a :class:`~sdar_verl.context.base.ContextRequest`, and as keyword-only arguments with defaults
-    what shall be settable under ``sdar.context.options.<name>``; those with an annotation are checked before the run
-    starts. It gives the teacher's text (or a ``Passage``), None when there is none for this row, and raises
-    :class:`ContextError` when the set-up is at fault.
+    The function takes a :class:`~sdar_verl.context.base.ContextRequest`, and as keyword-only arguments what shall be
+    settable under ``sdar.context.options.<name>`` (without a default: must be set); those with an annotation are
+    checked before the run starts. It gives the teacher's text (or a ``Passage``), None when there is none for this row,
+    and raises :class:`ContextError` when the set-up is at fault.
 
     One that needs somebody to write is a generator: it yields a :class:`~sdar_verl.context.prompt.Prompt` (or a list of
     them), is sent the answer of ``sdar.context.writer`` (or their list), None where there is none, may yield again, and
@@ -128,7 +128,7 @@ def get_context(name: str) -> Context:
 def check_contexts(
     sources: Sequence[str], options: Mapping[str, Mapping[str, Any]], node: str = "sdar.context"
 ) -> None:
-    """Raise a :class:`ContextError` for an unknown or doubled source, or for options that nobody takes.
+    """Raise a :class:`ContextError` for an unknown or doubled source, for options that nobody takes, or that lack.
 
     Args:
         sources, options: of a node.
@@ -151,11 +151,14 @@ def _check_options(context: Context, options: Mapping[str, Any], node: str) -> N
     parameters = inspect.signature(context.function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
-    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    known = {parameter.name: parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
     unknown = sorted(set(options) - set(known))
     if unknown:
         names = ", ".join(map(repr, unknown))
         raise ContextError(f"context {context.name!r} has no option {names}; known: {', '.join(known) or 'none'}")
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise ContextError(f"context {context.name!r} needs +{node}.options.{context.name}.{option}=...")
     for option, kind in _kinds(context.function).items():
         if option not in options:
             continue

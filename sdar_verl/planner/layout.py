@@ -32,8 +32,11 @@ class Layout:
         tensor_parallel: GPUs of one rollout engine.
         checkpointing: activations are recomputed in the backward pass.
         training_bytes: bytes of a weight that the optimizer updates (verl keeps float32 unless told otherwise).
-        micro_tokens: largest tokens per GPU in one micro-batch of the update.
+        micro_tokens: largest tokens per GPU in one micro-batch of the update; of one with a fixed number of rows, if
+            all are the longest.
         forward_tokens: the same for log-prob passes.
+        dynamic: micro-batches of the update are filled up to so many tokens.
+        forward_dynamic: those of log-prob passes are.
         actor_offload: the actor's weights wait on the CPU while the engine generates.
         optimizer_offload: the optimizer's moments do.
         reference: a reference worker exists.
@@ -64,6 +67,7 @@ class Layout:
         response: tokens of a response, on average.
         longest: longest sequence of a training row (student or teacher).
         steps: optimisation steps of the run.
+        guessed: which of turns, prompt, context and response nobody has given.
     """
 
     architecture: Architecture
@@ -74,6 +78,8 @@ class Layout:
     training_bytes: int = 4
     micro_tokens: int = 16384
     forward_tokens: int = 32768
+    dynamic: bool = True
+    forward_dynamic: bool = True
     actor_offload: bool = False
     optimizer_offload: bool = False
     reference: bool = True
@@ -103,6 +109,7 @@ class Layout:
     response: float = 150.0
     longest: int = 4608
     steps: int = 150
+    guessed: tuple[str, ...] = ()
 
     @property
     def rows(self) -> float:
@@ -141,6 +148,7 @@ class Layout:
         model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
         rollout, reference = config.actor_rollout_ref.rollout, config.actor_rollout_ref.ref
         fsdp = actor.fsdp_config
+        given = {"turns": turns, "prompt": prompt, "context": context, "response": response}
         prompt = config.data.max_prompt_length / 2 if prompt is None else prompt
         room = max(sdar.teacher.max_prompt_length - config.data.max_prompt_length, 0)
         teacher = sdar.teacher.source
@@ -154,6 +162,14 @@ class Layout:
                 f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does not "
                 f"divide the {gpus} GPUs (trainer.n_gpus_per_node x trainer.nnodes)"
             )
+        longest = int(
+            max(config.data.max_prompt_length, 0 if teacher == "none" else sdar.teacher.max_prompt_length)
+            + config.data.max_response_length
+        )
+        dynamic, forward_dynamic = bool(actor.use_dynamic_bsz), bool(rollout.log_prob_use_dynamic_bsz)
+        fixed = actor.ppo_micro_batch_size_per_gpu, rollout.log_prob_micro_batch_size_per_gpu
+        micro_tokens = actor.ppo_max_token_len_per_gpu if dynamic else (fixed[0] or 1) * longest
+        forward_tokens = rollout.log_prob_max_token_len_per_gpu or actor.ppo_max_token_len_per_gpu
         return cls(
             architecture=find_architecture(str(model.path)),
             gpus=gpus,
@@ -161,8 +177,10 @@ class Layout:
             tensor_parallel=int(rollout.tensor_model_parallel_size),
             checkpointing=bool(model.enable_gradient_checkpointing),
             training_bytes=2 if fsdp.get("model_dtype") in ("bf16", "bfloat16") else 4,
-            micro_tokens=int(actor.ppo_max_token_len_per_gpu),
-            forward_tokens=int(rollout.log_prob_max_token_len_per_gpu or actor.ppo_max_token_len_per_gpu),
+            micro_tokens=int(micro_tokens),
+            forward_tokens=int(forward_tokens if forward_dynamic else (fixed[1] or fixed[0] or 1) * longest),
+            dynamic=dynamic,
+            forward_dynamic=forward_dynamic,
             actor_offload=bool(fsdp.param_offload),
             optimizer_offload=bool(fsdp.optimizer_offload),
             reference=has_reference,
@@ -187,12 +205,16 @@ class Layout:
             prompt=prompt,
             context=(0.0 if teacher == "none" else room / 2) if context is None else context,
             response=config.data.max_response_length / 3 if response is None else response,
-            longest=int(
-                max(config.data.max_prompt_length, 0 if teacher == "none" else sdar.teacher.max_prompt_length)
-                + config.data.max_response_length
-            ),
+            longest=longest,
             steps=int(config.trainer.total_training_steps or 0),
+            guessed=tuple(name for name, value in given.items() if value is None and _is_open(name, config, teacher)),
         )
+
+
+def _is_open(name: str, config: DictConfig, teacher: str) -> bool:
+    """Whether a length is a run's to know: there is no context without a teacher, and one row per conversation of a
+    recipe of verl's."""
+    return teacher != "none" if name == "context" else name != "turns" or plays_environments(config)
 
 
 def _writing(config: DictConfig, sdar: SdarConfig) -> dict[str, Any]:

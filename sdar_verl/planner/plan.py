@@ -41,9 +41,11 @@ class Plan:
         for phase in self.phases:
             if phase.total > self.gpu.memory:
                 largest = max(phase.parts, key=lambda part: phase.parts[part])
+                fixed = not (self.layout.dynamic if phase.name == "update" else self.layout.forward_dynamic)
+                remedies = _REMEDIES | (_FIXED if fixed else {})
                 faults.append(
                     f"{phase.name} needs {phase.total / gib:.0f} GiB of {self.gpu.memory / gib:.0f}, most of it "
-                    f"{largest} ({phase.parts[largest] / gib:.0f} GiB): {_REMEDIES.get(largest, 'use more GPUs')}"
+                    f"{largest} ({phase.parts[largest] / gib:.0f} GiB): {remedies.get(largest, 'use more GPUs')}"
                 )
         weights, cache = rollout_need(self.layout)
         given = self.layout.rollout_share * self.gpu.memory
@@ -94,6 +96,12 @@ _REMEDIES = {
     "logits": "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu (and log_prob_max_token_len_per_gpu)",
     "gathered weights": "a card with more memory: FSDP gathers a layer, embedding and head on every GPU",
 }
+_FIXED = dict.fromkeys(
+    ("activations", "logits"),
+    "a micro-batch of so many rows has as many tokens when all are the longest; set "
+    "actor_rollout_ref.actor.use_dynamic_bsz=True, or lower actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu (and "
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu)",
+)
 
 
 def make_plan(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None) -> Plan:
@@ -134,6 +142,8 @@ def _gentler(layout: Layout) -> list[Layout]:
             candidates[-1],
             micro_tokens=min(layout.micro_tokens, tokens),
             forward_tokens=min(layout.forward_tokens, tokens),
+            dynamic=True,
+            forward_dynamic=True,
         )
         candidates.append(smaller)
         candidates.append(replace(smaller, rollout_share=min(layout.rollout_share, 0.4)))
@@ -146,7 +156,9 @@ def changed(wished: Layout, found: Layout) -> list[str]:
         "gpus": "trainer.n_gpus_per_node * trainer.nnodes",
         "tensor_parallel": "actor_rollout_ref.rollout.tensor_model_parallel_size",
         "checkpointing": "actor_rollout_ref.model.enable_gradient_checkpointing",
+        "dynamic": "actor_rollout_ref.actor.use_dynamic_bsz",
         "micro_tokens": "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+        "forward_dynamic": "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz",
         "forward_tokens": "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
         "actor_offload": "actor_rollout_ref.actor.fsdp_config.param_offload",
         "optimizer_offload": "actor_rollout_ref.actor.fsdp_config.optimizer_offload",

@@ -24,6 +24,7 @@ def as_dict(plan: Plan, price: float | None = None) -> dict[str, Any]:
         "seconds": plan.seconds,
         "seconds_per_step": plan.step,
         "tokens_per_step": tokens_per_step(plan.layout),
+        "guessed": list(plan.layout.guessed),
         "steps": plan.layout.steps,
         "gpu_hours": plan.gpu_hours,
         "cost": None if price is None else plan.gpu_hours * price,
@@ -39,6 +40,7 @@ def as_text(plan: Plan, price: float | None = None) -> str:
         f"objective: {layout.objective}",
         f"{layout.episodes} episodes of {layout.turns:g} turns a step: {layout.rows:,.0f} rows of {layout.prompt:g} + "
         f"{layout.response:g} tokens, {layout.context:g} more for the teacher",
+        *_guesses(layout),
         *_writings(layout),
         "",
         f"memory of one GPU, GiB of {memory / GIB:.0f}",
@@ -64,6 +66,14 @@ def as_text(plan: Plan, price: float | None = None) -> str:
     lines += ["", total, "", "fits" if plan.fits else "does not fit:"]
     lines += [f"  - {fault}" for fault in plan.faults]
     return "\n".join(lines)
+
+
+def _guesses(layout: Layout) -> list[str]:
+    """What of these lengths is none of the user's, and how to give it."""
+    if not layout.guessed:
+        return []
+    given = " ".join(f"--{name} {getattr(layout, name):g}" for name in layout.guessed)
+    return [f"guesses from the limits, until you give them: {given}; a step's metrics have them (docs/planner.md)"]
 
 
 def _writings(layout: Layout) -> list[str]:

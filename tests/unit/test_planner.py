@@ -402,6 +402,32 @@ def test_a_recipe_of_verls_has_a_row_per_conversation(capsys):
     assert json.loads(capsys.readouterr().out)["tokens_per_step"]["read by the student"] == 64 * 8 * 3 * 100
 
 
+def test_a_fixed_micro_batch_is_planned_for_the_longest_rows():
+    fixed = ["actor_rollout_ref.actor.use_dynamic_bsz=False", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4"]
+    fixed += ["actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=False"]
+    fixed += ["actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16"]
+    layout, filled = planned(*fixed), planned()
+    assert (layout.micro_tokens, layout.forward_tokens) == (4 * layout.longest, 16 * layout.longest)
+    assert (filled.micro_tokens, filled.dynamic, filled.forward_dynamic) == (16384, True, True)
+    many = make_plan(replace(layout, micro_tokens=10**6), H100)
+    assert any(
+        fault.startswith("update") and "lower actor_rollout_ref.actor.ppo_micro" in fault for fault in many.faults
+    )
+    found = recommend(replace(layout, micro_tokens=10**6), H100)
+    assert found.fits
+    assert "actor_rollout_ref.actor.use_dynamic_bsz=True" in changed(layout, found.layout)
+
+
+def test_guesses_are_named_until_they_are_given(capsys):
+    assert main(["plan", "--turns", "20", "--response", "150"]) in (0, 1)
+    assert "until you give them: --prompt 1024 --context 1024;" in capsys.readouterr().out
+    recipe = ["plan", "--config-name", "sdar_ppo", "+model=qwen3-8b", "method=grpo", "--json"]
+    assert main([*recipe, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1"]) in (0, 1)
+    assert json.loads(capsys.readouterr().out)["guessed"] == ["prompt", "response"]
+    assert main([*recipe, "--prompt", "9", "--response", "9"]) in (0, 1)
+    assert json.loads(capsys.readouterr().out)["guessed"] == []
+
+
 def planned(*overrides: str) -> Layout:
     config = compose_config("sdar_alfworld", ["model=qwen2.5-3b", *overrides])
     return Layout.from_config(config, load_config(config.sdar))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def test_grpo_needs_no_context_and_takes_one_that_the_script_names(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        ([], "say what the teacher of this recipe shall see: sdar.context.sources=[answer]"),
+        ([], "sdar.context.sources=[skills] is the default of the text environments; say what the teacher of this"),
+        (["sdar.context.sources=[next_observation]"], "next_observation differ by turn, but with "),
         (
             ["sdar.context.sources=[sibling]", "actor_rollout_ref.rollout.n=1"],
             "n=1: the context sibling is made of other",
@@ -83,7 +85,7 @@ def test_grpo_needs_no_context_and_takes_one_that_the_script_names(tmp_path):
             ["sdar.context.sources=[answer]", "custom_reward_function.path=mine.py"],
             "custom_reward_function.path=mine.py is not supported: verl's v1 trainer reads it under reward alone",
         ),
-        (["sdar.context.sources=[column]"], "needs +sdar.context.options.column.path"),
+        (["sdar.context.sources=[column]"], "context 'column' needs +sdar.context.options.column.path=..."),
         (["sdar.context.sources=[answer]", "distillation.enabled=True"], "distillation.enabled=True is not supported"),
         (["sdar.context.sources=[answer]", "sdar.env.max_steps=7"], "sdar.env.max_steps=7 has no effect"),
         (["sdar.context.sources=[answer]", "sdar.prompt.history_length=1"], "sdar.prompt.history_length=1 has no"),
@@ -103,6 +105,24 @@ def test_grpo_needs_no_context_and_takes_one_that_the_script_names(tmp_path):
 )
 def test_a_fault_is_told_with_its_remedy(tmp_path, overrides, told):
     assert told in faults(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize("sources", ["skills", "column", "next_observation"])
+def test_a_context_that_cannot_be_is_told_once(tmp_path, sources):
+    assert len(faults(tmp_path, f"sdar.context.sources=[{sources}]").splitlines()) == 1
+
+
+def test_an_option_that_hydra_does_not_know_is_told_first_and_by_us():
+    with pytest.raises(ConfigError) as caught:
+        composed("sdar_ppo", ["sdar.loss.coeff=1", *(f"trainer.experiment_name={number}" for number in range(9))])
+    assert str(caught.value).startswith("sdar.loss.coeff: no such option (known: coef, ")
+    assert str(caught.value).endswith("\n(--config-name sdar_ppo)")
+    for word, told in (
+        ("sdar.context.options.column.path=a", "use +sdar.context.options.column.path=a"),
+        ("a.b=1", "use +a.b=1"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            composed("sdar_ppo", [word])
 
 
 SCRIPT = (
@@ -147,6 +167,48 @@ def test_flags_that_name_nothing_are_told(tmp_path):
         assert told in faults(tmp_path / "run", "sdar.context.sources=[answer]", *words), override
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("tools:\n  - {class_name: nowhere.Tool, config: {type: native}}\n", "nowhere.Tool cannot be imported ("),
+        (
+            "tools:\n  - {class_name: verl.tools.base_tool.NoTool, config: {type: native}}\n",
+            "NoTool cannot be imported (",
+        ),
+        ("- {name: calculator}\n", "cannot be read ("),
+        ("tools: [\n", "cannot be read ("),
+        ("tools:\n  - {class_name: verl.tools.base_tool.BaseTool, config: {type: native}}\n", ""),
+    ],
+)
+def test_a_tool_that_cannot_be_made_is_told(tmp_path, text, told):
+    option, path = "actor_rollout_ref.rollout.multi_turn.tool_config_path", tmp_path / "tools.yaml"
+    path.write_text(text)
+    found = faults(tmp_path / "run", "sdar.context.sources=[answer]", f"{option}={path}")
+    assert told in found
+    assert found.startswith(f"{option}={path}" if told else "")
+
+
+def test_a_loop_that_cannot_be_made_is_told(tmp_path):
+    option, path = "actor_rollout_ref.rollout.agent.agent_loop_config_path", tmp_path / "loops.yaml"
+    path.write_text("- {name: mine, _target_: nowhere.Loop}\n")
+    found = faults(tmp_path / "run", "sdar.context.sources=[answer]", f"{option}={path}")
+    assert found.startswith(f"{option}={path}: nowhere.Loop cannot be imported (")
+
+
+def test_a_micro_batch_that_dynamic_ones_make_idle_is_told(tmp_path):
+    sizes = ("actor.ppo", "ref.log_prob", "rollout.log_prob")
+    flags = [
+        "sdar.context.sources=[answer]",
+        *(f"actor_rollout_ref.{size}_micro_batch_size_per_gpu=4" for size in sizes),
+    ]
+    for dynamic, number in (("True", 3), ("False", 0)):
+        words = recipe_arguments(tmp_path, *flags, f"actor_rollout_ref.actor.use_dynamic_bsz={dynamic}")
+        config = composed("sdar_ppo", words)
+        told = [note for note in run_notes(config, load_config(config.sdar)) if "micro_batch_size_per_gpu=4" in note]
+        assert len(told) == number
+        assert all("has no effect without" in note and "dynamic_bsz=False" in note for note in told)
+
+
 def row_faults(folder: Path, changed: Any, *overrides: str) -> str:
     """What is told when row 3 of the data has these columns."""
     rows = word_problems(16)
@@ -178,7 +240,8 @@ def test_a_fault_of_a_column_is_told_beside_one_of_a_row(tmp_path):
         tmp_path, {"prompt": None}, "sdar.context.sources=[column]", "+sdar.context.options.column.path=extra_info.TYPO"
     )
     assert "row 3: the column 'prompt'" in told
-    assert "with sdar.context.options.column.path=extra_info.TYPO; their data are ability, data_source" in told
+    assert "with sdar.context.options.column.path=extra_info.TYPO; their data are ability, data_source, " in told
+    assert ", extra_info.answer, " in told
 
 
 def test_an_arm_without_a_context_in_the_validation_data_is_told(tmp_path):
