@@ -34,6 +34,7 @@ from sdar_verl.checks.teacher import teacher_faults
 from sdar_verl.checks.writer import writer_faults
 from sdar_verl.compat import check_verl_version
 from sdar_verl.config import SdarConfig
+from sdar_verl.context.registry import context_names, get_context
 from sdar_verl.errors import ConfigError
 from sdar_verl.modules import import_modules
 from sdar_verl.recipe import plays_environments
@@ -234,7 +235,7 @@ def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
         faults.append(f"sdar.update.mini_batch_rows={rows} must be a multiple of the {ranks} ranks")
     if n < 2 and config.algorithm.adv_estimator == "sdar":
         faults.append(f"actor_rollout_ref.rollout.n={n}: group-relative advantages need at least 2 rollouts per task")
-    of_group = [name for name in ("sibling", "failed_sibling", "guide") if name in sdar.context.named]
+    of_group = [name for name in sdar.context.named if name in context_names() and get_context(name).of_group]
     if n < 2 and of_group and sdar.teacher.source != "none":
         faults.append(
             f"actor_rollout_ref.rollout.n={n}: the context {of_group[0]} is made of other rollouts of the same prompt, "

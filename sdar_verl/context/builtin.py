@@ -100,7 +100,7 @@ def _texts(value: Any, name: str) -> list[str]:
     return [text for item in items if item is not None and item == item and (text := str(item)).strip()]
 
 
-@register_context("sibling", late=True)
+@register_context("sibling", of_group=True)
 def sibling(
     request: ContextRequest,
     *,
@@ -124,7 +124,7 @@ def sibling(
     return _shown(request, intro, solved, choice, observations, thinking)
 
 
-@register_context("failed_sibling", late=True)
+@register_context("failed_sibling", of_group=True)
 def failed_sibling(
     request: ContextRequest,
     *,

@@ -46,7 +46,7 @@ def lesson(request: ContextRequest, *, form: Literal["json", "text"] = "json") -
     return f"{LESSON}\n{read_text(learned, 'lesson')}"
 
 
-@register_context("guide", late=True)
+@register_context("guide", of_group=True)
 def guide(request: ContextRequest) -> Generator[list[Prompt] | Prompt, Any, str | None]:
     """One guide for all episodes of a group of which some earned a return above 0 and some did not (GRSD).
 

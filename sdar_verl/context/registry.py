@@ -30,6 +30,7 @@ class Context:
             where it asks a writer.
         late: it reads finished episodes, so it can only be made when the whole group has ended.
         by_turn: it differs by the turn of the episode (and is late).
+        of_group: it is made of other episodes of the same prompt (and is late): a group of one has none.
         writes: it asks the run's writer (and is late).
     """
 
@@ -37,6 +38,7 @@ class Context:
     function: Callable[..., Any]
     late: bool
     by_turn: bool = False
+    of_group: bool = False
     writes: bool = False
 
     def make(self, request: ContextRequest, options: Mapping[str, Any]) -> Passage:
@@ -71,7 +73,7 @@ _contexts: dict[str, Context] = {}
 
 
 def register_context(
-    name: str, *, late: bool = False, by_turn: bool = False
+    name: str, *, late: bool = False, by_turn: bool = False, of_group: bool = False
 ) -> Callable[[ContextFunction], ContextFunction]:
     """Decorator that enters a context function under ``name``.
 
@@ -87,8 +89,9 @@ def register_context(
 
     Args:
         name: of the context.
-        late: the function reads ``request.episode`` or ``request.siblings``.
+        late: the function reads ``request.episode``.
         by_turn: it reads ``request.turn``, too: each turn of an episode has a context of its own.
+        of_group: it reads ``request.siblings``, and has nothing to say where there are none.
 
     Raises:
         ContextError: the name is taken by another function. The same one registered again replaces itself.
@@ -100,7 +103,8 @@ def register_context(
         known = _contexts.get(name)
         require_free("context", name, None if known is None else origin(known.function), function, ContextError)
         writes = inspect.isgeneratorfunction(function)
-        _contexts[name] = Context(name, function, late or by_turn or writes, by_turn, writes)
+        late_one = late or by_turn or of_group or writes
+        _contexts[name] = Context(name, function, late_one, by_turn, of_group, writes)
         return function
 
     return enter

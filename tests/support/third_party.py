@@ -8,7 +8,7 @@ from sdar_verl.algorithm.gates import register_gate
 from sdar_verl.context.builtin import sibling
 from sdar_verl.context.registry import register_context
 
-register_context("their_sibling", late=True)(lambda request, *, choice="first": sibling(request, choice=choice))
+register_context("their_sibling", of_group=True)(lambda request, *, choice="first": sibling(request, choice=choice))
 
 
 @register_gate("their_gate")

@@ -82,6 +82,13 @@ def test_grpo_needs_no_context_and_takes_one_that_the_script_names(tmp_path):
             "n=1: the context sibling is made of other",
         ),
         (
+            [
+                "sdar.modules=[tests.support.third_party]",
+                *("sdar.context.sources=[their_sibling]", "actor_rollout_ref.rollout.n=1"),
+            ],
+            "n=1: the context their_sibling is made of other",
+        ),
+        (
             ["sdar.context.sources=[answer]", "custom_reward_function.path=mine.py"],
             "custom_reward_function.path=mine.py is not supported: verl's v1 trainer reads it under reward alone",
         ),
