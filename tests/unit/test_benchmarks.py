@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from benchmarks import (
     common,
     counted_env,  # noqa: F401  registers it
     driver,
+    hindsight_rules,
     loss,
     pool,
     rollout,
@@ -28,6 +30,10 @@ from benchmarks import (
     teacher_placement,
     teacher_rows,
 )
+from sdar_verl.context import builtin  # noqa: F401  registers the contexts
+from sdar_verl.context.base import ContextRequest, PlayedEpisode, PlayedTurn
+from sdar_verl.context.prompt import UnreadableAnswer
+from sdar_verl.context.registry import get_context
 from sdar_verl.envs.alfworld.env import AlfworldEnv
 from sdar_verl.envs.base import Step, Task
 from sdar_verl.envs.registry import make_env
@@ -263,3 +269,38 @@ def test_the_gpu_script_says_so_where_there_is_no_gpu(
         runpy.run_path(str(GPU_SCRIPT), run_name="__main__")
     assert stopped.value.code == 2
     assert "no GPU" in capsys.readouterr().err
+
+
+def test_the_rules_write_where_things_were() -> None:
+    """Over the very prompts of the hindsight contexts."""
+    did = (
+        "go to shelf 2",
+        "take mug 1 from shelf 2",
+        "take cup 3 from bed 1",
+        "go to desk 1",
+        "take cup 3 from desk 1",
+    )
+    turns = tuple(PlayedTurn(f"seen {number}", action, number != 2) for number, action in enumerate(did))
+    own = PlayedEpisode("0", turns, True, 1.0, "done")
+    other = PlayedEpisode("1", turns[:1], False, 0.0, "nothing")
+    task = Task("alfworld", "t", "a", "put mug and cup away", {})
+
+    def written(name: str, turn: int = 0, episode: PlayedEpisode = own, **options: Any) -> str:
+        request = ContextRequest(task, seed=0, episode=episode, siblings=(other,), turn=turn)
+        asking = get_context(name).function(request, **options)
+        asked = next(asking)
+        while True:
+            prompts = asked if isinstance(asked, list) else [asked]
+            said = [hindsight_rules.answer(prompt.fit(10_000, len)[0]) for prompt in prompts]
+            try:
+                asked = asking.send(said if isinstance(asked, list) else said[0])
+            except StopIteration as end:
+                return end.value or ""
+
+    places = ["mug in shelf .", "cup in desk ."]
+    assert written("lesson").splitlines()[1:] == places
+    assert [written("hint", turn).splitlines()[1:] for turn in range(5)] == [places, places, *[places[1:]] * 3]
+    assert written("hint", 4, rest="lesson").splitlines()[1:] == places[1:]
+    assert written("guide").splitlines()[1:] == places
+    with pytest.raises(UnreadableAnswer):
+        written("lesson", episode=other)
