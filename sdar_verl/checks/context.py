@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from inspect import signature
 
@@ -103,12 +104,8 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             "alone, but sdar.teacher.on_long_prompt=drop_history may drop more history from one than from the other; "
             "use error or mask"
         )
-    if by_turn and not plays_environments(config):
-        loop = OmegaConf.select(config, _LOOP)
-        faults.append(
-            f"sdar.context: {', '.join(by_turn)} differ by turn, but with {_LOOP}={loop} a row is a whole conversation "
-            "with the context in its prompt; use contexts of the whole episode"
-        )
+    if not plays_environments(config):
+        faults += _turns_of_recipe(config, by_turn)
     elif by_turn and sdar.rollout.rows == "trajectory":
         faults.append(
             f"sdar.context: {', '.join(by_turn)} differ by turn, but with sdar.rollout.rows=trajectory the context "
@@ -122,6 +119,22 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     if not faults and context.on_empty == "error":
         faults += _without_context(config, sdar)
     return faults
+
+
+def _turns_of_recipe(config: DictConfig, by_turn: list[str]) -> Iterator[str]:
+    """Of verl's own loops; one of somebody's may make a row of each turn, which is looked at then."""
+    loop = OmegaConf.select(config, _LOOP)
+    loops = {task.data.get("agent_name") or loop for task in panel_tasks(config, "train_files")} or {loop}
+    if by_turn and "tool_agent" in loops:
+        yield (
+            f"sdar.context: {', '.join(by_turn)} differ by turn, but a row of tool_agent is a whole conversation with "
+            "the context in its prompt; use contexts of the whole episode"
+        )
+    if "next_observation" in by_turn and loops == {"single_turn_agent"}:
+        yield (
+            "sdar.context: next_observation has nothing to show with single_turn_agent, whose only answer is followed "
+            "by nothing; use feedback or another context"
+        )
 
 
 def _contrast(context: ContextConfig) -> list[str]:

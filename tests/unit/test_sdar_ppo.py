@@ -54,6 +54,7 @@ def test_two_lines_add_it_to_a_config_of_ones_own(tmp_path):
     assert (config.data.train_batch_size, config.trainer.v1.trainer_mode, config.sdar.method) == (7, "sdar", "rlsd")
 
 
+LOOP = "actor_rollout_ref.rollout.agent.default_agent_loop"
 METHODS = ("sdar", "opsd", "rlsd", "sdpo", "revkl_frozen", "sdar_frozen", "grpo_opsd", "skill_sd")
 
 
@@ -76,7 +77,11 @@ def test_grpo_needs_no_context_and_takes_one_that_the_script_names(tmp_path):
     ("overrides", "told"),
     [
         ([], "sdar.context.sources=[skills] is the default of the text environments; say what the teacher of this"),
-        (["sdar.context.sources=[next_observation]"], "next_observation differ by turn, but with "),
+        (["sdar.context.sources=[next_observation]"], "next_observation has nothing to show with single_turn_agent"),
+        (
+            ["sdar.context.sources=[next_observation]", f"{LOOP}=tool_agent"],
+            "next_observation differ by turn, but a row of tool_agent is a whole conversation",
+        ),
         (
             ["sdar.context.sources=[sibling]", "actor_rollout_ref.rollout.n=1"],
             "n=1: the context sibling is made of other",
@@ -112,6 +117,19 @@ def test_grpo_needs_no_context_and_takes_one_that_the_script_names(tmp_path):
 )
 def test_a_fault_is_told_with_its_remedy(tmp_path, overrides, told):
     assert told in faults(tmp_path, *overrides)
+
+
+def test_hints_for_turns_work_where_a_row_is_a_turn(tmp_path):
+    written = ["sdar.context.writer.source=policy", "sdar.teacher.on_long_prompt=mask"]
+    for loop, sources in (("single_turn_agent", "hint"), ("two_drafts", "hint"), ("two_drafts", "next_observation")):
+        modules = ["sdar.modules=[tests.support.agent_loops]"] if loop == "two_drafts" else []
+        flags = [
+            f"sdar.context.sources=[{sources}]",
+            f"{LOOP}={loop}",
+            *modules,
+            *(written if sources == "hint" else []),
+        ]
+        assert faults(tmp_path / f"{loop}-{sources}", *flags) == "", flags
 
 
 @pytest.mark.parametrize("sources", ["skills", "column", "next_observation"])
