@@ -1,4 +1,5 @@
-"""Puts the shipped configs on Hydra's search path, so that ``--config-name sdar_alfworld`` works from any folder."""
+"""Puts the shipped configs on Hydra's search path, so that ``--config-name sdar_alfworld`` works from any folder, and a
+callback into its own config, which sees runs without any config of ours."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from hydra.conf import HydraConf
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
@@ -35,3 +38,9 @@ def also_searched(folder: str | None) -> Iterator[None]:
 
 
 Plugins.instance().register(SdarSearchPath)
+ConfigStore.instance().store(
+    group="hydra",
+    name="config",
+    node=HydraConf(callbacks={"sdar_node": {"_target_": "sdar_verl.missing_node.NeedsNode"}}),
+    provider="sdar_verl",
+)

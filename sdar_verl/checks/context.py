@@ -176,14 +176,19 @@ def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
     options = ("train_files", *(["val_files"] if shown else [])) if names else ()
     panels = {option: panel_tasks(config, option) for option in options}
     for name, option, panel in ((name, option, panel) for option, panel in panels.items() for name in names):
-        texts, tasks = [], [task for task in panel if name in _shown(sdar.context, task)][:PROBED_TASKS]
-        for task in tasks:
+        tasks = [task for task in panel if name in _shown(sdar.context, task)]
+        # An environment's may take long to make; of a recipe's data, few rows may have one.
+        tasks = tasks[:PROBED_TASKS] if plays_environments(config) else tasks
+        found = False
+        for number, task in enumerate(tasks):
+            if found and number >= PROBED_TASKS:
+                break
             request = ContextRequest(task, seed=sdar.context.seed, skills=lambda: Passage(""))
             try:
-                texts.append(get_context(name).make(request, sdar.context.options.get(name, {})).text)
+                found |= bool(get_context(name).make(request, sdar.context.options.get(name, {})).text)
             except ContextError as error:
                 return [f"sdar.context.sources: {error}"]
-        if tasks and not any(texts):
+        if tasks and not found:
             return [
                 f"sdar.context.sources: context {name!r} has nothing to show for the first {len(tasks)} tasks of "
                 f"data.{option} (environment {tasks[0].env!r}){_set(sdar.context, name)}; their data are "

@@ -1,11 +1,10 @@
-"""Checks of a recipe's own data, of what its rows and options name, and of its first prompt, before Ray starts."""
+"""Checks of a recipe's own data, of what its rows and options name, and of its first prompts, before Ray starts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 from sdar_verl.checks.data import step_faults
 from sdar_verl.checks.panel_tasks import panel_files, read_rows, row_count
 from sdar_verl.config import SdarConfig
+from sdar_verl.errors import SdarError
 from sdar_verl.panels import PanelError
 from sdar_verl.recipe import AGENT_LOOP, TAUGHT
 from sdar_verl.rollout.messages import MessagesError, holder
+from sdar_verl.rollout.prompts import PromptTemplateError
+from sdar_verl.rollout.recipe_rows import task_of
 from sdar_verl.untrusted import shorten
 
+ROWS_MADE = 200
+"""Rows of each training file whose prompts are made before the start."""
 _GRADED_LOOPS = ("single_turn_agent", "tool_agent")
 """verl's loops, which leave the reward to the reward manager."""
 
@@ -79,6 +83,11 @@ def _of_row(config: DictConfig, sdar: SdarConfig, row: Mapping[str, Any]) -> str
             f"the column {key!r} holds {held}, not a list of messages with role and content, as verl's agent loops "
             "read it"
         )
+    kinds = [
+        config.data.get(name) or name.removesuffix("_key") + "s" for name in ("image_key", "video_key", "audio_key")
+    ]
+    if shown := [kind for kind in kinds if row.get(kind)]:
+        return f"the column {shown[0]!r} has something to look at or to listen to; SDAR's teacher reads text alone"
     if sdar.teacher.source != "none":
         try:
             holder(messages, sdar.context.place)
@@ -188,38 +197,67 @@ def _of_loop(loop: str | None, known: set[str] | None, said: str) -> str | None:
 
 
 def _prompts(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
-    """Whether verl's loops can make the first prompt at all, and whether there is room for it and for the teacher's; of
-    a model that lies here, nothing is downloaded."""
+    """The first fault of a prompt, the student's or the teacher's, among the first rows; of a model that lies here. The
+    doctor makes them all."""
     model, data = config.actor_rollout_ref.model, config.data
-    files = panel_files(config, "train_files")
-    row = next(chain.from_iterable(read_rows(file, 1) for file in files), None)
-    if row is None or not Path(str(model.path)).is_dir():
+    if not Path(str(model.path)).is_dir():
         return
-    from transformers import AutoTokenizer
+    from sdar_verl.verl.recipe_prompts import RecipeRuntime, model_type, policy_tokenizer, prompt_maker
 
-    from sdar_verl.verl.recipe_prompts import model_type, prompt_maker
-
+    taught = sdar.teacher.source != "none"
     try:
-        trust = model.get("trust_remote_code", False)
-        tokenizer = AutoTokenizer.from_pretrained(model.get("tokenizer_path") or model.path, trust_remote_code=trust)
-        make = prompt_maker(config, tokenizer, model_type(config))
-        tokens = len(make([dict(message) for message in row[data.get("prompt_key", "prompt")]]))
-    except Exception as error:  # transformers, verl and a chat template raise many kinds
-        yield (
-            f"actor_rollout_ref.model.path={model.path}: verl's agent loops cannot make the prompt of the first row of "
-            f"data.train_files={files[0]} with its tokenizer ({type(error).__name__}: {shorten(str(error))}); use a "
-            "model whose tokenizer has a chat template for these messages"
-        )
+        tokenizer = policy_tokenizer(config)
+        make, runtime = prompt_maker(config, tokenizer, model_type(config)), None
+        if taught and "skills" not in sdar.context.named:  # a bank has checks of its own
+            with suppress(SdarError, PromptTemplateError):  # told by the checks of contexts and place
+                runtime = RecipeRuntime(config, tokenizer, model_type(config))
+    except Exception as error:  # transformers and verl raise many kinds
+        yield f"actor_rollout_ref.model.path={model.path}: its tokenizer cannot be used ({_of(error)}); use another one"
         return
-    if tokens > data.max_prompt_length and not data.get("filter_overlong_prompts", False):
-        yield (
-            f"data.max_prompt_length={data.max_prompt_length}, but the first prompt of data.train_files has {tokens} "
-            "tokens; raise it, or set data.filter_overlong_prompts=True"
-        )
-    if sdar.teacher.source != "none" and sdar.teacher.on_long_prompt == "error":
-        limit = sdar.teacher.max_prompt_length
-        if tokens >= limit:
-            yield (
-                f"sdar.teacher.max_prompt_length={limit}, but the first prompt of data.train_files has {tokens} tokens "
-                "without a context; raise it, or set sdar.teacher.on_long_prompt=mask"
-            )
+    for file in panel_files(config, "train_files"):
+        for number, row in enumerate(read_rows(file, ROWS_MADE)):
+            said, messages = f"row {number} of data.train_files={file}", row[data.get("prompt_key", "prompt")]
+            try:
+                tokens = len(make([dict(message) for message in messages]))
+            except Exception as error:  # and a chat template
+                yield (
+                    f"actor_rollout_ref.model.path={model.path}: verl's agent loops cannot make the prompt of {said} "
+                    f"with its tokenizer ({_of(error)}); use a model whose tokenizer has a chat template for these "
+                    "messages"
+                )
+                return
+            if tokens > data.max_prompt_length:
+                stops = number == 0 or (taught and sdar.context.on_foreign_prompt == "error")
+                if stops and not data.get("filter_overlong_prompts", False):
+                    yield (
+                        f"data.max_prompt_length={data.max_prompt_length}, but the prompt of {said} has {tokens} "
+                        "tokens; raise it, or set data.filter_overlong_prompts=True"
+                    )
+                    return
+            elif runtime is not None and (fault := _of_teacher(sdar, runtime, said, row, messages, tokens)):
+                yield fault
+                return
+
+
+def _of_teacher(
+    sdar: SdarConfig, runtime: Any, said: str, row: Mapping[str, Any], messages: Any, tokens: int
+) -> str | None:
+    limit, context = sdar.teacher.max_prompt_length, "without a context"
+    try:
+        if not runtime.contexts.late:
+            passage = runtime.early(task_of({**row, "raw_prompt": messages}))
+            if passage is not None:
+                plain = [dict(message) for message in messages]
+                tokens, context = len(runtime.prompts.teacher(plain, None, passage.text)), "with its context"
+    except Exception as error:  # whatever a context of somebody's raises
+        return f"{said}: the teacher's prompt cannot be made ({_of(error)})"
+    if tokens <= limit or sdar.teacher.on_long_prompt != "error":
+        return None
+    return (
+        f"sdar.teacher.max_prompt_length={limit}, but the prompt of {said} has {tokens} tokens {context}; raise it, or "
+        "set sdar.teacher.on_long_prompt=mask"
+    )
+
+
+def _of(error: Exception) -> str:
+    return f"{type(error).__name__}: {shorten(str(error))}"

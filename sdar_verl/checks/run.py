@@ -143,12 +143,22 @@ def _modes(config: DictConfig, sdar: SdarConfig) -> list[str]:
     return faults
 
 
+_ESTIMATORS = {
+    "gae": "needs a critic, and there is none",
+    "remax": "needs the reward of a greedy answer, which verl's v1 trainer does not ask for",
+    "gdpo": "needs the parts of the reward, which verl's v1 trainer does not hand to it",
+    "optimal_token_baseline": "needs sums over the vocabulary, which verl's v1 trainer does not compute",
+    "tir_optimal_token_baseline": "needs sums over the vocabulary, which verl's v1 trainer does not compute",
+}
+"""Estimators of verl's that fail in the first step of its v1 trainer; the others are tested."""
+
+
 def _registered_in_verl(config: DictConfig) -> list[str]:
     """Names that verl looks up in the first step, when the rollout is done."""
     estimator, loss = config.algorithm.adv_estimator, config.actor_rollout_ref.actor.policy_loss.loss_mode
     faults = []
-    if estimator == "gae":
-        faults.append("algorithm.adv_estimator=gae needs a critic, and there is none; use sdar, grpo, rloo, ...")
+    if why := _ESTIMATORS.get(str(estimator)):
+        faults.append(f"algorithm.adv_estimator={estimator} {why}; use sdar, grpo, rloo, reinforce_plus_plus, ...")
     if estimator == "sdar" and config.algorithm.get("gamma", 1.0) != 1.0:
         faults.append(
             f"algorithm.gamma={config.algorithm.gamma} has no effect with algorithm.adv_estimator=sdar, which compares "
@@ -168,15 +178,20 @@ def _registered_in_verl(config: DictConfig) -> list[str]:
     return faults
 
 
+def _room(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    room = config.actor_rollout_ref.rollout.max_model_len
+    needed = config.data.max_prompt_length + config.data.max_response_length
+    if room is None or room >= needed:
+        return []
+    return [
+        f"actor_rollout_ref.rollout.max_model_len={room} is less than a row may have, "
+        f"data.max_prompt_length + data.max_response_length = {needed}; raise it, or lower one of them"
+    ]
+
+
 def _rows(config: DictConfig, sdar: SdarConfig) -> list[str]:
     rollout, limit = sdar.rollout, config.data.max_response_length
     faults = []
-    room, needed = config.actor_rollout_ref.rollout.max_model_len, config.data.max_prompt_length + limit
-    if room is not None and room < needed:
-        faults.append(
-            f"actor_rollout_ref.rollout.max_model_len={room} is less than a row may have, "
-            f"data.max_prompt_length + data.max_response_length = {needed}; raise it, or lower one of them"
-        )
     if rollout.rows == "per_turn":
         if rollout.turn_length is not None:
             faults.append(
@@ -296,6 +311,7 @@ _CHECKS: tuple[Any, ...] = (
     mode_faults,
     _modes,
     teacher_faults,
+    _room,
     _rows,
     advantage_faults,
     skill_faults,

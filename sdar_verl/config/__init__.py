@@ -18,6 +18,7 @@ from sdar_verl.config.context import ContextConfig
 from sdar_verl.config.loss import LossConfig
 from sdar_verl.config.node import Node
 from sdar_verl.errors import ConfigError
+from sdar_verl.missing_node import NO_NODE
 
 
 class TeacherConfig(Node):
@@ -293,10 +294,7 @@ def load_config(node: Mapping[str, Any] | DictConfig | None) -> SdarConfig:
         ConfigError: naming every option that is unknown or out of range, its value and what is allowed.
     """
     if node is None:
-        raise ConfigError(
-            "the config has no `sdar:` node: use --config-name sdar_ppo for a recipe of verl's, or one of our own "
-            "(sdar_alfworld), or add `- sdar_node` and `- method: sdar` to the defaults of your YAML"
-        )
+        raise ConfigError(NO_NODE)
     raw = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
     if strange := list(_not_finite(raw, "sdar")):
         raise ConfigError("\n".join(strange))

@@ -111,7 +111,7 @@ class ContextConfig(Node):
         default_factory=lambda: ["skills"],
         min_length=1,
         description="registered contexts, shown in this order: skills (paper), answer, column, demonstration, sibling, "
-        "failed_sibling, feedback, next_observation; written by sdar.context.writer: lesson, guide, hint",
+        "failed_sibling, own_failure, feedback, next_observation; written by sdar.context.writer: lesson, guide, hint",
     )
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="context -> its keyword arguments, for contexts named in sources"

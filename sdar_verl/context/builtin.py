@@ -1,13 +1,12 @@
 """The contexts of this package; each is one function. Texts are our own words.
 
 ``skills``, ``answer``, ``column`` and ``demonstration`` are known before an episode begins; ``sibling``,
-``failed_sibling``, ``feedback`` and ``next_observation`` are late, known when its whole group has ended. What they
-stand for in the literature: docs/contexts.md.
+``failed_sibling``, ``own_failure``, ``feedback`` and ``next_observation`` are late, known when its whole group has
+ended. What they stand for in the literature: docs/contexts.md.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from random import Random
@@ -17,6 +16,7 @@ from sdar_verl.context import hindsight  # noqa: F401  registers those that some
 from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode
 from sdar_verl.context.registry import ContextError, register_context
 from sdar_verl.envs.registry import demonstration_of
+from sdar_verl.rollout.actions import without_thought
 
 SiblingChoice = Literal["shortest", "first", "random"]
 
@@ -117,7 +117,7 @@ def sibling(
         choice: ``shortest`` (fewest turns; the first of several), ``first`` by its number in the group, or ``random``.
         observations: show what was seen at each turn, not the actions alone.
         threshold: success is a reward of at least this; None: what environment or reward function call success.
-        thinking: False leaves out what stands between ``<think>`` and ``</think>``.
+        thinking: False leaves out what stands before ``</think>``.
         intro: the line above it.
     """
     solved = [episode for episode in request.siblings if _solved(episode, threshold)]
@@ -137,6 +137,21 @@ def failed_sibling(
     """An episode of the same group that did not succeed, never the row's own; options as in :func:`sibling`."""
     failed = [episode for episode in request.siblings if not _solved(episode, threshold)]
     return _shown(request, intro, failed, choice, observations, thinking)
+
+
+@register_context("own_failure", late=True)
+def own_failure(
+    request: ContextRequest,
+    *,
+    observations: bool = True,
+    threshold: float | None = None,
+    thinking: bool = True,
+    intro: str = "An attempt at this task that failed:",
+) -> str | None:
+    """The row's own episode, where it did not succeed; None where it did. As ``sdar.context.contrast`` it is the wrong
+    answer beside a right one, also in groups that all failed (SIPO); options as in :func:`sibling`."""
+    own = [] if request.episode is None or _solved(request.episode, threshold) else [request.episode]
+    return _shown(request, intro, own, "first", observations, thinking)
 
 
 @register_context("next_observation", by_turn=True)
@@ -160,7 +175,7 @@ def feedback(request: ContextRequest, *, field: str | None = None) -> str | None
     """What was said in the end about the row's own episode.
 
     Args:
-        request: ``episode`` is read.
+        request: ``episode`` is read; with ``field`` also ``siblings``, one of which must have it.
         field: key of what the reward function said (its ``reward_extra_info``): a judge's message, a failed test. None
             where the row has none. Without it: outcome, invalid actions and last answer of the environment.
     """
@@ -168,13 +183,14 @@ def feedback(request: ContextRequest, *, field: str | None = None) -> str | None
     if episode is None:
         raise ContextError("context 'feedback' was asked for before the episode ended")
     if field is not None:
-        if field not in episode.said:
+        if not any(field in one.said for one in (episode, *request.siblings)):
             known = ", ".join(sorted(episode.said)) or "nothing"
             raise ContextError(
                 f"context 'feedback' reads {field!r} from what the reward function says, which says: {known}; name the "
-                "right key in sdar.context.options.feedback.field"
+                "right key in sdar.context.options.feedback.field, and have the function give it an empty text where it "
+                "has nothing to say"
             )
-        text = str(episode.said[field] or "").strip()
+        text = str(episode.said.get(field) or "").strip()
         return f"What was said about this attempt:\n{text}" if text else None
     lines = [
         f"This attempt {'solved' if episode.success else 'did not solve'} the task; "
@@ -211,14 +227,11 @@ def _shown(
         Random(f"{request.seed}:{request.task.task_id}:{own}").shuffle(episodes)
     best = episodes[request.number]
     if not thinking:
-        turns = [replace(turn, action=turn.action and _THOUGHT.sub("", turn.action).strip()) for turn in best.turns]
+        turns = [replace(turn, action=turn.action and without_thought(turn.action)) for turn in best.turns]
         best = replace(best, turns=tuple(turns))
     if len(best.turns) == 1 and best.said:  # a recipe's row of one turn: its question is known, its answer is all
         return f"{title}\n{best.turns[0].action or ''}"
     return f"{title}\n" + "\n".join(_story(best, observations))
-
-
-_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 def _story(episode: PlayedEpisode, observations: bool) -> Iterable[str]:

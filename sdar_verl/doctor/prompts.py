@@ -54,8 +54,10 @@ def check_prompts(config: DictConfig, sdar: SdarConfig, resets: int) -> Iterator
     tasks = panel_tasks(config, "train_files")
     if not tasks:
         return  # told by the checks of the data
+    from sdar_verl.verl.recipe_prompts import policy_tokenizer
+
     try:
-        tokenizer = _tokenizer(config)
+        tokenizer = policy_tokenizer(config)
     except Exception as error:  # transformers raises many kinds
         first = (str(error).splitlines() or [""])[0]
         yield Finding("warn", "prompts", f"not checked: the model's tokenizer cannot be read here ({first})",
@@ -234,16 +236,6 @@ def _first_prompts(
             yield Finding("warn", f"{who}'s prompt", f"{text}; later turns add history", f"raise {option}")
         else:
             yield Finding("ok", f"{who}'s prompt", text)
-
-
-def _tokenizer(config: DictConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    model = config.actor_rollout_ref.model
-    path = str(model.get("tokenizer_path") or model.path)
-    return AutoTokenizer.from_pretrained(
-        path, trust_remote_code=model.get("trust_remote_code", False), local_files_only=True
-    )
 
 
 def _share(part: int, whole: int) -> str:

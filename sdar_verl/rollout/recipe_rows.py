@@ -11,6 +11,7 @@ from typing import Any
 from sdar_verl.envs.base import RECIPE, Task
 from sdar_verl.rollout.messages import last_user_text
 from sdar_verl.rollout.rows import EpisodeNote, RowInfo, TurnNote, turn_text
+from sdar_verl.untrusted import shorten
 
 _NOT_DATA = frozenset({"raw_prompt", "prompt", "multi_modal_data", "uid", "session_id", "agent_name", "global_steps"})
 
@@ -25,6 +26,11 @@ def task_of(columns: Mapping[str, Any]) -> Task:
     digest = hashlib.sha256(json.dumps(messages, sort_keys=True, default=str).encode()).hexdigest()[:16]
     data = {name: plain(value) for name, value in columns.items() if name not in _NOT_DATA}
     return Task(RECIPE, f"{source}/{digest}", source, last_user_text(messages), data)
+
+
+def said(task: Task) -> str:
+    """A row, for a message: its id is a hash, but its question can be looked for."""
+    return f"{task.task_id} ({shorten(task.description)})"
 
 
 def plain(value: Any) -> Any:

@@ -250,8 +250,9 @@ class RowInfo:
         record = extra_fields.get(ROW_KEY) if isinstance(extra_fields, dict) else None
         if record is None:
             raise ValueError(
-                "a row has no sdar record; set actor_rollout_ref.rollout.agent.default_agent_loop=sdar_agent "
-                "(and leave the panel's agent_name column out)"
+                "a row has no sdar record, so an agent loop made it that no loop of ours has run; with a text "
+                "environment set actor_rollout_ref.rollout.agent.default_agent_loop=sdar_agent (and leave the panel's "
+                "agent_name column out), with a recipe of verl's leave agent_loop_manager_class at its default"
             )
         episode = record.get("episode")
         turns = tuple(TurnNote(**turn) for turn in record.get("turns", ()))

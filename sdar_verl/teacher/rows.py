@@ -101,5 +101,6 @@ def stop_without_contexts(infos: Sequence[RowInfo | None], step: int) -> None:
         )
     raise TeacherError(
         "the teacher sees no context on any row of this step, so it can only repeat the student; "
-        "check sdar.skills.bank and sdar.skills.retrieval against the tasks, or set sdar.teacher.source=none"
+        "check sdar.context.sources (of skills: sdar.skills.bank and sdar.skills.retrieval) against the tasks, or set "
+        "sdar.teacher.source=none"
     )

@@ -14,9 +14,10 @@ from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.envs.base import Task
 from sdar_verl.modules import import_modules
-from sdar_verl.rollout.messages import ContextPlace
+from sdar_verl.rollout.messages import ContextPlace, last_user_text
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.rollout.skills_of import SkillFinder
+from sdar_verl.untrusted import shorten
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,18 @@ def prompt_maker(
         return list(builder.build_initial_tokens(messages, tools=tools))
 
     return make
+
+
+def policy_tokenizer(config: DictConfig) -> Any:
+    """As verl's agent loops have it; of a model that lies here, nothing is downloaded."""
+    from transformers import AutoTokenizer
+
+    model = config.actor_rollout_ref.model
+    trust, path = model.get("trust_remote_code", False), str(model.get("tokenizer_path") or model.path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust, local_files_only=True)
+    if template := model.get("custom_chat_template", None):
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def model_type(config: DictConfig) -> str | None:
@@ -148,13 +161,13 @@ class TeacherPrompts:
             rest: token ids of the student's prompt behind those of ``messages``.
             passage: the context; an empty text gives the student's own prompt.
         """
-        limit = self._settings.teacher.max_prompt_length
+        limit, row = self._settings.teacher.max_prompt_length, f"{info.task_id} ({shorten(last_user_text(messages))})"
         ids = [*self.teacher(messages, tools, passage.text), *rest]
         if len(ids) > limit:
             info.truncated = True
             if self._settings.teacher.on_long_prompt != "mask":
                 info.error = (
-                    f"the teacher's prompt of {info.task_id} has {len(ids)} tokens, more than "
+                    f"the teacher's prompt of {row} has {len(ids)} tokens, more than "
                     f"sdar.teacher.max_prompt_length={limit}; raise it, shorten the context, or leave such rows out of "
                     "the distillation term with sdar.teacher.on_long_prompt=mask"
                 )
@@ -162,7 +175,7 @@ class TeacherPrompts:
         if passage.text and ids == [*self.student(messages, tools), *rest]:
             info.error = (
                 f"the chat template shows nothing of a context at sdar.context.place={self._settings.context.place}: "
-                f"the teacher's prompt of {info.task_id} is the student's. Use another place"
+                f"the teacher's prompt of {row} is the student's. Use another place"
             )
             return
         info.take_teacher_prompt(ids)

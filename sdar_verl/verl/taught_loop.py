@@ -27,7 +27,7 @@ from sdar_verl.recipe import INNER_COLUMN, TAUGHT
 from sdar_verl.rollout import outputs  # the module: verl loads this one while that one is being imported
 from sdar_verl.rollout.messages import MessagesError, asks
 from sdar_verl.rollout.prompts import PromptTemplateError
-from sdar_verl.rollout.recipe_rows import record_of, task_of
+from sdar_verl.rollout.recipe_rows import record_of, said, task_of
 from sdar_verl.rollout.rows import RETIRED_COLUMN, ROW_KEY, TRACED_COLUMN, RowInfo
 from sdar_verl.rollout.server_teacher import ServerTeacher
 from sdar_verl.rollout.uids import request_seed, seed_part
@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 FOREIGN = (
     "agent loop {loop} makes a prompt that verl's own tokenisation does not make of its messages ({why}), so the "
     "teacher's cannot be made of them; let the loop give it as extra_fields['teacher_prompt_ids'] of its outputs, or "
-    "leave such rows out of the distillation term with sdar.context.on_foreign_prompt=mask"
+    "leave such rows out of the distillation term with sdar.context.on_foreign_prompt=mask (of a prompt that was cut: "
+    "raise data.max_prompt_length, or set data.filter_overlong_prompts=True)"
 )
 
 
@@ -138,7 +139,7 @@ class TaughtLoop(AgentLoopBase):
                 shown = runtime.shown(task, arm.context)
                 columns["raw_prompt"] = runtime.prompts.place.put(list(columns["raw_prompt"]), shown)
             except _NO_PROMPT as error:
-                why = f"sdar.validation.arms.{arm_name}: row {columns.get('index')} ({task.task_id}): {error}"
+                why = f"sdar.validation.arms.{arm_name}: row {said(task)}: {error}"
                 return self._failed(task, arm_name, columns, error=why)
             sampling_params = {**sampling_params, "temperature": arm.temperature}
         submitted = seed_part(columns.get("uid"), columns.get("global_steps"))
@@ -167,7 +168,7 @@ class TaughtLoop(AgentLoopBase):
                 if not retired:
                     self._teach(runtime, name, loop.built, one, info, task)
             except _NO_PROMPT as error:
-                info.error = f"row {columns.get('index')} ({task.task_id}): {error}"
+                info.error = f"row {said(task)}: {error}"
             if scores is not None:
                 scores.ask(info, one.prompt_ids, one.response_ids)
             rows.append((one, info))
@@ -231,7 +232,7 @@ class TaughtLoop(AgentLoopBase):
             why = "another tokenisation, or a prompt cut to data.max_prompt_length"
         if why:
             if runtime.sdar.context.on_foreign_prompt == "error":
-                info.error = f"row of {task.task_id}: " + FOREIGN.format(loop=loop, why=why)
+                info.error = f"row of {said(task)}: " + FOREIGN.format(loop=loop, why=why)
             info.foreign = True
             return
         assert found is not None

@@ -158,6 +158,53 @@ def test_feedback_tells_outcome_invalid_actions_and_the_last_answer():
     assert "solved the task" in won and "1 turn " in won and "did not accept" not in won
 
 
+def test_feedback_of_a_reward_function_is_what_it_says_of_the_row():
+    feedback, options = get_context("feedback"), {"field": "judge"}
+    told, silent = (
+        replace(episode(f"u_{n}", False, ["x"]), said=said) for n, said in enumerate(({"judge": " No. "}, {}))
+    )
+    assert feedback.make(ContextRequest(TASK, episode=told), options).text.splitlines()[1:] == ["No."]
+    for nothing in ({}, {"judge": None}, {"judge": " "}):  # a judge who speaks of some rows alone
+        one = replace(silent, said=nothing)
+        assert feedback.make(ContextRequest(TASK, episode=one, siblings=(told,)), options).text == ""
+    with pytest.raises(ContextError, match=r"reads 'judge' from .* which says: score; name the right key"):
+        feedback.make(ContextRequest(TASK, episode=replace(silent, said={"score": 1})), options)
+
+
+def test_thoughts_of_a_sibling_may_be_left_out():
+    """Also those that the prompt began, and those that were cut off."""
+    for name, solved in (("sibling", True), ("failed_sibling", False)):
+        said = ["<think>so</think> go", "so</think>go", "<think>so", "go"]
+        request = ContextRequest(TASK, siblings=(episode("u_1", solved, said),))
+        options = {"thinking": False, "observations": False}
+        assert get_context(name).make(request, options).text.splitlines()[1:] == [
+            "1. go",
+            "2. go",
+            "3. (nothing that could be read)",
+            "4. go",
+        ]
+        assert "3. <think>so" in get_context(name).make(request, {"observations": False}).text
+
+
+def test_what_counts_as_success_has_a_threshold():
+    siblings = (episode("u_1", True, ["a"]), replace(episode("u_2", False, ["b"]), reward=0.6))
+    request = ContextRequest(TASK, siblings=siblings)
+    for threshold, solved, failed in ((0.5, "a", ""), (11.0, "", "a"), (None, "a", "b")):
+        for name, expected in (("sibling", solved), ("failed_sibling", failed)):
+            options = {"threshold": threshold, "observations": False, "choice": "first"}
+            text = get_context(name).make(request, options).text
+            assert text.splitlines()[1:] == ([f"1. {expected}"] if expected else []), (threshold, name)
+
+
+def test_the_rows_own_failure_is_shown_and_its_success_not():
+    own = get_context("own_failure")
+    assert own.late and not own.of_group
+    lost, won = episode("u_0", False, ["x"]), episode("u_1", True, ["y"])
+    assert own.make(ContextRequest(TASK, episode=lost, siblings=(won,)), {"observations": False}).text.endswith("1. x")
+    assert own.make(ContextRequest(TASK, episode=won, siblings=(lost,)), {}).text == ""
+    assert own.make(ContextRequest(TASK, episode=won), {"threshold": 11.0}).text != ""
+
+
 # ---------------------------------------------------------------- the registry
 
 
@@ -317,7 +364,7 @@ def test_late_is_what_must_wait_for_the_group():
 def test_every_builtin_is_documented():
     text = (Path(__file__).parents[2] / "docs" / "contexts.md").read_text()
     names = [name for name in context_names() if get_context(name).function.__module__ == builtin.__name__]
-    assert len(names) == 8
+    assert len(names) == 9
     assert all(f"`{name}`" in text for name in [*names, *CONTROLS])
 
 

@@ -99,14 +99,14 @@ def test_tools_stand_in_the_prompts_of_the_loop_that_shows_them(tmp_path: Path) 
 @pytest.mark.skipif(IS_VERL_090, reason="verl 0.9.0 does not continue prompts unless it is told to")
 def test_a_tokenizer_that_verl_cannot_continue_is_told_before_ray(tmp_path: Path) -> None:
     text = diagnose(tmp_path, ANSWER, f"actor_rollout_ref.model.path={start_policy()}")
-    assert "cannot make the prompt of the first row" in text and "newline" in text
+    assert "its tokenizer cannot be used (" in text and "newline" in text
 
 
 def test_messages_that_the_chat_template_refuses_are_told_before_ray(tmp_path: Path) -> None:
     arguments = recipe_arguments(tmp_path, ANSWER)
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
     text = as_text(check_config("sdar_ppo", arguments, LAPTOP, 0))
-    assert "cannot make the prompt of the first row" in text and "no such role" in text
+    assert "cannot make the prompt of row 0 of" in text and "no such role" in text
 
 
 def test_a_tokenizer_that_drops_white_space_is_told() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from sdar_verl.errors import ConfigError
 from tests.support.recipe_run import recipe_arguments, word_problems, write_data
+from tests.support.verl_run import forked_python
 
 
 def composed(name: str, overrides: list[str]) -> Any:
@@ -111,7 +113,7 @@ def test_grpo_needs_no_context_and_takes_one_that_the_script_names(tmp_path):
         ),
         (
             ["sdar.context.sources=[column]", "+sdar.context.options.column.path=extra_info.nothing"],
-            "has nothing to show for the first 8 tasks",
+            "has nothing to show for the first 16 tasks",
         ),
     ],
 )
@@ -184,8 +186,8 @@ def test_flags_that_name_nothing_are_told(tmp_path):
         "data.train_batch_size=32": "data.train_batch_size=32, but data.train_files holds 16 tasks",
         "data.train_max_samples=2": "data.train_max_samples=2 leaves 2 tasks",
         "trainer.total_epochs=1 trainer.total_training_steps=9": "trainer.total_epochs=1 ends the run after 4 steps",
-        "data.max_prompt_length=4": "data.max_prompt_length=4, but the first prompt",
-        "sdar.teacher.max_prompt_length=4": "sdar.teacher.max_prompt_length=4, but the first prompt",
+        "data.max_prompt_length=4": "data.max_prompt_length=4, but the prompt of row 0 of",
+        "sdar.teacher.max_prompt_length=4": "sdar.teacher.max_prompt_length=4, but the prompt of row 0 of",
         "+sdar.validation.arms.sk={context: skills, temperature: 1.0}": "arms.sk.context=skills has none",
     }.items():
         words = [override] if override.startswith("+") else override.split(" ")
@@ -344,3 +346,54 @@ def test_data_of_json_lines_are_read(tmp_path):
     path.write_text("\n".join(json.dumps(row) for row in word_problems(3)))
     assert [row["data_source"] for row in read_rows(path)] == ["openai/gsm8k"] * 3
     assert write_data(tmp_path, word_problems(3)).is_file()
+
+
+def test_our_trainer_without_our_node_is_told_before_ray_starts(tmp_path):
+    command = [*forked_python(), "-m", "verl.trainer.main_ppo", "trainer.v1.trainer_mode=sdar"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "trainer.v1.trainer_mode=sdar: the config has no `sdar:` node: use --config-name sdar_ppo" in done.stderr
+    assert "sdar.context.sources=[answer]" in done.stderr and "ray init" not in done.stdout
+
+
+def test_few_rows_may_have_a_context_and_one_of_several_sources_may_be_rare(tmp_path):
+    rows = [{**row, "hint": "Add them." if number > 12 else None} for number, row in enumerate(word_problems(16))]
+    column = "+sdar.context.options.column.path=hint"
+    assert faults(tmp_path, "sdar.context.sources=[column]", column, rows=rows) == ""
+    assert faults(tmp_path, "sdar.context.sources=[answer,column]", column, rows=rows) == ""
+    never = [{**row, "hint": None} for row in rows]
+    told = faults(tmp_path, "sdar.context.sources=[answer,column]", column, rows=never)
+    assert "context 'column' has nothing to show for the first 16 tasks" in told
+
+
+@pytest.mark.parametrize("column", ["images", "videos", "audios"])
+def test_rows_with_something_to_look_at_are_refused(tmp_path, column):
+    assert f"row 3: the column {column!r} has something to look at" in row_faults(tmp_path, {column: [{"a": 1}]})
+    assert row_faults(tmp_path, {column: []}) == ""
+
+
+def test_a_later_rows_prompt_that_does_not_fit_is_told(tmp_path):
+    long = [{"role": "user", "content": "How many? " * 200}]
+    assert "but the prompt of row 3 of" in row_faults(tmp_path, {"prompt": long})
+    for leaves in ("data.filter_overlong_prompts=True", "sdar.context.on_foreign_prompt=mask"):
+        assert row_faults(tmp_path, {"prompt": long}, leaves) == ""
+    answer = {"reward_model": {"style": "rule", "ground_truth": "7 " * 400}}
+    told = row_faults(tmp_path, answer, "sdar.teacher.max_prompt_length=200")
+    assert "sdar.teacher.max_prompt_length=200, but the prompt of row 3 of" in told and "with its context" in told
+    assert row_faults(tmp_path, answer, "sdar.teacher.max_prompt_length=200", "sdar.teacher.on_long_prompt=mask") == ""
+
+
+def test_a_row_that_the_chat_template_refuses_is_told(tmp_path):
+    """Of any role but these; and a template of the script's own stands in for the tokenizer's."""
+    picky = "{% for m in messages %}{% if m.role == 'critic' %}{{ raise_exception('no critics') }}{% endif %}"
+    picky += "{{ m.content }}{% endfor %}"
+    messages = [{"role": "user", "content": "How many?"}, {"role": "critic", "content": "Hm."}]
+    template = f"actor_rollout_ref.model.custom_chat_template={json.dumps(picky)}"
+    told = row_faults(tmp_path, {"prompt": messages}, template)
+    assert "cannot make the prompt of row 3 of" in told and "no critics" in told
+    assert row_faults(tmp_path, {}, template) == ""
+
+
+def test_a_model_that_holds_less_than_a_row_is_told(tmp_path):
+    told = faults(tmp_path, "sdar.context.sources=[answer]", "actor_rollout_ref.rollout.max_model_len=10")
+    assert "actor_rollout_ref.rollout.max_model_len=10 is less than a row may have" in told
