@@ -187,8 +187,8 @@ def feedback(request: ContextRequest, *, field: str | None = None) -> str | None
             known = ", ".join(sorted(episode.said)) or "nothing"
             raise ContextError(
                 f"context 'feedback' reads {field!r} from what the reward function says, which says: {known}; name the "
-                "right key in sdar.context.options.feedback.field, and have the function give it an empty text where it "
-                "has nothing to say"
+                "right key in sdar.context.options.feedback.field, and have the function give it an empty text where "
+                "it has nothing to say"
             )
         text = str(episode.said.get(field) or "").strip()
         return f"What was said about this attempt:\n{text}" if text else None

@@ -1,12 +1,17 @@
-"""Every method preset trains two steps through verl's main_ppo, and differs from GRPO exactly where it should."""
+"""Every method preset trains two steps through verl's main_ppo, differs from GRPO exactly where it should, and goes on
+after its first step as if never stopped."""
 
 from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from sdar_verl.algorithm.anchors import anchored_returns
 from tests.support.plain import padded
+from tests.support.resumed import back_to_step_one, differing
 from tests.support.toy_run import SMALL, train
 from tests.support.verl_run import Run
 
@@ -35,11 +40,50 @@ LEARNING = ("actor/loss", "actor/pg_loss", "actor/grad_norm")
 
 def run(folder, method: str, *overrides: str) -> Run:
     recorded = method != "skill_prompt"
-    return train(folder, f"method={method}", *overrides, base=SMALL, steps=2, record=recorded)
+    saved = ("trainer.save_freq=1",) if recorded else ()
+    return train(folder, f"method={method}", *saved, *overrides, base=SMALL, steps=2, record=recorded)
+
+
+def goes_on(trained: Run, method: str, *overrides: str) -> None:
+    """Killed after its first checkpoint, it makes the same second step, to the last bit."""
+    second = trained.metrics[2]
+    back_to_step_one(trained.folder)
+    resumed = run(trained.folder, method, *overrides)
+    assert set(resumed.metrics) == {2}
+    assert differing(second, resumed.metrics[2]) == []
 
 
 def step_one(run: Run) -> dict:
     return torch.load(run.folder / "step_1.pt", weights_only=False)
+
+
+class Row(NamedTuple):
+    """A row of the first step: its record, its advantages and GRPO's over the sampled tokens, and the teacher's gap."""
+
+    info: Any
+    group: str
+    episode: str
+    ours: torch.Tensor
+    plain: torch.Tensor
+    gap: torch.Tensor
+
+    @property
+    def changed(self) -> bool:
+        return not torch.equal(self.ours, self.plain)
+
+
+def rows_of(trained: Run, grpo: Run) -> list[Row]:
+    one, other = step_one(trained), step_one(grpo)
+    played = [[key for key, info in zip(run["keys"], run["infos"], strict=True) if info] for run in (one, other)]
+    assert played[0] == played[1], "one seed: the episodes of the first step are the same"
+    rows = []
+    for index, (key, info) in enumerate(zip(one["keys"], one["infos"], strict=True)):
+        if info is not None:
+            sampled, (uid, session, _) = one["response_mask"][index].bool(), key.rsplit("_", 2)
+            gap = one["sdar_teacher_log_probs"][index] - one["old_log_probs"][index]
+            columns = (one["advantages"][index], other["advantages"][index], gap)
+            rows.append(Row(info, uid, f"{uid}_{session}", *(column[sampled] for column in columns)))
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +113,40 @@ def test_an_auxiliary_loss_leaves_the_advantages_and_joins_the_loss(method, grpo
     assert second["actor/grad_norm"] > 0
     assert second["actor/grad_norm"] != grpo.metrics[2]["actor/grad_norm"]
     assert ("timing_s/teacher" in first) and ("sdar/advantage_change" not in first)
+    goes_on(trained, method)
+
+
+def changes_are_the_methods(method: str, rows: list[Row]) -> None:
+    """Which rows a signal touches, and how."""
+    changed = [row for row in rows if row.changed]
+    outcomes: dict[str, set[bool]] = {}
+    for row in rows:
+        outcomes.setdefault(row.group, set()).add(row.info.success)
+    assert changed and (method == "rlcsd" or all(row.info.teacher_prompt_ids is not None for row in changed))
+    if method == "rlsd":  # w lies in [1 - .2, 1 + .2] and lambda is .5: nothing moves by more than a tenth of itself
+        assert all(((row.ours - row.plain).abs() <= 0.1 * row.plain.abs() + 1e-6).all() for row in changed)
+    if method in ("agent_opsd", "grsd"):  # one factor for a turn
+        for row in changed:
+            factors = row.ours / row.plain
+            assert (factors - factors[0]).abs().max() < 1e-4 and factors[0] > 0
+    if method == "grsd":
+        assert all(len(outcomes[row.group]) == 2 for row in changed)
+    if method == "ocsd":
+        for episode in {row.episode for row in rows}:
+            turns = [row for row in rows if row.episode == episode]
+            assert sum(row.changed for row in turns) <= math.ceil(0.2 * len(turns))
+    if method == "ahead":
+        assert not any(row.info.success for row in changed)
+    if method == "opid":
+        assert all(torch.allclose(row.ours, row.plain + 0.001 * row.gap, atol=1e-6) for row in changed)
+    if method in ("rlcsd", "sipo"):
+        pairs = [row for row in changed if row.info.contrast_prompt_ids]
+        assert pairs and all((row.ours * row.plain >= 0).all() for row in pairs if row.plain.abs().max() > 0)
+    if method == "rlcsd":  # rows without a pair leave the update
+        assert all(row.ours.abs().max() == 0 for row in rows if not row.info.contrast_prompt_ids)
+    if method == "sipo":
+        assert len(pairs) == len(changed)
+        assert all(((row.ours - row.plain).abs() <= 0.15 * 0.2 + 1e-6).all() for row in changed)
 
 
 @pytest.mark.parametrize("method", ADVANTAGES)
@@ -84,9 +162,19 @@ def test_a_signal_of_the_advantages_changes_them_and_adds_no_loss(method, grpo, 
     assert first["actor/loss"] == pytest.approx(first["actor/pg_loss"], rel=1e-4, abs=1e-7)
     # The second step may hold no pair of a solved and a failed sibling, and RLCSD's rows without one leave the update.
     assert first["actor/grad_norm"] > 0 and set(trained.metrics) == {1, 2}
-    if method == "rlsd":
-        # w lies in [1 - .2, 1 + .2] and lambda is .5: no advantage moves by more than a tenth of itself.
-        assert ((ours - plain).abs() <= 0.1 * plain.abs() + 1e-6).all()
+    changes_are_the_methods(method, rows_of(trained, grpo))
+    goes_on(trained, method, *UNWRITTEN.get(method, ()))
+
+
+def test_groups_that_all_failed_learn_from_a_right_context_and_their_own_failure(tmp_path):
+    pair = ("sdar.context.sources=[skills]", "sdar.context.contrast.sources=[own_failure]")
+    left_out = ("~sdar.context.options.sibling", "~sdar.context.contrast.options.failed_sibling")
+    trained = run(tmp_path / "sipo", "sipo", *pair, *left_out)
+    rows = rows_of(trained, run(tmp_path / "grpo", "grpo", "algorithm.norm_adv_by_std_in_grpo=False"))
+    solved = {row.group for row in rows if row.info.success}
+    lost = [row for row in rows if row.group not in solved]
+    assert lost and any(row.changed for row in lost)
+    assert not any(row.changed for row in rows if row.info.success), "a success has no failure of its own"
 
 
 def test_tide_compares_turns_of_one_past_and_lets_the_teacher_lead(tmp_path):

@@ -16,6 +16,7 @@ from sdar_verl.checks.options import flat
 from sdar_verl.checks.run import check_run
 from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
+from sdar_verl.config_folders import ConfigFolders
 from sdar_verl.errors import ConfigError
 from tests.support.recipe_run import recipe_arguments, word_problems, write_data
 from tests.support.verl_run import forked_python
@@ -64,6 +65,20 @@ METHODS = ("sdar", "opsd", "rlsd", "sdpo", "revkl_frozen", "sdar_frozen", "grpo_
 def test_presets_work_on_top_of_it(tmp_path, method):
     sources = [] if method == "sdpo" else ["sdar.context.sources=[answer]"]
     assert faults(tmp_path, f"method={method}", *sources) == ""
+
+
+@pytest.mark.parametrize("method", ["sdar", "opsd", "rlsd", "skill_sd"])
+def test_the_released_codes_reading_works_on_top_of_it(tmp_path, method):
+    assert faults(tmp_path, f"method={method}", "variant=released", "sdar.context.sources=[answer]") == ""
+
+
+def test_two_more_lines_give_a_config_of_ones_own_the_variants(tmp_path):
+    lines = "  - method: rlsd\n  - variant: paper\n  - optional method_variant: ${method}-${variant}\n"
+    (tmp_path / "mine.yaml").write_text(f"defaults:\n  - ppo_trainer\n  - sdar_node\n  - _self_\n{lines}")
+    folders = ConfigFolders(dir=str(tmp_path))
+    for variant, schedule in (("paper", "constant"), ("released", "linear_decay")):
+        sdar = compose_config("mine", [f"variant={variant}"], folders).sdar
+        assert (sdar.variant, sdar.loss.coef_schedule.name, sdar.prompt.think) == (variant, schedule, "optional")
 
 
 def test_grpo_needs_no_context_and_takes_one_that_the_script_names(tmp_path):
