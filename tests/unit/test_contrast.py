@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,25 @@ def test_rlcsds_loss_and_gradient_are_the_released_functions(case: dict[str, Any
     (gradient,) = torch.autograd.grad(loss, student)
     assert loss.item() == pytest.approx(case["rlcsd"]["loss"], rel=1e-9)
     torch.testing.assert_close(gradient, tensor(case["rlcsd"]["gradient"]), **CLOSE)
+
+
+@pytest.mark.parametrize("case", RELEASED)
+def test_sipos_advantages_are_the_released_functions(case: dict[str, Any]) -> None:
+    base, mask = tensor(case["sipo"]["base"]), tensor(case["mask"])
+    gap = (tensor(case["good"]) - tensor(case["bad"][0])) * mask
+    options = {"shape": "clip", "scale": 0.2, "flat": "nudge"}
+    shaped = get_signal("advantage_nudge")(rows_of(base, mask.bool(), gap), strength=0.15, **options)
+    torch.testing.assert_close(shaped * mask, tensor(case["sipo"]["advantages"]) * mask, **CLOSE)
+    assert (base == 0).all(dim=-1).any() and not torch.equal(shaped, base)
+
+
+@pytest.mark.parametrize("case", RELEASED)
+def test_opids_advantages_are_the_released_functions(case: dict[str, Any]) -> None:
+    base, mask = tensor(case["advantages"]), tensor(case["mask"])
+    taught = mask.bool() & tensor(case["opid"]["taught"]).bool().unsqueeze(-1)
+    rows = replace(rows_of(base, mask.bool(), (tensor(case["teacher"]) - tensor(case["old"])) * taught), mask=taught)
+    shaped = get_signal("advantage_shaping")(rows, strength=0.001, weight="gap")
+    torch.testing.assert_close(shaped * mask, tensor(case["opid"]["advantages"]) * mask, **CLOSE)
 
 
 def rows_of(advantages: torch.Tensor, mask: torch.Tensor, gap: torch.Tensor, **changes: Any) -> SignalRows:
