@@ -28,6 +28,7 @@ from sdar_verl.planner.layout import Layout
 from sdar_verl.planner.plan import make_plan
 from tests.support.recipe_run import command_of
 
+LOOP = "actor_rollout_ref.rollout.agent.default_agent_loop"
 RECIPES = Path(__file__).parents[2] / "recipes"
 ENVIRONMENTS = ("alfworld", "search", "webshop")
 SCRIPTS = sorted(path for env in ENVIRONMENTS for path in (RECIPES / env).glob("run_qwen*.sh"))
@@ -240,7 +241,7 @@ def test_scripts_fit_on_the_cards_they_ask_for(compose_recipe, script, tmp_path)
 
 
 def test_the_script_for_gsm8k_is_verls_with_two_flags(tmp_path):
-    command = command_of(RECIPES / "gsm8k" / "run_qwen2.5-3b.sh", tmp_path, "algorithm.adv_estimator=rloo")
+    command = command_of(RECIPES / "gsm8k" / "run.sh", tmp_path, "algorithm.adv_estimator=rloo")
     assert command[:4] == ["-m", "verl.trainer.main_ppo", "--config-name", "sdar_ppo"]
     config = compose_config("sdar_ppo", command[4:])
     sdar = load_config(config.sdar)
@@ -248,6 +249,29 @@ def test_the_script_for_gsm8k_is_verls_with_two_flags(tmp_path):
     assert config.algorithm.adv_estimator == "rloo", "further arguments are not passed on"
     assert config.data.train_files.endswith("/data/gsm8k/train.parquet")
     assert (sdar.context.sources, sdar.context.options) == (["column"], {"column": {"path": "extra_info.answer"}})
+    told = [f for f in (*option_faults(config, sdar), *recipe_faults(config, sdar)) if "does not exist" not in f]
+    assert told == []
+
+
+TOOL = "actor_rollout_ref.rollout.multi_turn.function_tool_path"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["method=opsd"],
+        ["method=sdpo"],
+        ["method=rlsd"],
+        ["method=grpo"],
+        [f"{LOOP}=tool_agent", f"{TOOL}={RECIPES}/gsm8k/calculator.py"],
+    ],
+)
+def test_the_script_for_gsm8k_takes_methods_models_and_tools(monkeypatch, tmp_path, arguments):
+    monkeypatch.setenv("MODEL", "qwen3-4b")
+    config = compose_config("sdar_ppo", command_of(RECIPES / "gsm8k" / "run.sh", tmp_path, *arguments)[4:])
+    sdar = load_config(config.sdar)
+    assert config.actor_rollout_ref.model.path == MODELS["qwen3-4b"]
+    assert config.trainer.experiment_name == f"qwen3-4b-{sdar.method}"
     told = [f for f in (*option_faults(config, sdar), *recipe_faults(config, sdar)) if "does not exist" not in f]
     assert told == []
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # GRPO on GSM8K with verl's own data, reward and agent loop, and the worked solution in the teacher's prompt.
-#   bash recipes/gsm8k/run_qwen2.5-3b.sh [verl overrides ...]         DATA names the folder of train.parquet and test.parquet
+#   bash recipes/gsm8k/run.sh [verl overrides ...]
+# DATA names the folder of train.parquet and test.parquet (default ~/data/gsm8k), MODEL one of hydra_configs/model.
 set -euo pipefail
 
 data="${DATA:-$HOME/data/gsm8k}"
-exec python -m verl.trainer.main_ppo --config-name sdar_ppo +hardware=8gpu +model=qwen2.5-3b \
+model="${MODEL:-qwen2.5-3b}"
+exec python -m verl.trainer.main_ppo --config-name sdar_ppo +hardware=8gpu +model="$model" \
   data.train_files="$data/train.parquet" \
   data.val_files="$data/test.parquet" \
   data.train_batch_size=128 \
@@ -15,7 +17,7 @@ exec python -m verl.trainer.main_ppo --config-name sdar_ppo +hardware=8gpu +mode
   actor_rollout_ref.actor.ppo_mini_batch_size=64 \
   actor_rollout_ref.actor.optim.lr=1e-6 \
   trainer.project_name=sdar_gsm8k \
-  trainer.experiment_name='qwen2.5-3b-${sdar.method}' \
+  trainer.experiment_name="$model-"'${sdar.method}' \
   trainer.total_training_steps=150 \
   trainer.save_freq=25 \
   trainer.test_freq=10 \
