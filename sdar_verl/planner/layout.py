@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.context.builder import further_passes
 from sdar_verl.context.registry import get_context
 from sdar_verl.errors import ConfigError
+from sdar_verl.method import Strengths
 from sdar_verl.planner.architecture import Architecture
 from sdar_verl.planner.families import find_architecture
 from sdar_verl.recipe import plays_environments
@@ -58,6 +60,7 @@ class Layout:
         lora_rank: 0 without LoRA.
         writer: of contexts that somebody writes, ``policy`` or ``endpoint``; empty without such.
         writings: texts that it writes per step, at most.
+        taught_steps: steps with a teacher, as far as lambda's schedule says it beforehand.
         writer_prompt: tokens that it reads for one, on average.
         writer_answer: tokens that it writes, on average.
         episodes: episodes per step.
@@ -100,6 +103,7 @@ class Layout:
     lora_rank: int = 0
     writer: str = ""
     writings: int = 0
+    taught_steps: int = 150
     writer_prompt: float = 0.0
     writer_answer: float = 0.0
     episodes: int = 128
@@ -207,8 +211,14 @@ class Layout:
             response=config.data.max_response_length / 3 if response is None else response,
             longest=longest,
             steps=int(config.trainer.total_training_steps or 0),
+            taught_steps=_taught(sdar, int(config.trainer.total_training_steps or 0)),
             guessed=tuple(name for name, value in given.items() if value is None and _is_open(name, config, teacher)),
         )
+
+
+def _taught(sdar: SdarConfig, steps: int) -> int:
+    strengths = Strengths(sdar.loss)
+    return bisect_left(range(1, steps + 1), True, key=strengths.retired)
 
 
 def _is_open(name: str, config: DictConfig, teacher: str) -> bool:

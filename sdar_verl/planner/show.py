@@ -81,7 +81,7 @@ def _writings(layout: Layout) -> list[str]:
         return []
     who = "the policy" if layout.writer == "policy" else "the endpoint"
     return [
-        f"up to {layout.writings} contexts a step, {layout.writings * layout.steps:,} in all, written by {who}: "
+        f"up to {layout.writings} contexts a step, {layout.writings * layout.taught_steps:,} in all, written by {who}: "
         f"{layout.writer_prompt:g} tokens read and {layout.writer_answer:g} written for each"
     ]
 

@@ -452,3 +452,11 @@ def test_calls_of_an_endpoint_are_counted_and_take_none_of_our_time():
     plan = make_plan(layout, H100)
     assert "writing" not in plan.seconds and "written by the endpoint" in as_text(plan)
     assert as_dict(plan, None)["tokens_per_step"]["written by it"] == 128 * 512
+
+
+def test_a_teacher_that_ends_has_nothing_written_for_it_any_more():
+    layout = planned("method=ahead", "trainer.total_training_steps=150")
+    assert (layout.taught_steps, layout.writings) == (49, 128)
+    assert "up to 128 contexts a step, 6,272 in all" in as_text(make_plan(layout, H100))
+    assert planned("method=seed").taught_steps == planned("method=seed").steps
+    assert planned("method=ahead", "trainer.total_training_steps=20").taught_steps == 20
