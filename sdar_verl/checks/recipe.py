@@ -18,7 +18,7 @@ _ENVIRONMENTS = (
     *("env", "prompt", "advantage.invalid_action_penalty", "rollout.rows", "rollout.turn_length", "context.student"),
 )
 """Options of the text environments alone."""
-_RECIPES = ("context.place", "context.chat_template_kwargs", "context.on_foreign_prompt")
+_RECIPES = ("skills.column", "context.place", "context.chat_template_kwargs", "context.on_foreign_prompt")
 """Options of other agent loops alone."""
 
 

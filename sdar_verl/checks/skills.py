@@ -14,7 +14,7 @@ from sdar_verl.recipe import env_of
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.loading import load_run_bank
 from sdar_verl.skills.registry import RetrievalError, check_rules, get_rule
-from sdar_verl.skills.retrieval import Retrieval, retrieve
+from sdar_verl.skills.retrieval import Retrieval, asked_in, retrieve
 
 PROBED_TASKS = 200
 """Training tasks, spread over the panel, whose skills are looked up before the start."""
@@ -46,7 +46,7 @@ def retrieve_for_run(bank: SkillBank, task: Task, sdar: SdarConfig) -> Retrieval
         RetrievalError: a rule fails.
     """
     settings = sdar.skills
-    return retrieve(bank, task, settings.retrieval, settings.seed, settings.options)
+    return retrieve(bank, asked_in(task, settings.column), settings.retrieval, settings.seed, settings.options)
 
 
 def spread(tasks: Sequence[Task], count: int) -> list[Task]:

@@ -106,6 +106,12 @@ class SkillsConfig(Node):
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="rule -> its keyword arguments, for rules named in retrieval (docs/skills.md)"
     )
+    column: str | None = Field(
+        None,
+        min_length=1,
+        description="recipes of verl's: the column of the data that the rules read in the place of the last user "
+        "message, with dots into it (extra_info.topic)",
+    )
     max_tokens: int | None = Field(
         None,
         ge=1,

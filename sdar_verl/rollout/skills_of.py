@@ -12,7 +12,7 @@ from sdar_verl.envs.base import Task
 from sdar_verl.rollout.rows import EVIDENCE_COLUMN, LEARNED_COLUMN
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.loading import load_run_bank
-from sdar_verl.skills.retrieval import fit_budget, render_skills, retrieve
+from sdar_verl.skills.retrieval import asked_in, fit_budget, render_skills, retrieve
 from sdar_verl.skills.skill import skills_from_json
 from sdar_verl.skills.ucb import Evidence
 
@@ -43,6 +43,7 @@ class SkillFinder:
         evidence, learned = columns.get(EVIDENCE_COLUMN), columns.get(LEARNED_COLUMN)
         known = Evidence.from_dict(json.loads(evidence)) if evidence else None
         bank: SkillBank = self._with(learned) if learned else self.bank
+        task = asked_in(task, settings.column)
         found = retrieve(bank, task, settings.retrieval, settings.seed, settings.options, known)
         if settings.max_tokens is not None:
             found = fit_budget(found, settings.max_tokens, self._count_tokens)

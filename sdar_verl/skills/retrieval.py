@@ -52,6 +52,25 @@ class Retrieval:
         return tuple(skill.name for skill in self.skills)
 
 
+def asked_in(task: Task, column: str | None) -> Task:
+    """``task`` with what a column of its data says as its description (``sdar.skills.column``).
+
+    Raises:
+        RetrievalError: the data have no such column.
+    """
+    if column is None:
+        return task
+    value: Any = task.data
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise RetrievalError(
+                f"sdar.skills.column={column}: the data of {task.task_id} have no such column; they have "
+                f"{', '.join(sorted(task.data)) or 'none'}"
+            )
+        value = value[part]
+    return replace(task, description="" if value is None else str(value))
+
+
 def retrieve(
     bank: SkillBank,
     task: Task,

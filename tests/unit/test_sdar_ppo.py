@@ -18,6 +18,7 @@ from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from sdar_verl.config_folders import ConfigFolders
 from sdar_verl.errors import ConfigError
+from sdar_verl.rollout.recipe_rows import task_of
 from tests.support.recipe_run import recipe_arguments, word_problems, write_data
 from tests.support.verl_run import forked_python
 
@@ -325,6 +326,29 @@ def test_a_template_that_loses_the_prompt_is_refused(tmp_path):
 def test_prompts_that_are_no_messages_are_told(tmp_path):
     rows = [{**row, "prompt": "How many?"} for row in word_problems(8)]
     assert "not a list of messages" in faults(tmp_path, "sdar.context.sources=[answer]", rows=rows)
+
+
+def test_skills_are_looked_for_in_a_column_of_the_data(tmp_path):
+    from sdar_verl.rollout.skills_of import SkillFinder
+
+    for name, word in (("sums", "addition"), ("pens", "pens")):
+        folder = tmp_path / "bank" / name
+        folder.mkdir(parents=True)
+        (folder / "SKILL.md").write_text(f"---\nname: {name}\ndescription: d\nkeywords: [{word}]\n---\nAbout {name}.")
+    rows = [
+        {**row, "extra_info": {"topic": "Addition of pens" if i else None}} for i, row in enumerate(word_problems(4))
+    ]
+    bank = ["sdar.context.sources=[skills]", f"sdar.skills.bank={tmp_path}/bank", "sdar.skills.retrieval=[keyword]"]
+    assert faults(tmp_path / "run", *bank, "sdar.skills.column=extra_info.topic", rows=rows) == ""
+    told = faults(tmp_path / "run", *bank, "sdar.skills.column=extra_info.subject", rows=rows)
+    assert "sdar.skills.column=extra_info.subject: the data of openai/gsm8k/" in told
+    config = composed("sdar_ppo", [*bank, "sdar.skills.column=extra_info.topic"])
+    finder = SkillFinder(load_config(config.sdar).skills, len, None)
+    tasks = [task_of({**row, "raw_prompt": row["prompt"]}) for row in rows]
+    assert [finder.find(task).skills for task in tasks[:2]] == [(), ("sums", "pens")]
+    with pytest.raises(ConfigError, match=r"sdar\.skills\.column=a has no effect with the text environments"):
+        config = composed("sdar_quickstart", ["sdar.skills.column=a"])
+        check_run(config, load_config(config.sdar))
 
 
 def test_what_verl_leaves_to_the_user_is_told_where_nobody_set_it(tmp_path):
