@@ -82,6 +82,7 @@ class Retire(Schedule):
 
     distance: the mean of log pi_theta - log pi_T over the sampled tokens (minus ``sdar/gap_mean``), the sampled reverse
     KL that its loss minimises; success: of the training episodes. ``teacher_success`` is the teacher's own, 0 to 1.
+    There is no code of the paper's: how it normalises its gap is our reading (docs/fidelity.md).
     """
 
     teacher_success: float

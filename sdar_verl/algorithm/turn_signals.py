@@ -117,7 +117,8 @@ def advantage_distance(rows: SignalRows, *, strength: float) -> torch.Tensor:
 
     A_k is the advantage of the turn: the paper's, beta Q_k, is ``sdar.advantage.group_stats=anchor`` under
     ``sdar.loss.rl_coef`` (:func:`sdar_verl.algorithm.anchors.anchored_returns`); A~ does not depend on beta. The turn
-    on which the two differ least has A' = 0. Turns without a teacher keep their advantage and are in no range.
+    on which the two differ least has A' = 0. Turns without a teacher keep their advantage and are in no range. There is
+    no code of the paper's: what is the token's and what the turn's is our reading (docs/fidelity.md).
     """
     turn = row_turns(rows.response_mask)
     sizes, tokens = turn_sums(rows.gap.abs(), rows.mask, turn)
