@@ -6,6 +6,7 @@ import html
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.recipe import AGENT_LOOP
 from sdar_verl.report.charts import charts
 from sdar_verl.report.checked import is_number
 from sdar_verl.report.cost import cards as cost_cards
@@ -54,8 +55,11 @@ def render(data: RunData, limit: int = 200) -> str:
     if viewer["index"]:
         parts.append(VIEWER)
     parts += [_settings(data), "</main>"]
-    beta = data.run.get("settings", {}).get("sdar.loss.beta")
-    payload = {"charts": drawn, "viewer": viewer, "beta": beta}
+    settings = data.run.get("settings", {})
+    loop = settings.get("actor_rollout_ref.rollout.agent.default_agent_loop", AGENT_LOOP)
+    # Of a recipe of verl's: messages, whose roles the viewer names.
+    viewer["conversation"] = loop != AGENT_LOOP
+    payload = {"charts": drawn, "viewer": viewer, "beta": settings.get("sdar.loss.beta")}
     scripts = ["ui.js", "charts.js", *(["tokens.js", "viewer.js"] if viewer["index"] else [])]
     return page(f"{data.name} · report", "\n".join(parts), payload, scripts, ["report.css", "viewer.css"])
 

@@ -71,6 +71,18 @@ def test_a_click_opens_an_episode_and_unfolds_what_the_teacher_sees(page):
     assert fold.locator("pre").inner_text() == "Apples are usually in the fridge. </script><b>bold</b>"
 
 
+def test_a_conversation_of_a_recipe_of_verls_has_roles(browser, tmp_path):
+    """The environments' turns have actions, and no roles."""
+    loop = "actor_rollout_ref.rollout.agent.default_agent_loop"
+    for name, roles, actions in (("tool_agent", ["user", "assistant", "tool"], 0), ("sdar_agent", [], 3)):
+        page = opened(browser, write_report(write_run(tmp_path / name, **{loop: name}))[0])
+        first = page.locator(".column .turn").first.locator(".role").all_inner_texts()
+        assert [role.strip().lower() for role in first] == roles
+        assert page.locator(".column .turn .action").count() == actions
+        assert page.faults == []
+        page.context.close()
+
+
 def test_filters_and_their_count(page):
     def shown():
         return page.locator(".list li").count()

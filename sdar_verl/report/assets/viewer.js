@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const { index, bodies } = window.REPORT.viewer;
+  const { index, bodies, conversation } = window.REPORT.viewer;
   const root = document.getElementById("viewer");
   const el = UI.el;
   const unpacked = new Map();
@@ -87,20 +87,24 @@
     return el("details", { open: opened, class: name }, el("summary", {}, title), el("pre", {}, content));
   }
 
+  // Of a conversation, who says what: the mask tells what the policy sampled, the rest behind a prompt is a tool's.
+  const said = (role, name, content) => el("p", { class: name }, conversation ? el("b", { class: "role" }, role) : null, content);
+
   function turnNode(turn, column) {
     const bad = turn.unparsed ? "no action in the answer" : turn.inadmissible ? "the environment does not offer this action" : null;
     return el("article", { class: "turn", id: `turn-${column}-${turn.turn}`, "data-turn": turn.turn, "data-column": column },
       el("h4", {}, `Turn ${turn.turn + 1}`, turn.endorsement === null ? null
         : el("span", { class: `endorsement ${turn.endorsement < 0 ? "minus" : "plus"}`, title: "sum of the gaps of this answer" }, `${UI.signed(turn.endorsement, 2)} nats`),
       turn.truncated ? el("span", { class: "bad" }, "teacher's prompt too long") : null),
-      el("p", { class: "env" }, turn.observation ?? ""),
+      said(turn.turn ? "tool " : "user ", "env", turn.observation ?? ""),
       turn.context ? text("What the teacher sees and the student does not", turn.context, state.context, "context") : null,
       text("The student's prompt", turn.prompt ?? "", state.prompts, "prompt"),
+      conversation ? said("assistant", "speaker", null) : null,
       Tokens.render(turn),
-      el("p", { class: "action" }, el("b", {}, "action "), el("code", {}, turn.action ?? "none"),
+      conversation ? null : el("p", { class: "action" }, el("b", {}, "action "), el("code", {}, turn.action ?? "none"),
         bad ? el("span", { class: "bad" }, bad) : null,
         turn.reward ? el("span", { class: "good" }, `reward ${turn.reward}`) : null),
-      turn.result ? el("p", { class: "env result" }, turn.result) : null);
+      turn.result ? said("tool ", "env result", turn.result) : null);
   }
 
   function ranking(turns, column) {
