@@ -61,6 +61,6 @@ def _told(error: str) -> str:
         try:
             load_config(node)
         except ConfigError as ours:
-            if "no such option" in str(ours):
-                return str(ours)
+            if told := [line for line in str(ours).splitlines() if "no such option" in line]:
+                return "\n".join(told)
     return error

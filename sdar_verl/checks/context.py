@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from inspect import signature
 
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.checks.options import flat
-from sdar_verl.checks.panel_tasks import panel_tasks
+from sdar_verl.checks.panel_tasks import panel_files, panel_tasks, read_rows
 from sdar_verl.checks.several_teachers import several_teachers_faults
 from sdar_verl.checks.skills import PROBED_TASKS as SKILL_TASKS
 from sdar_verl.checks.skills import retrieve_for_run, spread
@@ -20,6 +21,7 @@ from sdar_verl.context.builder import chosen_source, is_late, late_options
 from sdar_verl.context.registry import ContextError, check_contexts, get_context
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
+from sdar_verl.panels import PanelError
 from sdar_verl.recipe import env_of, plays_environments
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.loading import load_run_bank
@@ -123,9 +125,13 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
 
 def _turns_of_recipe(config: DictConfig, by_turn: list[str]) -> Iterator[str]:
     """Of verl's own loops; one of somebody's may make a row of each turn, which is looked at then."""
-    loop = OmegaConf.select(config, _LOOP)
-    loops = {task.data.get("agent_name") or loop for task in panel_tasks(config, "train_files")} or {loop}
-    if by_turn and "tool_agent" in loops:
+    files, loop = panel_files(config, "train_files"), OmegaConf.select(config, _LOOP)
+    if not by_turn or not files:
+        return  # what the rows of remote files name is not known
+    loops: set[str] = set()
+    with suppress(PanelError):  # told by the checks of the data
+        loops |= {row.get("agent_name") or loop for file in files for row in read_rows(file)}
+    if "tool_agent" in loops:
         yield (
             f"sdar.context: {', '.join(by_turn)} differ by turn, but a row of tool_agent is a whole conversation with "
             "the context in its prompt; use contexts of the whole episode"

@@ -60,7 +60,8 @@ def panel_tasks(config: DictConfig, option: str) -> list[Task]:
     """Tasks of ``data.train_files`` or ``data.val_files``, of a recipe's files the first :data:`ROWS_READ`; what cannot
     be read is named by the data check."""
     tasks: list[Task] = []
-    for file in panel_files(config, option):
+    files = panel_files(config, option)
+    for file in files:
         if not Path(file).is_file():
             continue
         try:
@@ -68,7 +69,7 @@ def panel_tasks(config: DictConfig, option: str) -> list[Task]:
                 tasks += read_panel(file)
             else:
                 key = config.data.get("prompt_key", "prompt")
-                for row in read_rows(file):
+                for row in read_rows(file, max(20, ROWS_READ // len(files))):
                     with suppress(KeyError, TypeError, ValueError):
                         tasks.append(task_of({**row, "raw_prompt": row[key]}))
         except PanelError:

@@ -23,7 +23,7 @@ from sdar_verl.rollout.recipe_rows import task_of
 from sdar_verl.untrusted import shorten
 
 ROWS_MADE = 200
-"""Rows of each training file whose prompts are made before the start."""
+"""Rows of the training files whose prompts are made before the start."""
 _GRADED_LOOPS = ("single_turn_agent", "tool_agent")
 """verl's loops, which leave the reward to the reward manager."""
 
@@ -83,17 +83,17 @@ def _of_row(config: DictConfig, sdar: SdarConfig, row: Mapping[str, Any]) -> str
             f"the column {key!r} holds {held}, not a list of messages with role and content, as verl's agent loops "
             "read it"
         )
+    graded = (row.get("agent_name") or loop) in _GRADED_LOOPS
     kinds = [
         config.data.get(name) or name.removesuffix("_key") + "s" for name in ("image_key", "video_key", "audio_key")
     ]
-    if shown := [kind for kind in kinds if row.get(kind)]:
-        return f"the column {shown[0]!r} has something to look at or to listen to; SDAR's teacher reads text alone"
+    if graded and (shown := [kind for kind in kinds if row.get(kind)]):
+        return f"the column {shown[0]!r} has something to look at or to listen to; rows of SDAR's trainers are text"
     if sdar.teacher.source != "none":
         try:
             holder(messages, sdar.context.place)
         except MessagesError as error:
             return str(error)
-    graded = (row.get("agent_name") or loop) in _GRADED_LOOPS
     if graded and OmegaConf.select(config, "reward.reward_manager.name") == "naive":
         lacking = [column for column in ("data_source", "reward_model") if row.get(column) is None]
         if lacking:
@@ -200,8 +200,10 @@ def _prompts(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
     """The first fault of a prompt, the student's or the teacher's, among the first rows; of a model that lies here. The
     doctor makes them all."""
     model, data = config.actor_rollout_ref.model, config.data
-    if not Path(str(model.path)).is_dir():
+    paths = [model.path, model.get("tokenizer_path"), model.get("hf_config_path")]
+    if not all(Path(str(path)).is_dir() for path in paths if path):
         return
+    files, loop = panel_files(config, "train_files"), config.actor_rollout_ref.rollout.agent.default_agent_loop
     from sdar_verl.verl.recipe_prompts import RecipeRuntime, model_type, policy_tokenizer, prompt_maker
 
     taught = sdar.teacher.source != "none"
@@ -212,10 +214,11 @@ def _prompts(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
             with suppress(SdarError, PromptTemplateError):  # told by the checks of contexts and place
                 runtime = RecipeRuntime(config, tokenizer, model_type(config))
     except Exception as error:  # transformers and verl raise many kinds
-        yield f"actor_rollout_ref.model.path={model.path}: its tokenizer cannot be used ({_of(error)}); use another one"
+        path = model.get("tokenizer_path") or model.path
+        yield f"actor_rollout_ref.model: the tokenizer of {path} cannot be used ({_of(error)}); use another one"
         return
-    for file in panel_files(config, "train_files"):
-        for number, row in enumerate(read_rows(file, ROWS_MADE)):
+    for file in files:
+        for number, row in enumerate(read_rows(file, max(1, ROWS_MADE // len(files)))):
             said, messages = f"row {number} of data.train_files={file}", row[data.get("prompt_key", "prompt")]
             try:
                 tokens = len(make([dict(message) for message in messages]))
@@ -234,9 +237,12 @@ def _prompts(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
                         "tokens; raise it, or set data.filter_overlong_prompts=True"
                     )
                     return
-            elif runtime is not None and (fault := _of_teacher(sdar, runtime, said, row, messages, tokens)):
-                yield fault
-                return
+            elif runtime is not None and (row.get("agent_name") or loop) in _GRADED_LOOPS:
+                if runtime.contexts.late and number:
+                    continue  # whether it gets a context is not known
+                if fault := _of_teacher(sdar, runtime, said, row, messages, tokens):
+                    yield fault
+                    return
 
 
 def _of_teacher(
@@ -246,9 +252,10 @@ def _of_teacher(
     try:
         if not runtime.contexts.late:
             passage = runtime.early(task_of({**row, "raw_prompt": messages}))
-            if passage is not None:
-                plain = [dict(message) for message in messages]
-                tokens, context = len(runtime.prompts.teacher(plain, None, passage.text)), "with its context"
+            if passage is None:
+                return None
+            plain = [dict(message) for message in messages]
+            tokens, context = len(runtime.prompts.teacher(plain, None, passage.text)), "with its context"
     except Exception as error:  # whatever a context of somebody's raises
         return f"{said}: the teacher's prompt cannot be made ({_of(error)})"
     if tokens <= limit or sdar.teacher.on_long_prompt != "error":

@@ -179,8 +179,11 @@ def _registered_in_verl(config: DictConfig) -> list[str]:
 
 
 def _room(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    room = config.actor_rollout_ref.rollout.max_model_len
-    needed = config.data.max_prompt_length + config.data.max_response_length
+    room, prompt = config.actor_rollout_ref.rollout.max_model_len, config.data.max_prompt_length
+    needed = prompt + config.data.max_response_length
+    if not plays_environments(config):  # verl's loops let an answer end where the model does
+        fault = f"actor_rollout_ref.rollout.max_model_len={room} leaves no room behind data.max_prompt_length={prompt}"
+        return [f"{fault}; raise it, or lower that"] if room is not None and room <= prompt else []
     if room is None or room >= needed:
         return []
     return [

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
+from sdar_verl.checks.options import flat
 from sdar_verl.checks.panel_tasks import panel_tasks
 from sdar_verl.config import SdarConfig
 from sdar_verl.envs.base import Task
@@ -36,7 +37,18 @@ def skill_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         faults.append(f"sdar.skills.max_tokens={settings.max_tokens} has no effect with sdar.skills.retrieval=[none]")
     if faults or settings.retrieval == ["none"]:
         return faults
-    return _probe(spread(panel_tasks(config, "train_files"), PROBED_TASKS), bank, sdar)
+    tasks = spread(panel_tasks(config, "train_files"), PROBED_TASKS)
+    if settings.column is not None and tasks:
+        try:
+            read = any(asked_in(task, settings.column).description.strip() for task in tasks)
+        except RetrievalError as error:
+            return [str(error)]
+        if not read:
+            return [
+                f"sdar.skills.column={settings.column} has no text in {len(tasks)} rows of data.train_files; their "
+                f"data are {', '.join(sorted(flat(tasks[0].data))) or 'empty'}"
+            ]
+    return _probe(tasks, bank, sdar)
 
 
 def retrieve_for_run(bank: SkillBank, task: Task, sdar: SdarConfig) -> Retrieval:

@@ -183,8 +183,9 @@ def feedback(request: ContextRequest, *, field: str | None = None) -> str | None
     if episode is None:
         raise ContextError("context 'feedback' was asked for before the episode ended")
     if field is not None:
-        if not any(field in one.said for one in (episode, *request.siblings)):
-            known = ", ".join(sorted(episode.said)) or "nothing"
+        keys = {key for one in (episode, *request.siblings) for key in one.said}
+        if field not in keys:
+            known = ", ".join(sorted(keys)) or "nothing"
             raise ContextError(
                 f"context 'feedback' reads {field!r} from what the reward function says, which says: {known}; name the "
                 "right key in sdar.context.options.feedback.field, and have the function give it an empty text where "

@@ -166,8 +166,7 @@ def changed(wished: Layout, found: Layout) -> list[str]:
         "teacher_offload": "sdar.teacher.offload",
         "rollout_share": "actor_rollout_ref.rollout.gpu_memory_utilization",
     }
-    return [
-        f"{option}={getattr(found, name)}"
-        for name, option in options.items()
-        if getattr(found, name) != getattr(wished, name)
-    ]
+    differ = {name for name in options if getattr(found, name) != getattr(wished, name)}
+    for switch, tokens in (("dynamic", "micro_tokens"), ("forward_dynamic", "forward_tokens")):
+        differ |= {tokens} if switch in differ else set()
+    return [f"{option}={getattr(found, name)}" for name, option in options.items() if name in differ]

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from sdar_verl.envs.base import RECIPE, Task
+from sdar_verl.rollout.actions import leaves_thought_open
 from sdar_verl.rollout.messages import last_user_text
 from sdar_verl.rollout.rows import EpisodeNote, RowInfo, TurnNote, turn_text
 from sdar_verl.untrusted import shorten
@@ -56,7 +57,7 @@ def spans(mask: Sequence[int]) -> Iterator[tuple[int, int]]:
 def record_of(
     task: Task,
     turn: int,
-    prompt_tokens: int,
+    prompt: Sequence[int],
     response: Sequence[int],
     mask: Sequence[int],
     tokenizer: Any = None,
@@ -68,19 +69,24 @@ def record_of(
     Args:
         task: of the row.
         turn: turns of the episode's earlier rows.
-        prompt_tokens: of the student's prompt.
+        prompt: token ids of the student's prompt.
         response: token ids behind the prompt, tool answers among them.
         mask: 1 where the policy sampled.
         tokenizer: given where the words of the turns are wanted, for traces and late contexts.
         keep_data: keep the task's data with it.
     """
-    info = RowInfo(turn, task.task_type, task_id=task.task_id, prompt_tokens=prompt_tokens, rewarded=True)
+    info = RowInfo(turn, task.task_type, task_id=task.task_id, prompt_tokens=len(prompt), rewarded=True)
     if turn == 0:
         # The row's columns are in verl's queue already; late contexts read them here.
         info.episode = EpisodeNote(asdict(task if keep_data else replace(task, data={})))
 
     def words(start: int, stop: int) -> str:
         return tokenizer.decode(list(response[start:stop]), skip_special_tokens=True).strip()
+
+    def sampled(start: int, stop: int) -> str:
+        """What the policy wrote, with the thought that a chat template has begun for it."""
+        before = [*prompt, *response[:start]][-16:]
+        return ("<think>\n" if leaves_thought_open(tokenizer.decode(before)) else "") + words(start, stop)
 
     found = list(spans(mask))
     notes = []
@@ -90,7 +96,7 @@ def record_of(
             before = found[number - 1][1] if number else 0
             after = found[number + 1][0] if number + 1 < len(found) else len(response)
             note.observation = words(before, start) if number else task.description
-            note.action = words(start, stop)
+            note.action = sampled(start, stop)
             note.text = turn_text(task, "", note.observation, note.action, words(stop, after), 0.0)
         notes.append(note)
     if len(notes) == 1 and notes[0].start == 0 and notes[0].stop == len(response):

@@ -53,22 +53,23 @@ class Retrieval:
 
 
 def asked_in(task: Task, column: str | None) -> Task:
-    """``task`` with what a column of its data says as its description (``sdar.skills.column``).
+    """``task`` with what a column of its data says as its description (``sdar.skills.column``), however little.
 
     Raises:
-        RetrievalError: the data have no such column.
+        RetrievalError: the column holds objects.
     """
     if column is None:
         return task
     value: Any = task.data
     for part in column.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            raise RetrievalError(
-                f"sdar.skills.column={column}: the data of {task.task_id} have no such column; they have "
-                f"{', '.join(sorted(task.data)) or 'none'}"
-            )
-        value = value[part]
-    return replace(task, description="" if value is None else str(value))
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping):
+        raise RetrievalError(
+            f"sdar.skills.column={column} holds an object with {', '.join(map(str, value))}, not a text; name one of "
+            "these, with a dot"
+        )
+    words = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return replace(task, description="\n".join(map(str, words)))
 
 
 def retrieve(

@@ -157,9 +157,7 @@ class TaughtLoop(AgentLoopBase):
         for one in played:
             late = runtime.contexts.late
             words = self.tokenizer if traced or late else None
-            info = record_of(
-                task, turn, len(one.prompt_ids), one.response_ids, one.response_mask, words, keep_data=late
-            )
+            info = record_of(task, turn, one.prompt_ids, one.response_ids, one.response_mask, words, keep_data=late)
             turn += max(1, len(info.steps))
             if not traced:
                 for step in info.steps:

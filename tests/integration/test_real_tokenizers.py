@@ -138,7 +138,7 @@ def test_a_recipes_teacher_without_a_context_has_the_students_prompt(model: Any,
 
 
 def teacher(prompts: Any, tools: Any, student: list[int], rest: list[int], text: str) -> Any:
-    info = record_of(task_of({"raw_prompt": TALK}), 0, len(student), [1], [1], None)
+    info = record_of(task_of({"raw_prompt": TALK}), 0, student, [1], [1], None)
     prompts.add(info, TALK, tools, rest, Passage(text))
     return info
 

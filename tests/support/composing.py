@@ -25,7 +25,9 @@ def quick(load: Callable[..., DictConfig] = OWN) -> Callable[..., DictConfig]:
         sources = tuple(source.full_path() for source in loader.get_sources())
         parsed = OverridesParser.create().parse_overrides(overrides)
         # Files of a folder may change; Hydra's own node is another matter.
-        if any(source.startswith("file://") for source in sources) or any(o.is_hydra_override() for o in parsed):
+        if any(source.startswith("file://") for source in sources) or any(
+            o.is_hydra_override() or o.is_sweep_override() for o in parsed
+        ):
             return load(loader, config_name, overrides, *args, **kwargs)
         groups = [
             o for o in parsed if loader.repository.group_exists(o.key_or_group) and not isinstance(o.value(), dict)

@@ -48,7 +48,9 @@ def test_it_is_the_same_config(name: str, overrides: list[str]) -> None:
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("wrong", ["no.such=1", "method=none_such", "sdar.loss.coef", "+sdar.loss.coef=1"])
+@pytest.mark.parametrize(
+    "wrong", ["no.such=1", "method=none_such", "sdar.loss.coef", "+sdar.loss.coef=1", "sdar.loss.coef=1,2"]
+)
 def test_it_is_the_same_error(wrong: str) -> None:
     told = []
     for load in (OWN, quick()):

@@ -99,7 +99,7 @@ def test_tools_stand_in_the_prompts_of_the_loop_that_shows_them(tmp_path: Path) 
 @pytest.mark.skipif(IS_VERL_090, reason="verl 0.9.0 does not continue prompts unless it is told to")
 def test_a_tokenizer_that_verl_cannot_continue_is_told_before_ray(tmp_path: Path) -> None:
     text = diagnose(tmp_path, ANSWER, f"actor_rollout_ref.model.path={start_policy()}")
-    assert "its tokenizer cannot be used (" in text and "newline" in text
+    assert "cannot be used (ValueError" in text and "newline" in text
 
 
 def test_messages_that_the_chat_template_refuses_are_told_before_ray(tmp_path: Path) -> None:

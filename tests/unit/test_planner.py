@@ -416,6 +416,12 @@ def test_a_fixed_micro_batch_is_planned_for_the_longest_rows():
     found = recommend(replace(layout, micro_tokens=10**6), H100)
     assert found.fits
     assert "actor_rollout_ref.actor.use_dynamic_bsz=True" in changed(layout, found.layout)
+    # What is printed leads to what was planned, also where the fixed rows came to the same number of tokens.
+    fixed = {"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1", *fixed[:1], fixed[1][:-1] + "1", fixed[2]}
+    one = planned(*sorted(fixed))
+    switched = replace(one, dynamic=True, forward_dynamic=True)
+    again = planned(*sorted(fixed), *changed(one, switched))
+    assert (again.micro_tokens, again.forward_tokens) == (switched.micro_tokens, switched.forward_tokens)
 
 
 def test_guesses_are_named_until_they_are_given(capsys):

@@ -106,7 +106,7 @@ def test_turns_are_runs_of_sampled_tokens():
 def test_a_rows_record_tells_actions_and_answers_apart(tokenizer):
     said, answer, more = (tokenizer.encode(text) for text in ("call add", "four", "it is four"))
     mask = [1] * len(said) + [0] * len(answer) + [1] * len(more)
-    info = record_of(task_of(columns()), 0, 9, [*said, *answer, *more], mask, tokenizer)
+    info = record_of(task_of(columns()), 0, [5] * 9, [*said, *answer, *more], mask, tokenizer)
     assert [(note.start, note.stop) for note in info.turns] == [(0, len(said)), (len(said) + len(answer), len(mask))]
     assert [note.observation for note in info.turns] == ["And 2 + 2?", "four"]
     assert [note.action for note in info.turns] == ["call add", "it is four"]
@@ -114,5 +114,5 @@ def test_a_rows_record_tells_actions_and_answers_apart(tokenizer):
 
 def test_a_single_answer_needs_no_turns(tokenizer):
     said = tokenizer.encode("it is four")
-    info = record_of(task_of(columns()), 0, 9, said, [1] * len(said), tokenizer)
+    info = record_of(task_of(columns()), 0, [5] * 9, said, [1] * len(said), tokenizer)
     assert info.turns == () and info.action == "it is four" and len(info.steps) == 1

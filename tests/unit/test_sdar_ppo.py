@@ -341,7 +341,9 @@ def test_skills_are_looked_for_in_a_column_of_the_data(tmp_path):
     bank = ["sdar.context.sources=[skills]", f"sdar.skills.bank={tmp_path}/bank", "sdar.skills.retrieval=[keyword]"]
     assert faults(tmp_path / "run", *bank, "sdar.skills.column=extra_info.topic", rows=rows) == ""
     told = faults(tmp_path / "run", *bank, "sdar.skills.column=extra_info.subject", rows=rows)
-    assert "sdar.skills.column=extra_info.subject: the data of openai/gsm8k/" in told
+    assert "sdar.skills.column=extra_info.subject has no text in 4 rows" in told and "extra_info.topic" in told
+    told = faults(tmp_path / "run", *bank, "sdar.skills.column=extra_info", rows=rows)
+    assert "sdar.skills.column=extra_info holds an object with topic, not a text" in told
     config = composed("sdar_ppo", [*bank, "sdar.skills.column=extra_info.topic"])
     finder = SkillFinder(load_config(config.sdar).skills, len, None)
     tasks = [task_of({**row, "raw_prompt": row["prompt"]}) for row in rows]
@@ -434,5 +436,31 @@ def test_a_row_that_the_chat_template_refuses_is_told(tmp_path):
 
 
 def test_a_model_that_holds_less_than_a_row_is_told(tmp_path):
-    told = faults(tmp_path, "sdar.context.sources=[answer]", "actor_rollout_ref.rollout.max_model_len=10")
-    assert "actor_rollout_ref.rollout.max_model_len=10 is less than a row may have" in told
+    for room, told in ((256, "max_model_len=256 leaves no room behind data.max_prompt_length=256"), (257, "")):
+        flag = f"actor_rollout_ref.rollout.max_model_len={room}"
+        found = faults(tmp_path, "sdar.context.sources=[answer]", flag)
+        assert told in found and bool(found) == bool(told)
+
+
+def test_rows_that_name_their_loops_are_judged_by_these(tmp_path):
+    """Contexts that differ by turn, where the flag names a loop of one turn and the rows name another."""
+    for loop, told in (("tool_agent", "a row of tool_agent is a whole conversation"), ("two_drafts", "")):
+        flags = ["sdar.context.sources=[next_observation]", "sdar.modules=[tests.support.agent_loops]"]
+        found = faults(tmp_path, *flags, rows=word_problems(8, agent=loop))
+        assert told in found and bool(found) == bool(told)
+    remote = ["sdar.context.sources=[next_observation]", "data.train_files=hdfs://a/train.parquet"]
+    assert faults(tmp_path, *remote) == ""
+
+
+def test_a_row_without_a_context_is_not_held_against_the_teachers_limit(tmp_path):
+    long = {"prompt": [{"role": "user", "content": "How many? " * 20}], "extra_info": {"index": 3}}
+    column = ["sdar.context.sources=[column]", "+sdar.context.options.column.path=extra_info.answer"]
+    limit = "sdar.teacher.max_prompt_length=200"
+    assert row_faults(tmp_path, long, *column, limit) == ""
+    told = row_faults(tmp_path, {**long, "extra_info": {"answer": "7"}}, *column, limit)
+    assert "but the prompt of row 3 of" in told
+
+
+def test_a_tokenizer_that_is_elsewhere_is_not_looked_at(tmp_path):
+    elsewhere = "actor_rollout_ref.model.tokenizer_path=Somebody/Model"
+    assert faults(tmp_path, "sdar.context.sources=[answer]", elsewhere) == ""

@@ -216,3 +216,22 @@ def test_a_late_context_is_made_of_the_group(tmp_path, overrides, shown):
             assert words in recipe.text(info) and QUESTION in recipe.text(info)
     if "answer" in overrides[0]:
         assert all("The right answer is" in recipe.text(info) for info in infos)
+
+
+def test_a_thought_that_the_prompt_begins_belongs_to_the_answer(tmp_path):
+    """A sibling's may be left out, whether it came to an end or was cut off."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    flags = ["sdar.context.sources=[failed_sibling]", "+sdar.context.options.failed_sibling.thinking=False"]
+    recipe = Recipe(tmp_path, *flags)
+    recipe.tokenizer.chat_template = template
+    infos = []
+    for session, words in enumerate(("hm</think>six", "hm")):
+        _, [(_, info)] = recipe.play(words, session_id=session)
+        assert info.action == f"<think>\n{words}"
+        _reward(info, 0.0, {"acc": 0})
+        infos.append(info)
+    late = late_contexts(recipe.config, recipe.sdar, recipe.tokenizer, lambda: None)
+    assert late is not None
+    late.fill(make_table(["s1p0_0_0", "s1p0_1_0"], infos))
+    assert infos[0].teacher_prompt_ids is None or "hm" not in recipe.text(infos[0])
+    assert "six" in recipe.text(infos[1]) and "hm" not in recipe.text(infos[1])

@@ -246,7 +246,7 @@ def test_rows_of_any_agent_loop_are_written_about(tokenizer):
     infos = []
     for name, said, mask in (("sum", "it is 4", [1] * 7), ("tool", "ask|told|say", [1] * 4 + [0] * 5 + [1] * 3)):
         task = task_of({"raw_prompt": [{"role": "user", "content": f"question {name}"}], "data_source": "maths"})
-        info = record_of(task, 0, 9, [ord(c) for c in said], mask, letters, keep_data=True)
+        info = record_of(task, 0, [ord("q")] * 9, [ord(c) for c in said], mask, letters, keep_data=True)
         info.episode.reward, info.success = float(name == "sum"), name == "sum"
         infos.append(info)
     writer = Scripted(lambda text: json.dumps({"lesson": "right" if "earned 1" in text else "wrong"}))
