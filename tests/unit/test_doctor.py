@@ -223,13 +223,13 @@ def test_games_that_were_moved_and_panels_that_overlap_are_named(toy, tmp_path: 
 
 
 def test_roles_that_a_text_can_imitate_are_told(toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdar_verl.doctor import prompts
+    from sdar_verl.verl import recipe_prompts
 
     assert "no text from outside can write <assistant>, <eos>, <user>" in as_text(diagnose(toy, resets=0))
     tokenizer = qwen_like_tokenizer(
         template="{% for m in messages %}{{ m.role | upper }}: {{ m.content }}\n{% endfor %}"
     )
-    monkeypatch.setattr(prompts, "_tokenizer", lambda config: tokenizer)
+    monkeypatch.setattr(recipe_prompts, "policy_tokenizer", lambda config: tokenizer)
     text = as_text([finding for finding in diagnose(toy, resets=0) if finding.check == "roles"])
     assert "warn" in text and "an observation can imitate a turn" in text
     tokenizer.chat_template = "{% for m in messages %}{{ m.content | replace('< ', '<') }}{% endfor %}"
