@@ -43,6 +43,8 @@ from sdar_verl.rollout.prompts import PromptTemplate
 from tests.support.chatml import chatml_tokenizer
 from tests.support.verl_run import Run
 
+pytestmark = pytest.mark.slow
+
 
 def command(monkeypatch: pytest.MonkeyPatch, module, *arguments: object) -> None:
     """``python -m benchmarks.MODULE ARGUMENTS`` in this process, which keeps its number of threads."""
@@ -119,7 +121,6 @@ def test_a_simulated_step_has_every_part_of_the_drivers_work(
     assert "| 16 | loss |" in said and "| 16 | advantage_factor |" in said
 
 
-@pytest.mark.slow
 def test_the_teacher_pass_is_measured_in_time_and_memory() -> None:
     sizes = ["--rows", "4", "--response", "4", "--vocabulary", "512", "--rounds", "1"]
     ran = subprocess.run(
