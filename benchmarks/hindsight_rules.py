@@ -1,22 +1,20 @@
 """A writer of hindsight that is right: rules in the place of a large model, at an OpenAI-compatible endpoint.
 
-    python -m benchmarks.hindsight_rules --port 8123
+    python -m benchmarks.hindsight_rules
 
 It reads where things were picked up in an episode of ALFWorld ("take mug 1 from shelf 2") and says so in the words of
 the quick start's skills ("mug in shelf ."), as the lesson, and as the hint for every turn before that; of an episode
 that found nothing it has nothing to say. With it the hindsight methods of docs/study.md run on a policy that writes no
-prose:
-
-    sdar.context.writer.source=endpoint sdar.context.writer.model=rules
-    sdar.context.writer.url=http://127.0.0.1:8123/v1
+prose; it prints the options that lead to it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import threading
+
+from tests.support.chat_server import chat_server, says
 
 TURN = re.compile(r"^Turn (\d+)\.", re.MULTILINE)
 TAKEN = re.compile(r"done: take (\w+) \d+ from (\w+) \d+$", re.MULTILINE)
@@ -43,34 +41,13 @@ def answer(prompt: str) -> str:
     return json.dumps({"summary": "", "lesson": "\n".join(seen), "hints": hints})
 
 
-class Writer(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = answer(asked["messages"][-1]["content"])
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        body = json.dumps({"choices": [choice], "usage": {"total_tokens": len(text.split())}}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    request_queue_size = 128  # of 5, connections that come at the same time are dropped
-    daemon_threads = True
-
-
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=8123)
-    with Server(("127.0.0.1", parser.parse_args().port), Writer) as server:
-        server.serve_forever()
+    """Print where it listens, and answer until it is stopped."""
+    with chat_server(lambda _, prompt: says(answer(prompt))) as server:
+        print(
+            f"sdar.context.writer.source=endpoint sdar.context.writer.model=rules sdar.context.writer.url={server.url}"
+        )
+        threading.Event().wait()
 
 
 if __name__ == "__main__":

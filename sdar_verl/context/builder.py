@@ -201,9 +201,7 @@ def choosing_value(teachers: TeachersConfig, task: Task) -> str | None:
     assert teachers.by is not None
     if teachers.by == TASK_TYPE:
         return task.task_type
-    value: Any = task.data
-    for key in teachers.by.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
+    value = task.at(teachers.by)
     return None if value is None else str(value)
 
 

@@ -71,10 +71,7 @@ def column(request: ContextRequest, *, path: str, intro: str = "") -> str | None
         path: of the column, with dots into what it holds: ``extra_info.solution``.
         intro: a line before it.
     """
-    value: Any = request.task.data
-    for part in path.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    text = "\n".join(_texts(value, path))
+    text = "\n".join(_texts(request.task.at(path), path))
     if not text:
         return None
     return f"{intro}\n{text}" if intro else text

@@ -52,6 +52,13 @@ class Task:
         if not isinstance(self.data, Mapping):
             raise TypeError(f"the data of task {shorten(self.task_id)} must be an object, not {shorten(self.data)}")
 
+    def at(self, path: str) -> Any:
+        """What the data hold at a path with dots into it, such as ``extra_info.topic``; None where there is nothing."""
+        value: Any = self.data
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
 
 @dataclass(frozen=True)
 class Step:

@@ -29,9 +29,9 @@ def task_of(columns: Mapping[str, Any]) -> Task:
     return Task(RECIPE, f"{source}/{digest}", source, last_user_text(messages), data)
 
 
-def said(task: Task) -> str:
+def said(task_id: str, question: str) -> str:
     """A row, for a message: its id is a hash, but its question can be looked for."""
-    return f"{task.task_id} ({shorten(task.description)})"
+    return f"{task_id} ({shorten(question)})"
 
 
 def plain(value: Any) -> Any:
@@ -85,7 +85,7 @@ def record_of(
 
     def sampled(start: int, stop: int) -> str:
         """What the policy wrote, with the thought that a chat template has begun for it."""
-        before = [*prompt, *response[:start]][-16:]
+        before = [*prompt[-16:], *response[max(0, start - 16) : start]][-16:]
         return ("<think>\n" if leaves_thought_open(tokenizer.decode(before)) else "") + words(start, stop)
 
     found = list(spans(mask))

@@ -60,9 +60,7 @@ def asked_in(task: Task, column: str | None) -> Task:
     """
     if column is None:
         return task
-    value: Any = task.data
-    for part in column.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+    value = task.at(column)
     if isinstance(value, Mapping):
         raise RetrievalError(
             f"sdar.skills.column={column} holds an object with {', '.join(map(str, value))}, not a text; name one of "

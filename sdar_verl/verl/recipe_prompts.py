@@ -15,9 +15,9 @@ from sdar_verl.context.builder import ContextBuilder
 from sdar_verl.envs.base import Task
 from sdar_verl.modules import import_modules
 from sdar_verl.rollout.messages import ContextPlace, last_user_text
+from sdar_verl.rollout.recipe_rows import said
 from sdar_verl.rollout.rows import RowInfo
 from sdar_verl.rollout.skills_of import SkillFinder
-from sdar_verl.untrusted import shorten
 
 
 @dataclass(frozen=True)
@@ -161,13 +161,14 @@ class TeacherPrompts:
             rest: token ids of the student's prompt behind those of ``messages``.
             passage: the context; an empty text gives the student's own prompt.
         """
-        limit, row = self._settings.teacher.max_prompt_length, f"{info.task_id} ({shorten(last_user_text(messages))})"
+        limit = self._settings.teacher.max_prompt_length
         ids = [*self.teacher(messages, tools, passage.text), *rest]
         if len(ids) > limit:
             info.truncated = True
             if self._settings.teacher.on_long_prompt != "mask":
                 info.error = (
-                    f"the teacher's prompt of {row} has {len(ids)} tokens, more than "
+                    f"the teacher's prompt of {said(info.task_id, last_user_text(messages))} has {len(ids)} tokens, "
+                    "more than "
                     f"sdar.teacher.max_prompt_length={limit}; raise it, shorten the context, or leave such rows out of "
                     "the distillation term with sdar.teacher.on_long_prompt=mask"
                 )
@@ -175,7 +176,8 @@ class TeacherPrompts:
         if passage.text and ids == [*self.student(messages, tools), *rest]:
             info.error = (
                 f"the chat template shows nothing of a context at sdar.context.place={self._settings.context.place}: "
-                f"the teacher's prompt of {row} is the student's. Use another place"
+                f"the teacher's prompt of {said(info.task_id, last_user_text(messages))} is the student's. Use another "
+                "place"
             )
             return
         info.take_teacher_prompt(ids)

@@ -139,7 +139,7 @@ class TaughtLoop(AgentLoopBase):
                 shown = runtime.shown(task, arm.context)
                 columns["raw_prompt"] = runtime.prompts.place.put(list(columns["raw_prompt"]), shown)
             except _NO_PROMPT as error:
-                why = f"sdar.validation.arms.{arm_name}: row {said(task)}: {error}"
+                why = f"sdar.validation.arms.{arm_name}: row {said(task.task_id, task.description)}: {error}"
                 return self._failed(task, arm_name, columns, error=why)
             sampling_params = {**sampling_params, "temperature": arm.temperature}
         submitted = seed_part(columns.get("uid"), columns.get("global_steps"))
@@ -166,7 +166,7 @@ class TaughtLoop(AgentLoopBase):
                 if not retired:
                     self._teach(runtime, name, loop.built, one, info, task)
             except _NO_PROMPT as error:
-                info.error = f"row {said(task)}: {error}"
+                info.error = f"row {said(task.task_id, task.description)}: {error}"
             if scores is not None:
                 scores.ask(info, one.prompt_ids, one.response_ids)
             rows.append((one, info))
@@ -230,7 +230,7 @@ class TaughtLoop(AgentLoopBase):
             why = "another tokenisation, or a prompt cut to data.max_prompt_length"
         if why:
             if runtime.sdar.context.on_foreign_prompt == "error":
-                info.error = f"row of {said(task)}: " + FOREIGN.format(loop=loop, why=why)
+                info.error = f"row of {said(task.task_id, task.description)}: " + FOREIGN.format(loop=loop, why=why)
             info.foreign = True
             return
         assert found is not None
