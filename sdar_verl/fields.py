@@ -5,6 +5,7 @@ A row's columns, in the order in which a step writes them:
     column                    written by                                    read by
     sdar_teacher_prompts      rollout.outputs.teacher_columns, late context verl.worker: SdarTrainingWorker.score
     sdar_prompts_NAME         the same                                      the same, for a further pass
+    sdar_looked_at            trainer, with sdar.context.turns_share        worker, teacher's passes
     sdar_support_ids          worker, student's or teacher's pass           worker, teacher's pass; update (verl.head)
     sdar_teacher_log_probs    worker, teacher's pass, or agent loop         Method.judge (trainer), .terms (worker)
     sdar_teacher_mask         with them                                     Method.terms; the trainer has StepTable.mask
@@ -31,6 +32,10 @@ TEACHER_LOG_PROBS = "sdar_teacher_log_probs"
 
 TEACHER_MASK = "sdar_teacher_mask"
 """Nested (rows, response tokens), int64: 1 where the distillation term reads the teacher."""
+
+LOOKED_AT = "sdar_looked_at"
+"""Nested (rows, response tokens), int64: 1 on the sampled tokens of rows that the teacher looks at; only with
+``sdar.context.turns_share``."""
 
 EMPTY_CONTEXT_LOG_PROBS = "sdar_empty_context_log_probs"
 """Like :data:`TEACHER_LOG_PROBS`, without a context; where a first step compares them with the student's."""

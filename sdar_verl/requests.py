@@ -31,6 +31,7 @@ from sdar_verl.fields import (
     ANCHOR_HIDDEN,
     ANCHOR_LOG_PROBS,
     EMPTY_CONTEXT_LOG_PROBS,
+    LOOKED_AT,
     SUPPORT_IDS,
     SUPPORT_LOG_PROBS,
     TEACHER_HIDDEN,
@@ -118,10 +119,15 @@ class ScoringPass:
         """The teacher's, over the student's own prompts: its weights alone are tried."""
         return cls(prompts="prompts", writes={TEACHER_LOG_PROBS: EMPTY_CONTEXT_LOG_PROBS})
 
-    @classmethod
-    def further(cls, name: str) -> ScoringPass:
-        """The log-probs of another teacher of the rows, or of a text of a bad context."""
-        return cls(prompts=prompts_of(name), writes={TEACHER_LOG_PROBS: log_probs_of(name)})
+    def further(self, name: str) -> ScoringPass:
+        """On the same rows, the log-probs of another teacher, or with a text of a bad context."""
+        writes = {TEACHER_LOG_PROBS: log_probs_of(name)}
+        return ScoringPass(prompts=prompts_of(name), mask=self.mask, writes=writes)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it needs what the student's pass makes."""
+        return bool(self.reads) or self.mask == LOOKED_AT
 
     @classmethod
     def anchor(cls, request: HeadRequest, reads: tuple[str, ...] = ()) -> ScoringPass:
@@ -157,16 +163,16 @@ class StepRequests:
     anchor: ScoringPass | None = None
 
     @classmethod
-    def of(cls, loss: LossConfig) -> StepRequests:
-        """What the ``sdar.loss`` node asks of the passes of a step."""
+    def of(cls, loss: LossConfig, mask: str = "response_mask") -> StepRequests:
+        """What the ``sdar.loss`` node asks of the passes of a step; ``mask``: of the teacher's."""
         if not reads_distributions(loss):
-            return cls()
+            return cls(teacher=ScoringPass(mask=mask))
         chunk = CHUNK_TOKENS if loss.chunk_tokens is None else loss.chunk_tokens
         anchored, drawn = loss.anchor.model_dump(), loss.anchor.reference > 0
         if loss.support != "top_k":
             hidden = HeadRequest("hidden", True, chunk)
             return cls(
-                teacher=ScoringPass(hidden),
+                teacher=ScoringPass(hidden, mask=mask),
                 update=HeadRequest("divergence", False, chunk, 0, loss.objective, **anchored),
                 anchor=ScoringPass.anchor(hidden) if drawn else None,
             )
@@ -175,7 +181,9 @@ class StepRequests:
         on_support = HeadRequest("on_support", True, chunk, k)
         return cls(
             student=None if own else HeadRequest("top_k_ids", False, chunk, k),
-            teacher=ScoringPass(HeadRequest("top_k", True, chunk, k)) if own else ScoringPass(on_support, reads=ids),
+            teacher=ScoringPass(HeadRequest("top_k", True, chunk, k), mask=mask)
+            if own
+            else ScoringPass(on_support, mask=mask, reads=ids),
             update=HeadRequest("divergence", False, chunk, k, loss.objective, loss.tail or "bucket", **anchored),
             anchor=ScoringPass.anchor(on_support, ids) if drawn else None,
         )

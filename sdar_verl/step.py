@@ -25,6 +25,7 @@ from sdar_verl.observe.metrics import gap_metrics, gap_size, reduce_loss_sums, r
 from sdar_verl.requests import SCORING_PASS, StepRequests, requested
 from sdar_verl.table import StepTable, stop_on_lost_episodes
 from sdar_verl.teacher.several import mix, teacher_metrics
+from sdar_verl.teacher.surprise import look_at_surprising
 from sdar_verl.verl.advantage import AdvantageRows, advantage_rows
 from sdar_verl.verl.packing import check_packing
 from sdar_verl.verl.queue import RowColumns, in_order, read_table
@@ -177,8 +178,11 @@ class LocalUpdate(PPOTrainer):
             table.batch = self._compute_old_log_prob(batch, metrics=metrics)
 
     def score_teacher(self, table: StepTable) -> dict[str, float]:
-        """The teacher's columns, on every row."""
-        return self.teacher.score(table)
+        """The teacher's columns, on every row that it looks at."""
+        metrics, share = {}, self.sdar.context.turns_share
+        if share is not None:
+            metrics["sdar/looked_at_share"] = look_at_surprising(table, share)
+        return metrics | self.teacher.score(table)
 
     # ---------------------------------------------------------------- numbers
 

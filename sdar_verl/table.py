@@ -109,6 +109,15 @@ class StepTable:
                 info.teacher_failure = why
         self._forget()
 
+    def forget_teacher(self, numbers: Sequence[int]) -> None:
+        """The teacher does not look at these rows; before it has scored any."""
+        for i in numbers:
+            info = self.infos[i]
+            if info is not None:
+                info.teacher_prompt_tokens = info.teacher_prompt_ids = None
+                info.teachers = info.other_prompt_ids = info.contrast_prompt_ids = ()
+        self._forget()
+
     def _forget(self) -> None:
         for name in ("mask", "response"):
             self.__dict__.pop(name, None)

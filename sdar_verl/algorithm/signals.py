@@ -131,6 +131,21 @@ def advantage_weight(
     )
 
 
+@register_signal("advantage_tilt", reads=("gap",))
+def advantage_tilt(rows: SignalRows, *, strength: float) -> torch.Tensor:
+    """OCSD (arXiv:2608.04788): A_t * (1 + lambda * sign(A_t) * tanh(Delta_t / 2)).
+
+    Delta_t is meant between the real next observation and a placeholder (``sdar.context.contrast``), on the turns that
+    surprised the student (``sdar.context.turns_share``). Read in a summary, which gives no lambda; up to 1 the sign
+    never changes.
+    """
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"advantage_tilt has strength {strength}; it must lie in [0, 1]")
+    base = rows.advantages
+    tilted = base * (1.0 + strength * base.sign() * torch.tanh(rows.gap / 2).to(base))
+    return torch.where(rows.mask, tilted, base)
+
+
 def _shaping_reads(options: Mapping[str, Any]) -> tuple[str, ...]:
     return {"gap": ("gap",), "teacher": ()}.get(options.get("weight", "gate"), ("gap", "gate"))
 

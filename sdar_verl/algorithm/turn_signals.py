@@ -138,31 +138,3 @@ def _ranged(values: torch.Tensor) -> torch.Tensor:
     low, high = values.min(), values.max()
     flat = high - low <= FLAT * torch.maximum(low.abs(), high.abs())
     return torch.ones_like(values) if flat else (values - low) / (high - low)
-
-
-@register_signal("advantage_surprise", reads=("gap",))
-def advantage_surprise(rows: SignalRows, *, strength: float, share: float = 0.2) -> torch.Tensor:
-    """OCSD (arXiv:2608.04788): the gap weighs tokens on the turns that the student itself found least likely.
-
-        n_k  = mean of -log pi_old(y_t | s_t) over turn k
-        A'_t = A (1 + lambda sign(A) tanh(Delta_t / 2))      on the ``share`` of an episode's turns with the largest n_k
-        A'_t = A                                             elsewhere
-
-    Delta_t is meant between the real next observation and a placeholder (``sdar.context.contrast``). The number of
-    turns is rounded up. Read in a summary, which gives no lambda; up to 1 the sign never changes.
-    """
-    if not 0.0 <= strength <= 1.0:
-        raise ValueError(f"advantage_surprise has strength {strength}; it must lie in [0, 1]")
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"advantage_surprise has share={share}; it must lie in (0, 1]")
-    turn = row_turns(rows.response_mask)
-    likelihood, tokens = turn_sums(rows.old_log_probs, rows.mask, turn)
-    surprise = -likelihood / tokens.clamp(min=1.0)
-    chosen = torch.zeros_like(surprise, dtype=torch.bool)
-    for members in _turns_by_episode(rows, tokens > 0):
-        members.sort(key=lambda place: -surprise[place].item())  # stable: of two alike, the earlier
-        for place in members[: math.ceil(share * len(members))]:
-            chosen[place] = True
-    base = rows.advantages
-    weighed = base * (1.0 + strength * base.sign() * torch.tanh(rows.gap / 2).to(base))
-    return torch.where(rows.mask & chosen.gather(1, turn), weighed, base)

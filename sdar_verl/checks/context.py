@@ -76,6 +76,7 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"sdar.context.teachers.weights={context.teachers.weights}": bool(context.teachers.weights),
             f"sdar.context.teachers.by={context.teachers.by}": context.teachers.by is not None,
             f"sdar.context.episodes={context.episodes}": context.episodes != "all",
+            f"sdar.context.turns_share={context.turns_share}": context.turns_share is not None,
         }
         shown = any(arm.context == "teacher" for arm in sdar.validation.arms.values())
         return faults + [
@@ -113,6 +114,7 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"sdar.context: {', '.join(by_turn)} differ by turn, but with sdar.rollout.rows=trajectory the context "
             "stands once, in the first turn of the conversation; use rows=per_turn, or contexts of the whole episode"
         )
+    faults += _share_of_turns(config, sdar)
     for node, slot in (("sdar.context", context), ("sdar.context.contrast", context.contrast)):
         if slot.control == "wrong":
             faults += _other_types(config, f"{node}.control=wrong")
@@ -123,14 +125,32 @@ def context_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     return faults
 
 
+def _loops(config: DictConfig) -> set[str]:
+    """What plays the training rows of a recipe of verl's; empty where that is not known, as of remote files."""
+    loop, loops = OmegaConf.select(config, _LOOP), set[str]()
+    with suppress(PanelError):  # told by the checks of the data
+        loops |= {
+            row.get("agent_name") or loop for file in panel_files(config, "train_files") for row in read_rows(file)
+        }
+    return loops
+
+
+def _share_of_turns(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
+    """Turns can be left out where each is a row."""
+    share = sdar.context.turns_share
+    if share is None:
+        return
+    told = f"sdar.context.turns_share={share} leaves out turns of an episode, each a row of its own, but "
+    if plays_environments(config):
+        if sdar.rollout.rows == "trajectory":
+            yield f"{told}with sdar.rollout.rows=trajectory an episode is one row; use rows=per_turn, or leave it out"
+    elif (loops := _loops(config)) and loops <= {"single_turn_agent", "tool_agent"}:
+        yield f"{told}a row of {' and '.join(sorted(loops))} is a whole conversation; leave it out"
+
+
 def _turns_of_recipe(config: DictConfig, by_turn: list[str]) -> Iterator[str]:
     """Of verl's own loops; one of somebody's may make a row of each turn, which is looked at then."""
-    files, loop = panel_files(config, "train_files"), OmegaConf.select(config, _LOOP)
-    if not by_turn or not files:
-        return  # what the rows of remote files name is not known
-    loops: set[str] = set()
-    with suppress(PanelError):  # told by the checks of the data
-        loops |= {row.get("agent_name") or loop for file in files for row in read_rows(file)}
+    loops = _loops(config) if by_turn else set()
     if "tool_agent" in loops:
         yield (
             f"sdar.context: {', '.join(by_turn)} differ by turn, but a row of tool_agent is a whole conversation with "

@@ -45,6 +45,11 @@ def _needs(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
             f"{_PLACEMENT} asks during the rollout, but {late_options(sdar.context)} is known only when a group has "
             f"ended; use {_REMEDY}, or another context"
         )
+    if sdar.context.turns_share is not None:
+        yield (
+            f"{_PLACEMENT} asks during the rollout, but which turns are left by "
+            f"sdar.context.turns_share={sdar.context.turns_share} is known only after it; use {_REMEDY}, or null"
+        )
     mode = str(config.trainer.v1.trainer_mode)
     if mode.endswith("_async"):
         yield (

@@ -129,6 +129,13 @@ class ContextConfig(Node):
         description="which episodes the teacher looks at, by how they ended; the rows of the others are not scored and "
         "keep their advantages (AHEAD: failed)",
     )
+    turns_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="of an episode's turns, the share that the teacher looks at: those that the student itself found "
+        "least likely (mean -log pi_old), rounded up; the others are not scored; null: all (OCSD: .2)",
+    )
     on_empty: Literal["mask", "error"] = Field(
         "mask",
         description="a task for which the sources find nothing: mask leaves its rows out of the distillation term, "

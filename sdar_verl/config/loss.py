@@ -56,7 +56,7 @@ class LossConfig(Node):
         "loss",
         description="registered signal, where the teacher enters: loss (paper), advantage_weight (RLSD), "
         "advantage_factor (AgentOPSD), advantage_shaping (ADRS), advantage_nudge (RLCSD, SIPO), "
-        "advantage_turn_weight (GRSD), advantage_surprise (OCSD), advantage_distance (TIDE)",
+        "advantage_turn_weight (GRSD), advantage_tilt (OCSD), advantage_distance (TIDE)",
     )
     signal_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the signal")
     rl_coef: float = Field(

@@ -82,7 +82,7 @@ class Offer:
     @property
     def hours(self) -> float:
         """Of the training steps alone."""
-        return self.plan.step * self.plan.layout.steps / 3600
+        return self.plan.hours
 
     @property
     def on_demand(self) -> float:

@@ -50,6 +50,7 @@ class Layout:
         teacher: source of the teacher's weights, ``none`` without one.
         teacher_passes: forward passes of the teacher over a row: one, one per further teacher, and one per text of a
             bad context.
+        teacher_share: of the rows, those that it looks at.
         anchor: the reference scores the student's rows for an anchored target, too.
         teacher_placement: ``colocated``, ``pool`` or ``rollout_server``.
         teacher_offload: EMA and snapshot weights wait on the CPU between passes.
@@ -60,7 +61,7 @@ class Layout:
         lora_rank: 0 without LoRA.
         writer: of contexts that somebody writes, ``policy`` or ``endpoint``; empty without such.
         writings: texts that it writes per step, at most.
-        taught_steps: steps with a teacher, as far as lambda's schedule says it beforehand.
+        untaught_steps: steps at the end without a teacher, as far as lambda's schedule says it beforehand.
         writer_prompt: tokens that it reads for one, on average.
         writer_answer: tokens that it writes, on average.
         episodes: episodes per step.
@@ -93,6 +94,7 @@ class Layout:
     rollout_tokens: int = 8192
     teacher: str = "actor"
     teacher_passes: int = 1
+    teacher_share: float = 1.0
     anchor: bool = False
     teacher_placement: str = "colocated"
     teacher_offload: bool = True
@@ -103,7 +105,7 @@ class Layout:
     lora_rank: int = 0
     writer: str = ""
     writings: int = 0
-    taught_steps: int = 150
+    untaught_steps: int = 0
     writer_prompt: float = 0.0
     writer_answer: float = 0.0
     episodes: int = 128
@@ -195,6 +197,7 @@ class Layout:
             rollout_tokens=int(rollout.max_num_batched_tokens),
             teacher=teacher,
             teacher_passes=1 + len(further_passes(sdar.context)),
+            teacher_share=sdar.context.turns_share or 1.0,
             anchor=sdar.loss.anchor.reference > 0,
             teacher_placement=sdar.teacher.placement,
             teacher_offload=sdar.teacher.offload is not False,
@@ -211,14 +214,14 @@ class Layout:
             response=config.data.max_response_length / 3 if response is None else response,
             longest=longest,
             steps=int(config.trainer.total_training_steps or 0),
-            taught_steps=_taught(sdar, int(config.trainer.total_training_steps or 0)),
+            untaught_steps=_untaught(sdar, int(config.trainer.total_training_steps or 0)),
             guessed=tuple(name for name, value in given.items() if value is None and _is_open(name, config, teacher)),
         )
 
 
-def _taught(sdar: SdarConfig, steps: int) -> int:
+def _untaught(sdar: SdarConfig, steps: int) -> int:
     strengths = Strengths(sdar.loss)
-    return bisect_left(range(1, steps + 1), True, key=strengths.retired)
+    return steps - bisect_left(range(1, steps + 1), True, key=strengths.retired)
 
 
 def _is_open(name: str, config: DictConfig, teacher: str) -> bool:

@@ -21,12 +21,14 @@ class Plan:
         gpu: the card.
         phases: memory per phase on a training GPU.
         seconds: time per phase of a step.
+        untaught: the same, of a step after the teacher's last.
     """
 
     layout: Layout
     gpu: Gpu
     phases: list[Phase]
     seconds: dict[str, float]
+    untaught: dict[str, float]
 
     @property
     def peak(self) -> Phase:
@@ -72,15 +74,24 @@ class Plan:
 
     @property
     def step(self) -> float:
-        """Seconds of a step; phases follow each other, but a separate rollout runs beside the others."""
-        if not self.layout.rollout_gpus:
-            return sum(self.seconds.values())
-        return max(self.seconds["rollout"], sum(self.seconds.values()) - self.seconds["rollout"])
+        """Seconds of a step with a teacher; phases follow each other, but a separate rollout runs beside the others."""
+        return self._lasts(self.seconds)
+
+    @property
+    def hours(self) -> float:
+        """Of the run."""
+        after = min(self.layout.untaught_steps, self.layout.steps)
+        return (self.step * (self.layout.steps - after) + self._lasts(self.untaught) * after) / 3600.0
 
     @property
     def gpu_hours(self) -> float:
         """GPU-hours of the run."""
-        return self.step * self.layout.steps * self.cards / 3600.0
+        return self.hours * self.cards
+
+    def _lasts(self, seconds: dict[str, float]) -> float:
+        if not self.layout.rollout_gpus:
+            return sum(seconds.values())
+        return max(seconds["rollout"], sum(seconds.values()) - seconds["rollout"])
 
 
 _OFFLOAD_ACTOR = "set actor_rollout_ref.actor.fsdp_config.param_offload=True, or use more GPUs"
@@ -106,7 +117,9 @@ _FIXED = dict.fromkeys(
 
 def make_plan(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None) -> Plan:
     """Memory and time of ``layout`` on ``gpu``."""
-    return Plan(layout, gpu, phases(layout, gpu.memory), step_seconds(layout, gpu, efficiency))
+    untaught = replace(layout, teacher="none", anchor=False, writer="")
+    seconds, after = (step_seconds(run, gpu, efficiency) for run in (layout, untaught))
+    return Plan(layout, gpu, phases(layout, gpu.memory), seconds, after)
 
 
 def recommend(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None) -> Plan | None:

@@ -36,7 +36,7 @@ def as_text(plan: Plan, price: float | None = None) -> str:
     layout, memory = plan.layout, plan.gpu.memory
     lines = [
         f"{layout.architecture.name}, {layout.architecture.parameters / 1e9:.2f} billion weights, on {plan.cards} x "
-        f"{plan.gpu.name}; teacher: {layout.teacher}, {layout.teacher_placement}{_passes(layout.teacher_passes)}; "
+        f"{plan.gpu.name}; teacher: {layout.teacher}, {layout.teacher_placement}{_passes(layout)}; "
         f"objective: {layout.objective}",
         f"{layout.episodes} episodes of {layout.turns:g} turns a step: {layout.rows:,.0f} rows of {layout.prompt:g} + "
         f"{layout.response:g} tokens, {layout.context:g} more for the teacher",
@@ -58,7 +58,7 @@ def as_text(plan: Plan, price: float | None = None) -> str:
         f"  (the rollout, on {layout.rollout_gpus} GPUs of its own, beside the rest)" if layout.rollout_gpus else ""
     )
     lines.append(f"  {'all':14} {plan.step:7.0f}{beside}")
-    total = f"{layout.steps} steps: {plan.step * layout.steps / 3600:.1f} h, {plan.gpu_hours:,.0f} GPU-hours"
+    total = f"{layout.steps} steps{_untaught(layout)}: {plan.hours:.1f} h, {plan.gpu_hours:,.0f} GPU-hours"
     if price is not None:
         total += f", {plan.gpu_hours * price:,.0f} at {price:g} a GPU-hour"
     if not layout.steps:
@@ -80,14 +80,21 @@ def _writings(layout: Layout) -> list[str]:
     if not layout.writer:
         return []
     who = "the policy" if layout.writer == "policy" else "the endpoint"
+    total = layout.writings * (layout.steps - layout.untaught_steps)
     return [
-        f"up to {layout.writings} contexts a step, {layout.writings * layout.taught_steps:,} in all, written by {who}: "
+        f"up to {layout.writings} contexts a step, {total:,} in all, written by {who}: "
         f"{layout.writer_prompt:g} tokens read and {layout.writer_answer:g} written for each"
     ]
 
 
-def _passes(number: int) -> str:
-    return "" if number == 1 else f", {number} passes over each row"
+def _passes(layout: Layout) -> str:
+    number, share = layout.teacher_passes, layout.teacher_share
+    over = "each row" if share == 1.0 else f"{share:g} of the rows"
+    return "" if (number, share) == (1, 1.0) else f", {number} pass{'es' if number > 1 else ''} over {over}"
+
+
+def _untaught(layout: Layout) -> str:
+    return f", the last {layout.untaught_steps} without a teacher" if layout.untaught_steps else ""
 
 
 def draw(plan: Plan, path: str | Path) -> None:

@@ -25,14 +25,15 @@ def row_flops(layout: Layout, context: float = 0.0) -> float:
 
 def phase_flops(layout: Layout) -> dict[str, float]:
     """FLOPs of every training phase of a step, over all GPUs."""
-    student, teacher = row_flops(layout), layout.teacher_passes * row_flops(layout, layout.context)
+    student, taught = row_flops(layout), 0.0 if layout.teacher == "none" else layout.teacher_share
+    teacher = taught * layout.teacher_passes * row_flops(layout, layout.context)
     flops = {"old log-probs": student}
     if layout.reference_pass:
         flops["reference"] = student
     if layout.teacher not in ("none", "actor_fresh"):
         flops["teacher"] = teacher
     if layout.anchor:
-        flops["anchor"] = student
+        flops["anchor"] = taught * student
     flops["update"] = student * (4.0 if layout.checkpointing else 3.0)
     if layout.teacher == "actor_fresh":
         flops["update"] += teacher
@@ -86,7 +87,7 @@ def step_seconds(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None)
 
 def tokens_per_step(layout: Layout) -> dict[str, float]:
     """Tokens that a step reads and writes."""
-    teacher = 0.0 if layout.teacher == "none" else layout.teacher_passes
+    teacher = 0.0 if layout.teacher == "none" else layout.teacher_passes * layout.teacher_share
     tokens = {
         "written by the policy": layout.rows * layout.response,
         "read by the student": layout.rows * layout.prompt,

@@ -106,7 +106,7 @@ class PrivilegedTeacher:
             TeacherError: no row has a context, and that is not the luck of the step.
         """
         stop_without_contexts(table.infos, table.step)
-        if self.pool is not None and not self._requests.teacher.reads:
+        if self.pool is not None and not self._requests.teacher.waits:
             self._begun = self._send(table, self._requests.teacher)
 
     def score(self, table: StepTable) -> dict[str, float]:
@@ -127,7 +127,7 @@ class PrivilegedTeacher:
             self._collect(table, self._begun if self._begun is not None else self._send(table, self._requests.teacher))
             self._begun = None
         for name in table.further_passes:
-            self._collect(table, self._send(table, ScoringPass.further(name)))
+            self._collect(table, self._send(table, self._requests.teacher.further(name)))
         if self._requests.anchor is not None:
             self._collect(table, self._send(table, self._requests.anchor))
         return metrics

@@ -28,7 +28,7 @@ from sdar_verl.cloud.attempt import CloudRun
 from sdar_verl.compat import EXPECTED, validation_counts
 from sdar_verl.config import load_config
 from sdar_verl.context.builder import further_passes
-from sdar_verl.fields import TEACHER_LOG_PROBS, log_probs_of
+from sdar_verl.fields import LOOKED_AT, TEACHER_LOG_PROBS, log_probs_of
 from sdar_verl.method import Method, Strengths
 from sdar_verl.modules import Importing
 from sdar_verl.observe import observers
@@ -82,7 +82,8 @@ class SdarTraining(LocalUpdate, PPOTrainer):
             self.replay_buffer.poll_interval = self.sdar.rollout.poll_interval_s
         self.method, self.strengths = Method(self.sdar.loss), Strengths(self.sdar.loss)
         taught = self.sdar.teacher.source != "none"
-        self.requests = StepRequests.of(self.sdar.loss)
+        mask = "response_mask" if self.sdar.context.turns_share is None else LOOKED_AT
+        self.requests = StepRequests.of(self.sdar.loss, mask)
         self.teacher = PrivilegedTeacher(self.sdar.teacher, self.requests, self) if taught else None
         self.taught = taught
         self.observers = [*observers(self.sdar, config, self), self.cloud]

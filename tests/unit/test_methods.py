@@ -30,7 +30,7 @@ PAPER = {
     "grsd": (0.5, "advantage_turn_weight", "gap", "sampled", True, "actor"),
     "opid": (0.001, "advantage_shaping", "gap", "sampled", True, "actor"),
     "ahead": (0.5, "advantage_weight", "gap", "sampled", True, "actor"),
-    "ocsd": (0.5, "advantage_surprise", "gap", "sampled", True, "actor"),
+    "ocsd": (0.5, "advantage_tilt", "gap", "sampled", True, "actor"),
     "sr_opsd": (1.0, "loss", "none", "forward_kl", False, "ema"),
     "rlcsd": (0.5, "advantage_nudge", "gap", "sampled", True, "snapshot"),
     "sipo": (0.15, "advantage_nudge", "gap", "sampled", True, "snapshot"),

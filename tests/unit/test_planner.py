@@ -460,9 +460,14 @@ def test_calls_of_an_endpoint_are_counted_and_take_none_of_our_time():
     assert as_dict(plan, None)["tokens_per_step"]["written by it"] == 128 * 512
 
 
-def test_a_teacher_that_ends_has_nothing_written_for_it_any_more():
+def test_a_teacher_that_ends_costs_nothing_any_more():
     layout = planned("method=ahead", "trainer.total_training_steps=150")
-    assert (layout.taught_steps, layout.writings) == (49, 128)
-    assert "up to 128 contexts a step, 6,272 in all" in as_text(make_plan(layout, H100))
-    assert planned("method=seed").taught_steps == planned("method=seed").steps
-    assert planned("method=ahead", "trainer.total_training_steps=20").taught_steps == 20
+    assert (layout.untaught_steps, layout.writings) == (101, 128)
+    plan = make_plan(layout, H100)
+    assert "up to 128 contexts a step, 6,272 in all" in as_text(plan)
+    assert "150 steps, the last 101 without a teacher: " in as_text(plan)
+    assert plan.untaught == {name: value for name, value in plan.seconds.items() if name != "teacher"}
+    saved = 101 * plan.seconds["teacher"] / 3600
+    assert plan.hours == pytest.approx(150 * plan.step / 3600 - saved) and plan.gpu_hours == plan.hours * plan.cards
+    assert planned("method=seed").untaught_steps == 0
+    assert planned("method=ahead", "trainer.total_training_steps=20").untaught_steps == 0

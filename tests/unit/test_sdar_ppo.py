@@ -101,6 +101,10 @@ def test_grpo_needs_no_context_and_takes_one_that_the_script_names(tmp_path):
             "next_observation differ by turn, but a row of tool_agent is a whole conversation",
         ),
         (
+            ["sdar.context.sources=[answer]", "sdar.context.turns_share=0.2"],
+            "but a row of single_turn_agent is a whole conversation; leave it out",
+        ),
+        (
             ["sdar.context.sources=[sibling]", "actor_rollout_ref.rollout.n=1"],
             "n=1: the context sibling is made of other",
         ),
@@ -446,6 +450,7 @@ def test_rows_that_name_their_loops_are_judged_by_these(tmp_path):
     """Contexts that differ by turn, where the flag names a loop of one turn and the rows name another."""
     for loop, told in (("tool_agent", "a row of tool_agent is a whole conversation"), ("two_drafts", "")):
         flags = ["sdar.context.sources=[next_observation]", "sdar.modules=[tests.support.agent_loops]"]
+        flags += ["sdar.context.turns_share=0.5"] * (loop == "two_drafts")
         found = faults(tmp_path, *flags, rows=word_problems(8, agent=loop))
         assert told in found and bool(found) == bool(told)
     remote = ["sdar.context.sources=[next_observation]", "data.train_files=hdfs://a/train.parquet"]

@@ -100,37 +100,14 @@ def test_a_group_of_one_outcome_and_turns_without_a_teacher_keep_their_advantage
     torch.testing.assert_close(found[0], base[0] * 1.5, rtol=1e-4, atol=0.0)
 
 
-@given(st.data())
-@settings(max_examples=80, deadline=None)
-def test_surprise_weighs_the_least_likely_turns_of_each_episode(data: st.DataObject) -> None:
-    lengths = [data.draw(st.integers(1, 7)) for _ in range(3)]
-    rows, tokens = sum(lengths), 3
-    episodes = [str(i) for i, length in enumerate(lengths) for _ in range(length)]
-    turns = [turn for length in lengths for turn in range(length)]
-    order = data.draw(st.permutations(range(rows)))
-    draw = st.floats(-3.0, 0.0)
-    old = tensor([[data.draw(draw) for _ in range(tokens)] for _ in range(rows)])
-    gap, on = torch.linspace(-2, 2, rows * tokens).double().reshape(rows, tokens), torch.ones(rows, tokens).bool()
-    base = tensor([data.draw(st.sampled_from([-1.0, 0.0, 2.0])) for _ in range(rows)]).unsqueeze(-1) * on
-    found = get_signal("advantage_surprise")(
-        rows_of(
-            base[order],
-            on,
-            gap[order],
-            old_log_probs=old[order],
-            episode_ids=[episodes[i] for i in order],
-            turns=[turns[i] for i in order],
-        ),
-        strength=0.5,
-        share=0.3,
-    )
-    for episode in set(episodes):
-        members = [i for i in range(rows) if episodes[i] == episode]
-        ranked = sorted(members, key=lambda i: (old[i].mean().item(), turns[i]))
-        chosen = set(ranked[: math.ceil(0.3 * len(members))])
-        for i in members:
-            weight = 1.0 + 0.5 * base[i].sign() * torch.tanh(gap[i] / 2) if i in chosen else 1.0
-            torch.testing.assert_close(found[order.index(i)], base[i] * weight)
+def test_a_tilt_gives_credit_to_what_the_teacher_likes_and_keeps_the_sign() -> None:
+    base, gap = tensor([[2.0, 2.0, 2.0], [-1.0, -1.0, -1.0], [0.0, 0.0, 0.0]]), tensor([[1.0, 0.0, -9.0]] * 3)
+    on = torch.ones(3, 3, dtype=torch.bool)
+    mask = on & tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]]).bool()
+    found = get_signal("advantage_tilt")(rows_of(base, on, gap, mask=mask), strength=0.5)
+    tilt = math.tanh(0.5)
+    expected = [2 * (1 + tilt / 2), 2.0, 2 * (1 + math.tanh(-4.5) / 2)], [-(1 - tilt / 2), -1.0, -1.0], [0.0, 0.0, 0.0]
+    torch.testing.assert_close(found, tensor(expected))
 
 
 @pytest.mark.parametrize(
@@ -138,8 +115,7 @@ def test_surprise_weighs_the_least_likely_turns_of_each_episode(data: st.DataObj
     [
         ("advantage_turn_weight", {"clip": 0.0}, "clip=0.0; it must be above 0"),
         ("advantage_turn_weight", {"floor": 1.5}, r"floor=1.5; it must lie in \[0, 1\]"),
-        ("advantage_surprise", {"share": 0.0}, r"share=0.0; it must lie in \(0, 1\]"),
-        ("advantage_surprise", {"strength": 1.5}, r"strength 1.5; it must lie in \[0, 1\]"),
+        ("advantage_tilt", {"strength": 1.5}, r"strength 1.5; it must lie in \[0, 1\]"),
     ],
 )
 def test_an_option_out_of_range_is_named(name: str, options: dict[str, float], text: str) -> None:
