@@ -385,12 +385,25 @@ def test_a_step_without_any_context_is_an_error_when_it_is_the_set_ups_fault(inf
                 stop_without_contexts(infos, step)
 
 
-def test_positions_have_the_axes_of_a_model_with_a_processor():
-    from types import SimpleNamespace
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", None])
+def test_positions_are_those_of_verls_own_function(family):
+    """verl binds a model's function to the processor of a family with pictures; a text is the same on every axis."""
+    import importlib
+    from types import MethodType, SimpleNamespace
+
+    from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
 
     from sdar_verl.teacher.rows import rope_axes, teacher_row
 
-    processor = SimpleNamespace(get_rope_index=lambda: None)
-    assert rope_axes(processor) == 4 and rope_axes(None) is None and rope_axes(SimpleNamespace()) is None
-    row = teacher_row(torch.tensor([5, 5]), torch.tensor([7]), torch.tensor([1]), axes=rope_axes(processor))
-    assert row["position_ids"].tolist() == [[0, 1, 2]] * 4
+    processor, inputs = None, {}
+    if family is not None:
+        modelling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        (model,) = (c for n, c in vars(modelling).items() if n.endswith("Model") and hasattr(c, "get_rope_index"))
+        processor = SimpleNamespace(config=model.config_class())
+        processor.get_rope_index = MethodType(model.get_rope_index, processor)
+        inputs = {"mm_token_type_ids": torch.zeros(1, 5)}
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    worker = SimpleNamespace(processor=processor)
+    verls = AgentLoopWorker._compute_position_ids(worker, ids, torch.ones_like(ids), inputs)
+    row = teacher_row(ids[0, :3], ids[0, 3:], torch.ones(2), axes=rope_axes(processor))
+    assert torch.equal(row["position_ids"], verls[0])
