@@ -123,6 +123,7 @@ def test_a_prompt_that_verls_tokenisation_does_not_make_is_told(tmp_path):
 LOOPS = ("single_turn_agent", "tool_agent", "two_drafts", "own_teacher", "own_words", "single_turn_agent")
 
 
+@pytest.mark.slow
 def test_rows_that_name_their_loops(tmp_path):
     """A data set with ``agent_name``: verl's loops and the user's in one run, one of them with prompts that nobody
     else makes, which are left to RL; the context is a column."""

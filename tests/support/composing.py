@@ -5,7 +5,7 @@ What comes out is the same (``tests/unit/test_composing.py``), but for the ``hyd
 
 from __future__ import annotations
 
-import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +19,7 @@ OWN = ConfigLoaderImpl.load_configuration
 
 def quick(load: Callable[..., DictConfig] = OWN) -> Callable[..., DictConfig]:
     """What stands in the place of :data:`OWN`."""
-    known: dict[Any, DictConfig] = {}
+    known: dict[Any, bytes] = {}
 
     def load_quickly(loader: Any, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any) -> Any:
         sources = tuple(source.full_path() for source in loader.get_sources())
@@ -35,8 +35,8 @@ def quick(load: Callable[..., DictConfig] = OWN) -> Callable[..., DictConfig]:
         chosen = [override.input_line for override in groups]
         key = (config_name, sources, *chosen)
         if key not in known:
-            known[key] = load(loader, config_name, chosen, *args, **kwargs)
-        config = copy.deepcopy(known[key])
+            known[key] = pickle.dumps(load(loader, config_name, chosen, *args, **kwargs))
+        config = pickle.loads(known[key])  # a quarter of what deepcopy takes
         ConfigLoaderImpl._apply_overrides_to_config([override for override in parsed if override not in groups], config)
         return config
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 def configs_are_parsed_once() -> Iterator[None]:
     """Hydra reads some forty YAML files for every composition, most of its time: here each text is parsed once, and
     everybody gets a copy of his own."""
-    load, parsed = OmegaConf.load, {}
+    load, parsed = OmegaConf.load, dict[str, bytes]()
 
     def from_text(file: Any) -> Any:
         if hasattr(file, "read"):
@@ -24,8 +24,8 @@ def configs_are_parsed_once() -> Iterator[None]:
         else:
             text = Path(file).read_text(encoding="utf-8")
         if text not in parsed:
-            parsed[text] = load(file)
-        return copy.deepcopy(parsed[text])
+            parsed[text] = pickle.dumps(load(file))
+        return pickle.loads(parsed[text])  # a quarter of what deepcopy takes
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OmegaConf, "load", from_text)
