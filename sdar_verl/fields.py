@@ -6,11 +6,11 @@ A row's columns, in the order in which a step writes them:
     sdar_teacher_prompts      rollout.outputs.teacher_columns, late context verl.worker: SdarTrainingWorker.score
     sdar_prompts_NAME         the same                                      the same, for a further pass
     sdar_looked_at            trainer, with sdar.context.turns_share        worker, teacher's passes
-    sdar_support_ids          worker, student's or teacher's pass           worker, teacher's pass; update (verl.head)
+    sdar_support_ids          worker, student's or teacher's pass; or loop  worker, teacher's pass; update (verl.head)
     sdar_teacher_log_probs    worker, teacher's pass, or agent loop         Method.judge (trainer), .terms (worker)
     sdar_teacher_mask         with them                                     Method.terms; the trainer has StepTable.mask
     sdar_log_probs_NAME       worker, further pass                          trainer: StepTable.contrast, teacher.several
-    sdar_support_log_probs    worker, teacher's pass                        worker, update
+    sdar_support_log_probs    worker, teacher's pass, or agent loop         worker, update
     sdar_teacher_hidden       worker, teacher's pass                        worker, update
     sdar_anchor_...           worker, reference's pass                      worker, update
     sdar_contrast             trainer (Method.judge)                        worker (Method.terms)

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from sdar_verl.algorithm.divergences import DIVERGENCES, SUPPORT_OF
+from sdar_verl.config import SdarConfig
 from sdar_verl.config.loss import LossConfig
 from sdar_verl.fields import (
     ANCHOR_HIDDEN,
@@ -197,6 +198,12 @@ def reads_distributions(loss: LossConfig) -> bool:
 def top_k(loss: LossConfig) -> int:
     """``sdar.loss.top_k``, or its default."""
     return TOP_K if loss.top_k is None else loss.top_k
+
+
+def server_support(sdar: SdarConfig) -> int:
+    """How many of the teacher's likeliest tokens the rollout server is asked for; 0 where it is not, or for none."""
+    here = sdar.teacher.placement == "rollout_server" and reads_distributions(sdar.loss)
+    return top_k(sdar.loss) if here else 0
 
 
 @contextmanager

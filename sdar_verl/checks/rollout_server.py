@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from sdar_verl.algorithm.divergences import SUPPORT_OF
 from sdar_verl.config import SdarConfig
 from sdar_verl.context.builder import is_late, late_options
 from sdar_verl.context.registry import ContextError
-from sdar_verl.requests import reads_distributions
+from sdar_verl.requests import reads_distributions, server_support
 
 TEMPERATURE_ONE = ("vllm", "sglang")
 """Engines that take a prompt's log-probs at temperature 1, whatever is asked: vLLM's prompt tokens skip the sampler, in
@@ -20,21 +21,27 @@ every logprobs_mode, and SGLang's input log-probs do not read the temperature.""
 SCORING_ENGINES = (*TEMPERATURE_ONE, "transformers")
 """Values of ``rollout.name`` whose server in verl answers ``prompt_logprobs``; TensorRT-LLM's does not."""
 
+VLLM_MOST = 20
+"""vLLM's own ``max_logprobs``."""
+
 _PLACEMENT = "sdar.teacher.placement=rollout_server"
 _REMEDY = "sdar.teacher.placement=colocated"
 
 
 def rollout_server_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Every fault, one line each; ``config`` is verl's whole config."""
-    return [*_needs(config, sdar), *_engine(config), *_room(config, sdar)]
+    return [*_needs(config, sdar), *_engine(config, sdar), *_room(config, sdar)]
 
 
 def _needs(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
     """What is not known, or not the same, when an episode ends."""
-    if reads_distributions(sdar.loss):
+    loss = sdar.loss
+    if reads_distributions(loss) and (loss.support != "top_k" or SUPPORT_OF[loss.objective] != "teacher"):
+        about = "the student's likeliest tokens" if loss.support == "top_k" else "all tokens"
         yield (
-            f"{_PLACEMENT} gives the log-prob of the sampled token, but sdar.loss.objective={sdar.loss.objective} "
-            f"needs the teacher's distribution; use {_REMEDY}, or sdar.loss.objective=sampled, k1, k2 or k3"
+            f"{_PLACEMENT} gives log-probs of the sampled tokens and of the teacher's own likeliest, but "
+            f"sdar.loss.objective={loss.objective} reads the teacher's of {about}; use {_REMEDY}, or "
+            "objective=forward_kl with support=top_k, or objective=sampled, k1, k2 or k3"
         )
     try:
         late = is_late(sdar.context)
@@ -58,7 +65,7 @@ def _needs(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
         )
 
 
-def _engine(config: DictConfig) -> Iterator[str]:
+def _engine(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
     rollout = config.actor_rollout_ref.rollout
     name, temperature = rollout.name, rollout.temperature
     if name not in SCORING_ENGINES:
@@ -72,6 +79,13 @@ def _engine(config: DictConfig) -> Iterator[str]:
             f"{_PLACEMENT}: {name} takes a prompt's log-probs at temperature 1, but "
             f"actor_rollout_ref.rollout.temperature={temperature}, at which student and teacher are compared; use "
             f"{_REMEDY}, or temperature=1.0"
+        )
+    asked, given = server_support(sdar), OmegaConf.select(rollout, "engine_kwargs.vllm.max_logprobs")
+    given = VLLM_MOST if given is None else given
+    if name == "vllm" and 0 <= given < asked:
+        yield (
+            f"{_PLACEMENT}: vLLM is asked for sdar.loss.top_k={asked} tokens and gives max_logprobs={given} at most; "
+            f"set +actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs={asked}, or lower sdar.loss.top_k"
         )
     if str(rollout.get("logprobs_mode", None)).endswith("_logits"):
         yield (

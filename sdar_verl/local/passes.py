@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from sdar_verl.local.requests import Request
-from sdar_verl.local.sampling import token_log_probs
+from sdar_verl.local.sampling import likeliest, token_log_probs
 from sdar_verl.local.slot_cache import SlotCache, attends_fully
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class SlotPasses:
             input_ids[row, request.offset :] = torch.tensor(request.prompt_ids)
             attention_mask[row, request.offset :] = 1
         self._cache.begin_prefill(first_slot)
-        scores = requests[0].params.prompt_logprobs
+        scores = requests[0].params.scores_prompt
         logits = self._model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -89,7 +89,7 @@ class WholePasses:
 
     def prefill(self, requests: Sequence[Request], first_slot: int) -> torch.Tensor:
         """As :meth:`SlotPasses.prefill`."""
-        return self._logits(requests, scores=requests[0].params.prompt_logprobs)
+        return self._logits(requests, scores=requests[0].params.scores_prompt)
 
     def decode(self, requests: Sequence[Request]) -> torch.Tensor:
         """As :meth:`SlotPasses.decode`."""
@@ -121,5 +121,10 @@ def make_passes(model: Any) -> SlotPasses | WholePasses:
 
 
 def _score(request: Request, logits: torch.Tensor) -> None:
-    about = torch.tensor(request.prompt_ids[1:])
-    request.prompt_log_probs = token_log_probs(logits, about, request.params.temperature).tolist()
+    count, temperature = request.params.prompt_logprobs, request.params.temperature
+    if count:
+        ids, log_probs = likeliest(logits, count, temperature)
+    else:
+        ids = torch.tensor(request.prompt_ids[1:])
+        ids, log_probs = ids[:, None], token_log_probs(logits, ids, temperature)[:, None]
+    request.scored = ids.tolist(), log_probs.tolist()

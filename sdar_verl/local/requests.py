@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from sdar_verl.local.sampling import SamplingParams
 
+Scored = tuple[list[list[int]], list[list[float]]]
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -18,14 +20,14 @@ class Completion:
         token_ids: response tokens, the end-of-sequence token included when it was drawn.
         log_probs: one per token; None when the request did not ask.
         finish_reason: ``stop`` (end of sequence), ``length`` (max_tokens reached) or ``abort``.
-        prompt_log_probs: one per prompt token but the first, which nothing predicts; None when the request did not ask,
-            or was aborted before.
+        scored: per prompt token but the first, which nothing predicts: tokens, and their log-probs; the token itself,
+            or the likeliest in its place. None when the request did not ask, or was aborted before.
     """
 
     token_ids: list[int]
     log_probs: list[float] | None
     finish_reason: str
-    prompt_log_probs: list[float] | None = None
+    scored: Scored | None = None
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Request:
     future: Future[Completion]
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
-    prompt_log_probs: list[float] | None = None
+    scored: Scored | None = None
     offset: int = 0
 
     @property
@@ -48,4 +50,4 @@ class Request:
 
     def completion(self, finish_reason: str) -> Completion:
         log_probs = self.log_probs if self.params.logprobs else None
-        return Completion(self.token_ids, log_probs, finish_reason, self.prompt_log_probs)
+        return Completion(self.token_ids, log_probs, finish_reason, self.scored)

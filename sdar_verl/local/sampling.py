@@ -39,8 +39,8 @@ class SamplingParams:
         ignore_eos: go on after an end-of-sequence token.
         logprobs: whether the caller wants log-probs.
         seed: seed of this request's own random stream; None lets the server draw one.
-        prompt_logprobs: whether the caller wants the log-probs of the prompt's tokens: at ``temperature`` (vLLM's and
-            SGLang's are at 1), without top-k and top-p.
+        prompt_logprobs: 0: the caller wants the log-probs of the prompt's tokens; k: those of the k likeliest tokens at
+            each place of it. At ``temperature`` (vLLM's and SGLang's are at 1), without top-k and top-p.
     """
 
     max_tokens: int
@@ -50,7 +50,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False
     seed: int | None = None
-    prompt_logprobs: bool = False
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -61,6 +61,11 @@ class SamplingParams:
             raise ValueError(f"sampling parameter top_p={self.top_p}: must be in (0, 1] (1 = off)")
         if self.top_k < -1:
             raise ValueError(f"sampling parameter top_k={self.top_k}: must be >= -1 (-1 or 0 = off)")
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether something about the prompt's own tokens is asked."""
+        return self.prompt_logprobs is not None
 
     @property
     def truncates(self) -> bool:
@@ -101,16 +106,13 @@ class SamplingParams:
         return cls(max_tokens=max(1, min(int(max_tokens), room)), **known)
 
 
-def _prompt_logprobs(count: Any) -> bool:
-    """vLLM's ``prompt_logprobs``: how many of the likeliest tokens to give beside the prompt's own one."""
+def _prompt_logprobs(count: Any) -> int | None:
+    """vLLM's ``prompt_logprobs``: 0 for the prompt's own tokens, k for the k likeliest."""
     if count is None or count is False:
-        return False
-    if count == 0:
-        return True
-    raise ValueError(
-        f"sampling parameter prompt_logprobs={count!r}: rollout.name=transformers (the CPU default) gives the log-prob "
-        "of the prompt's own tokens only; ask for 0, or use rollout.name=vllm on a GPU"
-    )
+        return None
+    if isinstance(count, int) and not isinstance(count, bool) and count >= 0:
+        return count
+    raise ValueError(f"sampling parameter prompt_logprobs={count!r}: must be a whole number, at least 0")
 
 
 def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -121,8 +123,18 @@ def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, temperature: flo
         tokens: (tokens,) int64.
         temperature: divisor of the logits; 0 (greedy) counts as 1, as in :func:`sample`.
     """
-    log_probs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    return log_probs.gather(1, tokens[:, None])[:, 0]
+    return _all_log_probs(logits, temperature).gather(1, tokens[:, None])[:, 0]
+
+
+def likeliest(logits: torch.Tensor, count: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` likeliest tokens at each place, (tokens, count), the first first, and their log-probs, nats;
+    arguments as of :func:`token_log_probs`."""
+    log_probs, ids = _all_log_probs(logits, temperature).topk(min(count, logits.shape[-1]), dim=-1)
+    return ids, log_probs
+
+
+def _all_log_probs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return (logits.float() / (temperature or 1.0)).log_softmax(-1)
 
 
 def sample(

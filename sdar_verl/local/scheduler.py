@@ -178,9 +178,9 @@ class BatchScheduler:
         Requests for the prompt's log-probs come last, in prefills of their own: these need the logits of every
         position, and an episode waits for the others.
         """
-        self._waiting.sort(key=lambda request: (request.params.prompt_logprobs, len(request.prompt_ids)))
-        first = self._waiting[0].params.prompt_logprobs
-        alike = sum(request.params.prompt_logprobs == first for request in self._waiting)
+        self._waiting.sort(key=lambda request: (request.params.scores_prompt, len(request.prompt_ids)))
+        first = self._waiting[0].params.scores_prompt
+        alike = sum(request.params.scores_prompt == first for request in self._waiting)
         room = min(self._max_num_seqs - len(self._running), alike)
         count = 1
         while count < room and (count + 1) * len(self._waiting[count].prompt_ids) <= self._max_num_batched_tokens:

@@ -129,14 +129,16 @@ class TransformersServer:
         if not self._loaded:
             raise RuntimeError(f"request {request_id} reached rollout replica before its first weights")
         completion = await asyncio.wrap_future(self._scheduler.submit(prompt, params))
-        return self._output(completion, prompt)
+        return self._output(completion)
 
-    def _output(self, completion: Completion, prompt_ids: Sequence[int] = ()) -> TokenOutput:
+    def _output(self, completion: Completion) -> TokenOutput:
         extra_fields: dict[str, Any] = {"global_steps": self._global_steps}
-        if completion.prompt_log_probs is not None:
+        if completion.scored is not None:
             # As verl's vLLM and SGLang servers shape them: entry i is about token i + 1, the last one is a dummy.
-            extra_fields["prompt_ids"] = [[token] for token in [*prompt_ids[1:], 0]]
-            extra_fields["prompt_logprobs"] = [[value] for value in [*completion.prompt_log_probs, 0.0]]
+            ids, log_probs = completion.scored
+            width = len(ids[0]) if ids else 1
+            extra_fields["prompt_ids"] = [*ids, [0] * width]
+            extra_fields["prompt_logprobs"] = [*log_probs, [0.0] * width]
         return TokenOutput(
             token_ids=completion.token_ids,
             log_probs=completion.log_probs,

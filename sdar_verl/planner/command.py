@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sdar_verl.compose import compose_config
     from sdar_verl.config import load_config
     from sdar_verl.errors import ConfigError
+    from sdar_verl.modules import import_modules
     from sdar_verl.planner.hardware import Efficiency, find_gpu
     from sdar_verl.planner.layout import Layout
     from sdar_verl.planner.plan import changed, make_plan, recommend
@@ -77,30 +78,66 @@ def run(arguments: argparse.Namespace) -> int:
     sdar = load_config(config.get("sdar"))
     if faults := type_faults(config, sdar):  # it calculates with them
         raise ConfigError("\n".join(faults))
+    import_modules(sdar.modules)
     lengths = {name: getattr(arguments, name) for name in ("turns", "prompt", "context", "response")}
+    notes = _read_data(config, sdar, lengths)
     wished = Layout.from_config(config, sdar, **lengths)
     if arguments.cloud:
         return _cloud(arguments, wished, efficiency, given)
     plan = make_plan(wished, gpu, efficiency)
-    notes = []
+    advice = []
     if arguments.recommend:
         found = recommend(wished, gpu, efficiency)
         if found is None:
-            notes.append(
+            advice.append(
                 f"no layout fits on up to 64 x {gpu.name}; a card with more memory, LoRA or a smaller model would"
             )
         else:
             plan = found
-            notes += changed(wished, found.layout) or ["the recipe as it is"]
+            advice += changed(wished, found.layout) or ["the recipe as it is"]
     if arguments.json:
-        print(json.dumps({**as_dict(plan, arguments.price), "recommended": notes}, indent=1))
+        print(json.dumps({**as_dict(plan, arguments.price), "data": notes, "recommended": advice}, indent=1))
     else:
-        print(as_text(plan, arguments.price))
-        if notes:
-            print("\n".join(["", "recommended:", *(f"  {note}" for note in notes)]))
+        print("\n".join([*notes, as_text(plan, arguments.price)]))
+        if advice:
+            print("\n".join(["", "recommended:", *(f"  {note}" for note in advice)]))
     if arguments.plot:
         draw(plan, arguments.plot)
     return 0 if plan.fits else 1
+
+
+MEASURED_ROWS = 1000
+"""Rows of a recipe's data whose prompts are made."""
+
+
+def _read_data(config: Any, sdar: Any, lengths: dict[str, float | None]) -> list[str]:
+    """Fill in the lengths that nobody gave and a recipe's own data show, and the share of rows with a context; returns
+    what to say of it. Nothing for the text environments, whose prompts grow with the episode."""
+    from sdar_verl.checks.panel_tasks import panel_files
+    from sdar_verl.checks.prompt_lengths import PromptsUnknown, prompt_lengths
+    from sdar_verl.panels import PanelError
+    from sdar_verl.recipe import plays_environments
+
+    files = panel_files(config, "train_files")
+    if plays_environments(config) or not files or not all(Path(file).is_file() for file in files):
+        return []
+    from sdar_verl.verl.recipe_prompts import policy_tokenizer
+
+    try:
+        found = prompt_lengths(config, sdar, policy_tokenizer(config), MEASURED_ROWS)
+    except (PromptsUnknown, PanelError, OSError, ValueError) as error:
+        return [f"data.train_files is not read: {(str(error).splitlines() or [''])[0]}"]
+    if not found.rows:
+        return []
+    told = f"{found.rows} rows of data.train_files: prompts of {found.student.mean:.0f} tokens in the mean"
+    if lengths["prompt"] is None:
+        lengths["prompt"] = found.student.mean
+    if sdar.teacher.source != "none" and not found.late:
+        further, share = found.teacher.mean - found.own.mean, 1 - found.without / found.rows
+        told += f", {share:.0%} have a context, of {further:.0f} tokens"
+        lengths["context"] = further if lengths["context"] is None else lengths["context"]
+        lengths["taught_rows"] = share
+    return [told]
 
 
 _CLOUD = {"interruption": ("interruption_h", 1.0), "restart": ("restart_s", 60.0)}

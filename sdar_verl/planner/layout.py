@@ -136,6 +136,7 @@ class Layout:
         prompt: float | None = None,
         context: float | None = None,
         response: float | None = None,
+        taught_rows: float = 1.0,
     ) -> Layout:
         """Read verl's whole config; what only a run can know may be given.
 
@@ -147,6 +148,7 @@ class Layout:
             prompt: tokens of a prompt; None: half of ``data.max_prompt_length``, a guess.
             context: tokens of the privileged context; None: half of what the teacher's limit leaves, a guess.
             response: tokens of a response; None: a third of ``data.max_response_length``, a guess.
+            taught_rows: share of the rows that have a context.
 
         Raises:
             ConfigError: a model the planner does not know.
@@ -197,7 +199,7 @@ class Layout:
             rollout_tokens=int(rollout.max_num_batched_tokens),
             teacher=teacher,
             teacher_passes=1 + len(further_passes(sdar.context)),
-            teacher_share=sdar.context.turns_share or 1.0,
+            teacher_share=taught_rows * (sdar.context.turns_share or 1.0),
             anchor=sdar.loss.anchor.reference > 0,
             teacher_placement=sdar.teacher.placement,
             teacher_offload=sdar.teacher.offload is not False,

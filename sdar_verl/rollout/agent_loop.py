@@ -25,6 +25,7 @@ from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import NO_ACTION, Step, Task
 from sdar_verl.envs.pool import EnvError, EnvProcessError
 from sdar_verl.panels import task_from_json
+from sdar_verl.requests import server_support
 from sdar_verl.rollout import outputs  # the module: verl loads this one while that one is being imported
 from sdar_verl.rollout.actions import last_line, match_admissible, parse_action
 from sdar_verl.rollout.prompt_builder import PromptTooLong, TurnView
@@ -85,11 +86,10 @@ class SdarAgentLoop(AgentLoopBase):
         self.rollout_config = self.config.actor_rollout_ref.rollout
         self.server_manager = server_manager
         self.tokenizer = tokenizer
-        sdar = self.config.sdar
         self.outputs = outputs.OutputMaker(
             tokenizer.eos_token_id,
             log_probs=self.rollout_config.calculate_log_probs,
-            teacher=sdar.teacher,
+            sdar=self.config.sdar,
         )
 
     async def run(  # type: ignore[override]  # verl's worker takes lists, its annotation has not followed
@@ -253,7 +253,8 @@ class SdarAgentLoop(AgentLoopBase):
         if teacher.placement != "rollout_server":
             return None
         checks = first and teacher.sanity_check
-        return ServerTeacher(self.server_manager, rollout.name, rollout.temperature, checks=checks)
+        asked = server_support(runtime.sdar)
+        return ServerTeacher(self.server_manager, rollout.name, rollout.temperature, checks=checks, likeliest=asked)
 
     @staticmethod
     def _follow_up(runtime: Runtime, shown: TurnView, episode: outputs.Episode) -> list[int]:

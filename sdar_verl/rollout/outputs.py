@@ -11,9 +11,10 @@ import torch
 from pydantic import ConfigDict, Field
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 
-from sdar_verl.config import TeacherConfig
+from sdar_verl.config import SdarConfig
 from sdar_verl.envs.base import Task
-from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
+from sdar_verl.fields import SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
+from sdar_verl.requests import server_support
 from sdar_verl.rollout.rows import ROW_KEY, RowInfo, TurnNote
 from sdar_verl.verl import symbols
 
@@ -82,14 +83,15 @@ class RowOutput(AgentLoopOutput):
         return output | {name: torch.from_numpy(values) for name, values in self.columns.items()}
 
 
-def teacher_columns(info: RowInfo, mask: Sequence[int], settings: TeacherConfig) -> dict[str, np.ndarray]:
+def teacher_columns(info: RowInfo, mask: Sequence[int], sdar: SdarConfig) -> dict[str, np.ndarray]:
     """What lies beside verl's own columns of a training row; a late context's prompts are written by the trainer.
 
     Args:
         info: the row's record, which gets an error where the rollout server was to answer and did not.
         mask: (response tokens,), 1 where the policy sampled.
-        settings: the ``sdar.teacher`` node.
+        sdar: the ``sdar`` node.
     """
+    settings = sdar.teacher
     if settings.source == "none":
         return {}
     ids = info.teacher_prompt_ids
@@ -103,6 +105,10 @@ def teacher_columns(info: RowInfo, mask: Sequence[int], settings: TeacherConfig)
             seen, answer = np.zeros_like(seen), None
         columns[TEACHER_MASK] = seen
         columns[TEACHER_LOG_PROBS] = (np.zeros(len(mask)) if answer is None else answer).astype(np.float32)
+        if likeliest := server_support(sdar):
+            nothing = np.zeros((len(mask), likeliest), np.int32), np.zeros((len(mask), likeliest + 1), np.float32)
+            support = nothing if answer is None or info.teacher_support is None else info.teacher_support
+            columns[SUPPORT_IDS], columns[SUPPORT_LOG_PROBS] = support
     return columns
 
 
@@ -112,13 +118,13 @@ class OutputMaker:
     Args:
         eos_token_id: stands where a row has no token of its own.
         log_probs: whether rows carry the rollout's log-probs.
-        teacher: the ``sdar.teacher`` node.
+        sdar: the ``sdar`` node.
     """
 
-    def __init__(self, eos_token_id: int, *, log_probs: bool, teacher: TeacherConfig) -> None:
+    def __init__(self, eos_token_id: int, *, log_probs: bool, sdar: SdarConfig) -> None:
         self._eos = eos_token_id
         self._log_probs = log_probs
-        self._teacher = teacher
+        self._sdar = sdar
 
     def rows(self, episode: Episode, task: Task, arm: str | None, *, whole: bool) -> list[AgentLoopOutput]:
         """One row per turn, or one for the ``whole`` conversation."""
@@ -186,7 +192,7 @@ class OutputMaker:
         )
 
     def _columns(self, info: RowInfo, mask: list[int], arm: str | None) -> dict[str, np.ndarray]:
-        return {} if arm is not None else teacher_columns(info, mask, self._teacher)
+        return {} if arm is not None else teacher_columns(info, mask, self._sdar)
 
 
 @dataclass

@@ -31,7 +31,7 @@ TRACED_COLUMN = "sdar_traced"
 RETIRED_COLUMN = "sdar_retired"
 """Column of a prompt: the teacher has retired, so its rows need no prompt of its own and no request."""
 
-COLUMNS = ("teacher_prompt_ids", "other_prompt_ids", "contrast_prompt_ids", "teacher_log_probs")
+COLUMNS = ("teacher_prompt_ids", "other_prompt_ids", "contrast_prompt_ids", "teacher_log_probs", "teacher_support")
 """Of :class:`RowInfo`: they lie beside the row, not in its record."""
 
 
@@ -154,6 +154,8 @@ class RowInfo:
         contrast_prompt_ids: token ids with each text of the bad context, where there is one; columns elsewhere.
         teacher_log_probs: (response tokens,) float32, nats: what the rollout server answered for the teacher, where it
             was asked; a column of its own elsewhere.
+        teacher_support: (response tokens, k) int32 and (response tokens, k + 1) float32, nats: the teacher's likeliest
+            tokens, their log-probs and that of all others, where the server was asked for them.
         teacher_failure: why it could not, or why the teacher was silenced afterwards; or None.
         student_log_probs: (response tokens,) float32, nats: what it answered for the student's own prompt; on one row
             per task, to compare it with the trainer.
@@ -195,6 +197,7 @@ class RowInfo:
     other_prompt_ids: tuple[np.ndarray, ...] = ()
     contrast_prompt_ids: tuple[np.ndarray, ...] = ()
     teacher_log_probs: np.ndarray | None = None
+    teacher_support: tuple[np.ndarray, np.ndarray] | None = None
     teacher_failure: str | None = None
     student_log_probs: np.ndarray | None = None
     context_tokens: int = 0

@@ -103,7 +103,8 @@ class HeadPass:
         self._total = ends[-1]
         self._chosen: torch.Tensor | None = None
         if request.what == "divergence":
-            self._chosen = _flat(data[TEACHER_MASK]).bool().nonzero().flatten()
+            counted = self._column(TEACHER_MASK).bool() & self._column("loss_mask").bool()
+            self._chosen = counted.nonzero().flatten()
         self._columns: torch.Tensor | None = None
         self._probe: torch.Tensor | None = None
         # Sequence parallelism deals the tokens of a row out to ranks: there verl makes all logits.
@@ -157,7 +158,7 @@ class HeadPass:
         logits = output.logits.squeeze(0)
         if self._temperature != 1.0:
             logits = logits / self._temperature
-        return self._rows(logprobs_from_logits(logits, _flat(self._data["responses"])))
+        return self._rows(logprobs_from_logits(logits, self._column("responses")))
 
     def response_part(self, values: torch.Tensor) -> torch.Tensor:
         """Nested (rows, sequence tokens): what stands at the positions that predict the response."""
@@ -195,7 +196,7 @@ class HeadPass:
                 self._heads.kept = (weight.detach().clone(), None if bias is None else bias.detach().clone())
             self.fields[TEACHER_HIDDEN] = self._rows(hidden)
             return
-        given = _flat(self._data[SUPPORT_IDS]).long() if request.what == "on_support" else None
+        given = self._column(SUPPORT_IDS).long() if request.what == "on_support" else None
         if given is not None and int(given.max()) >= len(weight):
             raise RuntimeError(
                 f"the student's vocabulary is larger than the teacher's ({len(weight)} tokens); use a teacher with the "
@@ -216,7 +217,7 @@ class HeadPass:
     def _divergence(self, vocabulary: int) -> RowFunction:
         request, chosen = self._request, self._chosen
         if request.k:
-            ids, teacher = (_flat(self._data[name])[chosen] for name in (SUPPORT_IDS, SUPPORT_LOG_PROBS))
+            ids, teacher = (self._column(name)[chosen] for name in (SUPPORT_IDS, SUPPORT_LOG_PROBS))
             if int(ids.max()) >= vocabulary:
                 # A GPU would stop with an assertion that names nothing.
                 raise RuntimeError(
@@ -226,7 +227,7 @@ class HeadPass:
                 )
             anchor = None
             if request.reference:
-                there = _flat(self._data[ANCHOR_LOG_PROBS])[chosen]
+                there = self._column(ANCHOR_LOG_PROBS)[chosen]
                 anchor = Anchor(request.reference, request.student, lambda rows: there[rows])
             elif request.student:
                 anchor = Anchor(0.0, request.student)
@@ -248,8 +249,14 @@ class HeadPass:
                 f"the student's vocabulary has {vocabulary} tokens, the {whose}'s {len(weight)}; use a teacher with "
                 "the student's vocabulary, or sdar.loss.objective=sampled"
             )
-        hidden = _flat(self._data[column])[self._chosen]
+        hidden = self._column(column)[self._chosen]
         return lambda rows: chunk_logits(hidden[rows], weight, bias, self._temperature)
+
+    def _column(self, name: str) -> torch.Tensor:
+        """A column of the response tokens of all rows, one after the other. A row by which verl fills a batch up has
+        one token, and what an agent loop has stored beside the row that it was made of."""
+        rows = zip(self._data[name].unbind(), self._responses, strict=True)
+        return torch.cat([row[:tokens] for row, tokens in rows])
 
     def _index(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows of the flattened hidden states that predict response tokens, in the order of the responses."""
@@ -299,11 +306,6 @@ class _Tie(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor | None, columns: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return logits, columns
-
-
-def _flat(nested: torch.Tensor) -> torch.Tensor:
-    """All rows' entries, one after the other."""
-    return torch.cat(list(nested.unbind()))
 
 
 def _temperature(data: TensorDict) -> float:

@@ -10,7 +10,14 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS, prompts_of
+from sdar_verl.fields import (
+    SUPPORT_IDS,
+    SUPPORT_LOG_PROBS,
+    TEACHER_LOG_PROBS,
+    TEACHER_MASK,
+    TEACHER_PROMPTS,
+    prompts_of,
+)
 from sdar_verl.rollout.rows import RowId, RowInfo
 from sdar_verl.table import StepTable, stop_on_errors
 
@@ -98,7 +105,7 @@ class QueueRows:
         names = self.columns.names if self.batch.fields is None else self.batch.fields
         ours = {name for name in names if name.startswith((TEACHER_PROMPTS, prompts_of("")))}
         left_out = (self.columns.objects - _READ_BY_WORKERS) | (ours - {*prompts})
-        left_out |= set() if teacher else {TEACHER_LOG_PROBS, TEACHER_MASK}
+        left_out |= set() if teacher else {TEACHER_LOG_PROBS, TEACHER_MASK, SUPPORT_IDS, SUPPORT_LOG_PROBS}
         self.batch.fields = [name for name in names if name not in left_out]
         return self.batch
 

@@ -24,6 +24,7 @@ from sdar_verl.config import SdarConfig, load_config
 from sdar_verl.context.registry import ContextError
 from sdar_verl.envs.base import Task
 from sdar_verl.recipe import INNER_COLUMN, TAUGHT
+from sdar_verl.requests import server_support
 from sdar_verl.rollout import outputs  # the module: verl loads this one while that one is being imported
 from sdar_verl.rollout.messages import MessagesError, asks
 from sdar_verl.rollout.prompts import PromptTemplateError
@@ -182,7 +183,7 @@ class TaughtLoop(AgentLoopBase):
         maker = outputs.OutputMaker(
             self.tokenizer.eos_token_id,
             log_probs=rollout.calculate_log_probs,
-            teacher=sdar.teacher,
+            sdar=sdar,
         )
         step = max(int(columns.get("global_steps") or 0) - (arm is None), 0)
         return [maker.failed_row(task, arm, step, **why)]
@@ -209,7 +210,10 @@ class TaughtLoop(AgentLoopBase):
         if teacher.placement != "rollout_server":
             return None
         checks = columns.get("session_id") == 0 and teacher.sanity_check
-        return ServerTeacher(self._given["server_manager"], rollout.name, rollout.temperature, checks=checks)
+        asked = server_support(runtime.sdar)
+        return ServerTeacher(
+            self._given["server_manager"], rollout.name, rollout.temperature, checks=checks, likeliest=asked
+        )
 
     def _teach(
         self, runtime: RecipeRuntime, loop: str, built: Sequence[Built], one: AgentLoopOutput, info: RowInfo, task: Task
@@ -261,6 +265,6 @@ class TaughtLoop(AgentLoopBase):
 
     @staticmethod
     def _row(sdar: SdarConfig, one: AgentLoopOutput, info: RowInfo) -> AgentLoopOutput:
-        columns = outputs.teacher_columns(info, one.response_mask, sdar.teacher)
+        columns = outputs.teacher_columns(info, one.response_mask, sdar)
         fields = {**one.__dict__, "extra_fields": {**one.extra_fields, ROW_KEY: info.as_dict()}, "columns": columns}
         return outputs.RowOutput.model_construct({*one.model_fields_set, "extra_fields", "columns"}, **fields)

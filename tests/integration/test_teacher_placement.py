@@ -100,3 +100,23 @@ def test_what_the_server_reports(runs):
         assert metrics["timing_s/teacher"] < 5.0, "the trainer made a pass of its own"
     assert "sdar/empty_context_gap" in runs["colocated"].metrics[1]
     assert "sdar/server_check/trainer" not in runs["colocated"].metrics[1]
+
+
+def test_both_placements_give_the_same_divergence_over_the_teachers_likeliest_tokens(tmp_path):
+    forward = [f"sdar.loss.{option}" for option in ("objective=forward_kl", "support=top_k", "top_k=8", "gate=none")]
+    one, other = (
+        train(
+            tmp_path / placement,
+            *TEMPERED,
+            *forward,
+            f"sdar.teacher.placement={placement}",
+            "trainer.save_freq=-1",
+            steps=2,
+        )
+        for placement in ("colocated", "rollout_server")
+    )
+    names = ("actor/loss", "actor/grad_norm", "sdar/divergence", "sdar/tail_mass/student", "sdar/tail_mass/teacher")
+    for step in (1, 2):
+        for name in (*names, "sdar/gap_mean"):
+            assert other.metrics[step][name] == pytest.approx(one.metrics[step][name], rel=2e-3, abs=NATS), (step, name)
+    assert one.metrics[1]["sdar/divergence"] > 0.01

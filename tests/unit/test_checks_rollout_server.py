@@ -15,6 +15,7 @@ from sdar_verl.context import builtin  # noqa: F401  registers the contexts
 from tests.support.tiny_model import make_tiny_model
 
 ON_SERVER = {"sdar.teacher.source": "actor", "sdar.teacher.placement": "rollout_server"}
+LIKELIEST = {"sdar.loss.objective": "forward_kl", "sdar.loss.support": "top_k", "sdar.loss.top_k": 50}
 ON_A_GPU = {"actor_rollout_ref.rollout.name": "vllm", "trainer.device": "cuda"}
 
 
@@ -38,6 +39,10 @@ def faults(recipe, **overrides) -> list[str]:
         {"actor_rollout_ref.rollout.temperature": 0.7},
         {"sdar.loss.objective": "k3"},
         {"sdar.rollout.rows": "trajectory"},
+        LIKELIEST,
+        {**LIKELIEST, **ON_A_GPU, "sdar.loss.top_k": 20},
+        {**LIKELIEST, **ON_A_GPU, "actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs": 50},
+        {**LIKELIEST, **ON_A_GPU, "actor_rollout_ref.rollout.name": "sglang"},
         ON_A_GPU,
         {**ON_A_GPU, "actor_rollout_ref.rollout.name": "sglang"},
         # The trainer never sees a teacher's row: its budget of tokens is the student's.
@@ -66,6 +71,14 @@ CASES = {
     "a distribution": (
         {"sdar.loss.objective": "forward_kl"},
         ["placement=rollout_server", "objective=forward_kl", "placement=colocated", "sampled"],
+    ),
+    "the student's likeliest tokens": (
+        {**LIKELIEST, "sdar.loss.objective": "reverse_kl"},
+        ["objective=reverse_kl", "of the student's likeliest tokens", "objective=forward_kl with support=top_k"],
+    ),
+    "more tokens than vllm gives": (
+        {**LIKELIEST, **ON_A_GPU},
+        ["top_k=50", "max_logprobs=20", "+actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=50"],
     ),
     "a late context": (
         {"sdar.context.sources": ["skills", "sibling"]},

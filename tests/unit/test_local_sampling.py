@@ -134,7 +134,7 @@ def test_a_request_is_read_with_its_limits():
     assert read({"max_tokens": 0}, default_max_tokens=30, room=5).max_tokens == 1  # as verl's vLLM server
     assert read({"stop": [], "n": 1}, default_max_tokens=30, room=100).logprobs is False
     asks = [read({"prompt_logprobs": value}, default_max_tokens=30, room=100) for value in (None, False, 0)]
-    assert [asked.prompt_logprobs for asked in asks] == [False, False, True]
+    assert [asked.prompt_logprobs for asked in asks] == [None, None, 0]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,8 @@ def test_a_request_is_read_with_its_limits():
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
         ({"stop": ["</action>"]}, "stop="),
         ({"n": 4}, "n=4"),
-        ({"prompt_logprobs": 5}, "prompt_logprobs=5: .* ask for 0"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs=-1: must be a whole number, at least 0"),
+        ({"prompt_logprobs": True}, "prompt_logprobs=True: must be a whole number"),
         ({"min_p": 0.1}, "min_p=0.1"),
         ({"beam_width": 2}, "beam_width=2"),
         ({"temperature": -1}, "temperature=-1"),
@@ -196,12 +197,12 @@ def test_log_probs_of_the_prompt_equal_a_plain_forward_pass(model, make_schedule
         for index, (length, limit, temperature, asked) in enumerate(
             [
                 (90, 12, 1.0, {}),
-                (120, 1, 0.4, {"prompt_logprobs": True}),
-                (7, 1, 1.7, {"prompt_logprobs": True, "top_k": 3, "top_p": 0.5}),
-                (300, 1, 1.0, {"prompt_logprobs": True}),
-                (11, 5, 0.7, {"prompt_logprobs": True}),
-                (64, 1, 0.0, {"prompt_logprobs": True}),
-                (1, 3, 1.0, {"prompt_logprobs": True}),
+                (120, 1, 0.4, {"prompt_logprobs": 0}),
+                (7, 1, 1.7, {"prompt_logprobs": 0, "top_k": 3, "top_p": 0.5}),
+                (300, 1, 1.0, {"prompt_logprobs": 0}),
+                (11, 5, 0.7, {"prompt_logprobs": 0}),
+                (64, 1, 0.0, {"prompt_logprobs": 0}),
+                (1, 3, 1.0, {"prompt_logprobs": 0}),
                 (8, 20, 0.6, {}),
             ]
             * 3
@@ -217,11 +218,12 @@ def test_log_probs_of_the_prompt_equal_a_plain_forward_pass(model, make_schedule
         if not sampling.truncates:
             expected = plain_log_probs(model, prompt_ids, completion.token_ids, sampling.temperature or 1.0)
             torch.testing.assert_close(torch.tensor(completion.log_probs), expected, atol=1e-5, rtol=0)
-        if not sampling.prompt_logprobs:
-            assert completion.prompt_log_probs is None
+        if not sampling.scores_prompt:
+            assert completion.scored is None
             continue
         expected = plain_log_probs(model, prompt_ids[:1], prompt_ids[1:], sampling.temperature or 1.0)
-        torch.testing.assert_close(torch.tensor(completion.prompt_log_probs), expected, atol=1e-5, rtol=0)
+        assert completion.scored[0] == [[token] for token in prompt_ids[1:]]
+        torch.testing.assert_close(torch.tensor(completion.scored[1]).view(-1), expected, atol=1e-5, rtol=0)
     assert scheduler.counters()["prompt_tokens"] == sum(len(request[0]) for request in requests)
 
 
@@ -397,7 +399,7 @@ def test_models_of_every_kind_of_attention_get_the_log_probs_of_plain_passes(mak
     scheduler = make_scheduler(model=other, max_num_seqs=3)
     prompts = [prompt(length, seed) for seed, length in enumerate((5, 40, 17, 1, 23))]
     futures = [
-        scheduler.submit(ids, params(seed=i, max_tokens=4 + 3 * i, prompt_logprobs=bool(i % 2)))
+        scheduler.submit(ids, params(seed=i, max_tokens=4 + 3 * i, prompt_logprobs=0 if i % 2 else None))
         for i, ids in enumerate(prompts)
     ]
     for i, (ids, future) in enumerate(zip(prompts, futures, strict=True)):
@@ -407,7 +409,7 @@ def test_models_of_every_kind_of_attention_get_the_log_probs_of_plain_passes(mak
         )
         if i % 2 and len(ids) > 1:
             expected = plain_log_probs(other, ids[:1], ids[1:])
-            torch.testing.assert_close(torch.tensor(done.prompt_log_probs), expected, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(torch.tensor(done.scored[1])[:, 0], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_model_that_the_cache_does_not_serve_is_found_out(model):

@@ -73,6 +73,21 @@ def test_prompt_log_probs_have_the_shape_of_verls_servers(model_path, weights):
     assert set(plain.extra_fields) == {"global_steps"}
 
 
+def test_the_likeliest_tokens_stand_in_the_place_of_the_prompts_own(model_path, weights):
+    async def main():
+        server = make_server(model_path)
+        await server.update_weights(weights, global_steps=7)
+        return await server.generate(PROMPT, {"max_tokens": 1, "temperature": 0.5, "prompt_logprobs": 3}, "a")
+
+    fields = asyncio.run(main()).extra_fields
+    assert fields["prompt_ids"][-1] == [0] * 3 and fields["prompt_logprobs"][-1] == [0.0] * 3
+    rows = torch.tensor(PROMPT[:1]), torch.tensor(PROMPT[1:])
+    (logits,) = plain_logits([rows[0]], [rows[1]], model_path)
+    expected, ids = (logits / 0.5).log_softmax(-1).topk(3)
+    torch.testing.assert_close(torch.tensor(fields["prompt_logprobs"][:-1]), expected, atol=1e-5, rtol=0)
+    assert fields["prompt_ids"][:-1] == ids.tolist()
+
+
 def test_no_response_without_weights_or_while_asleep(model_path, weights):
     async def main():
         server = make_server(model_path)

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from sdar_verl.config import TeacherConfig
+from sdar_verl.config import SdarConfig, TeacherConfig
+from sdar_verl.config.loss import LossConfig
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import NonFiniteError, TeacherError
-from sdar_verl.fields import TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
+from sdar_verl.fields import SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_LOG_PROBS, TEACHER_MASK, TEACHER_PROMPTS
 from sdar_verl.finite import check_teacher
 from sdar_verl.requests import StepRequests
 from sdar_verl.rollout.outputs import Episode, OutputMaker, Turn
-from sdar_verl.rollout.rows import EpisodeNote, RowInfo
+from sdar_verl.rollout.rows import ROW_KEY, EpisodeNote, RowInfo
 from sdar_verl.table import StepTable
 from sdar_verl.teacher.server_check import answer_metrics
 from sdar_verl.verl.teacher import PrivilegedTeacher
@@ -58,15 +59,16 @@ def step(*infos: RowInfo | None, rollout: bool = True) -> StepTable:
 # ---------------------------------------------------------------- what the agent loop gives along
 
 
-def node(answered: bool) -> TeacherConfig:
-    return TeacherConfig(source="actor", placement="rollout_server" if answered else "colocated")
+def node(answered: bool, **loss: Any) -> SdarConfig:
+    teacher = TeacherConfig(source="actor", placement="rollout_server" if answered else "colocated")
+    return SdarConfig(teacher=teacher, loss=LossConfig(**loss))
 
 
 def rows_of(*infos: RowInfo, mask: int = 3, arm: str | None = None, answered: bool = False) -> list[Any]:
     """verl's rows, one turn of three sampled tokens each."""
     turns = [Turn([1, 2], [7, 8, 9][:mask], [-0.5] * mask, info) for info in infos]
     task = Task("e", "task", "t", "do it", {})
-    return OutputMaker(0, log_probs=True, teacher=node(answered)).rows(Episode(turns), task, arm, whole=False)
+    return OutputMaker(0, log_probs=True, sdar=node(answered)).rows(Episode(turns), task, arm, whole=False)
 
 
 def test_answers_become_columns_of_the_row():
@@ -105,14 +107,14 @@ def test_only_rows_of_training_have_a_teacher_and_only_asked_servers_an_answer()
     assert row.columns == {}
     (row,) = rows_of(record(ANSWERED))
     assert set(row.columns) == {TEACHER_PROMPTS}
-    (row,) = OutputMaker(0, log_probs=True, teacher=TeacherConfig(source="none")).rows(
-        Episode([Turn([1], [2], [-0.5], RowInfo(0, "t"))]), Task("e", "task", "t", "do it", {}), None, whole=False
-    )
+    (row,) = OutputMaker(
+        0, log_probs=True, sdar=SdarConfig(teacher=TeacherConfig(source="none"), loss=LossConfig(coef=0.0))
+    ).rows(Episode([Turn([1], [2], [-0.5], RowInfo(0, "t"))]), Task("e", "task", "t", "do it", {}), None, whole=False)
     assert row.columns == {}
 
 
 def test_the_row_of_a_failed_episode_has_the_columns_of_the_others():
-    row = OutputMaker(0, log_probs=True, teacher=node(answered=True)).failed_row(
+    row = OutputMaker(0, log_probs=True, sdar=node(answered=True)).failed_row(
         Task("e", "task", "t", "do it", {}), None, 3, failure="died"
     )
     fields = row.as_dict()
@@ -207,3 +209,20 @@ def test_waits_are_those_of_episodes():
 
     metrics = answer_metrics([episode(0.5), record([-1.0]), episode(1.5), None])
     assert metrics["sdar/teacher_wait_s/mean"] == 1.0 and metrics["sdar/teacher_wait_s/max"] == 1.5
+
+
+def test_the_teachers_likeliest_tokens_become_columns_of_all_rows():
+    sdar = node(True, objective="forward_kl", support="top_k", top_k=2, gate="none")
+    info = record(ANSWERED)
+    info.teacher_support = np.arange(6, dtype=np.int32).reshape(3, 2), np.full((3, 3), -1.1, np.float32)
+    turns = [Turn([1, 2], [7, 8, 9], [-0.5] * 3, one) for one in (info, RowInfo(0, "t", context_missing=True))]
+    task = Task("e", "task", "t", "do it", {})
+    maker = OutputMaker(0, log_probs=True, sdar=sdar)
+    rows = [*maker.rows(Episode(turns), task, None, whole=False), maker.failed_row(task, None, 3, failure="died")]
+    answered, alone, failed = (row.as_dict() for row in rows)
+    assert answered[SUPPORT_IDS].tolist() == [[0, 1], [2, 3], [4, 5]] and answered[SUPPORT_IDS].dtype == torch.int32
+    assert answered[SUPPORT_LOG_PROBS].shape == (3, 3) and answered[SUPPORT_LOG_PROBS].dtype == torch.float32
+    for fields, tokens in ((alone, 3), (failed, 1)):
+        assert fields[SUPPORT_IDS].shape == (tokens, 2) and not fields[SUPPORT_LOG_PROBS].any()
+        assert fields[SUPPORT_IDS].dtype == torch.int32 and fields[SUPPORT_LOG_PROBS].shape == (tokens, 3)
+    assert all("teacher_support" not in row.extra_fields[ROW_KEY] for row in rows)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sdar_verl.local import start_policy
 from sdar_verl.rollout import server_teacher
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.rollout.server_teacher import ScoringError, ServerTeacher, response_log_probs, scoring_params
+from sdar_verl.rollout.server_teacher import ScoringError, ServerTeacher, scored_response, scoring_params, with_tail
 from tests.support.cpu_server import make_server
 from tests.support.plain import plain_logits
 from tests.support.scripted import GOOD, LOST, Pool, Server, play_episode
@@ -86,9 +86,9 @@ def positions(prompt, response):
 
 
 def test_the_part_about_the_response_is_taken():
-    found = response_log_probs(answer([5, 6, 7, 8, 9]), 3, [8, 9])
-    assert found.dtype == np.float32 and found.tolist() == [-3.0, -4.0]
-    assert response_log_probs(answer([5, 6]), 1, [6]).tolist() == [-1.0]
+    ids, found = scored_response(answer([5, 6, 7, 8, 9]), 3, [8, 9])
+    assert ids.tolist() == [[8], [9]] and found.dtype == np.float32 and found.tolist() == [[-3.0], [-4.0]]
+    assert scored_response(answer([5, 6]), 1, [6])[1].tolist() == [[-1.0]]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_part_about_the_response_is_taken():
 )
 def test_an_answer_about_something_else_is_an_error(fields, words):
     with pytest.raises(ScoringError, match=words):
-        response_log_probs(fields, 3, [8, 9])
+        scored_response(fields, 3, [8, 9])
 
 
 def test_only_vllm_is_told_not_to_detokenize():
@@ -114,6 +114,21 @@ def test_only_vllm_is_told_not_to_detokenize():
         "detokenize": False,
     }
     assert scoring_params("sglang", 1.0) == {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+
+
+def test_the_likeliest_tokens_come_with_what_is_left_of_1():
+    fields = {
+        "prompt_ids": [[1, 2], [8, 4], [6, 9], [0, 0]],
+        "prompt_logprobs": [[-9, -9], [-0.1, -3], [-0.2, -4], [0, 0]],
+    }
+    ids, log_probs = scored_response(fields, 2, [8, 9], likeliest=2)
+    assert ids.tolist() == [[8, 4], [6, 9]] and ids.dtype == np.int32
+    tail = with_tail(log_probs)
+    assert tail.dtype == np.float32 and tail[:, :2].tolist() == log_probs.tolist()
+    np.testing.assert_allclose(np.exp(tail).sum(axis=-1), 1.0, rtol=1e-6)
+    assert with_tail(np.log(np.array([[0.25, 0.75]], np.float32)))[0, -1] == -np.inf
+    with pytest.raises(ScoringError, match="asked for 3 tokens at each place and gave 2"):
+        scored_response(fields, 2, [8, 9], likeliest=3)
 
 
 # ---------------------------------------------------------------- an episode
@@ -219,7 +234,8 @@ def test_cancelled_requests_end():
     assert info.teacher_log_probs is None and info.teacher_failure is None
 
 
-def test_the_cpu_servers_answers_are_a_plain_forward_passs(tmp_path):
+@pytest.mark.parametrize("likeliest", [0, 5, 259])
+def test_the_cpu_servers_answers_are_a_plain_forward_passs(tmp_path, likeliest):
     """From the request to the row's record, at the run's temperature, while the server samples for others."""
     model = make_tiny_model(tmp_path, scale=3.0)
     weights = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
@@ -237,7 +253,7 @@ def test_the_cpu_servers_answers_are_a_plain_forward_passs(tmp_path):
             async def generate(self, request_id, *, prompt_ids, sampling_params):
                 return await server.generate(prompt_ids, sampling_params, request_id)
 
-        scores = ServerTeacher(Client(), "transformers", 0.6, checks=True)
+        scores = ServerTeacher(Client(), "transformers", 0.6, checks=True, likeliest=likeliest)
         others = [asyncio.create_task(server.generate([5, 6, 7], {}, str(i))) for i in range(3)]
         for info, (prompt, response) in zip(infos, rows, strict=True):
             scores.ask(info, prompt, response)
@@ -245,16 +261,27 @@ def test_the_cpu_servers_answers_are_a_plain_forward_passs(tmp_path):
 
     asyncio.run(main())
 
-    def plain(prompts):
-        pairs = [torch.as_tensor(prompt, dtype=torch.int64) for prompt in prompts], [torch.tensor(r) for _, r in rows]
-        logits = plain_logits(*pairs, model)
-        return [
-            (row / 0.6).log_softmax(-1).gather(1, response[:, None])[:, 0]
-            for row, response in zip(logits, pairs[1], strict=True)
-        ]
+    responses = [torch.tensor(response) for _, response in rows]
 
-    for info, expected in zip(infos, plain([info.teacher_prompt_ids for info in infos]), strict=True):
-        torch.testing.assert_close(torch.from_numpy(info.teacher_log_probs), expected, atol=1e-5, rtol=0)
-    expected = plain([prompt for prompt, _ in rows])[0]
+    def plain(prompts):
+        logits = plain_logits([torch.as_tensor(prompt, dtype=torch.int64) for prompt in prompts], responses, model)
+        return [(row / 0.6).log_softmax(-1) for row in logits]
+
+    def own(log_probs, response):
+        return log_probs.gather(1, response[:, None])[:, 0]
+
+    teacher = plain([info.teacher_prompt_ids for info in infos])
+    for info, log_probs, response in zip(infos, teacher, responses, strict=True):
+        given = torch.from_numpy(info.teacher_log_probs)
+        torch.testing.assert_close(given, own(log_probs, response), atol=1e-5, rtol=0)
+        if not likeliest:
+            assert info.teacher_support is None
+            continue
+        ids, support = map(torch.from_numpy, info.teacher_support)
+        expected, _ = log_probs.topk(likeliest)
+        torch.testing.assert_close(support[:, :-1], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(log_probs.gather(1, ids.long()), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(support.exp().sum(-1), torch.ones(len(response)), atol=1e-5, rtol=0)
+    expected = own(plain([prompt for prompt, _ in rows])[0], responses[0])
     torch.testing.assert_close(torch.from_numpy(infos[0].student_log_probs), expected, atol=1e-5, rtol=0)
     assert [info.student_log_probs is not None for info in infos] == [True] + [False] * 4

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdar_verl.local import start_policy
-from sdar_verl.rollout.server_teacher import response_log_probs, scoring_params
+from sdar_verl.rollout.server_teacher import scored_response, scoring_params
 from tests.support.plain import plain_log_probs
 from tests.support.tiny_model import make_tiny_model
 from tests.vllm.settings import VLLM_ON_CPU, needs_vllm_on_cpu
@@ -110,7 +110,7 @@ def prompt_log_probs(server, prompts: list[list[int]], responses: list[list[int]
     whole = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     outputs = server.ask(whole, **{**scoring_params(server.engine, 1.0), **sampling})
     return [
-        response_log_probs(output.extra_fields, len(prompt), response)
+        scored_response(output.extra_fields, len(prompt), response)[1][:, 0]
         for output, prompt, response in zip(outputs, prompts, responses, strict=True)
     ]
 
@@ -197,6 +197,26 @@ def test_prompt_log_probs_ignore_temperature_and_the_prefix_cache(servers):
     expected = plain_log_probs(*tensors(prompts, responses), servers.model, weights)
     for sampling in ({"temperature": 1.0}, {"temperature": 0.3}, {"temperature": 1.0, "top_k": 2, "top_p": 0.5}):
         assert worst(prompt_log_probs(servers.vllm, prompts, responses, **sampling), expected) < TOLERANCE
+
+
+def test_both_servers_give_the_same_likeliest_tokens(servers):
+    """For an objective over the teacher's likeliest tokens with ``sdar.teacher.placement=rollout_server``."""
+    servers.load(1)
+    prompts = servers.prompts()
+    responses = [list(output.token_ids) for output in servers.vllm.ask(prompts, max_tokens=20, ignore_eos=True)]
+    whole = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    found = [
+        [
+            scored_response(output.extra_fields, len(prompt), response, likeliest=8)
+            for output, prompt, response in zip(
+                server.ask(whole, **scoring_params(server.engine, 1.0, 8)), prompts, responses, strict=True
+            )
+        ]
+        for server in (servers.vllm, servers.ours)
+    ]
+    for (ids, log_probs), (our_ids, our_log_probs) in zip(*found, strict=True):
+        assert worst([log_probs], [our_log_probs]) < TOLERANCE
+        assert (ids == our_ids).mean() > 0.95, "but for ties"
 
 
 def tensors(prompts: list[list[int]], responses: list[list[int]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -1,0 +1,60 @@
+"""``sdar-verl plan`` on a recipe of verl's: it reads the prompts of the recipe's own data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdar_verl.cli import main
+from tests.support.recipe_run import recipe_arguments, word_problems
+
+COLUMN = ("sdar.context.sources=[column]", "+sdar.context.options.column.path=extra_info.answer")
+
+
+def planned(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str, rows: Any = None) -> dict[str, Any]:
+    flags = [word for word in arguments if word.startswith("--") or word.isdigit()]
+    overrides = [word for word in arguments if word not in flags]
+    main(["plan", "--config-name", "sdar_ppo", "--json", *flags, *recipe_arguments(folder, *overrides, rows=rows)])
+    return json.loads(capsys.readouterr().out)
+
+
+def tokens(text: str) -> int:
+    """Of a user's message: a token a byte, and three control tokens."""
+    return len(f"user\n{text}\nassistant\n".encode()) + 3
+
+
+def test_prompts_and_contexts_are_those_of_the_data(tmp_path, capsys):
+    rows = word_problems(16)
+    for row in rows[:4]:
+        row["extra_info"]["answer"] = ""
+    mean = sum(tokens(row["prompt"][0]["content"]) for row in rows) / 16
+    plan = planned(capsys, tmp_path, *COLUMN, rows=rows)
+    (said,) = plan["data"]
+    assert said.startswith(f"16 rows of data.train_files: prompts of {mean:.0f} tokens in the mean, 75% have a context")
+    further = int(said.rsplit("of ", 1)[1].split()[0])
+    answers = [len(row["extra_info"]["answer"].encode()) for row in rows[4:]]
+    assert sum(answers) / 12 < further < sum(answers) / 12 + 100, "the column's own words stand before it"
+    read = plan["tokens_per_step"]
+    assert read["read by the student"] == pytest.approx(16 * mean)
+    assert read["read by the teacher"] == pytest.approx(0.75 * 16 * (mean + further), rel=0.01)
+
+
+def test_what_is_given_wins_and_what_is_late_stays_a_guess(tmp_path, capsys):
+    given = planned(capsys, tmp_path / "given", *COLUMN, "--prompt", "50", "--context", "10")
+    assert given["tokens_per_step"]["read by the teacher"] == 16 * 60
+    late = planned(capsys, tmp_path / "late", "sdar.context.sources=[sibling]")
+    assert "have a context" not in late["data"][0] and late["guessed"] == ["context", "response"]
+
+
+def test_what_cannot_be_read_is_said_and_guessed(tmp_path, capsys):
+    path = "+sdar.context.options.column.path=extra_info.nothing"
+    missing = planned(capsys, tmp_path / "a", "sdar.context.sources=[column]", path)
+    assert missing["data"][0].startswith("16 rows") and ", 0% have a context" in missing["data"][0]
+    elsewhere = planned(capsys, tmp_path / "b", *COLUMN, "actor_rollout_ref.model.tokenizer_path=Some/Body")
+    assert elsewhere["data"][0].startswith("data.train_files is not read: ")
+    assert "prompt" in elsewhere["guessed"]
+    remote = planned(capsys, tmp_path / "c", *COLUMN, "data.train_files=hdfs://a/train.parquet")
+    assert remote["data"] == []
