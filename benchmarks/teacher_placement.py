@@ -59,10 +59,10 @@ async def rollout(scheduler: BatchScheduler, wait: float, played: Played, *, ask
     tasks = []
 
     async def score(key: tuple[int, int], prompt: list[int], answer: list[int]) -> None:
-        params = SamplingParams(1, prompt_logprobs=True, seed=0)
+        params = SamplingParams(1, prompt_logprobs=0, seed=0)
         done = await asyncio.wrap_future(scheduler.submit([*prompt, *answer], params))
-        assert done.prompt_log_probs is not None
-        played.scores[key] = torch.tensor(done.prompt_log_probs[len(prompt) - 1 :])
+        assert done.scored is not None
+        played.scores[key] = torch.tensor(done.scored[1][len(prompt) - 1 :])[:, 0]
 
     async def episode(number: int) -> None:
         draw = random.Random(number)

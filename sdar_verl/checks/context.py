@@ -143,9 +143,9 @@ def _share_of_turns(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
     told = f"sdar.context.turns_share={share} leaves out turns of an episode, each a row of its own, but "
     if plays_environments(config):
         if sdar.rollout.rows == "trajectory":
-            yield f"{told}with sdar.rollout.rows=trajectory an episode is one row; use rows=per_turn, or leave it out"
+            yield f"{told}with sdar.rollout.rows=trajectory an episode is one row; use rows=per_turn, or set it to null"
     elif (loops := _loops(config)) and loops <= {"single_turn_agent", "tool_agent"}:
-        yield f"{told}a row of {' and '.join(sorted(loops))} is a whole conversation; leave it out"
+        yield f"{told}a row of {' and '.join(sorted(loops))} is a whole conversation; set it to null"
 
 
 def _turns_of_recipe(config: DictConfig, by_turn: list[str]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -38,11 +39,6 @@ class Lengths:
         """In tokens; 0 without any."""
         return max(self.found, default=(0, ""))[0]
 
-    @property
-    def mean(self) -> float:
-        """In tokens; 0 without any."""
-        return sum(length for length, _ in self.found) / max(1, len(self.found))
-
     def above(self, limit: int) -> list[str]:
         """The rows above it, the longest first."""
         return [row for length, row in sorted(self.found, reverse=True) if length > limit]
@@ -65,6 +61,23 @@ class PromptLengths:
     student: Lengths = field(default_factory=Lengths)
     teacher: Lengths = field(default_factory=Lengths)
     own: Lengths = field(default_factory=Lengths)
+
+    def in_run(self, config: DictConfig, sdar: SdarConfig) -> tuple[list[int], list[int]]:
+        """What the limits leave: tokens of the student's prompts, and what the context adds to those with a teacher.
+
+        verl leaves prompts that are too long out (``data.filter_overlong_prompts``), or cuts them.
+        """
+        limit = config.data.max_prompt_length
+        most = limit if config.data.get("filter_overlong_prompts", False) else math.inf
+        both = zip(self.teacher.found, self.own.found, strict=True)
+        return (
+            [min(own, limit) for own, _ in self.student.found if own <= most],
+            [
+                length - own
+                for (length, _), (own, _) in both
+                if own <= limit and length <= sdar.teacher.max_prompt_length
+            ],
+        )
 
     @property
     def without(self) -> int:
@@ -92,9 +105,14 @@ def prompt_lengths(config: DictConfig, sdar: SdarConfig, tokenizer: Any, most: i
     except Exception as error:  # whatever banks, places, tools and tokenizers of others raise
         raise PromptsUnknown(f"{type(error).__name__}: {error}") from error
     found = PromptLengths(runtime.contexts.late)
-    for where, row in islice(_rows(config, most), most):
+    key = config.data.get("prompt_key", "prompt")
+    for where, columns in islice(_rows(config, most), most):
         found.rows += 1
+        if key not in columns:
+            known = ", ".join(sorted(columns))
+            raise PromptsUnknown(f"{where}: there is no column {key!r} (data.prompt_key); it has {known}")
         try:
+            row = {**columns, "raw_prompt": columns[key]}
             shown = _tools_of(row, tools, config)
             messages = [dict(message) for message in row["raw_prompt"]]
             own = (len(runtime.prompts.student(messages, shown)), where)
@@ -111,10 +129,9 @@ def prompt_lengths(config: DictConfig, sdar: SdarConfig, tokenizer: Any, most: i
 
 
 def _rows(config: DictConfig, most: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    key = config.data.get("prompt_key", "prompt")
     for file in panel_files(config, "train_files"):
         for index, row in enumerate(read_rows(file, most)):
-            yield f"row {index} of {Path(file).name}", {**row, "raw_prompt": row[key]}
+            yield f"row {index} of {Path(file).name}", row
 
 
 def _tools_of(row: Mapping[str, Any], tools: list[dict[str, Any]] | None, config: DictConfig) -> Any:

@@ -82,10 +82,10 @@ def _engine(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
         )
     asked, given = server_support(sdar), OmegaConf.select(rollout, "engine_kwargs.vllm.max_logprobs")
     given = VLLM_MOST if given is None else given
-    if name == "vllm" and 0 <= given < asked:
+    if name == "vllm" and isinstance(given, int) and 0 <= given < asked:
         yield (
             f"{_PLACEMENT}: vLLM is asked for sdar.loss.top_k={asked} tokens and gives max_logprobs={given} at most; "
-            f"set +actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs={asked}, or lower sdar.loss.top_k"
+            f"set ++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs={asked}, or lower sdar.loss.top_k"
         )
     if str(rollout.get("logprobs_mode", None)).endswith("_logits"):
         yield (

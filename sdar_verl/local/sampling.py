@@ -61,6 +61,11 @@ class SamplingParams:
             raise ValueError(f"sampling parameter top_p={self.top_p}: must be in (0, 1] (1 = off)")
         if self.top_k < -1:
             raise ValueError(f"sampling parameter top_k={self.top_k}: must be >= -1 (-1 or 0 = off)")
+        asked = self.prompt_logprobs
+        if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool) or asked < 0):
+            raise ValueError(
+                f"sampling parameter prompt_logprobs={asked!r}: must be a whole number, at least 0, or None"
+            )
 
     @property
     def scores_prompt(self) -> bool:
@@ -88,6 +93,8 @@ class SamplingParams:
         max_tokens = given.pop("max_tokens", None)
         alias = given.pop("max_new_tokens", None)  # SGLang's name for the same limit
         max_tokens = next(limit for limit in (max_tokens, alias, default_max_tokens) if limit is not None)
+        if given.get("prompt_logprobs") is False:
+            given["prompt_logprobs"] = None
         known = {
             "temperature": float(given.pop("temperature", 1.0)),
             "top_p": float(given.pop("top_p", 1.0)),
@@ -95,7 +102,7 @@ class SamplingParams:
             "ignore_eos": bool(given.pop("ignore_eos", False)),
             "logprobs": bool(given.pop("logprobs", False)),
             "seed": given.pop("seed", None),
-            "prompt_logprobs": _prompt_logprobs(given.pop("prompt_logprobs", None)),
+            "prompt_logprobs": given.pop("prompt_logprobs", None),
         }
         for name, value in given.items():
             if name not in _NEUTRAL or value not in _NEUTRAL[name]:
@@ -104,15 +111,6 @@ class SamplingParams:
                     "default): leave it out, or use rollout.name=vllm on a GPU"
                 )
         return cls(max_tokens=max(1, min(int(max_tokens), room)), **known)
-
-
-def _prompt_logprobs(count: Any) -> int | None:
-    """vLLM's ``prompt_logprobs``: 0 for the prompt's own tokens, k for the k likeliest."""
-    if count is None or count is False:
-        return None
-    if isinstance(count, int) and not isinstance(count, bool) and count >= 0:
-        return count
-    raise ValueError(f"sampling parameter prompt_logprobs={count!r}: must be a whole number, at least 0")
 
 
 def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -115,7 +115,7 @@ def checkpoint_bytes(layout: Layout) -> float:
     return 4 * weights + 8 * moments + (4 * weights if layout.teacher in _OWN_TEACHER else 0.0)
 
 
-def saving(step_s: float, steps: int, size: float, nodes: int, given: Assumptions) -> Saving:
+def saving(step_s: float, steps: int, hours: float, size: float, nodes: int, given: Assumptions) -> Saving:
     """Young's interval, sqrt(2 x save time x time between interruptions), in whole steps; at least one upload long.
 
     The expected time is Daly's (2006) for interruptions at random times. What counts as saved is what is in the mirror,
@@ -130,7 +130,7 @@ def saving(step_s: float, steps: int, size: float, nodes: int, given: Assumption
     again = math.exp(min((given.restart_s + upload_s) / between, 50.0))
     stretch = again * between * math.expm1(min(segment, 50.0)) / interval
     lost = interval / 2 + save_s + upload_s
-    return Saving(save_s, upload_s, every, lost, stretch, step_s * steps * stretch / between)
+    return Saving(save_s, upload_s, every, lost, stretch, 3600 * hours * stretch / between)
 
 
 def offers(
@@ -144,7 +144,9 @@ def offers(
             if not plan.fits:
                 continue
             size = checkpoint_bytes(plan.layout)
-            found.append(Offer(node, number, plan, size, saving(plan.step, plan.layout.steps, size, number, given)))
+            found.append(
+                Offer(node, number, plan, size, saving(plan.step, plan.layout.steps, plan.hours, size, number, given))
+            )
             break
     return sorted(found, key=lambda offer: offer.on_demand)
 

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from sdar_verl.config_folders import add_folder_options, folders_of
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     notes = _read_data(config, sdar, lengths)
     wished = Layout.from_config(config, sdar, **lengths)
     if arguments.cloud:
-        return _cloud(arguments, wished, efficiency, given)
+        return _cloud(arguments, wished, efficiency, given, notes)
     plan = make_plan(wished, gpu, efficiency)
     advice = []
     if arguments.recommend:
@@ -127,15 +128,18 @@ def _read_data(config: Any, sdar: Any, lengths: dict[str, float | None]) -> list
         found = prompt_lengths(config, sdar, policy_tokenizer(config), MEASURED_ROWS)
     except (PromptsUnknown, PanelError, OSError, ValueError) as error:
         return [f"data.train_files is not read: {(str(error).splitlines() or [''])[0]}"]
-    if not found.rows:
-        return []
-    told = f"{found.rows} rows of data.train_files: prompts of {found.student.mean:.0f} tokens in the mean"
+    prompts, further = found.in_run(config, sdar)
+    if not prompts:
+        return ["data.train_files has no row that data.max_prompt_length leaves"] if found.rows else []
+    told = f"{len(prompts)} rows of data.train_files: prompts of {mean(prompts):.0f} tokens in the mean"
+    if len(prompts) < found.rows:
+        told += f" ({found.rows - len(prompts)} longer ones are left out)"
     if lengths["prompt"] is None:
-        lengths["prompt"] = found.student.mean
+        lengths["prompt"] = mean(prompts)
     if sdar.teacher.source != "none" and not found.late:
-        further, share = found.teacher.mean - found.own.mean, 1 - found.without / found.rows
-        told += f", {share:.0%} have a context, of {further:.0f} tokens"
-        lengths["context"] = further if lengths["context"] is None else lengths["context"]
+        share, adds = len(further) / len(prompts), mean(further) if further else 0.0
+        told += f", {share:.0%} have a context that fits, of {adds:.0f} tokens"
+        lengths["context"] = adds if lengths["context"] is None else lengths["context"]
         lengths["taught_rows"] = share
     return [told]
 
@@ -162,7 +166,7 @@ def _assumptions(arguments: argparse.Namespace) -> Any:
     return Assumptions(**given)
 
 
-def _cloud(arguments: argparse.Namespace, wished: Any, efficiency: Any, given: Any) -> int:
+def _cloud(arguments: argparse.Namespace, wished: Any, efficiency: Any, given: Any, notes: list[str]) -> int:
     from sdar_verl.planner.cloud import offers
     from sdar_verl.planner.cloud_show import as_dict, as_text
     from sdar_verl.planner.prices import choose, nodes, rates
@@ -171,5 +175,9 @@ def _cloud(arguments: argparse.Namespace, wished: Any, efficiency: Any, given: A
     listed = choose(nodes(arguments.prices, sky), arguments.node, arguments.region)
     found = offers(wished, listed, given, efficiency)
     what = (found, given, rates(), datetime.date.today())
-    print(json.dumps(as_dict(*what), indent=1) if arguments.json else as_text(*what))
+    print(
+        json.dumps({**as_dict(*what), "data": notes}, indent=1)
+        if arguments.json
+        else "\n".join([*notes, as_text(*what)])
+    )
     return 0 if found else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Any
@@ -158,6 +159,8 @@ class Layout:
         fsdp = actor.fsdp_config
         given = {"turns": turns, "prompt": prompt, "context": context, "response": response}
         prompt = config.data.max_prompt_length / 2 if prompt is None else prompt
+        if turns is None:
+            turns = sdar.env.max_steps / 2 if plays_environments(config) else 1.0
         room = max(sdar.teacher.max_prompt_length - config.data.max_prompt_length, 0)
         teacher = sdar.teacher.source
         lora = int(OmegaConf.select(model, "lora_rank") or OmegaConf.select(model, "lora.rank") or 0)
@@ -199,7 +202,7 @@ class Layout:
             rollout_tokens=int(rollout.max_num_batched_tokens),
             teacher=teacher,
             teacher_passes=1 + len(further_passes(sdar.context)),
-            teacher_share=taught_rows * (sdar.context.turns_share or 1.0),
+            teacher_share=taught_rows * min(1.0, math.ceil((sdar.context.turns_share or 1.0) * turns) / turns),
             anchor=sdar.loss.anchor.reference > 0,
             teacher_placement=sdar.teacher.placement,
             teacher_offload=sdar.teacher.offload is not False,
@@ -210,7 +213,7 @@ class Layout:
             lora_rank=lora,
             **_writing(config, sdar),
             episodes=int(config.data.train_batch_size * rollout.n),
-            turns=turns if turns is not None else sdar.env.max_steps / 2 if plays_environments(config) else 1.0,
+            turns=turns,
             prompt=prompt,
             context=(0.0 if teacher == "none" else room / 2) if context is None else context,
             response=config.data.max_response_length / 3 if response is None else response,

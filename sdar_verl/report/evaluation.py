@@ -197,5 +197,5 @@ def planned_hours(plan: Plan, configs: Mapping[str, Any], gpu: str) -> dict[str,
         made = make_plan(Layout.from_config(config, load_config(config.sdar)), find_gpu(gpu))
         if not made.fits:
             raise ConfigError(f"arm {arm} does not fit on {made.cards} x {gpu}: {'; '.join(made.faults)}")
-        hours[arm] = made.step * made.layout.steps / 3600
+        hours[arm] = made.hours
     return hours

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Hashable, Sequence
+from itertools import compress
 
 import torch
 
 from sdar_verl.fields import LOOKED_AT
 from sdar_verl.table import StepTable
+
+logger = logging.getLogger(__name__)
 
 
 def look_at_surprising(table: StepTable, share: float) -> float:
@@ -27,7 +32,10 @@ def look_at_surprising(table: StepTable, share: float) -> float:
     # A number that is not finite is told later, with its row; it is no surprise here.
     old = torch.nan_to_num(table.columns["old_log_probs"].double(), 0.0, 0.0, 0.0)
     surprise = -torch.where(seen, old, 0.0).sum(dim=-1) / tokens.clamp(min=1)
-    looked_at = most_surprising(surprise.tolist(), (tokens > 0).tolist(), table.episode_ids, table.turns, share)
+    counted, episodes = (tokens > 0).tolist(), table.episode_ids
+    looked_at = most_surprising(surprise.tolist(), counted, episodes, table.turns, share)
+    if looked_at and max(Counter(compress(episodes, counted)).values()) == 1:
+        logger.warning("sdar.context.turns_share=%s leaves out nothing in this step: no episode has two rows", share)
     table.forget_teacher([row for row in range(len(table.ids)) if row not in looked_at])
     table.write({LOOKED_AT: table.mask.long()})
     return len(looked_at) / max(1, int((tokens > 0).sum())) if looked_at else 1.0

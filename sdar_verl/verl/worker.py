@@ -75,6 +75,8 @@ class SdarTrainingWorker(TrainingWorker):
         """
         scoring = ScoringPass.from_json(tu.get(data, SCORING_PASS))
         prompts, responses, masks = (list(data[name].unbind()) for name in (scoring.prompts, "responses", scoring.mask))
+        # A row by which verl fills a batch up has one token, and the columns that an agent loop stored of a whole one.
+        masks = [mask[: len(response)] for mask, response in zip(masks, responses, strict=True)]
         seen = [bool(len(prompt)) and bool(mask.any()) for prompt, mask in zip(prompts, masks, strict=True)]
         numbers = self._agreed([i for i, has in enumerate(seen) if has], len(seen))
         columns = {
@@ -123,7 +125,9 @@ class SdarTrainingWorker(TrainingWorker):
         batch = TensorDict({name: nested([row[name] for row in rows]) for name in names}, batch_size=len(rows))
         if request.what == "on_support":
             support = data[SUPPORT_IDS].unbind()
-            batch[SUPPORT_IDS] = nested([support[i] for i in numbers])
+            batch[SUPPORT_IDS] = nested(
+                [support[i][: len(row["responses"])] for i, row in zip(numbers, rows, strict=True)]
+            )
         config = self.engine_config
         tu.assign_non_tensor(
             batch,

@@ -78,7 +78,7 @@ CASES = {
     ),
     "more tokens than vllm gives": (
         {**LIKELIEST, **ON_A_GPU},
-        ["top_k=50", "max_logprobs=20", "+actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=50"],
+        ["top_k=50", "max_logprobs=20", "++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=50"],
     ),
     "a late context": (
         {"sdar.context.sources": ["skills", "sibling"]},

@@ -44,7 +44,7 @@ def simulated(step_s: float, steps: int, every: int, given: Assumptions, save_s:
 @pytest.mark.parametrize(("step_s", "size"), [(200.0, 91e9), (60.0, 20e9), (400.0, 40e9)])
 def test_the_expected_time_is_that_of_simulated_interruptions(step_s, size):
     given = Assumptions()
-    found = saving(step_s, 150, size, 1, given)
+    found = saving(step_s, 150, 150 * step_s / 3600, size, 1, given)
     random.seed(0)
     times = [simulated(step_s, 150, found.every, given, found.save_s, found.upload_s) for _ in range(2000)]
     assert step_s * 150 * found.stretch == pytest.approx(sum(times) / len(times), rel=0.1)
@@ -52,7 +52,7 @@ def test_the_expected_time_is_that_of_simulated_interruptions(step_s, size):
 
 def test_the_interval_is_youngs_and_near_the_best():
     given = Assumptions(disk=1e9, upload=1e12)
-    found = saving(100.0, 1000, 60e9, 1, given)
+    found = saving(100.0, 1000, 100 * 1000 / 3600, 60e9, 1, given)
     assert found.every * 100 == pytest.approx(math.sqrt(2 * 60 * 4 * 3600), abs=50)
     stretches = {}
     for every in range(1, 60):
@@ -62,7 +62,7 @@ def test_the_interval_is_youngs_and_near_the_best():
 
 
 def test_a_checkpoint_that_takes_long_to_upload_is_not_followed_before_it_counts():
-    found = saving(60.0, 150, 91e9, 1, Assumptions(upload=3e7))
+    found = saving(60.0, 150, 2.5, 91e9, 1, Assumptions(upload=3e7))
     assert found.every * 60 >= found.upload_s == pytest.approx(91e9 / 3e7)
 
 

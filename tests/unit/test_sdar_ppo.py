@@ -102,7 +102,7 @@ def test_grpo_needs_no_context_and_takes_one_that_the_script_names(tmp_path):
         ),
         (
             ["sdar.context.sources=[answer]", "sdar.context.turns_share=0.2"],
-            "but a row of single_turn_agent is a whole conversation; leave it out",
+            "but a row of single_turn_agent is a whole conversation; set it to null",
         ),
         (
             ["sdar.context.sources=[sibling]", "actor_rollout_ref.rollout.n=1"],
