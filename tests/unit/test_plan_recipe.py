@@ -58,3 +58,30 @@ def test_what_cannot_be_read_is_said_and_guessed(tmp_path, capsys):
     assert "prompt" in elsewhere["guessed"]
     remote = planned(capsys, tmp_path / "c", *COLUMN, "data.train_files=hdfs://a/train.parquet")
     assert remote["data"] == []
+
+
+def test_what_the_limits_leave_out_is_not_in_the_means(tmp_path, capsys):
+    rows = word_problems(16)
+    rows[3]["prompt"][0]["content"] = "How many? " * 2000
+    rows[5]["extra_info"]["answer"] = "so many " * 100
+    told = []
+    for number, overrides in enumerate(([], ["data.filter_overlong_prompts=True"])):
+        plan = planned(
+            capsys, tmp_path / str(number), *COLUMN, "sdar.teacher.on_long_prompt=mask", *overrides, rows=rows
+        )
+        told += plan["data"]
+        share = plan["tokens_per_step"]["read by the student"] / 16
+        kept = [tokens(row["prompt"][0]["content"]) for row in rows if row is not rows[3]]
+        assert share == pytest.approx(sum(kept) / 15 if overrides else (sum(kept) + 256) / 16)
+    assert told[0].startswith("16 rows") and ", 88% have a context that fits" in told[0]
+    assert told[1].startswith("15 rows") and "(1 longer ones are left out), 93% have a context that fits" in told[1]
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path, capsys):
+    (said,) = planned(capsys, tmp_path, *COLUMN, "data.prompt_key=question")["data"]
+    assert said.startswith("data.train_files is not read: row 0 of train.parquet: there is no column 'question'")
+
+
+def test_the_price_of_a_machine_says_what_was_read(tmp_path, capsys):
+    found = planned(capsys, tmp_path, *COLUMN, "--cloud")
+    assert found["data"][0].startswith("16 rows of data.train_files")

@@ -471,3 +471,12 @@ def test_a_teacher_that_ends_costs_nothing_any_more():
     assert plan.hours == pytest.approx(150 * plan.step / 3600 - saved) and plan.gpu_hours == plan.hours * plan.cards
     assert planned("method=seed").untaught_steps == 0
     assert planned("method=ahead", "trainer.total_training_steps=20").untaught_steps == 0
+
+
+@pytest.mark.parametrize(("turns", "share"), [(1, 1.0), (2, 0.5), (3, 1 / 3), (25, 0.2)])
+def test_the_turns_that_a_teacher_looks_at_are_rounded_up(turns, share):
+    config = compose_config("sdar_alfworld", ["method=ocsd"])
+    layout = Layout.from_config(config, load_config(config.sdar), turns=turns)
+    assert layout.teacher_share == pytest.approx(share)
+    flops = [phase_flops(replace(layout, teacher_share=s))["teacher"] for s in (share, 1.0)]
+    assert flops[0] == pytest.approx(share * flops[1])
