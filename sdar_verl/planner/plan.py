@@ -10,6 +10,7 @@ from sdar_verl.planner.memory import Phase, phases, rollout_need
 from sdar_verl.planner.timing import step_seconds
 
 MOST_GPUS = 64
+GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,6 @@ def _gentler(layout: Layout) -> list[Layout]:
 def changed(wished: Layout, found: Layout) -> list[str]:
     """Overrides that turn the one layout into the other."""
     options = {
-        "gpus": "trainer.n_gpus_per_node * trainer.nnodes",
         "tensor_parallel": "actor_rollout_ref.rollout.tensor_model_parallel_size",
         "checkpointing": "actor_rollout_ref.model.enable_gradient_checkpointing",
         "dynamic": "actor_rollout_ref.actor.use_dynamic_bsz",
@@ -182,4 +182,8 @@ def changed(wished: Layout, found: Layout) -> list[str]:
     differ = {name for name in options if getattr(found, name) != getattr(wished, name)}
     for switch, tokens in (("dynamic", "micro_tokens"), ("forward_dynamic", "forward_tokens")):
         differ |= {tokens} if switch in differ else set()
-    return [f"{option}={getattr(found, name)}" for name, option in options.items() if name in differ]
+    gpus = []
+    if found.gpus != wished.gpus:
+        nodes = -(-found.gpus // GPUS_PER_NODE)
+        gpus = [f"trainer.nnodes={nodes}", f"trainer.n_gpus_per_node={-(-found.gpus // nodes)}"]
+    return gpus + [f"{option}={getattr(found, name)}" for name, option in options.items() if name in differ]

@@ -26,8 +26,8 @@ def as_dict(plan: Plan, price: float | None = None) -> dict[str, Any]:
         "tokens_per_step": tokens_per_step(plan.layout),
         "guessed": list(plan.layout.guessed),
         "steps": plan.layout.steps,
-        "gpu_hours": plan.gpu_hours,
-        "cost": None if price is None else plan.gpu_hours * price,
+        "gpu_hours": plan.gpu_hours if plan.layout.steps else None,
+        "cost": None if price is None or not plan.layout.steps else plan.gpu_hours * price,
     }
 
 

@@ -17,8 +17,10 @@ COLUMN = ("sdar.context.sources=[column]", "+sdar.context.options.column.path=ex
 def planned(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str, rows: Any = None) -> dict[str, Any]:
     flags = [word for word in arguments if word.startswith("--") or word.isdigit()]
     overrides = [word for word in arguments if word not in flags]
-    main(["plan", "--config-name", "sdar_ppo", "--json", *flags, *recipe_arguments(folder, *overrides, rows=rows)])
-    return json.loads(capsys.readouterr().out)
+    status = main(
+        ["plan", "--config-name", "sdar_ppo", "--json", *flags, *recipe_arguments(folder, *overrides, rows=rows)]
+    )
+    return {"status": status, **json.loads(capsys.readouterr().out)}
 
 
 def tokens(text: str) -> int:
@@ -33,12 +35,14 @@ def test_prompts_and_contexts_are_those_of_the_data(tmp_path, capsys):
     mean = sum(tokens(row["prompt"][0]["content"]) for row in rows) / 16
     plan = planned(capsys, tmp_path, *COLUMN, rows=rows)
     (said,) = plan["data"]
-    assert said.startswith(f"16 rows of data.train_files: prompts of {mean:.0f} tokens in the mean, 75% have a context")
+    assert plan["status"] == 0 and said.startswith(
+        f"16 rows of data.train_files: prompts of {mean:.0f} tokens in the mean, 75% have a context"
+    )
     further = int(said.rsplit("of ", 1)[1].split()[0])
     answers = [len(row["extra_info"]["answer"].encode()) for row in rows[4:]]
     assert sum(answers) / 12 < further < sum(answers) / 12 + 100, "the column's own words stand before it"
     read = plan["tokens_per_step"]
-    assert read["read by the student"] == pytest.approx(16 * mean)
+    assert read["read by the student"] == pytest.approx(16 * mean, rel=0.01)
     assert read["read by the teacher"] == pytest.approx(0.75 * 16 * (mean + further), rel=0.01)
 
 
@@ -53,8 +57,9 @@ def test_what_cannot_be_read_is_said_and_guessed(tmp_path, capsys):
     path = "+sdar.context.options.column.path=extra_info.nothing"
     missing = planned(capsys, tmp_path / "a", "sdar.context.sources=[column]", path)
     assert missing["data"][0].startswith("16 rows") and ", 0% have a context" in missing["data"][0]
+    assert missing["status"] == 1 and missing["data"][1].startswith("this run would not start: no row has a context")
     elsewhere = planned(capsys, tmp_path / "b", *COLUMN, "actor_rollout_ref.model.tokenizer_path=Some/Body")
-    assert elsewhere["data"][0].startswith("data.train_files is not read: ")
+    assert elsewhere["data"][0].startswith("the tokenizer of actor_rollout_ref.model.path=")
     assert "prompt" in elsewhere["guessed"]
     remote = planned(capsys, tmp_path / "c", *COLUMN, "data.train_files=hdfs://a/train.parquet")
     assert remote["data"] == []
@@ -72,16 +77,49 @@ def test_what_the_limits_leave_out_is_not_in_the_means(tmp_path, capsys):
         told += plan["data"]
         share = plan["tokens_per_step"]["read by the student"] / 16
         kept = [tokens(row["prompt"][0]["content"]) for row in rows if row is not rows[3]]
-        assert share == pytest.approx(sum(kept) / 15 if overrides else (sum(kept) + 256) / 16)
+        assert share == pytest.approx(sum(kept) / 15 if overrides else (sum(kept) + 256) / 16, rel=0.01)
     assert told[0].startswith("16 rows") and ", 88% have a context that fits" in told[0]
     assert told[1].startswith("15 rows") and "(1 longer ones are left out), 93% have a context that fits" in told[1]
 
 
 def test_a_column_that_is_not_there_is_named(tmp_path, capsys):
-    (said,) = planned(capsys, tmp_path, *COLUMN, "data.prompt_key=question")["data"]
-    assert said.startswith("data.train_files is not read: row 0 of train.parquet: there is no column 'question'")
+    said, stops = planned(capsys, tmp_path, *COLUMN, "data.prompt_key=question")["data"]
+    assert "row 0 of train.parquet: there is no column 'question' (data.prompt_key)" in said
+    assert stops.startswith("this run would not start")
 
 
 def test_the_price_of_a_machine_says_what_was_read(tmp_path, capsys):
     found = planned(capsys, tmp_path, *COLUMN, "--cloud")
     assert found["data"][0].startswith("16 rows of data.train_files")
+
+
+def test_what_stops_a_run_is_said_and_is_no_plan(tmp_path, capsys):
+    rows = word_problems(16)
+    rows[5]["extra_info"]["answer"] = "so many " * 100
+    for number, (overrides, why) in enumerate(
+        (
+            ([], "sdar.context.sources says what the teacher of this recipe sees, and names nothing of it"),
+            (["sdar.context.sources=[column]"], "context 'column' needs +sdar.context.options.column.path"),
+            ([*COLUMN], "tokens, above sdar.teacher.max_prompt_length=512 (sdar.teacher.on_long_prompt=error)"),
+        )
+    ):
+        plan = planned(capsys, tmp_path / str(number), *overrides, rows=rows)
+        assert plan["status"] == 1 and plan["data"][-1].startswith("this run would not start: ")
+        assert why in plan["data"][-1]
+
+
+def test_the_number_of_steps_is_that_of_the_epochs(tmp_path, capsys):
+    epochs = ["trainer.total_training_steps=null", "trainer.total_epochs=3"]
+    assert planned(capsys, tmp_path / "a", *COLUMN, *epochs)["steps"] == 12
+    elsewhere = [*epochs, "data.train_files=hdfs://a/train.parquet"]
+    unknown = planned(capsys, tmp_path / "b", *COLUMN, *elsewhere)
+    assert unknown["steps"] == 0 and unknown["gpu_hours"] is None and unknown["cost"] is None
+    status = main(
+        ["plan", "--config-name", "sdar_ppo", "--cloud", *recipe_arguments(tmp_path / "c", *COLUMN, *elsewhere)]
+    )
+    assert status == 2 and "how many steps it has is not known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--turns", "--prompt", "--response", "--price"])
+def test_numbers_of_its_own_are_above_0(flag, capsys):
+    assert main(["plan", flag, "0"]) == 2 and f"{flag} 0: must be above 0" in capsys.readouterr().err

@@ -363,7 +363,7 @@ def test_the_command_recommends_and_names_the_overrides(capsys):
     text = capsys.readouterr().out
     assert status == 0
     assert "recommended:" in text
-    assert "trainer.n_gpus_per_node * trainer.nnodes=" in text
+    assert "trainer.nnodes=1\n  trainer.n_gpus_per_node=" in text
 
 
 @pytest.mark.parametrize(
