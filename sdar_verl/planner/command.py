@@ -124,7 +124,7 @@ MEASURED_ROWS = 1000
 
 
 def _count_steps(config: Any) -> None:
-    """Where ``trainer.total_epochs`` says how long a run is, set the steps that verl will make of data that lie here."""
+    """Where ``trainer.total_epochs`` says how long a run is, set the steps that verl makes of data that are here."""
     from sdar_verl.checks.panel_tasks import panel_files, row_count
     from sdar_verl.panels import PanelError
 

@@ -38,8 +38,8 @@ def as_text(plan: Plan, price: float | None = None) -> str:
         f"{layout.architecture.name}, {layout.architecture.parameters / 1e9:.2f} billion weights, on {plan.cards} x "
         f"{plan.gpu.name}; teacher: {layout.teacher}, {layout.teacher_placement}{_passes(layout)}; "
         f"objective: {layout.objective}",
-        f"{layout.episodes} episodes of {layout.turns:g} turns a step: {layout.rows:,.0f} rows of {layout.prompt:g} + "
-        f"{layout.response:g} tokens, {layout.context:g} more for the teacher",
+        f"{layout.episodes} episodes of {layout.turns:g} turns a step: {layout.rows:,.0f} rows of "
+        f"{layout.prompt:.0f} + {layout.response:.0f} tokens, {layout.context:.0f} more for the teacher",
         *_guesses(layout),
         *_writings(layout),
         "",
@@ -72,7 +72,7 @@ def _guesses(layout: Layout) -> list[str]:
     """What of these lengths is none of the user's, and how to give it."""
     if not layout.guessed:
         return []
-    given = " ".join(f"--{name} {getattr(layout, name):g}" for name in layout.guessed)
+    given = " ".join(f"--{name} {getattr(layout, name):.4g}" for name in layout.guessed)
     return [f"guesses from the limits, until you give them: {given}; a step's metrics have them (docs/planner.md)"]
 
 
@@ -89,7 +89,7 @@ def _writings(layout: Layout) -> list[str]:
 
 def _passes(layout: Layout) -> str:
     number, share = layout.teacher_passes, layout.teacher_share
-    over = "each row" if share == 1.0 else f"{share:g} of the rows"
+    over = "each row" if share == 1.0 else f"{share:.2g} of the rows"
     return "" if (number, share) == (1, 1.0) else f", {number} pass{'es' if number > 1 else ''} over {over}"
 
 
