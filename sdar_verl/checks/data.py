@@ -57,6 +57,12 @@ def panel_faults(option: str, file: str, sdar: SdarConfig) -> tuple[list[Task], 
     return tasks, faults
 
 
+def steps_per_epoch(config: DictConfig, rows: int) -> int:
+    """verl's, of ``data.train_files`` with so many rows: it drops the rest of a batch."""
+    limit = config.data.get("train_max_samples", -1)
+    return (min(rows, limit) if limit > 0 else rows) // int(config.data.train_batch_size)
+
+
 def step_faults(config: DictConfig, tasks: int) -> list[str]:
     """verl starts an epoch of ``tasks // train_batch_size`` steps, drops the rest of the panel, and ends with the last
     of ``total_epochs``, whatever ``total_training_steps`` says: then without a checkpoint or a validation."""
@@ -75,7 +81,7 @@ def step_faults(config: DictConfig, tasks: int) -> list[str]:
             f"data.gen_batch_size={at_a_time} does not divide data.train_batch_size={data.train_batch_size}, which "
             "verl fetches in parts of that size; set one that does, or null"
         ]
-    steps = tasks // data.train_batch_size
+    steps = steps_per_epoch(config, tasks)
     epochs, wanted = trainer.get("total_epochs", None), trainer.total_training_steps
     if wanted is None or epochs is None or epochs * steps >= wanted:
         return []

@@ -7,7 +7,6 @@ import datetime
 import json
 import math
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from sdar_verl.config_folders import add_folder_options, folders_of
@@ -65,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sdar_verl.modules import import_modules
     from sdar_verl.planner.hardware import Efficiency, find_gpu
     from sdar_verl.planner.layout import Layout
+    from sdar_verl.planner.own_data import count_steps, read_data
     from sdar_verl.planner.plan import changed, make_plan, recommend
     from sdar_verl.planner.show import as_dict, as_text, draw
 
@@ -86,8 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("\n".join(faults))
     import_modules(sdar.modules)
     lengths = {name: getattr(arguments, name) for name in ("turns", "prompt", "context", "response")}
-    _count_steps(config)
-    notes, stops = _read_data(config, sdar, lengths)
+    count_steps(config)
+    notes, stops = read_data(config, sdar, lengths)
     wished = Layout.from_config(config, sdar, **lengths)
     if arguments.cloud and not wished.steps:
         raise ConfigError(
@@ -117,85 +117,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         draw(plan, arguments.plot)
     return 0 if plan.fits and not stops else 1
-
-
-MEASURED_ROWS = 1000
-"""Rows of a recipe's data whose prompts are made."""
-
-
-def _count_steps(config: Any) -> None:
-    """Where ``trainer.total_epochs`` says how long a run is, set the steps that verl makes of data that are here."""
-    from sdar_verl.checks.panel_tasks import panel_files, row_count
-    from sdar_verl.panels import PanelError
-
-    files, epochs = panel_files(config, "train_files"), config.trainer.get("total_epochs", None)
-    if config.trainer.total_training_steps is not None or not files or not epochs:
-        return
-    try:
-        rows = sum(row_count(file) for file in files)
-    except (PanelError, OSError):
-        return
-    limit = config.data.get("train_max_samples", -1)
-    rows = min(rows, limit) if limit > 0 else rows
-    config.trainer.total_training_steps = epochs * (rows // config.data.train_batch_size) or None
-
-
-def _read_data(config: Any, sdar: Any, lengths: dict[str, float | None]) -> tuple[list[str], list[str]]:
-    """Fill in the lengths that nobody gave and a recipe's own data show, and the share of rows with a context.
-
-    Nothing for the text environments, whose prompts grow with the episode.
-
-    Returns:
-        What to say of it, and why a run on these data would stop.
-    """
-    from sdar_verl.checks.panel_tasks import panel_files
-    from sdar_verl.checks.prompt_lengths import PromptsUnknown, prompt_lengths
-    from sdar_verl.checks.recipe import names_no_context
-    from sdar_verl.panels import PanelError
-    from sdar_verl.recipe import plays_environments
-
-    files = panel_files(config, "train_files")
-    if plays_environments(config) or not files:
-        return [], []
-    if missing := [file for file in files if not Path(file).is_file()]:
-        return [f"data.train_files: {missing[0] or 'no file'} is not here, so lengths are guesses"], []
-    if sdar.teacher.source != "none" and names_no_context(sdar):
-        return [], ["sdar.context.sources says what the teacher of this recipe sees, and names nothing of it"]
-    from sdar_verl.verl.recipe_prompts import policy_tokenizer
-
-    try:
-        tokenizer = policy_tokenizer(config)
-    except (OSError, ValueError):
-        path = config.actor_rollout_ref.model.path
-        return [f"the tokenizer of actor_rollout_ref.model.path={path} is not here, so lengths are guesses"], []
-    try:
-        found = prompt_lengths(config, sdar, tokenizer, MEASURED_ROWS)
-    except PanelError as error:
-        return [f"data.train_files is not read: {error}"], []
-    except PromptsUnknown as error:
-        return [f"lengths are guesses, since no prompt can be made of data.train_files: {error}"], [str(error)]
-    prompts, further = found.in_run(config, sdar)
-    if not prompts:
-        return ["data.train_files has no row that data.max_prompt_length leaves"], ["no row is left"]
-    told = f"{len(prompts)} rows of data.train_files: prompts of {mean(prompts):.0f} tokens in the mean"
-    if len(prompts) < found.rows:
-        told += f" ({found.rows - len(prompts)} longer ones are left out)"
-    if lengths["prompt"] is None:
-        lengths["prompt"] = round(mean(prompts))
-    stops = []
-    if sdar.teacher.source != "none" and not found.late:
-        share, adds = len(further) / len(prompts), mean(further) if further else 0.0
-        told += f", {share:.0%} have a context that fits, of {adds:.0f} tokens"
-        lengths["context"] = round(adds) if lengths["context"] is None else lengths["context"]
-        lengths["taught_rows"] = share
-        if not further:
-            stops.append("no row has a context that fits")
-        elif sdar.teacher.on_long_prompt == "error" and found.teacher.longest > sdar.teacher.max_prompt_length:
-            stops.append(
-                f"a teacher's prompt has {found.teacher.longest} tokens, above sdar.teacher.max_prompt_length="
-                f"{sdar.teacher.max_prompt_length} (sdar.teacher.on_long_prompt=error)"
-            )
-    return [told], stops
 
 
 _CLOUD = {"interruption": ("interruption_h", 1.0), "restart": ("restart_s", 60.0)}

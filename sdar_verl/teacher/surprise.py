@@ -38,7 +38,7 @@ def look_at_surprising(table: StepTable, share: float) -> float:
         logger.warning("sdar.context.turns_share=%s leaves out nothing in this step: no episode has two rows", share)
     table.forget_teacher([row for row in range(len(table.ids)) if row not in looked_at])
     table.write({LOOKED_AT: table.mask.long()})
-    return len(looked_at) / max(1, int((tokens > 0).sum())) if looked_at else 1.0
+    return len(looked_at) / sum(counted) if looked_at else 1.0
 
 
 def most_surprising(
