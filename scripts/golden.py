@@ -51,7 +51,7 @@ PACKED = ["actor_rollout_ref.model.use_remove_padding=True"]
 
 METHODS = (
     *("adrs", "agent_opsd", "grpo", "grpo_opsd", "opsd", "revkl_frozen", "rlsd", "sdar", "sdar_frozen", "sdpo"),
-    *("icsd", "rlcsd", "sipo", "retire_opd", "ocsd", "sr_opsd", "tide"),
+    *("icsd", "rlcsd", "sipo", "retire_opd", "ocsd", "sr_opsd", "beta_opsd", "tide"),
 )
 # Contexts that nobody writes, in place of those of the preset.
 SIBLINGS = ["sdar.context.sources=[sibling,failed_sibling]"]

@@ -139,6 +139,7 @@ class Method:
         *,
         entropy: torch.Tensor | None = None,
         divergence: torch.Tensor | None = None,
+        target: torch.Tensor | None = None,
     ) -> DistillationTerms:
         """The distillation term per token of a micro-batch, with gradient to ``log_probs``.
 
@@ -149,6 +150,7 @@ class Method:
             values: of the step.
             entropy: (rows, response_length), the student's, nats, for a gate that reads it.
             divergence: (rows, response_length), between the two distributions, nats, for an objective that is one.
+            target: (rows, response_length), log-probs of the sampled tokens under an anchored target, nats.
 
         Raises:
             ConfigError: the gate reads the entropy, and there is none.
@@ -172,6 +174,7 @@ class Method:
             old_log_probs=rows["old_log_probs"],
             advantages=rows["advantages"] if self.reads_advantages else None,
             against=rows.get(CONTRAST),
+            target_log_probs=target,
             distill_mask=rows[TEACHER_MASK].bool(),
             statistics=StepStatistics(shift, pooled, scale, Ranges(*values.ranges) if values.ranges else None),
             signals=None if divergence is None else {"divergence": divergence},
@@ -230,7 +233,7 @@ class StepStrengths(NamedTuple):
 
 
 class Strengths:
-    """Lambda, beta and the policy gradient's weight over the steps; what their schedules have learned is part of a
+    """Lambda, beta and the other weights over the steps; what their schedules have learned is part of a
     checkpoint.
 
     Args:
@@ -240,15 +243,27 @@ class Strengths:
     name = "distillation"
 
     def __init__(self, settings: LossConfig):
+        self._reference = settings.anchor.reference
         self._values = {
             "coef": scheduled(settings.coef, settings.coef_schedule),
             "beta": scheduled(settings.beta, settings.beta_schedule),
             "rl": scheduled(settings.rl_coef, settings.rl_schedule),
+            "anchor": scheduled(settings.anchor.student, settings.anchor.student_schedule),
         }
 
     def at(self, step: int) -> StepStrengths:
         """Those of a step, from 1."""
-        return StepStrengths(**{name: value.value(step) for name, value in self._values.items()})
+        return StepStrengths(*(self._values[name].value(step) for name in StepStrengths._fields))
+
+    def anchor(self, step: int) -> float:
+        """The student's weight in an anchored target. ValueError where it leaves the teacher none."""
+        weight = self._values["anchor"].value(step)
+        if not 0.0 <= weight < 1.0 - self._reference:
+            raise ValueError(
+                f"sdar.loss.anchor.student_schedule makes the student's weight {weight:g} at step {step}; beside "
+                f"anchor.reference={self._reference:g} it must lie in [0, {1.0 - self._reference:g})"
+            )
+        return weight
 
     def retired(self, step: int) -> bool:
         """Whether lambda is 0 at this step and at all later ones: nobody asks the teacher any more."""

@@ -5,6 +5,7 @@
 
     objective              student pass (old log-probs)   teacher pass              update
     on the sampled token   -                              log_probs                 -
+    the same, anchored     -                              hidden, and the head      target
     forward_kl, top_k      -                              top_k                     divergence
     reverse_kl, jsd top_k  top_k_ids                      on_support of those ids   divergence
     any, full              -                              hidden, and the head      divergence
@@ -22,7 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from sdar_verl.algorithm.divergences import DIVERGENCES, SUPPORT_OF
@@ -61,17 +62,18 @@ class HeadRequest:
         what: ``log_probs``: nothing more; ``top_k_ids`` writes ``SUPPORT_IDS``; ``top_k`` writes these and
             ``SUPPORT_LOG_PROBS``; ``on_support`` reads the ids and writes the log-probs; ``hidden`` writes
             ``TEACHER_HIDDEN`` and keeps the head's weights; ``divergence`` computes the columns of
-            :data:`sdar_verl.algorithm.divergences.COLUMNS`.
+            :data:`sdar_verl.algorithm.divergences.COLUMNS`; ``target`` what an anchored target says of the sampled
+            token.
         teacher: a teacher pass: logits are made where the response is, and nowhere else.
         chunk: tokens whose logits exist at a time, beyond verl's own.
         k: tokens of the support; 0 is the whole vocabulary.
         kind: the divergence.
         tail: what becomes of the rest of the vocabulary.
-        reference: weight of the start policy in the target of a divergence.
+        reference: weight of the start policy in the target of a divergence, or of the sampled token.
         student: weight of the student itself there.
     """
 
-    what: Literal["log_probs", "top_k_ids", "top_k", "on_support", "hidden", "divergence"] = "log_probs"
+    what: Literal["log_probs", "top_k_ids", "top_k", "on_support", "hidden", "divergence", "target"] = "log_probs"
     teacher: bool = False
     chunk: int = CHUNK_TOKENS
     k: int = 0
@@ -169,12 +171,13 @@ class StepRequests:
         if not reads_distributions(loss):
             return cls(teacher=ScoringPass(mask=mask))
         chunk = CHUNK_TOKENS if loss.chunk_tokens is None else loss.chunk_tokens
-        anchored, drawn = loss.anchor.model_dump(), loss.anchor.reference > 0
+        anchored, drawn = loss.anchor.model_dump(include={"reference", "student"}), loss.anchor.reference > 0
         if loss.support != "top_k":
             hidden = HeadRequest("hidden", True, chunk)
+            what: Literal["divergence", "target"] = "divergence" if loss.objective in DIVERGENCES else "target"
             return cls(
                 teacher=ScoringPass(hidden, mask=mask),
-                update=HeadRequest("divergence", False, chunk, 0, loss.objective, **anchored),
+                update=HeadRequest(what, False, chunk, 0, loss.objective, **anchored),
                 anchor=ScoringPass.anchor(hidden) if drawn else None,
             )
         k, ids = top_k(loss), (SUPPORT_IDS,)
@@ -189,10 +192,19 @@ class StepRequests:
             anchor=ScoringPass.anchor(on_support, ids) if drawn else None,
         )
 
+    def update_with(self, student: float) -> HeadRequest | None:
+        """The update's, at a step whose target has this weight of the student."""
+        return None if self.update is None else replace(self.update, student=student)
+
 
 def reads_distributions(loss: LossConfig) -> bool:
-    """Whether the objective is one over distributions."""
-    return loss.objective in DIVERGENCES
+    """Whether the update compares distributions: the objective is one over them, or its target is anchored."""
+    return loss.objective in DIVERGENCES or loss.anchor.drawn
+
+
+def distribution_option(loss: LossConfig) -> str:
+    """The option by which :func:`reads_distributions`, for messages."""
+    return f"sdar.loss.objective={loss.objective}" + ("" if loss.objective in DIVERGENCES else " with sdar.loss.anchor")
 
 
 def top_k(loss: LossConfig) -> int:

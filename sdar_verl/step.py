@@ -211,6 +211,8 @@ class LocalUpdate(PPOTrainer):
         metrics = {"sdar/lambda": coef, "sdar/beta": beta}
         if self.sdar.loss.rl_schedule.name != "constant" or rl != 1.0:
             metrics["sdar/rl_weight"] = rl
+        if self.sdar.loss.anchor.student_schedule.name != "constant":
+            metrics["sdar/anchor_student"] = self.strengths.anchor(self.global_steps)
         judged = self.method.judge(table, coef, beta, rl)
         if judged.gap is not None and judged.gate is not None:
             gap, entropy = judged.gap, table.columns.get("entropy")
@@ -236,7 +238,7 @@ class LocalUpdate(PPOTrainer):
         batch = table.rows.lean(*([TEACHER_PROMPTS] if within else []))
         if within:
             batch.extra_info[SCORING_PASS] = self.requests.teacher.to_json()
-        with requested(batch.extra_info, self.requests.update):
+        with requested(batch.extra_info, self.requests.update_with(self.strengths.anchor(self.global_steps))):
             table.batch = self._update_actor(batch, metrics=metrics)
         if self.local_trigger_step == self.parameter_sync_step - 1:
             self.teacher.updated()

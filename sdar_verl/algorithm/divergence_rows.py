@@ -103,6 +103,29 @@ class FullDivergence:
         return _log_softmax(teacher if self._anchor is None else self._anchor.draw(teacher, rows, student))
 
 
+class TargetLogProbs:
+    """log Q'(y_t): what an anchored target says of the sampled token, for objectives that look at that token alone.
+
+    Args:
+        tokens: (tokens,) int64, the sampled ones.
+        teacher_logits, anchor: as of :class:`FullDivergence`.
+    """
+
+    def __init__(self, tokens: torch.Tensor, teacher_logits: Callable[[slice], torch.Tensor], anchor: Anchor | None):
+        self._tokens, self._teacher, self._anchor = tokens, teacher_logits, anchor
+
+    def columns(self, logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        """(chunk, 1), nats; overwrites ``logits``."""
+        teacher = self._teacher(rows)
+        if self._anchor is not None:
+            teacher = self._anchor.draw(teacher, rows, _log_softmax(logits))
+        return _log_softmax(teacher).gather(-1, self._tokens[rows].unsqueeze(-1))
+
+    def slope(self, logits: torch.Tensor, rows: slice, upstream: torch.Tensor) -> torch.Tensor:
+        """The target is detached: no gradient."""
+        raise NotImplementedError("a target has no gradient")
+
+
 class TopKDivergence:
     """Over k tokens, and all others together.
 

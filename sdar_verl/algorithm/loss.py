@@ -40,6 +40,7 @@ def distillation_terms(
     old_log_probs: torch.Tensor | None = None,
     advantages: torch.Tensor | None = None,
     against: torch.Tensor | None = None,
+    target_log_probs: torch.Tensor | None = None,
     importance_clip: float | None = None,
     distill_mask: torch.Tensor | None = None,
     gate_options: Mapping[str, Any] | None = None,
@@ -68,6 +69,8 @@ def distillation_terms(
         advantages: (batch, response_length), of the policy gradient, for gates that read them.
         against: (batch, response_length), log-probs that the gap is taken to, in nats: a teacher's with a bad context
             (``sdar.context.contrast``). None: the student's own.
+        target_log_probs: (batch, response_length), of the sampled tokens under what the objective moves the student to
+            (``sdar.loss.anchor``), nats. None: the teacher's.
         importance_clip: largest importance weight min(pi_theta / pi_old, importance_clip), detached, that a token's
             loss is multiplied with; None, or without ``old_log_probs``: no weight.
         distill_mask: (batch,) or (batch, response_length), False where there is no teacher log-prob (validation
@@ -125,7 +128,8 @@ def distillation_terms(
             options=gate_options,
         )
     further = {name: clean(name, values, mask) for name, values in (signals or {}).items()}
-    per_token = objective_fn(student, teacher, old_log_probs=old, **further, **(objective_options or {}))
+    target = teacher if target_log_probs is None else clean("target_log_probs", target_log_probs, mask).detach()
+    per_token = objective_fn(student, target, old_log_probs=old, mask=mask, **further, **(objective_options or {}))
     for kind, name, result in (("gate", gate, weight), ("objective", objective, per_token)):
         if result.shape != mask.shape:
             raise ValueError(f"{kind} {name!r} returned shape {tuple(result.shape)}; expected {tuple(mask.shape)}")

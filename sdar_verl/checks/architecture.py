@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.config import SdarConfig
-from sdar_verl.requests import reads_distributions
+from sdar_verl.requests import distribution_option, reads_distributions
 from sdar_verl.untrusted import parse_json
 
 ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
@@ -62,6 +62,6 @@ def _logits(sdar: SdarConfig, kind: str, text: Mapping[str, Any]) -> Iterator[st
         value = text.get(name)
         if value not in (None, 1, 1.0):
             yield (
-                f"sdar.loss.objective={sdar.loss.objective} is computed from the language-model head, and "
-                f"model_type={kind} changes its logits behind it ({name}={value}); use sdar.loss.objective=sampled"
+                f"{distribution_option(sdar.loss)} is computed from the language-model head, and model_type={kind} "
+                f"changes its logits behind it ({name}={value}); use sdar.loss.objective=sampled without an anchor"
             )

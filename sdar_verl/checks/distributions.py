@@ -8,14 +8,15 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from sdar_verl.algorithm.divergences import SUPPORT_OF
+from sdar_verl.algorithm.divergences import DIVERGENCES, SUPPORT_OF
 from sdar_verl.algorithm.schedules import GRAD_SHARE, make_schedule, measures_of
+from sdar_verl.algorithm.signals import signal_reads
 from sdar_verl.checks.engine import sequence_parallel
 from sdar_verl.config import SdarConfig
-from sdar_verl.config.loss import LossConfig
+from sdar_verl.config.loss import LossConfig, ScheduleConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.families import find_architecture
-from sdar_verl.requests import reads_distributions, top_k
+from sdar_verl.requests import distribution_option, reads_distributions, top_k
 from sdar_verl.teacher.sources import get_source, has_reference, list_sources, uses_lora
 
 _OPTIONS = ("support", "top_k", "tail", "chunk_tokens")
@@ -35,16 +36,17 @@ def distribution_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
         "leave it at null, or use objective forward_kl, reverse_kl or jsd"
         for name in _OPTIONS
         if getattr(loss, name) is not None
-    ] + [
-        f"sdar.loss.anchor.{name}={value} has no effect with sdar.loss.objective={loss.objective}; leave it at 0, or "
-        "use objective forward_kl, reverse_kl or jsd"
-        for name, value in loss.anchor
-        if value
-    ]
+    ] + [*_anchor(config, sdar)]
 
 
 def _support(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
     loss = sdar.loss
+    if loss.support == "top_k" and loss.objective not in DIVERGENCES:
+        yield (
+            f"sdar.loss.support=top_k: sdar.loss.objective={loss.objective} asks an anchored target (sdar.loss.anchor) "
+            "for the sampled token, which may lie outside of the k; leave it at null"
+        )
+        return
     if loss.support != "top_k":
         for name in ("top_k", "tail"):
             if getattr(loss, name) is not None:
@@ -73,8 +75,21 @@ def _support(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
 
 
 def _anchor(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
-    """The start policy's pass goes through verl's reference worker."""
-    weight, source = sdar.loss.anchor.reference, sdar.teacher.source
+    """The start policy's pass goes through verl's reference worker; the student's weight may follow a schedule."""
+    loss, source = sdar.loss, sdar.teacher.source
+    weight, schedule = loss.anchor.reference, loss.anchor.student_schedule
+    if loss.anchor.drawn and loss.objective == "sampled":
+        yield (
+            "sdar.loss.anchor has no effect with sdar.loss.objective=sampled, whose gradient is the same for every "
+            "target; leave its weights at 0, or use objective k1, k2, k3, forward_kl, reverse_kl or jsd"
+        )
+    elif loss.anchor.drawn and not signal_reads(loss.signal, "loss", loss.signal_options):
+        yield f"sdar.loss.anchor has no effect with sdar.loss.signal={loss.signal}; leave its weights at 0"
+    if not loss.anchor.student and schedule != ScheduleConfig():
+        yield (
+            f"sdar.loss.anchor.student_schedule.name={schedule.name} has no effect with sdar.loss.anchor.student=0; "
+            "set that above 0"
+        )
     if not weight:
         return
     option = f"sdar.loss.anchor.reference={weight}"
@@ -110,7 +125,7 @@ def _sizes(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
 
 
 def _engine(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
-    node, objective = config.actor_rollout_ref, f"sdar.loss.objective={sdar.loss.objective}"
+    node, objective = config.actor_rollout_ref, distribution_option(sdar.loss)
     if node.model.get("use_fused_kernels", False):
         yield (
             f"{objective} reads the input of the language-model head, which fused kernels do not call; "
@@ -129,7 +144,7 @@ def _engine(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
                 f"{objective} is not available with static padding; set "
                 f"actor_rollout_ref.{name}.fsdp_config.pad_to_length=False"
             )
-    if GRAD_SHARE in _measured(sdar.loss):
+    if sdar.loss.objective in DIVERGENCES and GRAD_SHARE in _measured(sdar.loss):
         yield (
             f"sdar.loss.coef_schedule.name={sdar.loss.coef_schedule.name} follows {GRAD_SHARE}, a gradient on sampled "
             f"tokens, which {objective} does not have; use its option of=weights, or another schedule"

@@ -39,6 +39,9 @@ def _names(loss: LossConfig) -> Iterator[str]:
         "coef_schedule": lambda: make_schedule(loss.coef_schedule.name, loss.coef_schedule.options),
         "beta_schedule": lambda: make_schedule(loss.beta_schedule.name, loss.beta_schedule.options),
         "rl_schedule": lambda: make_schedule(loss.rl_schedule.name, loss.rl_schedule.options),
+        "anchor.student_schedule": lambda: make_schedule(
+            loss.anchor.student_schedule.name, loss.anchor.student_schedule.options
+        ),
     }
     for option, attempt in attempts.items():
         fault = _fault(attempt)
@@ -63,8 +66,10 @@ def _fault(attempt: Callable[[], object]) -> str | None:
 def _schedules(loss: LossConfig) -> Iterator[str]:
     """What a schedule follows must be measured, and be moved by the value that it sets."""
     shares = (GRAD_SHARE, GRAD_SHARE_WEIGHTS)
-    for option, moves in (("beta_schedule", "beta"), ("rl_schedule", "the policy gradient's weight")):
-        node = getattr(loss, option)
+    moved = (("beta_schedule", "beta"), ("rl_schedule", "the policy gradient's weight"))
+    nodes = [(option, getattr(loss, option), moves) for option, moves in moved]
+    nodes.append(("anchor.student_schedule", loss.anchor.student_schedule, "the target's weight"))
+    for option, node, moves in nodes:
         for measure in measures_of(make_schedule(node.name, node.options)):
             if measure in shares:
                 yield (

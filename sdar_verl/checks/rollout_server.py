@@ -12,7 +12,7 @@ from sdar_verl.algorithm.divergences import SUPPORT_OF
 from sdar_verl.config import SdarConfig
 from sdar_verl.context.builder import is_late, late_options
 from sdar_verl.context.registry import ContextError
-from sdar_verl.requests import reads_distributions, server_support
+from sdar_verl.requests import distribution_option, reads_distributions, server_support
 
 TEMPERATURE_ONE = ("vllm", "sglang")
 """Engines that take a prompt's log-probs at temperature 1, whatever is asked: vLLM's prompt tokens skip the sampler, in
@@ -36,12 +36,12 @@ def rollout_server_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
 def _needs(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
     """What is not known, or not the same, when an episode ends."""
     loss = sdar.loss
-    if reads_distributions(loss) and (loss.support != "top_k" or SUPPORT_OF[loss.objective] != "teacher"):
+    if reads_distributions(loss) and (loss.support != "top_k" or SUPPORT_OF.get(loss.objective) != "teacher"):
         about = "the student's likeliest tokens" if loss.support == "top_k" else "all tokens"
         yield (
             f"{_PLACEMENT} gives log-probs of the sampled tokens and of the teacher's own likeliest, but "
-            f"sdar.loss.objective={loss.objective} reads the teacher's of {about}; use {_REMEDY}, or "
-            "objective=forward_kl with support=top_k, or objective=sampled, k1, k2 or k3"
+            f"{distribution_option(loss)} reads the teacher's of {about}; use {_REMEDY}, or "
+            "objective=forward_kl with support=top_k, or objective=sampled, k1, k2 or k3 without an anchor"
         )
     try:
         late = is_late(sdar.context)

@@ -10,7 +10,7 @@ from sdar_verl.checks.panel_tasks import panel_tasks
 from sdar_verl.config import SdarConfig
 from sdar_verl.context.builder import choosing_value, chosen_source
 from sdar_verl.context.registry import ContextError
-from sdar_verl.requests import reads_distributions
+from sdar_verl.requests import distribution_option, reads_distributions
 
 NODE = "sdar.context.teachers"
 
@@ -41,9 +41,9 @@ def _mixed(sdar: SdarConfig) -> Iterator[str]:
         yield f"{NODE}.weights={weights} must have a number per source; sdar.context.sources={sources}"
     if reads_distributions(sdar.loss):
         yield (
-            f"{NODE}.weights={weights} mixes the probabilities of the sampled token, but sdar.loss.objective="
-            f"{sdar.loss.objective} reads the teacher's distribution; use sdar.loss.objective=sampled, k1, k2 or k3, "
-            f"or a teacher per row ({NODE}.by)"
+            f"{NODE}.weights={weights} mixes the probabilities of the sampled token, but "
+            f"{distribution_option(sdar.loss)} reads the teacher's distribution; use sdar.loss.objective=sampled, k1, "
+            f"k2 or k3 without an anchor, or a teacher per row ({NODE}.by)"
         )
 
 

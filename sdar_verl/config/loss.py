@@ -26,13 +26,19 @@ class ScheduleConfig(Node):
 
 
 class AnchorConfig(Node):
-    """What an objective over distributions moves the student to, beside the teacher: pi* ~ pi_T^(1-a-b) pi_ref^a
-    sg[pi_theta]^b, all but pi_T on the student's prompt."""
+    """What the student is moved to, beside the teacher: pi* ~ pi_T^(1-a-b) pi_ref^a sg[pi_theta]^b, all but pi_T on the
+    student's prompt. Objectives on the sampled token read its log-prob under pi*."""
 
     reference: float = Field(
         0.0, ge=0, lt=1, description="a, weight of the start policy, which verl's reference worker holds; one more pass"
     )
     student: float = Field(0.0, ge=0, lt=1, description="b, weight of the student itself, detached; no pass of its own")
+    student_schedule: ScheduleConfig = ScheduleConfig()
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the target is another than the teacher."""
+        return self.reference > 0 or self.student > 0
 
     @model_validator(mode="after")
     def _leaves_the_teacher(self) -> AnchorConfig:

@@ -9,7 +9,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sdar_verl.algorithm.divergences import DIVERGENCES
 from sdar_verl.algorithm.gates import gate_reads
 from sdar_verl.checks.modes import verl_mode
 from sdar_verl.config import SdarConfig
@@ -20,7 +19,7 @@ from sdar_verl.method import Strengths
 from sdar_verl.planner.architecture import Architecture
 from sdar_verl.planner.families import find_architecture
 from sdar_verl.recipe import plays_environments
-from sdar_verl.requests import CHUNK_TOKENS
+from sdar_verl.requests import CHUNK_TOKENS, reads_distributions
 from sdar_verl.writer.endpoint import ANSWER_TOKENS, PROMPT_TOKENS
 
 
@@ -208,7 +207,7 @@ class Layout:
             teacher_offload=sdar.teacher.offload is not False,
             teacher_gpus=(sdar.teacher.pool_gpus_per_node or 0) * (sdar.teacher.pool_nodes or 1),
             objective=sdar.loss.objective,
-            support=(sdar.loss.support or "full") if sdar.loss.objective in DIVERGENCES else None,
+            support=(sdar.loss.support or "full") if reads_distributions(sdar.loss) else None,
             chunk_tokens=sdar.loss.chunk_tokens or CHUNK_TOKENS,
             lora_rank=lora,
             **_writing(config, sdar),

@@ -48,7 +48,7 @@ class WithRequests:
         request = HeadRequest.from_json(text)
         self._hook_in(request)
         micro_batch = micro_batch.to(get_device_id())
-        if request.what == "divergence":
+        if request.what in ("divergence", "target"):
             tu.assign_non_tensor(micro_batch, distillation_use_topk=True)
         self._pass = asked = HeadPass(request, micro_batch, self.heads)
         try:

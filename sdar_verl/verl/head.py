@@ -24,7 +24,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.torch_functional import logprobs_from_logits
 
-from sdar_verl.algorithm.divergence_rows import Anchor, FullDivergence, TopKDivergence
+from sdar_verl.algorithm.divergence_rows import Anchor, FullDivergence, TargetLogProbs, TopKDivergence
 from sdar_verl.algorithm.divergences import COLUMNS, on_support, top_k_ids
 from sdar_verl.algorithm.head_chunks import RowFunction, chunk_logits, map_logits
 from sdar_verl.fields import (
@@ -39,7 +39,8 @@ from sdar_verl.requests import HeadRequest
 from sdar_verl.table import nested
 
 COLUMN_PREFIX = "sdar_distribution_"
-"""Model outputs of an update, nested (rows, sequence tokens): this and a name of the divergences' ``COLUMNS``."""
+"""Model outputs of an update, nested (rows, sequence tokens): this and a name of the divergences' ``COLUMNS``, or
+``target``."""
 
 Head = tuple[torch.Tensor, torch.Tensor | None]
 """Weight (V, H) and bias (V,) of a language-model head."""
@@ -102,7 +103,8 @@ class HeadPass:
         )
         self._total = ends[-1]
         self._chosen: torch.Tensor | None = None
-        if request.what == "divergence":
+        self._names = {"divergence": COLUMNS, "target": ("target",)}.get(request.what, ())
+        if self._names:
             counted = self._column(TEACHER_MASK).bool() & self._column("loss_mask").bool()
             self._chosen = counted.nonzero().flatten()
         self._columns: torch.Tensor | None = None
@@ -131,21 +133,22 @@ class HeadPass:
         weight = head.weight.to(output.dtype)
         bias = None if head.bias is None else head.bias.to(output.dtype)
         tokens = hidden.flatten(0, -2)[index].to(output.dtype)
-        if self._request.what != "divergence":
+        if not self._names:
             with torch.no_grad():
                 self._answer(tokens, weight, bias)
             return None
         if not len(tokens):
             return None
         self._probe = output.detach().flatten(0, -2)[index[0]].float() / self._temperature
-        self._columns = map_logits(
-            tokens,
-            weight,
-            self._divergence(len(weight)),
-            bias=bias,
-            temperature=self._temperature,
-            chunk=self._request.chunk,
-        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._request.what != "target"):
+            self._columns = map_logits(
+                tokens,
+                weight,
+                self._divergence(len(weight)),
+                bias=bias,
+                temperature=self._temperature,
+                chunk=self._request.chunk,
+            )
         if not self._columns.requires_grad:
             return None
         output, self._columns = _Tie.apply(output, self._columns)
@@ -180,12 +183,12 @@ class HeadPass:
                 f"verl's engine has {len(logits)} logits for {self._total} tokens: static padding or sequence "
                 "parallelism, which an objective over distributions cannot be used with"
             )
-        names = [f"{COLUMN_PREFIX}{name}" for name in COLUMNS]
+        names = [f"{COLUMN_PREFIX}{name}" for name in self._names]
         if self._columns is None or self._chosen is None:
             return {name: logits.new_zeros(1, self._total, dtype=torch.float32) for name in names}  # no teacher here
         places = self._packed[self._chosen]
         self._check(logits[places[0]].detach())
-        spread = self._columns.new_zeros(self._total, len(COLUMNS)).index_copy(0, places, self._columns)
+        spread = self._columns.new_zeros(self._total, len(names)).index_copy(0, places, self._columns)
         return {name: column.unsqueeze(0) for name, column in zip(names, spread.unbind(1), strict=True)}
 
     def _answer(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -236,7 +239,10 @@ class HeadPass:
         if request.reference or request.student:
             drawn = self._logits(ANCHOR_HIDDEN, self._heads.anchor, vocabulary) if request.reference else None
             anchor = Anchor(request.reference, request.student, drawn)
-        return FullDivergence(request.kind, self._logits(TEACHER_HIDDEN, self._heads.teacher, vocabulary), anchor)
+        said = self._logits(TEACHER_HIDDEN, self._heads.teacher, vocabulary)
+        if request.what == "target":
+            return TargetLogProbs(self._column("responses")[chosen], said, anchor)
+        return FullDivergence(request.kind, said, anchor)
 
     def _logits(self, column: str, head: Head | None, vocabulary: int) -> Callable[[slice], torch.Tensor]:
         """Rows -> logits of the chosen tokens, made from the hidden states that a pass has left in ``column``."""

@@ -67,13 +67,15 @@ def sdar_loss(
     values = StepValues(**sent)
     if values.coef == 0 and TEACHER_LOG_PROBS not in data:  # the teacher has retired
         return loss, metrics
-    entropy, divergence = (
+    entropy, divergence, target = (
         None if name not in model_output else no_padding_2_padding(model_output[name], data)
-        for name in ("entropy", f"{COLUMN_PREFIX}divergence")
+        for name in ("entropy", f"{COLUMN_PREFIX}divergence", f"{COLUMN_PREFIX}target")
     )
     log_probs = no_padding_2_padding(model_output["log_probs"], data)
     try:
-        terms = method.terms(log_probs, _columns(data, method), values, entropy=entropy, divergence=divergence)
+        terms = method.terms(
+            log_probs, _columns(data, method), values, entropy=entropy, divergence=divergence, target=target
+        )
     except NonFiniteValues as error:
         raise NonFiniteError(f"{error}{_named(data, error.rows)}") from error
     distillation = agg_loss(

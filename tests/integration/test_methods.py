@@ -28,6 +28,7 @@ AUXILIARY = (
     "icsd",
     "retire_opd",
     "sr_opsd",
+    "beta_opsd",
 )
 ADVANTAGES = ("rlsd", "agent_opsd", "adrs", "rlcsd", "sipo", "grsd", "opid", "ahead", "ocsd")
 # What these show where nobody writes; tests/integration/test_written.py has them written.
@@ -107,7 +108,7 @@ def test_an_auxiliary_loss_leaves_the_advantages_and_joins_the_loss(method, grpo
     assert torch.equal(padded(step_one(trained)["advantages"]), padded(step_one(grpo)["advantages"]))
     assert first["sdar/loss"] != 0
     expected = first["sdar/lambda"] * first["sdar/loss"] + (
-        0 if method in ("opsd", "sr_opsd") else first["actor/pg_loss"]
+        0 if method in ("opsd", "sr_opsd", "beta_opsd") else first["actor/pg_loss"]
     )
     assert first["actor/loss"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert second["actor/grad_norm"] > 0

@@ -16,7 +16,54 @@ def recipe(tmp_path_factory):
 CASES = {
     "an anchor of no distribution": (
         {"sdar.loss.anchor.student": 0.5},
-        ["sdar.loss.anchor.student=0.5 has no effect", "sdar.loss.objective=sampled"],
+        ["sdar.loss.anchor has no effect with sdar.loss.objective=sampled", "k1, k2, k3, forward_kl"],
+    ),
+    "an anchor of shaped advantages": (
+        {"sdar.loss.anchor.student": 0.5, "sdar.loss.signal": "advantage_weight", "sdar.loss.coef": 0.5},
+        ["sdar.loss.anchor has no effect with sdar.loss.objective=sampled"],
+    ),
+    "k tokens for the sampled one": (
+        {"sdar.loss.anchor.student": 0.5, "sdar.loss.objective": "k1", "sdar.loss.support": "top_k"},
+        ["sdar.loss.support=top_k", "sdar.loss.objective=k1", "may lie outside of the k"],
+    ),
+    "an anchored token beside a pool": (
+        {
+            "sdar.loss.anchor.student": 0.5,
+            "sdar.loss.objective": "k1",
+            "sdar.teacher.placement": "pool",
+            "sdar.teacher.pool_gpus_per_node": 1,
+        },
+        ["support=full needs the teacher's head", "placement=pool"],
+    ),
+    "an anchored token of a rollout server": (
+        {
+            "sdar.loss.anchor.student": 0.5,
+            "sdar.loss.objective": "k1",
+            "sdar.teacher.source": "actor",
+            "sdar.teacher.placement": "rollout_server",
+            "actor_rollout_ref.rollout.calculate_log_probs": True,
+        },
+        ["placement=rollout_server", "sdar.loss.objective=k1 with sdar.loss.anchor", "without an anchor"],
+    ),
+    "a schedule of no anchor": (
+        {"sdar.loss.anchor.student_schedule.name": "linear_decay"}
+        | {"sdar.loss.anchor.student_schedule.options": {"steps": 20}},
+        ["anchor.student_schedule.name=linear_decay has no effect", "sdar.loss.anchor.student=0"],
+    ),
+    "a schedule that follows gradients": (
+        {"sdar.loss.anchor.student": 0.5, "sdar.loss.objective": "k1"}
+        | {"sdar.loss.anchor.student_schedule.name": "grad_share"}
+        | {"sdar.loss.anchor.student_schedule.options": {"share": 0.1}},
+        ["anchor.student_schedule.name=grad_share follows", "sdar.loss.coef_schedule"],
+    ),
+    "an unknown schedule of an anchor": (
+        {"sdar.loss.anchor.student": 0.5, "sdar.loss.objective": "k1"}
+        | {"sdar.loss.anchor.student_schedule.name": "sawtooth"},
+        ["sdar.loss.anchor.student_schedule", "sawtooth"],
+    ),
+    "a discount above one": (
+        {"sdar.loss.objective": "k1", "sdar.loss.objective_options": {"discount": 1.5}},
+        ["sdar.loss.objective_options: k1 has discount=1.5", "[0, 1]"],
     ),
     "an anchor without the start policy": (
         {

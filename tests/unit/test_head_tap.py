@@ -257,6 +257,25 @@ def test_an_anchored_target_takes_the_reference_where_the_student_stands(k: int,
     torch.testing.assert_close(got, torch.where(mask, columns[:, 0], 0.0).detach(), rtol=1e-4, atol=1e-5)
     assert models["student"].lm_head.weight.grad.isfinite().all() and models["reference"].lm_head.weight.grad is None
 
+    if k:
+        return  # the sampled token may lie outside of the k
+    asked = HeadRequest("target", False, 4, reference=0.2, student=0.1)
+    models["student"].zero_grad()
+
+    def of_log_probs(model_output=None, data=None, dp_group=None):
+        return model_output["log_probs"].values().sum(), {}
+
+    value, output = engines["student"].forward_step(
+        make_batch(PROMPTS, 1, packed, asked, **fields), loss_function=of_log_probs, forward_only=False
+    )
+    value.backward()
+    got = output["model_output"][f"{COLUMN_PREFIX}target"]
+    assert not got.requires_grad and f"{COLUMN_PREFIX}divergence" not in output["model_output"]
+    got = torch.cat([row[-n - 1 : -1] for row, n in zip(got.unbind(), RESPONSES, strict=True)])
+    tokens = torch.cat(make_rows(PROMPTS, 1)[1])
+    expected = target.gather(-1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(got, torch.where(mask, expected, 0.0), rtol=1e-4, atol=1e-5)
+
 
 def full_step(engine: Engine, teacher_engine: Engine) -> torch.Tensor:
     """Teacher pass and update with reverse KL over the whole vocabulary; the loss."""

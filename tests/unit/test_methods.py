@@ -32,6 +32,7 @@ PAPER = {
     "ahead": (0.5, "advantage_weight", "gap", "sampled", True, "actor"),
     "ocsd": (0.5, "advantage_tilt", "gap", "sampled", True, "actor"),
     "sr_opsd": (1.0, "loss", "none", "forward_kl", False, "ema"),
+    "beta_opsd": (1.0, "loss", "none", "k1", False, "reference"),
     "rlcsd": (0.5, "advantage_nudge", "gap", "sampled", True, "snapshot"),
     "sipo": (0.15, "advantage_nudge", "gap", "sampled", True, "snapshot"),
     "tide": (1.0, "advantage_distance", "gap", "sampled", True, "reference"),
