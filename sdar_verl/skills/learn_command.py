@@ -11,6 +11,7 @@ from sdar_verl.untrusted import printable
 
 if TYPE_CHECKING:
     from sdar_verl.skills.bank import SkillBank
+    from sdar_verl.writer.base import Writer
 
 CHARACTERS_PER_TOKEN = 3
 """A guess on the safe side: there is no tokenizer here."""
@@ -24,8 +25,12 @@ def add_actions(actions: Any) -> None:
     learn.add_argument("folder", metavar="RUN", help="folder of a run that traced (sdar.trace.every)")
     learn.add_argument("--bank", required=True, help="name of a shipped bank, or a path: what is revised")
     learn.add_argument("--out", required=True, type=Path, metavar="DIR", help="the candidate; a new folder")
-    learn.add_argument("--url", required=True, help="of an OpenAI-compatible endpoint; it may serve the policy itself")
-    learn.add_argument("--model", required=True, help="its name there")
+    writer = learn.add_mutually_exclusive_group(required=True)
+    writer.add_argument(
+        "--policy", type=Path, metavar="DIR", help="written by this model: a checkpoint's huggingface folder"
+    )
+    writer.add_argument("--url", help="written at an OpenAI-compatible endpoint")
+    learn.add_argument("--model", help="its name there")
     learn.add_argument("--key-variable", metavar="NAME", help="environment variable that holds the key")
     learn.add_argument("--task-type", nargs="+", default=[], metavar="TYPE", help="only these; by default all traced")
     learn.add_argument("--episodes", type=int, default=6, help="shown per type, failures and successes (default 6)")
@@ -42,12 +47,10 @@ def add_actions(actions: Any) -> None:
 
 
 def _learn(arguments: argparse.Namespace) -> int:
-    from sdar_verl.config.context import WriterConfig
     from sdar_verl.errors import ConfigError
     from sdar_verl.report.read import read_run
     from sdar_verl.skills import learn
     from sdar_verl.skills.bank import SkillBank
-    from sdar_verl.writer.endpoint import EndpointWriter
     from sdar_verl.writer.step import StepWriting
 
     for option, value in (("--episodes", arguments.episodes), ("--max-words", arguments.max_words)):
@@ -57,11 +60,7 @@ def _learn(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out {arguments.out} holds a candidate already; name a new folder")
     run, bank = read_run(arguments.folder), SkillBank.load(arguments.bank)
     seen = learn.evidence(run, arguments.episodes, arguments.task_type)
-    settings = WriterConfig(
-        source="endpoint", url=arguments.url, model=arguments.model, key_variable=arguments.key_variable
-    )
-    writer = EndpointWriter(settings, arguments.out, lambda text: len(text) // CHARACTERS_PER_TOKEN + 1)
-    writing = StepWriting(writer, ())
+    writing = StepWriting(_writer(arguments), ())
     made = learn.write_skills(bank, seen, writing, arguments.max_words)
     for line in _told(writing.metrics()):
         print(line)
@@ -69,7 +68,8 @@ def _learn(arguments: argparse.Namespace) -> int:
     if not learned:
         print("no skill was written; the candidate is not made")
         return 1
-    about = {"learned-from": str(run.name), "writer": arguments.model, "revises": bank.digest[:16]}
+    by = arguments.model or str(arguments.policy.resolve())
+    about = {"learned-from": str(run.name), "writer": by, "revises": bank.digest[:16]}
     shown = {one.task_type: len(one.played) for one in seen}
     provenance = {skill.name: {**about, "episodes": shown[task_type]} for task_type, skill in made.items()}
     learn.write_bank(bank.with_skills(learned), arguments.out, provenance)
@@ -99,9 +99,32 @@ def _learn(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _writer(arguments: argparse.Namespace) -> Writer:
+    from sdar_verl.config.context import WriterConfig
+    from sdar_verl.errors import ConfigError
+
+    named = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in ("model", "key_variable")}
+    if arguments.policy is not None:
+        from sdar_verl.writer.checkpoint import checkpoint_writer
+
+        for option, value in named.items():
+            if value is not None:
+                raise ConfigError(f"{option} {value}: no effect with --policy, which asks no endpoint; leave it out")
+        return checkpoint_writer(arguments.policy, WriterConfig())
+    from sdar_verl.writer.endpoint import EndpointWriter
+
+    if arguments.model is None:
+        raise ConfigError(f"--url {arguments.url}: name the endpoint's model with --model")
+    settings = WriterConfig(
+        source="endpoint", url=arguments.url, model=arguments.model, key_variable=arguments.key_variable
+    )
+    return EndpointWriter(settings, arguments.out, lambda text: len(text) // CHARACTERS_PER_TOKEN + 1)
+
+
 def _told(metrics: Mapping[str, float]) -> list[str]:
     counts = {name.removeprefix("sdar/writer/"): int(value) for name, value in metrics.items() if "writer/" in name}
     said = {"answered": "written", "cached": "known from before", "unparsed": "no skill", "failed": "without an answer"}
+    said["too_long"] = "too long for the writer (fewer --episodes)"
     parts = [f"{counts[name]} {words}" for name, words in said.items() if counts[name] or name == "answered"]
     cut = f"; of {counts['cut']} the oldest turns were left out" if counts["cut"] else ""
     return [f"{counts['asked']} task types asked about: {', '.join(parts)}{cut}"]

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdar_verl.cli import main
 from sdar_verl.report.read import read_run
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.learn import NOTE, evidence
 from sdar_verl.skills.skill import SkillBankError
+from sdar_verl.writer.checkpoint import CheckpointClient
 from tests.support.chat_server import Reply, chat_server, says
 from tests.support.recorded_run import TYPES, write_run
+from tests.support.tiny_model import make_tiny_model
 
 PLACE, LOOK = TYPES
 
@@ -116,6 +122,63 @@ def test_asked_again_it_pays_nothing_and_another_folder_is_refused(run, bank, tm
 def test_bad_arguments_are_named(words, said, run, bank, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     assert learn(run, bank, tmp_path / "new", by_type, *words)[0] == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_policy_itself_writes(run, bank, tmp_path, capsys, monkeypatch):
+    policy = make_tiny_model(tmp_path / "policy")
+    words = ["skills", "learn", str(run), "--bank", str(bank), "--policy", str(policy), "--out"]
+    positions = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps(positions | {"max_position_embeddings": 200}))
+    assert main([*words, str(tmp_path / "short")]) == 1
+    assert "0 written, 2 too long for the writer (fewer --episodes)" in capsys.readouterr().out
+    (policy / "config.json").write_text(json.dumps(positions | {"max_position_embeddings": 9000}))
+    assert main([*words, str(tmp_path / "noise")]) == 1
+    assert "2 task types asked about: 2 written, 2 no skill" in capsys.readouterr().out, "a random model writes noise"
+    asked: list[str] = []
+
+    async def generate(self, *, request_id, prompt_ids, sampling_params):
+        asked.append(tokenizer.decode(prompt_ids))
+        answer = learned() if PLACE in asked[-1] else learned("Carry it to the lamp.", "with-the-lamp")
+        return SimpleNamespace(token_ids=tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    monkeypatch.setattr(CheckpointClient, "generate", generate)
+    assert main([*words, str(tmp_path / "new")]) == 0
+    assert {one.name for one in SkillBank.load(tmp_path / "new")} == {"placing", "looking", "with-the-lamp"}
+    assert str(policy) in (tmp_path / "new" / "placing" / "SKILL.md").read_text()
+
+
+def test_a_checkpoint_answers_as_transformers_does_and_again_the_same(tmp_path):
+    policy = make_tiny_model(tmp_path / "policy")
+    client = CheckpointClient(policy)
+    params = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 12, "seed": 3}
+
+    def answer(**further):
+        call = client.generate(request_id="r", prompt_ids=[5, 6, 7], sampling_params=params | further)
+        return asyncio.run(call).token_ids
+
+    assert answer() == answer() != answer(seed=4) and len(answer()) <= 12
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    prompt = torch.tensor([[5, 6, 7]])
+    greedy = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
+    assert answer(temperature=0.0) == greedy[0, 3:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("further", "said"),
+    [
+        (["--policy", "{}/none"], "holds no model"),
+        (["--policy", "{}/bare"], "has no weights beside its configuration"),
+        (["--policy", "{}/none", "--model", "m"], "--model m: no effect with --policy"),
+        (["--url", "http://127.0.0.1:9/v1"], "name the endpoint's model with --model"),
+    ],
+)
+def test_a_writer_that_cannot_be_is_told(further, said, run, bank, tmp_path, capsys):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}")
+    words = ["skills", "learn", str(run), "--bank", str(bank), "--out", str(tmp_path / "new")]
+    assert main([*words, *(word.format(tmp_path) for word in further)]) == 2
     assert said in capsys.readouterr().err
 
 

@@ -1,0 +1,91 @@
+"""A checkpoint's weights in the place of verl's rollout servers, for a writer outside of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from sdar_verl.errors import ConfigError
+from sdar_verl.writer.policy import PolicyWriter
+
+if TYPE_CHECKING:
+    from sdar_verl.config.context import WriterConfig
+
+PROMPT_TOKENS = 8192
+ANSWER_TOKENS = 1024
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+class CheckpointClient:
+    """Answers as verl's client does, one request after the other, by ``generate`` of transformers.
+
+    Args:
+        folder: of a model, as transformers reads it.
+
+    Attributes:
+        positions: of the model; None where it names no limit.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        self._model = model.to(device)
+        self.positions: int | None = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+
+    async def generate(self, *, request_id: str, prompt_ids: list[int], sampling_params: dict[str, Any]) -> Any:
+        """An object whose ``token_ids`` are the answer's, the end token left out."""
+        import torch
+
+        torch.manual_seed(sampling_params["seed"])
+        prompt = torch.tensor([prompt_ids], device=self._model.device)
+        warm = sampling_params["temperature"] > 0
+        drawn = {"temperature": sampling_params["temperature"], "top_p": sampling_params["top_p"], "top_k": 0}
+        with torch.inference_mode():
+            row = self._model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=sampling_params["max_tokens"],
+                do_sample=warm,
+                **(drawn if warm else {}),
+            )
+        return SimpleNamespace(token_ids=row[0, len(prompt_ids) :].tolist())
+
+
+def checkpoint_writer(folder: Path, settings: WriterConfig, seed: int = 0) -> PolicyWriter:
+    """A writer that is the policy of a checkpoint.
+
+    Args:
+        folder: a checkpoint's ``actor/huggingface``, or any model that transformers reads.
+        settings: the ``sdar.context.writer`` node; prompts have up to 8,192 tokens and answers 1,024 unless it says
+            otherwise, less where the model has fewer positions.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: the folder holds no model, or no weights.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--policy {folder} holds no model; name a checkpoint's actor/huggingface folder")
+    if not any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
+        raise ConfigError(
+            f"--policy {folder} has no weights beside its configuration; save them with the run "
+            "(actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]), or merge them: "
+            f"python -m verl.model_merger merge --backend fsdp --local_dir {folder.parent} --target_dir DIR"
+        )
+    client = CheckpointClient(folder)
+    positions = client.positions or PROMPT_TOKENS + ANSWER_TOKENS
+    answer = min(settings.max_tokens or ANSWER_TOKENS, positions // 2)
+    return PolicyWriter(
+        lambda: client,
+        AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        settings,
+        prompt_tokens=min(PROMPT_TOKENS, positions - answer),
+        answer_tokens=answer,
+        temperature=1.0,
+        seed=seed,
+    )
