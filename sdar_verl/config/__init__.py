@@ -195,6 +195,14 @@ class ValidationConfig(Node):
     )
 
 
+def played_arms(arms: Mapping[str, Any], environments: bool) -> list[str | None]:
+    """The arms that a validation plays, of a text environment or a recipe of verl's; None is verl's own."""
+    if environments:
+        return list(arms)
+    untouched = ValidationConfig().arms
+    return [None, *(name for name, arm in arms.items() if arm != untouched.get(name))]
+
+
 class RolloutConfig(Node):
     """What the agent loop asks of verl's rollout engine beyond verl's own settings."""
 

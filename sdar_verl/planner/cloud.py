@@ -81,7 +81,7 @@ class Offer:
 
     @property
     def hours(self) -> float:
-        """Of the training steps alone."""
+        """Of steps and validations."""
         return self.plan.hours
 
     @property

@@ -106,8 +106,8 @@ def _assumptions(offer: Offer, given: Assumptions) -> list[str]:
         f"{given.restart_s / 60:g} min to start again (--restart)",
         f"  a node writes {given.disk / 1e6:g} MB/s to its disk and {given.upload / 1e6:g} MB/s to the mirror "
         "(--disk-rate, --upload-rate): measure them with sdar-verl doctor --cloud",
-        "  validation, the first start and the traffic between nodes are not in it; prices are the source's, without "
-        "discounts and taxes",
+        "  the first start and the traffic between nodes are not in it; prices are the source's, without discounts and "
+        "taxes",
     ]
 
 

@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sdar_verl.modules import import_modules
     from sdar_verl.planner.hardware import Efficiency, find_gpu
     from sdar_verl.planner.layout import Layout
-    from sdar_verl.planner.own_data import count_steps, read_data
+    from sdar_verl.planner.own_data import count_steps, count_validations, read_data
     from sdar_verl.planner.plan import changed, make_plan, recommend
     from sdar_verl.planner.show import as_dict, as_text, draw
 
@@ -85,9 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
     if faults := type_faults(config, sdar):  # it calculates with them
         raise ConfigError("\n".join(faults))
     import_modules(sdar.modules)
-    lengths = {name: getattr(arguments, name) for name in ("turns", "prompt", "context", "response")}
+    lengths: dict[str, Any] = {name: getattr(arguments, name) for name in ("turns", "prompt", "context", "response")}
     count_steps(config)
     notes, stops = read_data(config, sdar, lengths)
+    notes += count_validations(config, sdar, lengths)
     wished = Layout.from_config(config, sdar, **lengths)
     if arguments.cloud and not wished.steps:
         raise ConfigError(

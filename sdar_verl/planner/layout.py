@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +62,7 @@ class Layout:
         lora_rank: 0 without LoRA.
         writer: of contexts that somebody writes, ``policy`` or ``endpoint``; empty without such.
         writings: texts that it writes per step, at most.
+        validations: how many there are over the run, and of how many episodes each.
         untaught_steps: steps at the end without a teacher, as far as lambda's schedule says it beforehand.
         writer_prompt: tokens that it reads for one, on average.
         writer_answer: tokens that it writes, on average.
@@ -115,6 +117,7 @@ class Layout:
     response: float = 150.0
     longest: int = 4608
     steps: int = 150
+    validations: tuple[tuple[int, int], ...] = ()
     guessed: tuple[str, ...] = ()
 
     @property
@@ -137,6 +140,7 @@ class Layout:
         context: float | None = None,
         response: float | None = None,
         taught_rows: float = 1.0,
+        validations: Sequence[tuple[int, int]] = (),
     ) -> Layout:
         """Read verl's whole config; what only a run can know may be given.
 
@@ -149,6 +153,7 @@ class Layout:
             context: tokens of the privileged context; None: half of what the teacher's limit leaves, a guess.
             response: tokens of a response; None: a third of ``data.max_response_length``, a guess.
             taught_rows: share of the rows that have a context.
+            validations: how many there are, and of how many episodes each.
 
         Raises:
             ConfigError: a model the planner does not know.
@@ -219,6 +224,7 @@ class Layout:
             longest=longest,
             steps=int(config.trainer.total_training_steps or 0),
             untaught_steps=_untaught(sdar, int(config.trainer.total_training_steps or 0)),
+            validations=tuple(validations),
             guessed=tuple(name for name, value in given.items() if value is None and _is_open(name, config, teacher)),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -11,7 +12,7 @@ from sdar_verl.checks.data import steps_per_epoch
 from sdar_verl.checks.panel_tasks import panel_files, row_count
 from sdar_verl.checks.prompt_lengths import PromptsUnknown, prompt_lengths
 from sdar_verl.checks.recipe import names_no_context
-from sdar_verl.config import SdarConfig
+from sdar_verl.config import SdarConfig, played_arms
 from sdar_verl.panels import PanelError
 from sdar_verl.recipe import plays_environments
 
@@ -31,7 +32,39 @@ def count_steps(config: DictConfig) -> None:
     config.trainer.total_training_steps = epochs * steps_per_epoch(config, rows) or None
 
 
-def read_data(config: DictConfig, sdar: SdarConfig, lengths: dict[str, float | None]) -> tuple[list[str], list[str]]:
+def count_validations(config: DictConfig, sdar: SdarConfig, lengths: dict[str, Any]) -> list[str]:
+    """Fill in the run's validations, those that judge learned skills among them (``sdar.skills.learn``).
+
+    Returns:
+        What is not known of them.
+    """
+    trainer, steps = config.trainer, int(config.trainer.total_training_steps or 0)
+    every, rollouts = int(trainer.test_freq), int(config.actor_rollout_ref.rollout.val_kwargs.n)
+    times = -(-steps // every) if every > 0 else 0  # verl validates after the last step, too
+    times += bool(trainer.get("val_before_train", True))
+    panel, learn = panel_files(config, "val_files"), sdar.skills.learn
+    played = [(times, len(played_arms(sdar.validation.arms, plays_environments(config))), panel, "data.val_files")]
+    if learn.every:
+        played.append((steps // learn.every, 2, [str(learn.panel)], "sdar.skills.learn.panel"))
+    found, missing = [], []
+    for number, arms, files, option in played:
+        if not number:
+            continue
+        try:
+            rows = sum(row_count(file) for file in files)
+        except (PanelError, OSError):
+            rows = 0
+        if option == "data.val_files" and (most := int(config.data.get("val_max_samples", -1))) > 0:
+            rows = min(rows, most)
+        if rows:
+            found.append((number, rows * arms * rollouts))
+        else:
+            missing.append(f"{number} validations over {option} are not in the hours, since it is not here")
+    lengths["validations"] = found
+    return missing
+
+
+def read_data(config: DictConfig, sdar: SdarConfig, lengths: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Fill in the lengths that nobody gave and a recipe's own data show, and the share of rows with a context.
 
     Nothing for the text environments, whose prompts grow with the episode.

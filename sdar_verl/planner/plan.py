@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from sdar_verl.planner.hardware import Efficiency, Gpu
 from sdar_verl.planner.layout import Layout
 from sdar_verl.planner.memory import Phase, phases, rollout_need
-from sdar_verl.planner.timing import step_seconds
+from sdar_verl.planner.timing import step_seconds, validation_seconds
 
 MOST_GPUS = 64
 GPUS_PER_NODE = 8
@@ -23,6 +23,7 @@ class Plan:
         phases: memory per phase on a training GPU.
         seconds: time per phase of a step.
         untaught: the same, of a step after the teacher's last.
+        validating: seconds of all validations of the run.
     """
 
     layout: Layout
@@ -30,6 +31,7 @@ class Plan:
     phases: list[Phase]
     seconds: dict[str, float]
     untaught: dict[str, float]
+    validating: float
 
     @property
     def peak(self) -> Phase:
@@ -82,7 +84,8 @@ class Plan:
     def hours(self) -> float:
         """Of the run."""
         after = min(self.layout.untaught_steps, self.layout.steps)
-        return (self.step * (self.layout.steps - after) + self._lasts(self.untaught) * after) / 3600.0
+        steps = self.step * (self.layout.steps - after) + self._lasts(self.untaught) * after
+        return (steps + self.validating) / 3600.0
 
     @property
     def gpu_hours(self) -> float:
@@ -120,7 +123,8 @@ def make_plan(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None) ->
     """Memory and time of ``layout`` on ``gpu``."""
     untaught = replace(layout, teacher="none", anchor=False, writer="")
     seconds, after = (step_seconds(run, gpu, efficiency) for run in (layout, untaught))
-    return Plan(layout, gpu, phases(layout, gpu.memory), seconds, after)
+    validating = validation_seconds(layout, gpu, efficiency)
+    return Plan(layout, gpu, phases(layout, gpu.memory), seconds, after, validating)
 
 
 def recommend(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None) -> Plan | None:

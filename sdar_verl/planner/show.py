@@ -26,6 +26,8 @@ def as_dict(plan: Plan, price: float | None = None) -> dict[str, Any]:
         "tokens_per_step": tokens_per_step(plan.layout),
         "guessed": list(plan.layout.guessed),
         "steps": plan.layout.steps,
+        "validations": [{"times": times, "episodes": size} for times, size in plan.layout.validations],
+        "validation_seconds": plan.validating,
         "gpu_hours": plan.gpu_hours if plan.layout.steps else None,
         "cost": None if price is None or not plan.layout.steps else plan.gpu_hours * price,
     }
@@ -58,7 +60,8 @@ def as_text(plan: Plan, price: float | None = None) -> str:
         f"  (the rollout, on {layout.rollout_gpus} GPUs of its own, beside the rest)" if layout.rollout_gpus else ""
     )
     lines.append(f"  {'all':14} {plan.step:7.0f}{beside}")
-    total = f"{layout.steps} steps{_untaught(layout)}: {plan.hours:.1f} h, {plan.gpu_hours:,.0f} GPU-hours"
+    total = f"{layout.steps} steps{_untaught(layout)}{_validating(plan)}: {plan.hours:.1f} h, "
+    total += f"{plan.gpu_hours:,.0f} GPU-hours"
     if price is not None:
         total += f", {plan.gpu_hours * price:,.0f} at {price:g} a GPU-hour"
     if not layout.steps:
@@ -91,6 +94,13 @@ def _passes(layout: Layout) -> str:
     number, share = layout.teacher_passes, layout.teacher_share
     over = "each row" if share == 1.0 else f"{share:.2g} of the rows"
     return "" if (number, share) == (1, 1.0) else f", {number} pass{'es' if number > 1 else ''} over {over}"
+
+
+def _validating(plan: Plan) -> str:
+    if not plan.layout.validations:
+        return ""
+    sizes = ", ".join(f"{times} of {size:,} episodes" for times, size in plan.layout.validations)
+    return f", and validations ({sizes}; {plan.validating / 3600:.1f} h)"
 
 
 def _untaught(layout: Layout) -> str:

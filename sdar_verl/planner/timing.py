@@ -13,6 +13,8 @@ that the rollout server computes is added to the rollout in full, as if no wait 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sdar_verl.planner.hardware import Efficiency, Gpu
 from sdar_verl.planner.layout import Layout
 
@@ -83,6 +85,12 @@ def step_seconds(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None)
         share = efficiency.training if phase == "update" else efficiency.forward
         seconds[phase] = flops / (gpus * gpu.flops * share)
     return seconds
+
+
+def validation_seconds(layout: Layout, gpu: Gpu, efficiency: Efficiency | None = None) -> float:
+    """Seconds of all validations of the run, whose episodes are taken to be as long as those of the training."""
+    used = efficiency or Efficiency()
+    return sum(n * rollout_seconds(replace(layout, episodes=size), gpu, used) for n, size in layout.validations)
 
 
 def tokens_per_step(layout: Layout) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from sdar_verl.config import ValidationArm, ValidationConfig
+from sdar_verl.config import ValidationArm, played_arms
 from sdar_verl.recipe import INNER_COLUMN, TAUGHT
 from sdar_verl.rollout.rows import AFTER, BEFORE
 
@@ -32,11 +32,7 @@ class ArmDataset(Dataset):
     def __init__(self, panel: Dataset, arms: Mapping[str, ValidationArm], agent_loop: str | None = None):
         self._panel = panel
         self._agent_loop = agent_loop
-        if agent_loop is None:
-            self._arms: list[str | None] = list(arms)
-        else:
-            untouched = ValidationConfig().arms
-            self._arms = [None, *(name for name, arm in arms.items() if arm != untouched.get(name))]
+        self._arms = played_arms(arms, environments=agent_loop is None)
         self.begin()
 
     def begin(self) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from sdar_verl.cli import main
+from sdar_verl.envs.base import Task
+from sdar_verl.panels import write_panel
 from tests.support.recipe_run import recipe_arguments, word_problems
 
 COLUMN = ("sdar.context.sources=[column]", "+sdar.context.options.column.path=extra_info.answer")
@@ -123,3 +125,36 @@ def test_the_number_of_steps_is_that_of_the_epochs(tmp_path, capsys):
 @pytest.mark.parametrize("flag", ["--turns", "--prompt", "--response", "--price"])
 def test_numbers_of_its_own_are_above_0(flag, capsys):
     assert main(["plan", flag, "0"]) == 2 and f"{flag} 0: must be above 0" in capsys.readouterr().err
+
+
+def test_validations_are_in_the_hours_where_their_panel_is_here(tmp_path, capsys):
+    rows = ("trainer.total_training_steps=10", "trainer.test_freq=4", "actor_rollout_ref.rollout.val_kwargs.n=2")
+    plan = planned(capsys, tmp_path / "a", *COLUMN, *rows, rows=word_problems(16))
+    validated = 4  # data.val_max_samples
+    first = [{"times": 3, "episodes": 2 * validated}]
+    assert plan["validations"] == first, "after steps 4, 8 and the last; small runs do not validate before"
+    assert plan["validation_seconds"] > 0
+    told = ("+sdar.validation.arms.told.context=teacher", "+sdar.validation.arms.told.temperature=1")
+    arms = (*told, "trainer.val_before_train=True")
+    more = planned(capsys, tmp_path / "b", *COLUMN, *rows, *arms, rows=word_problems(16))
+    assert more["validations"] == [{"times": 4, "episodes": 4 * validated}], "verl's own, and the arm beside it"
+    none = planned(capsys, tmp_path / "c", *COLUMN, *rows[:1], "trainer.test_freq=-1", rows=word_problems(16))
+    assert none["validations"] == [] and none["validation_seconds"] == 0
+    assert none["gpu_hours"] == pytest.approx(plan["gpu_hours"] - plan["validation_seconds"] / 3600)
+    gone = planned(capsys, tmp_path / "d", *COLUMN, *rows, "data.val_files=nowhere.parquet", rows=word_problems(16))
+    assert gone["validations"] == [] and any("data.val_files are not in the hours" in note for note in gone["data"])
+
+
+def test_a_panel_that_judges_skills_is_played_twice(tmp_path, capsys):
+    for name in ("train", "val", "judge"):
+        tasks = [Task("alfworld", f"{name}-{i}", "look_at_obj_in_light", "look at a mug") for i in range(5)]
+        write_panel(tasks, tmp_path / f"{name}.parquet", name)
+    files = [f"data.{name}_files={tmp_path / name}.parquet" for name in ("train", "val")]
+    learning = ["sdar.skills.learn.every=10", f"sdar.skills.learn.panel={tmp_path / 'judge.parquet'}"]
+    steps = ["trainer.total_training_steps=20", "trainer.test_freq=5", "trainer.val_before_train=False"]
+    main(["plan", "--config-name", "sdar_alfworld", "--json", *files, *learning, *steps])
+    plan = json.loads(capsys.readouterr().out)
+    arms = plan["validations"][0]["episodes"] // 5
+    assert plan["validations"] == [{"times": 4, "episodes": 5 * arms}, {"times": 2, "episodes": 10}]
+    main(["plan", "--config-name", "sdar_alfworld", *files, *learning, *steps])
+    assert f"20 steps, and validations (4 of {5 * arms} episodes, 2 of 10 episodes; " in capsys.readouterr().out
