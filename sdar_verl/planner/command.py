@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--config-name", default="sdar_alfworld", help="recipe (default: sdar_alfworld)")
     add_folder_options(parser)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. model=qwen2.5-7b trainer.n_gpus_per_node=4")
-    parser.add_argument("--gpu", default="h100-80gb", help="card (default: h100-80gb)")
+    parser.add_argument("--gpu", help="card (default: h100-80gb)")
     parser.add_argument("--price", type=float, metavar="P", help="of a GPU-hour, in any currency")
     parser.add_argument(
         "--turns", type=float, help="turns per episode (default: half of sdar.env.max_steps; 1 with other agent loops)"
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} {value:g}: must be {'at least' if name == 'context' else 'above'} 0")
     efficiency = Efficiency(**{name: share for name, share in shares.items() if share is not None})
     given = _assumptions(arguments)
-    gpu = find_gpu(arguments.gpu)
+    gpu = find_gpu(arguments.gpu or "h100-80gb")
     config = compose_config(arguments.config_name, arguments.overrides, folders_of(arguments))
     sdar = load_config(config.get("sdar"))
     if faults := type_faults(config, sdar):  # it calculates with them
@@ -139,6 +139,12 @@ def _assumptions(arguments: argparse.Namespace) -> Any:
     idle = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
     if idle and not arguments.cloud:
         raise ConfigError(f"{', '.join(idle)}: no effect without --cloud; add it")
+    idle = [f"--{name}" for name in ("gpu", "price", "recommend", "plot") if getattr(arguments, name)]
+    if idle and arguments.cloud:
+        raise ConfigError(
+            f"{', '.join(idle)}: no effect with --cloud, which has machines, prices and the smallest number of them from "
+            "its table (--node, --prices); leave it out, or --cloud"
+        )
     return Assumptions(**given)
 
 

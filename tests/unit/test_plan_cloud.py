@@ -161,6 +161,8 @@ def test_the_command_prints_json(capsys, tmp_path):
     ("words", "told"),
     [
         (["--node", "p5.48xlarge"], "--node: no effect without --cloud"),
+        (["--cloud", "--recommend", "--price", "2"], "--price, --recommend: no effect with --cloud"),
+        (["--cloud", "--gpu", "h200"], "--gpu: no effect with --cloud"),
         (["--cloud", "--interruption", "0"], "--interruption 0: must be above 0"),
         (["--cloud", "--prices", "nowhere.csv"], "--prices nowhere.csv: nowhere.csv cannot be read"),
         (["--cloud", "--node", "p9"], "--node p9: unknown"),
