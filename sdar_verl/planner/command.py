@@ -142,8 +142,8 @@ def _assumptions(arguments: argparse.Namespace) -> Any:
     idle = [f"--{name}" for name in ("gpu", "price", "recommend", "plot") if getattr(arguments, name)]
     if idle and arguments.cloud:
         raise ConfigError(
-            f"{', '.join(idle)}: no effect with --cloud, which has machines, prices and the smallest number of them from "
-            "its table (--node, --prices); leave it out, or --cloud"
+            f"{', '.join(idle)}: no effect with --cloud, which takes machines and prices from its table, and as few "
+            "machines as fit; leave it out, or --cloud"
         )
     return Assumptions(**given)
 
