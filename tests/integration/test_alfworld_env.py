@@ -1,14 +1,12 @@
-"""ALFWorld's engine: the same words with and without the speed-ups, the same in every process, and fast enough."""
+"""ALFWorld's engine: the same words with and without the speed-ups, and the same in every process."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
-import time
 from dataclasses import astuple
 from pathlib import Path
 
@@ -119,20 +117,6 @@ def test_the_planner_keeps_its_own_translation_on_request(games: list[Path]) -> 
             speedups.uninstall()
     finally:
         speedups.uninstall()
-
-
-def test_a_step_takes_at_most_15_ms(games: list[Path]) -> None:
-    env = AlfworldEnv()
-    for game in games:
-        seconds = []
-        step = env.reset(as_task(game))
-        rng = random.Random(0)
-        for _ in range(25):
-            action = rng.choice(step.admissible_actions)
-            started = time.process_time()  # other tests may run on this machine
-            step = env.step(action)
-            seconds.append(time.process_time() - started)
-        assert statistics.median(seconds) < 0.015, game
 
 
 def test_the_first_observation_names_the_task_and_not_the_engine(games: list[Path]) -> None:

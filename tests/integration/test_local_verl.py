@@ -12,7 +12,7 @@ import pytest
 from tests.support.tiny_model import make_tiny_model
 from tests.support.verl_run import Run, run_main_ppo
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
@@ -63,7 +63,7 @@ def train(folder: Path, *overrides: str, **kwargs) -> Run:
     )
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_stock_grpo_trains(tmp_path, world_size):
     """Two processes bring what one does not: gloo collectives, meta-device loading, one server per rank."""
     run = train(tmp_path, f"trainer.n_gpus_per_node={world_size}")

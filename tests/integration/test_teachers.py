@@ -1,4 +1,7 @@
-"""Teachers through verl's own main_ppo on the CPU: what each one scored, against plain forward passes."""
+"""Teachers through verl's own main_ppo on the CPU: what each one scored, against plain forward passes.
+
+Behind --all: test_teacher_worker.py has every one of them on verl's engines, without Ray, in each run of the tests.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from tests.support.plain import padded, plain_log_probs
 from tests.support.toy_run import SAME, train
 from tests.support.verl_run import Run
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 START = Path(start_policy()) / "model.safetensors"
 
@@ -84,7 +87,6 @@ def test_the_average_is_in_the_checkpoint(ema):
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.slow
 def test_a_resumed_run_has_its_averaged_teacher_back(ema, tmp_path):
     checkpoint = ema.folder / "checkpoints" / "global_step_2"
     resumed = train(
@@ -104,7 +106,6 @@ def test_a_resumed_run_has_its_averaged_teacher_back(ema, tmp_path):
     assert teacher_file(resumed, 3)["record"]["updates"] == 3
 
 
-@pytest.mark.slow
 def test_a_fresh_teacher_scores_inside_the_update(tmp_path):
     """One update per step: teacher and student have the weights that the step began with."""
     run = train(tmp_path, "sdar.teacher.source=actor_fresh", "trainer.save_freq=1", steps=2, record=True)
@@ -121,7 +122,6 @@ def test_a_fresh_teacher_scores_inside_the_update(tmp_path):
     assert run.metrics[1]["sdar/empty_context_gap"] <= 1e-6
 
 
-@pytest.mark.slow
 def test_other_weights_on_devices_of_their_own(tmp_path):
     import shutil
 
@@ -149,7 +149,6 @@ def test_other_weights_on_devices_of_their_own(tmp_path):
     assert run.metrics[1]["timing_s/teacher"] >= 0
 
 
-@pytest.mark.slow
 def test_the_base_under_an_adapter_stays_the_start_policy(tmp_path):
     run = train(
         tmp_path,
