@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sdar_verl.algorithm.gap import StepStatistics, step_statistics, token_gap
+from sdar_verl.algorithm.gap import StepStatistics, step_statistics, token_gap, trajectory_scale
 from sdar_verl.algorithm.gates import Ranges, gate_reads
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.masking import clean
@@ -99,6 +99,8 @@ class Method:
         advantages = rl * table.columns["advantages"]
         weighted = {} if rl == 1.0 else {"advantages": advantages}
         if TEACHER_LOG_PROBS not in table.columns:  # a teacher that is scored inside the update, or has retired
+            if settings.divide_by == "trajectory":
+                weighted[LOSS_SCALE] = trajectory_scale(table.response, table.episode_ids)
             return Judgement(StepValues(coef_of_loss, beta, measure=measure), weighted)
         old = clean("old_log_probs", table.columns["old_log_probs"], table.mask)
         teacher = clean("teacher_log_probs", table.columns[TEACHER_LOG_PROBS], table.mask)

@@ -199,7 +199,7 @@ class StepRequests:
 
 def reads_distributions(loss: LossConfig) -> bool:
     """Whether the update compares distributions: the objective is one over them, or its target is anchored."""
-    return loss.objective in DIVERGENCES or loss.anchor.drawn
+    return loss.objective in DIVERGENCES or (loss.anchor.drawn and loss.coef > 0)
 
 
 def distribution_option(loss: LossConfig) -> str:

@@ -17,6 +17,7 @@ from verl.utils.debug import marked_timer
 
 from sdar_verl.algorithm.schedules import GAP_SIZE
 from sdar_verl.config import SdarConfig
+from sdar_verl.config.loss import ScheduleConfig
 from sdar_verl.fields import STEP_VALUES, TEACHER_PROMPTS
 from sdar_verl.finite import ADVANTAGE_COLUMNS, UPDATE_COLUMNS, check_rows, check_teacher
 from sdar_verl.method import Method, Strengths
@@ -211,7 +212,7 @@ class LocalUpdate(PPOTrainer):
         metrics = {"sdar/lambda": coef, "sdar/beta": beta}
         if self.sdar.loss.rl_schedule.name != "constant" or rl != 1.0:
             metrics["sdar/rl_weight"] = rl
-        if self.sdar.loss.anchor.student_schedule.name != "constant":
+        if self.sdar.loss.anchor.student_schedule != ScheduleConfig():
             metrics["sdar/anchor_student"] = self.strengths.anchor(self.global_steps)
         judged = self.method.judge(table, coef, beta, rl)
         if judged.gap is not None and judged.gate is not None:

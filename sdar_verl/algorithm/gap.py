@@ -171,7 +171,7 @@ def step_statistics(
 
     scale = None
     if divide_by == "trajectory":
-        scale = _trajectory_scale(response, episode_ids, gap)
+        scale = trajectory_scale(response, episode_ids)
     elif divide_by == "weights":
         weight = gate_weight(
             gate,
@@ -196,13 +196,14 @@ def _uniform_scale(response: torch.Tensor, divisor: torch.Tensor, like: torch.Te
     return torch.full_like(like, factor)
 
 
-def _trajectory_scale(response: torch.Tensor, episode_ids: Sequence[Hashable], like: torch.Tensor) -> torch.Tensor:
-    episode, episodes = numbered(episode_ids, like)
-    tokens = torch.zeros(episodes, dtype=torch.float64, device=like.device)
+def trajectory_scale(response: torch.Tensor, episode_ids: Sequence[Hashable]) -> torch.Tensor:
+    """s_t of ``divide_by=trajectory``, (rows, response_length) float32; it needs no teacher."""
+    episode, episodes = numbered(episode_ids, response)
+    tokens = torch.zeros(episodes, dtype=torch.float64, device=response.device)
     tokens = tokens.index_add(0, episode, response.double().sum(dim=-1))
     played = (tokens > 0).sum().clamp(min=1)  # a padding row is an episode without tokens
     factor = tokens.sum() / (played * tokens.clamp(min=1.0))
-    return factor[episode].to(like.dtype).unsqueeze(-1).expand_as(like)
+    return factor[episode].float().unsqueeze(-1).expand_as(response)
 
 
 def _needed(statistics: StepStatistics | None, name: str, option: str) -> torch.Tensor:

@@ -57,7 +57,7 @@ def _support(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
         if sdar.teacher.placement == "pool":
             yield (
                 "sdar.loss.support=full needs the teacher's head next to the actor, but with "
-                "sdar.teacher.placement=pool it is on other devices; set sdar.loss.support=top_k or "
+                f"sdar.teacher.placement=pool it is on other devices; {_not_over_all(loss)}set "
                 "sdar.teacher.placement=colocated"
             )
         return
@@ -72,6 +72,11 @@ def _support(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
             "sdar.loss.tail=renormalise scales a single token (sdar.loss.top_k=1) to probability 1 on both sides: "
             "nothing would be learned; set sdar.loss.tail=bucket or a larger top_k"
         )
+
+
+def _not_over_all(loss: LossConfig) -> str:
+    """The remedy that objectives over distributions have, and an anchored target of the sampled token has not."""
+    return "set sdar.loss.support=top_k, or " if loss.objective in DIVERGENCES else ""
 
 
 def _anchor(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
@@ -114,10 +119,10 @@ def _sizes(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
     sizes = f"sdar.teacher.path={path} has a head of {teacher} tokens, the model that is trained one of {student}"
     if loss.support != "top_k":
         yield (
-            f"{sizes}, and sdar.loss.support=full compares them token by token; set sdar.loss.support=top_k, or use "
-            "sdar.loss.objective=sampled"
+            f"{sizes}, and sdar.loss.support=full compares them token by token; {_not_over_all(loss)}use "
+            "sdar.loss.objective=sampled without an anchor"
         )
-    elif SUPPORT_OF[loss.objective] == "student" and teacher < student:
+    elif SUPPORT_OF.get(loss.objective) == "student" and teacher < student:
         yield (
             f"{sizes}, whose most likely tokens (sdar.loss.objective={loss.objective}) the teacher must have; use "
             "sdar.loss.objective=forward_kl or sampled"
@@ -136,7 +141,7 @@ def _engine(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
         if size > 1:
             yield (
                 f"{objective} is not available with sequence parallelism (actor_rollout_ref.{name}.{option}={size}); "
-                "set it to 1, or use sdar.loss.objective=sampled"
+                "set it to 1, or use sdar.loss.objective=sampled without an anchor"
             )
         engine = node[name].get("fsdp_config", None) or {}
         if engine.get("pad_to_length", False):

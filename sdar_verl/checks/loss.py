@@ -13,7 +13,7 @@ from sdar_verl.algorithm.schedules import GAP_SIZE, GRAD_SHARE, GRAD_SHARE_WEIGH
 from sdar_verl.algorithm.signals import check_signal, get_signal, signal_reads
 from sdar_verl.checks.distributions import distribution_faults
 from sdar_verl.config import SdarConfig
-from sdar_verl.config.loss import LossConfig
+from sdar_verl.config.loss import LossConfig, ScheduleConfig
 
 
 def loss_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
@@ -36,12 +36,10 @@ def _names(loss: LossConfig) -> Iterator[str]:
         "gate": lambda: check_gate_options(loss.gate, loss.gate_options),
         "objective": lambda: check_objective_options(loss.objective, loss.objective_options),
         "signal": lambda: check_signal(loss.signal, loss.coef, loss.signal_options),
-        "coef_schedule": lambda: make_schedule(loss.coef_schedule.name, loss.coef_schedule.options),
-        "beta_schedule": lambda: make_schedule(loss.beta_schedule.name, loss.beta_schedule.options),
-        "rl_schedule": lambda: make_schedule(loss.rl_schedule.name, loss.rl_schedule.options),
-        "anchor.student_schedule": lambda: make_schedule(
-            loss.anchor.student_schedule.name, loss.anchor.student_schedule.options
-        ),
+        **{
+            option: lambda node=node: make_schedule(node.name, node.options)  # type: ignore[misc]
+            for option, (node, _) in _scheduled(loss).items()
+        },
     }
     for option, attempt in attempts.items():
         fault = _fault(attempt)
@@ -66,10 +64,9 @@ def _fault(attempt: Callable[[], object]) -> str | None:
 def _schedules(loss: LossConfig) -> Iterator[str]:
     """What a schedule follows must be measured, and be moved by the value that it sets."""
     shares = (GRAD_SHARE, GRAD_SHARE_WEIGHTS)
-    moved = (("beta_schedule", "beta"), ("rl_schedule", "the policy gradient's weight"))
-    nodes = [(option, getattr(loss, option), moves) for option, moves in moved]
-    nodes.append(("anchor.student_schedule", loss.anchor.student_schedule, "the target's weight"))
-    for option, node, moves in nodes:
+    for option, (node, moves) in _scheduled(loss).items():
+        if option == "coef_schedule":
+            continue
         for measure in measures_of(make_schedule(node.name, node.options)):
             if measure in shares:
                 yield (
@@ -89,6 +86,16 @@ def _schedules(loss: LossConfig) -> Iterator[str]:
                 f"auxiliary loss, which sdar.loss.signal={loss.signal} does not have; use signal=loss or another "
                 "schedule"
             )
+
+
+def _scheduled(loss: LossConfig) -> dict[str, tuple[ScheduleConfig, str]]:
+    """Option -> its node, and what it moves."""
+    return {
+        "coef_schedule": (loss.coef_schedule, "lambda"),
+        "beta_schedule": (loss.beta_schedule, "beta"),
+        "rl_schedule": (loss.rl_schedule, "the policy gradient's weight"),
+        "anchor.student_schedule": (loss.anchor.student_schedule, "the target's weight"),
+    }
 
 
 def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
@@ -213,8 +220,7 @@ def needs_step_statistics(loss: LossConfig) -> list[str]:
         "gate": gate_reads(loss.gate, "ranges") and loss.gate_options.get("norm") == "batch_minmax",
     }
     found = [f"sdar.loss.{name}={getattr(loss, name)}" for name, asked in asks.items() if asked]
-    for option in ("coef_schedule", "beta_schedule", "rl_schedule"):
-        node = getattr(loss, option)
+    for option, (node, _) in _scheduled(loss).items():
         if GAP_SIZE in measures_of(make_schedule(node.name, node.options)):
             found.append(f"sdar.loss.{option}.name={node.name}")
     return found

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     notes, stops = read_data(config, sdar, lengths)
     notes += count_validations(config, sdar, lengths)
     wished = Layout.from_config(config, sdar, **lengths)
-    if arguments.cloud and not wished.steps:
+    if arguments.cloud and not wished.known:
         raise ConfigError(
             "--cloud prices a whole run, and how many steps it has is not known: set trainer.total_training_steps, or "
             "trainer.total_epochs with data.train_files that lie here"

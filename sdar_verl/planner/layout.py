@@ -57,12 +57,13 @@ class Layout:
         teacher_offload: EMA and snapshot weights wait on the CPU between passes.
         teacher_gpus: GPUs of the teacher's own pool.
         objective: of the distillation term.
-        support: of a distribution-level objective, ``full`` or ``top_k``; None: the objective is on sampled tokens.
+        support: where the update compares distributions, ``full`` or ``top_k``; None: it does not.
         chunk_tokens: tokens whose logits such an objective has in memory at a time.
         lora_rank: 0 without LoRA.
         writer: of contexts that somebody writes, ``policy`` or ``endpoint``; empty without such.
         writings: texts that it writes per step, at most.
         validations: how many there are over the run, and of how many episodes each.
+        validates_only: there is no step (``trainer.val_only``).
         untaught_steps: steps at the end without a teacher, as far as lambda's schedule says it beforehand.
         writer_prompt: tokens that it reads for one, on average.
         writer_answer: tokens that it writes, on average.
@@ -118,7 +119,13 @@ class Layout:
     longest: int = 4608
     steps: int = 150
     validations: tuple[tuple[int, int], ...] = ()
+    validates_only: bool = False
     guessed: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> bool:
+        """Whether the run's length is."""
+        return self.steps > 0 or self.validates_only
 
     @property
     def rows(self) -> float:
@@ -177,6 +184,8 @@ class Layout:
                 f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does not "
                 f"divide the {gpus} GPUs (trainer.n_gpus_per_node x trainer.nnodes)"
             )
+        validates_only = bool(config.trainer.get("val_only", False))
+        steps = 0 if validates_only else int(config.trainer.total_training_steps or 0)
         longest = int(
             max(config.data.max_prompt_length, 0 if teacher == "none" else sdar.teacher.max_prompt_length)
             + config.data.max_response_length
@@ -222,9 +231,10 @@ class Layout:
             context=(0.0 if teacher == "none" else room / 2) if context is None else context,
             response=config.data.max_response_length / 3 if response is None else response,
             longest=longest,
-            steps=int(config.trainer.total_training_steps or 0),
-            untaught_steps=_untaught(sdar, int(config.trainer.total_training_steps or 0)),
+            steps=steps,
+            untaught_steps=_untaught(sdar, steps),
             validations=tuple(validations),
+            validates_only=validates_only,
             guessed=tuple(name for name, value in given.items() if value is None and _is_open(name, config, teacher)),
         )
 

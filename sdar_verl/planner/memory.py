@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sdar_verl.algorithm.divergences import DIVERGENCES
 from sdar_verl.planner.hardware import GIB
 from sdar_verl.planner.layout import Layout
 
@@ -95,7 +96,9 @@ def divergence_bytes(layout: Layout, tokens: float) -> float:
         return 0.0
     a = layout.architecture
     head = float(a.vocabulary * a.hidden)
-    total = 16.0 * min(tokens, layout.chunk_tokens) * a.vocabulary + 4.0 * head
+    total = 16.0 * min(tokens, layout.chunk_tokens) * a.vocabulary
+    if layout.objective in DIVERGENCES:  # what an anchored target says of the sampled token has no gradient
+        total += 4.0 * head
     if layout.support == "full":
         total += 2.0 * head + 2.0 * tokens * a.hidden
     return total

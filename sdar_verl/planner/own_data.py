@@ -27,7 +27,7 @@ def count_steps(config: DictConfig) -> None:
         return
     try:
         rows = sum(row_count(file) for file in files)
-    except (PanelError, OSError):
+    except (PanelError, OSError, ValueError):
         return
     config.trainer.total_training_steps = epochs * steps_per_epoch(config, rows) or None
 
@@ -42,6 +42,8 @@ def count_validations(config: DictConfig, sdar: SdarConfig, lengths: dict[str, A
     every, rollouts = int(trainer.test_freq), int(config.actor_rollout_ref.rollout.val_kwargs.n)
     times = -(-steps // every) if every > 0 else 0  # verl validates after the last step, too
     times += bool(trainer.get("val_before_train", True))
+    if trainer.get("val_only", False):
+        times = 1
     panel, learn = panel_files(config, "val_files"), sdar.skills.learn
     played = [(times, len(played_arms(sdar.validation.arms, plays_environments(config))), panel, "data.val_files")]
     if learn.every:
@@ -52,14 +54,14 @@ def count_validations(config: DictConfig, sdar: SdarConfig, lengths: dict[str, A
             continue
         try:
             rows = sum(row_count(file) for file in files)
-        except (PanelError, OSError):
+        except (PanelError, OSError, ValueError):
             rows = 0
         if option == "data.val_files" and (most := int(config.data.get("val_max_samples", -1))) > 0:
             rows = min(rows, most)
         if rows:
             found.append((number, rows * arms * rollouts))
         else:
-            missing.append(f"{number} validations over {option} are not in the hours, since it is not here")
+            missing.append(f"{number} validations over {option} are not in the hours, since it cannot be read here")
     lengths["validations"] = found
     return missing
 

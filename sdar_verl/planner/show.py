@@ -28,8 +28,8 @@ def as_dict(plan: Plan, price: float | None = None) -> dict[str, Any]:
         "steps": plan.layout.steps,
         "validations": [{"times": times, "episodes": size} for times, size in plan.layout.validations],
         "validation_seconds": plan.validating,
-        "gpu_hours": plan.gpu_hours if plan.layout.steps else None,
-        "cost": None if price is None or not plan.layout.steps else plan.gpu_hours * price,
+        "gpu_hours": plan.gpu_hours if plan.layout.known else None,
+        "cost": None if price is None or not plan.layout.known else plan.gpu_hours * price,
     }
 
 
@@ -64,7 +64,7 @@ def as_text(plan: Plan, price: float | None = None) -> str:
     total += f"{plan.gpu_hours:,.0f} GPU-hours"
     if price is not None:
         total += f", {plan.gpu_hours * price:,.0f} at {price:g} a GPU-hour"
-    if not layout.steps:
+    if not layout.known:
         total = "hours and cost are unknown: set trainer.total_training_steps"
     lines += ["", total, "", "fits" if plan.fits else "does not fit:"]
     lines += [f"  - {fault}" for fault in plan.faults]

@@ -11,7 +11,7 @@ from sdar_verl.untrusted import printable
 
 if TYPE_CHECKING:
     from sdar_verl.skills.bank import SkillBank
-    from sdar_verl.writer.base import Writer
+    from sdar_verl.writer.step import StepWriting
 
 CHARACTERS_PER_TOKEN = 3
 """A guess on the safe side: there is no tokenizer here."""
@@ -51,7 +51,6 @@ def _learn(arguments: argparse.Namespace) -> int:
     from sdar_verl.report.read import read_run
     from sdar_verl.skills import learn
     from sdar_verl.skills.bank import SkillBank
-    from sdar_verl.writer.step import StepWriting
 
     for option, value in (("--episodes", arguments.episodes), ("--max-words", arguments.max_words)):
         if value < 1:
@@ -60,7 +59,7 @@ def _learn(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out {arguments.out} holds a candidate already; name a new folder")
     run, bank = read_run(arguments.folder), SkillBank.load(arguments.bank)
     seen = learn.evidence(run, arguments.episodes, arguments.task_type)
-    writing = StepWriting(_writer(arguments), ())
+    writing = _writing(arguments, run.run.get("settings", {}).get("data.apply_chat_template_kwargs"))
     made = learn.write_skills(bank, seen, writing, arguments.max_words)
     for line in _told(writing.metrics()):
         print(line)
@@ -99,18 +98,19 @@ def _learn(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _writer(arguments: argparse.Namespace) -> Writer:
+def _writing(arguments: argparse.Namespace, chat_template_kwargs: dict[str, Any] | None) -> StepWriting:
     from sdar_verl.config.context import WriterConfig
     from sdar_verl.errors import ConfigError
+    from sdar_verl.writer.step import StepWriting
 
     named = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in ("model", "key_variable")}
     if arguments.policy is not None:
-        from sdar_verl.writer.checkpoint import checkpoint_writer
+        from sdar_verl.writer.checkpoint import checkpoint_writing
 
         for option, value in named.items():
             if value is not None:
                 raise ConfigError(f"{option} {value}: no effect with --policy, which asks no endpoint; leave it out")
-        return checkpoint_writer(arguments.policy, WriterConfig())
+        return checkpoint_writing(arguments.policy, chat_template_kwargs)
     from sdar_verl.writer.endpoint import EndpointWriter
 
     if arguments.model is None:
@@ -118,7 +118,8 @@ def _writer(arguments: argparse.Namespace) -> Writer:
     settings = WriterConfig(
         source="endpoint", url=arguments.url, model=arguments.model, key_variable=arguments.key_variable
     )
-    return EndpointWriter(settings, arguments.out, lambda text: len(text) // CHARACTERS_PER_TOKEN + 1)
+    writer = EndpointWriter(settings, arguments.out, lambda text: len(text) // CHARACTERS_PER_TOKEN + 1)
+    return StepWriting(writer, ())  # the endpoint's control strings are its own matter: there is no tokenizer here
 
 
 def _told(metrics: Mapping[str, float]) -> list[str]:

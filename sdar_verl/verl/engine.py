@@ -58,7 +58,8 @@ class WithRequests:
         if not asked.seen and request.what != "log_probs":
             raise RuntimeError(
                 "the model's output embeddings were not called in its forward pass, so their input is unknown; "
-                "set actor_rollout_ref.model.use_fused_kernels=False, or use sdar.loss.objective=sampled"
+                "set actor_rollout_ref.model.use_fused_kernels=False, or use sdar.loss.objective=sampled without an "
+                "anchor"
             )
         output.get("model_output", {}).update(asked.fields)
         return loss, output
@@ -83,7 +84,8 @@ class WithRequests:
         if request.what != "log_probs" and not isinstance(head, torch.nn.Linear):
             raise RuntimeError(
                 f"the model's output embeddings are {type(head).__name__}, and a divergence over distributions reads "
-                "torch.nn.Linear only; leave lm_head out of the LoRA targets, or use sdar.loss.objective=sampled"
+                "torch.nn.Linear only; leave lm_head out of the LoRA targets, or use sdar.loss.objective=sampled "
+                "without an anchor"
             )
         if self._hooked or head is None:
             return

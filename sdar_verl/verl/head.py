@@ -203,7 +203,7 @@ class HeadPass:
         if given is not None and int(given.max()) >= len(weight):
             raise RuntimeError(
                 f"the student's vocabulary is larger than the teacher's ({len(weight)} tokens); use a teacher with the "
-                "student's vocabulary, or sdar.loss.objective=sampled"
+                "student's vocabulary, or sdar.loss.objective=sampled without an anchor"
             )
         ids, log_probs = [], []
         for start in range(0, len(hidden), request.chunk):
@@ -226,7 +226,7 @@ class HeadPass:
                 raise RuntimeError(
                     f"the teacher's {request.k} most likely tokens hold number {int(ids.max())}, and the student's "
                     f"vocabulary has {vocabulary} tokens; use a smaller sdar.loss.top_k, a teacher with the student's "
-                    "vocabulary, or sdar.loss.objective=sampled"
+                    "vocabulary, or sdar.loss.objective=sampled without an anchor"
                 )
             anchor = None
             if request.reference:
@@ -253,7 +253,7 @@ class HeadPass:
         if len(weight) != vocabulary:
             raise RuntimeError(
                 f"the student's vocabulary has {vocabulary} tokens, the {whose}'s {len(weight)}; use a teacher with "
-                "the student's vocabulary, or sdar.loss.objective=sampled"
+                "the student's vocabulary, or sdar.loss.objective=sampled without an anchor"
             )
         hidden = self._column(column)[self._chosen]
         return lambda rows: chunk_logits(hidden[rows], weight, bias, self._temperature)
@@ -293,7 +293,7 @@ class HeadPass:
         if not torch.allclose(logits.float(), self._probe, rtol=8 * precision, atol=8 * precision):
             raise RuntimeError(
                 "this model changes its logits after the head (soft-capping or scaling), and a divergence over "
-                "distributions is computed from the head; use sdar.loss.objective=sampled with it"
+                "distributions is computed from the head; use sdar.loss.objective=sampled without an anchor"
             )
         self._heads.checked = True
 

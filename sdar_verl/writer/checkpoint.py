@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sdar_verl.config.context import WriterConfig
 from sdar_verl.errors import ConfigError
+from sdar_verl.rollout.control import control_strings_of
 from sdar_verl.writer.policy import PolicyWriter
-
-if TYPE_CHECKING:
-    from sdar_verl.config.context import WriterConfig
+from sdar_verl.writer.step import StepWriting
 
 PROMPT_TOKENS = 8192
 ANSWER_TOKENS = 1024
@@ -29,15 +29,17 @@ class CheckpointClient:
 
     def __init__(self, folder: Path) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
         self._model = model.to(device)
+        ends = {name: getattr(model.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**ends)  # no penalties of the file's, which rollouts do not have
         self.positions: int | None = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
     async def generate(self, *, request_id: str, prompt_ids: list[int], sampling_params: dict[str, Any]) -> Any:
-        """An object whose ``token_ids`` are the answer's, the end token left out."""
+        """An object whose ``token_ids`` are the answer's."""
         import torch
 
         torch.manual_seed(sampling_params["seed"])
@@ -55,14 +57,14 @@ class CheckpointClient:
         return SimpleNamespace(token_ids=row[0, len(prompt_ids) :].tolist())
 
 
-def checkpoint_writer(folder: Path, settings: WriterConfig, seed: int = 0) -> PolicyWriter:
-    """A writer that is the policy of a checkpoint.
+def checkpoint_writing(folder: Path, chat_template_kwargs: dict[str, Any] | None) -> StepWriting:
+    """A way to a writer that is the policy of a checkpoint.
+
+    Prompts have up to 8,192 tokens and answers 1,024, less where the model has fewer positions.
 
     Args:
         folder: a checkpoint's ``actor/huggingface``, or any model that transformers reads.
-        settings: the ``sdar.context.writer`` node; prompts have up to 8,192 tokens and answers 1,024 unless it says
-            otherwise, less where the model has fewer positions.
-        seed: of the draws.
+        chat_template_kwargs: of the run that made it (``data.apply_chat_template_kwargs``).
 
     Raises:
         ConfigError: the folder holds no model, or no weights.
@@ -77,15 +79,17 @@ def checkpoint_writer(folder: Path, settings: WriterConfig, seed: int = 0) -> Po
             "(actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]), or merge them: "
             f"python -m verl.model_merger merge --backend fsdp --local_dir {folder.parent} --target_dir DIR"
         )
-    client = CheckpointClient(folder)
+    client, tokenizer = CheckpointClient(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
     positions = client.positions or PROMPT_TOKENS + ANSWER_TOKENS
-    answer = min(settings.max_tokens or ANSWER_TOKENS, positions // 2)
-    return PolicyWriter(
+    answer = min(ANSWER_TOKENS, positions // 2)
+    writer = PolicyWriter(
         lambda: client,
-        AutoTokenizer.from_pretrained(folder, local_files_only=True),
-        settings,
+        tokenizer,
+        WriterConfig(),
         prompt_tokens=min(PROMPT_TOKENS, positions - answer),
         answer_tokens=answer,
         temperature=1.0,
-        seed=seed,
+        seed=0,
+        chat_template_kwargs=chat_template_kwargs,
     )
+    return StepWriting(writer, control_strings_of(tokenizer, chat_template_kwargs))

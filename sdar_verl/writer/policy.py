@@ -96,7 +96,7 @@ class PolicyWriter:
                 break
             except Exception as error:
                 failure = f"{type(error).__name__}: {error}"
-                logger.warning("the rollout server wrote no context: %s", failure)
+                logger.warning("the policy wrote nothing: %s", failure)
         else:
             return Answer(failure=failure)
         ids = list(output.token_ids)

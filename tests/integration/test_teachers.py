@@ -1,6 +1,6 @@
 """Teachers through verl's own main_ppo on the CPU: what each one scored, against plain forward passes.
 
-Behind --all: test_teacher_worker.py has every one of them on verl's engines, without Ray, in each run of the tests.
+Behind --all: test_teacher_worker.py has all but a pool's on verl's engines, without Ray, in each run of the tests.
 """
 
 from __future__ import annotations

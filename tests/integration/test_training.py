@@ -135,8 +135,11 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(whole, tmp_path):
 
 
 def test_two_ranks_equal_one(whole, tmp_path):
-    two = train(tmp_path / "two", "sdar.teacher.source=actor", "trainer.n_gpus_per_node=2", steps=2)
+    sampled = "actor_rollout_ref.rollout.calculate_log_probs=True"
+    two = train(tmp_path / "two", "sdar.teacher.source=actor", "trainer.n_gpus_per_node=2", sampled, steps=2)
     for step in (1, 2):
+        # Each rank's server samples from the weights of the last update, and says with which probability.
+        assert two.metrics[step]["training/rollout_probs_diff_max"] < 2e-5
         for name in (*LEARNING, *DISTILLING):
             assert two.metrics[step][name] == pytest.approx(whole.metrics[step][name], **SAME), (step, name)
 

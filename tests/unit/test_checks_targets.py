@@ -19,8 +19,9 @@ CASES = {
         ["sdar.loss.anchor has no effect with sdar.loss.objective=sampled", "k1, k2, k3, forward_kl"],
     ),
     "an anchor of shaped advantages": (
-        {"sdar.loss.anchor.student": 0.5, "sdar.loss.signal": "advantage_weight", "sdar.loss.coef": 0.5},
-        ["sdar.loss.anchor has no effect with sdar.loss.objective=sampled"],
+        {"sdar.loss.anchor.student": 0.5, "sdar.loss.objective": "k1"}
+        | {"sdar.loss.signal": "advantage_weight", "sdar.loss.coef": 0.5},
+        ["sdar.loss.anchor has no effect with sdar.loss.signal=advantage_weight"],
     ),
     "k tokens for the sampled one": (
         {"sdar.loss.anchor.student": 0.5, "sdar.loss.objective": "k1", "sdar.loss.support": "top_k"},
@@ -33,7 +34,7 @@ CASES = {
             "sdar.teacher.placement": "pool",
             "sdar.teacher.pool_gpus_per_node": 1,
         },
-        ["support=full needs the teacher's head", "placement=pool"],
+        ["support=full needs the teacher's head", "on other devices; set sdar.teacher.placement=colocated"],
     ),
     "an anchored token of a rollout server": (
         {
@@ -55,6 +56,16 @@ CASES = {
         | {"sdar.loss.anchor.student_schedule.name": "grad_share"}
         | {"sdar.loss.anchor.student_schedule.options": {"share": 0.1}},
         ["anchor.student_schedule.name=grad_share follows", "sdar.loss.coef_schedule"],
+    ),
+    "a schedule that follows the gap of a teacher within the update": (
+        {"sdar.loss.anchor.student": 0.5, "sdar.loss.objective": "k1", "sdar.teacher.source": "actor_fresh"}
+        | {"sdar.loss.anchor.student_schedule.name": "hand_off"},
+        ["sdar.loss.anchor.student_schedule.name=hand_off", "sdar.teacher.source=actor_fresh"],
+    ),
+    "an anchored token on a sequence-parallel engine": (
+        {"sdar.loss.anchor.student": 0.5, "sdar.loss.objective": "k1", "trainer.n_gpus_per_node": 2}
+        | {"actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2},
+        ["sdar.loss.objective=k1 with sdar.loss.anchor is not available", "objective=sampled without an anchor"],
     ),
     "an unknown schedule of an anchor": (
         {"sdar.loss.anchor.student": 0.5, "sdar.loss.objective": "k1"}
@@ -152,6 +163,11 @@ CASES = {
         ["means: two", "re-weigh a token mean", "loss_agg_mode=seq-mean-token-mean"],
     ),
 }
+
+
+def test_a_baseline_without_lambda_keeps_the_anchor_of_its_recipe(recipe):
+    for objective in ("sampled", "k1"):
+        run_checks(recipe, **{"sdar.loss.anchor.student": 0.5, "sdar.loss.objective": objective, "sdar.loss.coef": 0})
 
 
 @pytest.mark.parametrize("case", CASES)

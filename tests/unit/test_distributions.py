@@ -208,6 +208,11 @@ def test_what_cannot_be_is_refused_before_the_start(recipe, case):
         (90, {"sdar.loss.objective": "forward_kl"}, "support=full"),
         (110, SUPPORT, ""),
         (90, SUPPORT, "sdar.loss.objective=reverse_kl"),
+        (
+            110,
+            {"sdar.loss.objective": "k1", "sdar.loss.anchor.student": 0.5},
+            "by token; use sdar.loss.objective=sampled",
+        ),
         (90, {**SUPPORT, "sdar.loss.objective": "forward_kl"}, ""),
         (110, {**SUPPORT, "sdar.loss.objective": "forward_kl"}, ""),
     ],

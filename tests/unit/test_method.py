@@ -12,6 +12,7 @@ import verl.trainer.ppo.v1  # noqa: F401  loads our trainers, which stand on it
 
 from sdar_verl.algorithm.advantages import rlsd_advantages
 from sdar_verl.algorithm.gap import step_statistics
+from sdar_verl.algorithm.schedules import LinearDecay
 from sdar_verl.config import AdvantageConfig
 from sdar_verl.config.context import ContextConfig
 from sdar_verl.config.loss import LossConfig
@@ -128,6 +129,30 @@ def test_a_signal_changes_advantages_and_keeps_the_loss_out() -> None:
 def test_without_teacher_log_probs_only_the_values_are_sent() -> None:
     found = judged(table_of(with_teacher=False), centre="batch")
     assert found == Judgement(StepValues(0.01, 5.0), {})
+
+
+def test_the_mean_over_trajectories_needs_no_teacher_before_the_update() -> None:
+    scales = [
+        judged(table_of(with_teacher=there), divide_by="trajectory").columns["sdar_loss_scale"]
+        for there in (True, False)
+    ]
+    assert torch.equal(*scales) and len(scales[0].unique()) > 1
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_students_weight_in_the_target_follows_its_schedule(step: int) -> None:
+    options = {"name": "linear_decay", "options": {"steps": 2, "final": 0.4}}
+    anchor = {"reference": 0.3, "student": 0.5, "student_schedule": options}
+    weight = Strengths(LossConfig(objective="k1", anchor=anchor)).anchor(step)
+    assert weight == pytest.approx({1: 0.35, 2: 0.2}[step])
+
+
+def test_a_schedule_that_leaves_the_teacher_no_weight_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LinearDecay, "factor", lambda self, step: 3.0)  # a third party's may rise
+    schedule = {"name": "linear_decay", "options": {"steps": 2}}
+    anchor = {"reference": 0.3, "student": 0.5, "student_schedule": schedule}
+    with pytest.raises(ValueError, match=r"student_schedule makes the student's weight 1.5 at step 4.*\[0, 0.7\)"):
+        Strengths(LossConfig(objective="k1", anchor=anchor)).anchor(4)
 
 
 def test_a_signal_that_breaks_its_rows_is_named() -> None:

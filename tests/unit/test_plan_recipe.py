@@ -145,6 +145,20 @@ def test_validations_are_in_the_hours_where_their_panel_is_here(tmp_path, capsys
     assert gone["validations"] == [] and any("data.val_files are not in the hours" in note for note in gone["data"])
 
 
+def test_a_run_that_only_validates_has_no_step(tmp_path, capsys):
+    only = ("trainer.val_only=True", "trainer.val_before_train=True", "trainer.test_freq=2")
+    plan = planned(capsys, tmp_path, *COLUMN, *only)
+    assert plan["steps"] == 0 and plan["validations"] == [{"times": 1, "episodes": 4}]
+    assert plan["gpu_hours"] == pytest.approx(plan["validation_seconds"] / 3600)
+
+
+def test_a_panel_that_cannot_be_read_is_named(tmp_path, capsys):
+    (tmp_path / "bad.parquet").write_text("x")
+    files = (f"data.val_files={tmp_path / 'bad.parquet'}", "trainer.test_freq=2")
+    plan = planned(capsys, tmp_path / "a", *COLUMN, *files)
+    assert any("1 validations over data.val_files are not in the hours" in note for note in plan["data"])
+
+
 def test_a_panel_that_judges_skills_is_played_twice(tmp_path, capsys):
     for name in ("train", "val", "judge"):
         tasks = [Task("alfworld", f"{name}-{i}", "look_at_obj_in_light", "look at a mug") for i in range(5)]
