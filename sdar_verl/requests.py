@@ -171,13 +171,14 @@ class StepRequests:
         if not reads_distributions(loss):
             return cls(teacher=ScoringPass(mask=mask))
         chunk = CHUNK_TOKENS if loss.chunk_tokens is None else loss.chunk_tokens
-        anchored, drawn = loss.anchor.model_dump(include={"reference", "student"}), loss.anchor.reference > 0
+        drawn = loss.anchor.reference > 0
+        weights: dict[str, Any] = {"reference": loss.anchor.reference, "student": loss.anchor.student}
         if loss.support != "top_k":
             hidden = HeadRequest("hidden", True, chunk)
             what: Literal["divergence", "target"] = "divergence" if loss.objective in DIVERGENCES else "target"
             return cls(
                 teacher=ScoringPass(hidden, mask=mask),
-                update=HeadRequest(what, False, chunk, 0, loss.objective, **anchored),
+                update=HeadRequest(what, False, chunk, 0, loss.objective, **weights),
                 anchor=ScoringPass.anchor(hidden) if drawn else None,
             )
         k, ids = top_k(loss), (SUPPORT_IDS,)
@@ -188,7 +189,7 @@ class StepRequests:
             teacher=ScoringPass(HeadRequest("top_k", True, chunk, k), mask=mask)
             if own
             else ScoringPass(on_support, mask=mask, reads=ids),
-            update=HeadRequest("divergence", False, chunk, k, loss.objective, loss.tail or "bucket", **anchored),
+            update=HeadRequest("divergence", False, chunk, k, loss.objective, loss.tail or "bucket", **weights),
             anchor=ScoringPass.anchor(on_support, ids) if drawn else None,
         )
 
@@ -199,7 +200,12 @@ class StepRequests:
 
 def reads_distributions(loss: LossConfig) -> bool:
     """Whether the update compares distributions: the objective is one over them, or its target is anchored."""
-    return loss.objective in DIVERGENCES or (loss.anchor.drawn and loss.coef > 0)
+    return loss.objective in DIVERGENCES or (anchored(loss) and loss.coef > 0)
+
+
+def anchored(loss: LossConfig) -> bool:
+    """Whether the student is moved to another target than the teacher."""
+    return loss.anchor.reference > 0 or loss.anchor.student > 0
 
 
 def distribution_option(loss: LossConfig) -> str:

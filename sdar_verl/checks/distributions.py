@@ -16,7 +16,7 @@ from sdar_verl.config import SdarConfig
 from sdar_verl.config.loss import LossConfig, ScheduleConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.families import find_architecture
-from sdar_verl.requests import distribution_option, reads_distributions, top_k
+from sdar_verl.requests import anchored, distribution_option, reads_distributions, top_k
 from sdar_verl.teacher.sources import get_source, has_reference, list_sources, uses_lora
 
 _OPTIONS = ("support", "top_k", "tail", "chunk_tokens")
@@ -83,12 +83,12 @@ def _anchor(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
     """The start policy's pass goes through verl's reference worker; the student's weight may follow a schedule."""
     loss, source = sdar.loss, sdar.teacher.source
     weight, schedule = loss.anchor.reference, loss.anchor.student_schedule
-    if loss.anchor.drawn and loss.objective == "sampled":
+    if anchored(loss) and loss.objective == "sampled":
         yield (
             "sdar.loss.anchor has no effect with sdar.loss.objective=sampled, whose gradient is the same for every "
             "target; leave its weights at 0, or use objective k1, k2, k3, forward_kl, reverse_kl or jsd"
         )
-    elif loss.anchor.drawn and not signal_reads(loss.signal, "loss", loss.signal_options):
+    elif anchored(loss) and not signal_reads(loss.signal, "loss", loss.signal_options):
         yield f"sdar.loss.anchor has no effect with sdar.loss.signal={loss.signal}; leave its weights at 0"
     if not loss.anchor.student and schedule != ScheduleConfig():
         yield (

@@ -35,11 +35,6 @@ class AnchorConfig(Node):
     student: float = Field(0.0, ge=0, lt=1, description="b, weight of the student itself, detached; no pass of its own")
     student_schedule: ScheduleConfig = ScheduleConfig()
 
-    @property
-    def drawn(self) -> bool:
-        """Whether the target is another than the teacher."""
-        return self.reference > 0 or self.student > 0
-
     @model_validator(mode="after")
     def _leaves_the_teacher(self) -> AnchorConfig:
         if self.reference + self.student >= 1.0:

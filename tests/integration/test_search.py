@@ -30,7 +30,7 @@ pytestmark = pytest.mark.integration
 EPISODES = 24
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     # Ray's sockets lie here and their paths must be short.
     with tempfile.TemporaryDirectory(prefix="sdar", ignore_cleanup_errors=True) as folder:
