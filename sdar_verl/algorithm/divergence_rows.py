@@ -115,15 +115,11 @@ class TargetLogProbs:
         self._tokens, self._teacher, self._anchor = tokens, teacher_logits, anchor
 
     def columns(self, logits: torch.Tensor, rows: slice) -> torch.Tensor:
-        """(chunk, 1), nats; overwrites ``logits``."""
+        """(chunk, 1), nats, detached; overwrites ``logits``."""
         teacher = self._teacher(rows)
         if self._anchor is not None:
             teacher = self._anchor.draw(teacher, rows, _log_softmax(logits))
         return _log_softmax(teacher).gather(-1, self._tokens[rows].unsqueeze(-1))
-
-    def slope(self, logits: torch.Tensor, rows: slice, upstream: torch.Tensor) -> torch.Tensor:
-        """The target is detached: no gradient."""
-        raise NotImplementedError("a target has no gradient")
 
 
 class TopKDivergence:

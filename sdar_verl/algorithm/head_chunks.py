@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 
-class RowFunction(Protocol):
+class Columns(Protocol):
     """A function of logits, given a chunk of rows at a time: (chunk, V) in float32, divided by the temperature.
 
     ``rows`` says which rows of the whole they are; the logits may be overwritten.
@@ -25,6 +25,10 @@ class RowFunction(Protocol):
 
     def columns(self, logits: torch.Tensor, rows: slice) -> torch.Tensor:
         """(chunk, m) float32."""
+
+
+class RowFunction(Columns, Protocol):
+    """One that knows its derivative."""
 
     def slope(self, logits: torch.Tensor, rows: slice, upstream: torch.Tensor) -> torch.Tensor:
         """``upstream`` (chunk,) times the derivative of the first column with respect to the logits, (chunk, V)."""
@@ -62,6 +66,23 @@ def map_logits(
     return _MapLogits.apply(hidden, weight, bias, function, float(temperature), chunk)
 
 
+def columns_of_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    function: Columns,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    chunk: int = 128,
+) -> torch.Tensor:
+    """The values of :func:`map_logits`, without gradient."""
+    with torch.no_grad(), _no_autocast(hidden):
+        parts = [
+            function.columns(chunk_logits(hidden[rows], weight, bias, temperature), rows)
+            for rows in _slices(len(hidden), chunk)
+        ]
+    return torch.cat(parts)
+
+
 def chunk_logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float
 ) -> torch.Tensor:
@@ -86,12 +107,7 @@ class _MapLogits(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight, bias)
         ctx.function, ctx.temperature, ctx.chunk = function, temperature, chunk
-        with _no_autocast(hidden):
-            parts = [
-                function.columns(chunk_logits(hidden[rows], weight, bias, temperature), rows)
-                for rows in _slices(len(hidden), chunk)
-            ]
-        return torch.cat(parts)
+        return columns_of_logits(hidden, weight, function, bias, temperature, chunk)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -65,10 +65,8 @@ def _schedules(loss: LossConfig) -> Iterator[str]:
     """What a schedule follows must be measured, and be moved by the value that it sets."""
     shares = (GRAD_SHARE, GRAD_SHARE_WEIGHTS)
     for option, (node, moves) in _scheduled(loss).items():
-        if option == "coef_schedule":
-            continue
         for measure in measures_of(make_schedule(node.name, node.options)):
-            if measure in shares:
+            if measure in shares and option != "coef_schedule":
                 yield (
                     f"sdar.loss.{option}.name={node.name} follows {measure}, which lambda moves and {moves} does not; "
                     "use it in sdar.loss.coef_schedule"

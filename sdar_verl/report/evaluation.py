@@ -190,11 +190,14 @@ def planned_hours(plan: Plan, configs: Mapping[str, Any], gpu: str) -> dict[str,
     from sdar_verl.config import load_config
     from sdar_verl.planner.hardware import find_gpu
     from sdar_verl.planner.layout import Layout
+    from sdar_verl.planner.own_data import count_validations
     from sdar_verl.planner.plan import make_plan
 
     hours = {}
     for arm, config in configs.items():
-        made = make_plan(Layout.from_config(config, load_config(config.sdar)), find_gpu(gpu))
+        sdar, read = load_config(config.sdar), dict[str, Any]()
+        count_validations(config, sdar, read)
+        made = make_plan(Layout.from_config(config, sdar, **read), find_gpu(gpu))
         if not made.fits:
             raise ConfigError(f"arm {arm} does not fit on {made.cards} x {gpu}: {'; '.join(made.faults)}")
         hours[arm] = made.hours

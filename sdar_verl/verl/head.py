@@ -26,7 +26,7 @@ from verl.utils.torch_functional import logprobs_from_logits
 
 from sdar_verl.algorithm.divergence_rows import Anchor, FullDivergence, TargetLogProbs, TopKDivergence
 from sdar_verl.algorithm.divergences import COLUMNS, on_support, top_k_ids
-from sdar_verl.algorithm.head_chunks import RowFunction, chunk_logits, map_logits
+from sdar_verl.algorithm.head_chunks import RowFunction, chunk_logits, columns_of_logits, map_logits
 from sdar_verl.fields import (
     ANCHOR_HIDDEN,
     ANCHOR_LOG_PROBS,
@@ -140,15 +140,11 @@ class HeadPass:
         if not len(tokens):
             return None
         self._probe = output.detach().flatten(0, -2)[index[0]].float() / self._temperature
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._request.what != "target"):
-            self._columns = map_logits(
-                tokens,
-                weight,
-                self._divergence(len(weight)),
-                bias=bias,
-                temperature=self._temperature,
-                chunk=self._request.chunk,
-            )
+        how: dict[str, Any] = {"bias": bias, "temperature": self._temperature, "chunk": self._request.chunk}
+        if self._request.what == "target":
+            self._columns = columns_of_logits(tokens, weight, self._target(len(weight)), **how)
+            return None
+        self._columns = map_logits(tokens, weight, self._divergence(len(weight)), **how)
         if not self._columns.requires_grad:
             return None
         output, self._columns = _Tie.apply(output, self._columns)
@@ -235,14 +231,18 @@ class HeadPass:
             elif request.student:
                 anchor = Anchor(0.0, request.student)
             return TopKDivergence(request.kind, ids.long(), teacher, request.tail, anchor)
-        anchor = None
+        return FullDivergence(request.kind, *self._over_all(vocabulary))
+
+    def _target(self, vocabulary: int) -> TargetLogProbs:
+        return TargetLogProbs(self._column("responses")[self._chosen], *self._over_all(vocabulary))
+
+    def _over_all(self, vocabulary: int) -> tuple[Callable[[slice], torch.Tensor], Anchor | None]:
+        """The teacher's logits, and what the target is drawn to."""
+        request, anchor = self._request, None
         if request.reference or request.student:
             drawn = self._logits(ANCHOR_HIDDEN, self._heads.anchor, vocabulary) if request.reference else None
             anchor = Anchor(request.reference, request.student, drawn)
-        said = self._logits(TEACHER_HIDDEN, self._heads.teacher, vocabulary)
-        if request.what == "target":
-            return TargetLogProbs(self._column("responses")[chosen], said, anchor)
-        return FullDivergence(request.kind, said, anchor)
+        return self._logits(TEACHER_HIDDEN, self._heads.teacher, vocabulary), anchor
 
     def _logits(self, column: str, head: Head | None, vocabulary: int) -> Callable[[slice], torch.Tensor]:
         """Rows -> logits of the chosen tokens, made from the hidden states that a pass has left in ``column``."""
