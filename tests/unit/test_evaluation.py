@@ -15,7 +15,9 @@ from sdar_verl.cli import main
 from sdar_verl.cloud import ledger
 from sdar_verl.cloud.store import Store
 from sdar_verl.compose import compose_config
+from sdar_verl.envs.base import Task
 from sdar_verl.errors import ConfigError
+from sdar_verl.panels import write_panel
 from sdar_verl.report import evaluation_run, layout
 from sdar_verl.report.evaluation import Plan, affordable, give_up, order, planned_hours, read_plan
 from sdar_verl.report.read import read_run
@@ -45,6 +47,18 @@ def test_the_shipped_plans_are_plans_and_compose(name):
     assert found.kill.below.at % configs[found.baseline].trainer.test_freq == 0
     if name == "quickstart":
         assert sum(run.hours for run in order(found, hours, None)) < 1, "in under an hour"
+
+
+def test_planned_hours_hold_the_validations_of_a_panel_that_is_here(tmp_path):
+    found = read_plan(ROOT / "recipes" / "evaluation" / "alfworld.yaml")
+    write_panel([Task("alfworld", f"game-{i}", "pick", "put it") for i in range(64)], tmp_path / "val.parquet", "val")
+
+    def hours(*overrides: str) -> float:
+        config = compose_config(found.config, [*found.overrides, *found.arms[found.baseline], *overrides])
+        return planned_hours(found.model_copy(update={"hours": None}), {"one": config}, "h100-80gb")["one"]
+
+    here = f"data.val_files={tmp_path / 'val.parquet'}"
+    assert hours(here) > hours(here, "trainer.test_freq=-1", "trainer.val_before_train=False")
 
 
 def test_first_seeds_come_first_then_what_tells_most_per_hour():
