@@ -55,11 +55,11 @@ def call(a: int, b: int) -> str:
     return f'<tool_call>{{"name": "add", "arguments": {{"a": {a}, "b": {b}}}}}</tool_call>'
 
 
-def problems(count: int, seed: int, split: str) -> list[dict[str, Any]]:
-    """Rows as verl's own preprocessing of GSM8K writes them."""
+def problems(count: int, seed: int, split: str, largest: int = LARGEST) -> list[dict[str, Any]]:
+    """Rows as verl's own preprocessing of GSM8K writes them, with numbers from 1 to ``largest``."""
     rng, rows = random.Random(f"{split}/{seed}"), []
     for index in range(count):
-        name, thing, a, b = rng.choice(NAMES), rng.choice(THINGS), rng.randint(1, LARGEST), rng.randint(1, LARGEST)
+        name, thing, a, b = rng.choice(NAMES), rng.choice(THINGS), rng.randint(1, largest), rng.randint(1, largest)
         asked, worked = question(name, thing, a, b), solution(a, b, a + b)
         rows.append(
             {

