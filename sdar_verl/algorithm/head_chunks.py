@@ -59,10 +59,6 @@ def map_logits(
     Raises:
         ValueError: chunk < 1, or no token at all.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; it must be at least 1")
-    if not len(hidden):
-        raise ValueError("map_logits needs at least one token")
     return _MapLogits.apply(hidden, weight, bias, function, float(temperature), chunk)
 
 
@@ -70,11 +66,16 @@ def columns_of_logits(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     function: Columns,
+    *,
     bias: torch.Tensor | None = None,
     temperature: float = 1.0,
     chunk: int = 128,
 ) -> torch.Tensor:
-    """The values of :func:`map_logits`, without gradient."""
+    """The values of :func:`map_logits`, with its arguments and errors, and no gradient."""
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; it must be at least 1")
+    if not len(hidden):
+        raise ValueError("a function of logits needs at least one token")
     with torch.no_grad(), _no_autocast(hidden):
         parts = [
             function.columns(chunk_logits(hidden[rows], weight, bias, temperature), rows)
@@ -107,7 +108,7 @@ class _MapLogits(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight, bias)
         ctx.function, ctx.temperature, ctx.chunk = function, temperature, chunk
-        return columns_of_logits(hidden, weight, function, bias, temperature, chunk)
+        return columns_of_logits(hidden, weight, function, bias=bias, temperature=temperature, chunk=chunk)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

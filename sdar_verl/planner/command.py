@@ -88,8 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
     lengths: dict[str, Any] = {name: getattr(arguments, name) for name in ("turns", "prompt", "context", "response")}
     count_steps(config)
     notes, stops = read_data(config, sdar, lengths)
-    notes += count_validations(config, sdar, lengths)
-    wished = Layout.from_config(config, sdar, **lengths)
+    validations, unknown = count_validations(config, sdar)
+    notes += unknown
+    wished = Layout.from_config(config, sdar, validations=validations, **lengths)
     if arguments.cloud and not wished.known:
         raise ConfigError(
             "--cloud prices a whole run, and how many steps it has is not known: set trainer.total_training_steps, or "

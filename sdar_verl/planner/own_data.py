@@ -32,11 +32,11 @@ def count_steps(config: DictConfig) -> None:
     config.trainer.total_training_steps = epochs * steps_per_epoch(config, rows) or None
 
 
-def count_validations(config: DictConfig, sdar: SdarConfig, lengths: dict[str, Any]) -> list[str]:
-    """Fill in the run's validations, those that judge learned skills among them (``sdar.skills.learn``).
+def count_validations(config: DictConfig, sdar: SdarConfig) -> tuple[list[tuple[int, int]], list[str]]:
+    """The run's validations, those that judge learned skills among them (``sdar.skills.learn``).
 
     Returns:
-        What is not known of them.
+        How many there are, and of how many episodes each; what is not known of them.
     """
     trainer, steps = config.trainer, int(config.trainer.total_training_steps or 0)
     every, rollouts = int(trainer.test_freq), int(config.actor_rollout_ref.rollout.val_kwargs.n)
@@ -62,8 +62,7 @@ def count_validations(config: DictConfig, sdar: SdarConfig, lengths: dict[str, A
             found.append((number, rows * arms * rollouts))
         else:
             missing.append(f"{number} validations over {option} are not in the hours, since it cannot be read here")
-    lengths["validations"] = found
-    return missing
+    return found, missing
 
 
 def read_data(config: DictConfig, sdar: SdarConfig, lengths: dict[str, Any]) -> tuple[list[str], list[str]]:

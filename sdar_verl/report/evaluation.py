@@ -195,9 +195,9 @@ def planned_hours(plan: Plan, configs: Mapping[str, Any], gpu: str) -> dict[str,
 
     hours = {}
     for arm, config in configs.items():
-        sdar, read = load_config(config.sdar), dict[str, Any]()
-        count_validations(config, sdar, read)
-        made = make_plan(Layout.from_config(config, sdar, **read), find_gpu(gpu))
+        sdar = load_config(config.sdar)
+        validations, _ = count_validations(config, sdar)
+        made = make_plan(Layout.from_config(config, sdar, validations=validations), find_gpu(gpu))
         if not made.fits:
             raise ConfigError(f"arm {arm} does not fit on {made.cards} x {gpu}: {'; '.join(made.faults)}")
         hours[arm] = made.hours

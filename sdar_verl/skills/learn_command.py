@@ -124,8 +124,13 @@ def _writing(arguments: argparse.Namespace, chat_template_kwargs: dict[str, Any]
 
 def _told(metrics: Mapping[str, float]) -> list[str]:
     counts = {name.removeprefix("sdar/writer/"): int(value) for name, value in metrics.items() if "writer/" in name}
-    said = {"answered": "written", "cached": "known from before", "unparsed": "no skill", "failed": "without an answer"}
-    said |= {"too_long": "too long for the writer (fewer --episodes)"}
+    said = {
+        "answered": "written",
+        "cached": "known from before",
+        "unparsed": "no skill",
+        "failed": "without an answer",
+        "too_long": "too long for the writer (fewer --episodes)",
+    }
     parts = [f"{counts[name]} {words}" for name, words in said.items() if counts[name] or name == "answered"]
     cut = f"; of {counts['cut']} the oldest turns were left out" if counts["cut"] else ""
     return [f"{counts['asked']} task types asked about: {', '.join(parts)}{cut}"]
