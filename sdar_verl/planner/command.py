@@ -63,8 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sdar_verl.errors import ConfigError
     from sdar_verl.modules import import_modules
     from sdar_verl.planner.hardware import Efficiency, find_gpu
-    from sdar_verl.planner.layout import Layout
-    from sdar_verl.planner.own_data import count_steps, count_validations, read_data
+    from sdar_verl.planner.own_data import read_layout
     from sdar_verl.planner.plan import changed, make_plan, recommend
     from sdar_verl.planner.show import as_dict, as_text, draw
 
@@ -85,12 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     if faults := type_faults(config, sdar):  # it calculates with them
         raise ConfigError("\n".join(faults))
     import_modules(sdar.modules)
-    lengths: dict[str, Any] = {name: getattr(arguments, name) for name in ("turns", "prompt", "context", "response")}
-    count_steps(config)
-    notes, stops = read_data(config, sdar, lengths)
-    validations, unknown = count_validations(config, sdar)
-    notes += unknown
-    wished = Layout.from_config(config, sdar, validations=validations, **lengths)
+    lengths = {name: getattr(arguments, name) for name in ("turns", "prompt", "context", "response")}
+    wished, notes, stops = read_layout(config, sdar, lengths)
     if arguments.cloud and not wished.known:
         raise ConfigError(
             "--cloud prices a whole run, and how many steps it has is not known: set trainer.total_training_steps, or "

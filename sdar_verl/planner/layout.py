@@ -147,6 +147,7 @@ class Layout:
         context: float | None = None,
         response: float | None = None,
         taught_rows: float = 1.0,
+        steps: int | None = None,
         validations: Sequence[tuple[int, int]] = (),
     ) -> Layout:
         """Read verl's whole config; what only a run can know may be given.
@@ -160,6 +161,7 @@ class Layout:
             context: tokens of the privileged context; None: half of what the teacher's limit leaves, a guess.
             response: tokens of a response; None: a third of ``data.max_response_length``, a guess.
             taught_rows: share of the rows that have a context.
+            steps: training steps; None: ``trainer.total_training_steps``.
             validations: how many there are, and of how many episodes each.
 
         Raises:
@@ -185,7 +187,8 @@ class Layout:
                 f"divide the {gpus} GPUs (trainer.n_gpus_per_node x trainer.nnodes)"
             )
         validates_only = bool(config.trainer.get("val_only", False))
-        steps = 0 if validates_only else int(config.trainer.total_training_steps or 0)
+        steps = config.trainer.total_training_steps if steps is None else steps
+        steps = 0 if validates_only else int(steps or 0)
         longest = int(
             max(config.data.max_prompt_length, 0 if teacher == "none" else sdar.teacher.max_prompt_length)
             + config.data.max_response_length

@@ -179,26 +179,30 @@ def look(folder: Path) -> RunData | None:
     return read_run(folder)
 
 
-def planned_hours(plan: Plan, configs: Mapping[str, Any], gpu: str) -> dict[str, float]:
-    """Hours of a run of each arm: the plan's own number, else the planner's.
+def planned_hours(plan: Plan, configs: Mapping[str, Any], gpu: str) -> tuple[dict[str, float], list[str]]:
+    """Hours of a run of each arm: the plan's own number, else the planner's; and what the latter does not know.
 
     Raises:
-        ConfigError: the planner does not know the model.
+        ConfigError: the planner does not know the model or how many steps a run has, or a run does not fit.
     """
     if plan.hours is not None:
-        return dict.fromkeys(plan.arms, plan.hours)
+        return dict.fromkeys(plan.arms, plan.hours), []
     from sdar_verl.config import load_config
     from sdar_verl.planner.hardware import find_gpu
-    from sdar_verl.planner.layout import Layout
-    from sdar_verl.planner.own_data import count_validations
+    from sdar_verl.planner.own_data import read_layout
     from sdar_verl.planner.plan import make_plan
 
-    hours = {}
+    hours, told = {}, []
     for arm, config in configs.items():
-        sdar = load_config(config.sdar)
-        validations, _ = count_validations(config, sdar)
-        made = make_plan(Layout.from_config(config, sdar, validations=validations), find_gpu(gpu))
+        layout, notes, _ = read_layout(config, load_config(config.sdar))
+        if not layout.known:
+            raise ConfigError(
+                f"arm {arm}: how many steps it has is not known here: set trainer.total_training_steps, "
+                "trainer.total_epochs with data.train_files that lie here, or the plan's hours"
+            )
+        made = make_plan(layout, find_gpu(gpu))
         if not made.fits:
             raise ConfigError(f"arm {arm} does not fit on {made.cards} x {gpu}: {'; '.join(made.faults)}")
         hours[arm] = made.hours
-    return hours
+        told += [f"{arm}: {note}" for note in notes]
+    return hours, told

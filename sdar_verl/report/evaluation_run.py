@@ -206,8 +206,10 @@ def run_plan(
             raise ConfigError(
                 f"--plan {file}: kill.below.at={below.at}: no run validates then (trainer.test_freq={frequency})"
             )
-    runs = order(plan, planned_hours(plan, configs, gpu), price)
+    hours, notes = planned_hours(plan, configs, gpu)
+    runs = order(plan, hours, price)
     _announce(runs, budget, price)
+    print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     if dry:
         for one in runs:
             print(shlex.join(evaluation.words(one.arm, one.seed)))

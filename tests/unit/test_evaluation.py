@@ -41,7 +41,7 @@ def plan(**changes) -> Plan:
 def test_the_shipped_plans_are_plans_and_compose(name):
     found = read_plan(ROOT / "recipes" / "evaluation" / f"{name}.yaml")
     configs = {arm: compose_config(found.config, [*found.overrides, *own]) for arm, own in found.arms.items()}
-    hours = planned_hours(found, configs, "h100-80gb")
+    hours, _ = planned_hours(found, configs, "h100-80gb")
     assert all(0.05 <= value < 24 for value in hours.values())
     assert found.kill.below is not None
     assert found.kill.below.at % configs[found.baseline].trainer.test_freq == 0
@@ -49,16 +49,39 @@ def test_the_shipped_plans_are_plans_and_compose(name):
         assert sum(run.hours for run in order(found, hours, None)) < 1, "in under an hour"
 
 
-def test_planned_hours_hold_the_validations_of_a_panel_that_is_here(tmp_path):
-    found = read_plan(ROOT / "recipes" / "evaluation" / "alfworld.yaml")
-    write_panel([Task("alfworld", f"game-{i}", "pick", "put it") for i in range(64)], tmp_path / "val.parquet", "val")
+@pytest.fixture
+def priced():
+    """The hours of one arm with these overrides, and what is not known of them."""
+    found = read_plan(ROOT / "recipes" / "evaluation" / "alfworld.yaml").model_copy(update={"hours": None})
 
-    def hours(*overrides: str) -> float:
+    def hours(*overrides: str) -> tuple[float, list[str]]:
         config = compose_config(found.config, [*found.overrides, *found.arms[found.baseline], *overrides])
-        return planned_hours(found.model_copy(update={"hours": None}), {"one": config}, "h100-80gb")["one"]
+        by_arm, told = planned_hours(found, {"one": config}, "h100-80gb")
+        return by_arm["one"], told
 
-    here = f"data.val_files={tmp_path / 'val.parquet'}"
-    assert hours(here) > hours(here, "trainer.test_freq=-1", "trainer.val_before_train=False")
+    return hours
+
+
+def games(path: Path, number: int) -> Path:
+    write_panel([Task("alfworld", f"game-{i}", "pick", "put it") for i in range(number)], path, path.stem)
+    return path
+
+
+def test_planned_hours_hold_the_validations_of_a_panel_that_is_here(tmp_path, priced):
+    here = f"data.val_files={games(tmp_path / 'val.parquet', 64)}"
+    with_them, told = priced(here)
+    assert not told and with_them > priced(here, "trainer.test_freq=-1", "trainer.val_before_train=False")[0]
+    without, (missing,) = priced(f"data.val_files={tmp_path / 'gone.parquet'}")
+    assert without < with_them and missing.startswith("one: ") and "data.val_files are not in the hours" in missing
+
+
+def test_planned_hours_count_the_steps_of_epochs(tmp_path, priced):
+    epochs = ["trainer.total_training_steps=null", "trainer.total_epochs=3", "data.train_batch_size=16"]
+    here = f"data.train_files={games(tmp_path / 'train.parquet', 64)}"
+    longer, _ = priced(here, *epochs)
+    assert longer == pytest.approx(priced(here, "trainer.total_training_steps=12", "data.train_batch_size=16")[0])
+    with pytest.raises(ConfigError, match="arm one: how many steps it has is not known here"):
+        priced(f"data.train_files={tmp_path / 'gone.parquet'}", *epochs)
 
 
 def test_first_seeds_come_first_then_what_tells_most_per_hour():
