@@ -34,6 +34,8 @@ def data_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
 def panel_faults(option: str, file: str, sdar: SdarConfig) -> tuple[list[Task], list[str]]:
     """Tasks of a panel that an option names, and what is wrong with it, one text each."""
     path, faults = Path(file), []
+    if path.is_dir():
+        return [], [f"{option}={file} is a folder; name a Parquet file in it"]
     if not path.is_file():
         return [], [
             f"{option}={file} does not exist{_looked_for(path)}; make the task panels with "

@@ -25,6 +25,10 @@ _NUMBER = (int, float)
 
 _OPTIM = "actor_rollout_ref.actor.optim"
 _OPTIMIZER = ("optimizer_impl", "optimizer", "lr", "weight_decay", "betas", "override_optimizer_config")
+_LISTS = ("checkpoint.load_contents", "model.external_lib")
+"""Ends of options that take a list, though their default is none."""
+_OR_A_WORD = ("trainer.logger", "lora.target_modules", "lora.exclude_modules", "model.external_lib")
+"""Ends of options that take one word, or null, in the place of a list."""
 _DATACLASSES = ("actor_rollout_ref.actor", "actor_rollout_ref.rollout", "algorithm")
 
 
@@ -100,7 +104,7 @@ def missing_faults(config: DictConfig) -> list[str]:
 
 
 def type_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    """Numbers, flags and texts of verl's that are none, or out of range. The other checks calculate with them."""
+    """Numbers, flags, lists and texts of verl's that are none, or out of range; the other checks rely on them."""
     # What is written out comes first: an interpolation that calculates with a word can only say that it cannot.
     written = {key: value for key, value in options_of(config, resolve=False).items() if "${" not in str(value)}
     return _type_faults(written) or _type_faults(options_of(config))
@@ -120,6 +124,11 @@ def _type_faults(values: Mapping[str, Any]) -> list[str]:
         elif isinstance(default, bool):
             if not isinstance(value, bool):
                 faults.append(f"{key}={_shown(value)} must be True or False (verl's default: {default})")
+        elif isinstance(default, list) or key.endswith(_LISTS):
+            word = key.endswith(_OR_A_WORD)
+            if not isinstance(value, list) and not (word and (value is None or isinstance(value, str))):
+                usual = f"[{','.join(map(str, default))}]" if isinstance(default, list) else _shown(default)
+                faults.append(f"{key}={_shown(value)} must be a list{word * ', or a name'} (verl's default: {usual})")
         elif bound is not None or isinstance(default, _NUMBER):
             wanted, _, null = (bound or "any").partition(", or ")
             if value is None and null:

@@ -67,7 +67,7 @@ class Offer:
 
     Attributes:
         node: the machine.
-        nodes: how many.
+        nodes: how many, for training, for a rollout and for a teacher of their own.
         plan: memory and time on them.
         checkpoint: bytes of one.
         saving: on spot.
@@ -115,14 +115,19 @@ def checkpoint_bytes(layout: Layout) -> float:
     return 4 * weights + 8 * moments + (4 * weights if layout.teacher in _OWN_TEACHER else 0.0)
 
 
-def saving(step_s: float, steps: int, hours: float, size: float, nodes: int, given: Assumptions) -> Saving:
-    """Young's interval, sqrt(2 x save time x time between interruptions), in whole steps; at least one upload long.
+def saving(
+    step_s: float, steps: int, hours: float, size: float, nodes: int, given: Assumptions, *, writers: int | None = None
+) -> Saving:
+    """Of ``nodes``, of which ``writers`` hold a part of the checkpoint (None: all of them).
+
+    Young's interval, sqrt(2 x save time x time between interruptions), in whole steps; at least one upload long.
 
     The expected time is Daly's (2006) for interruptions at random times. What counts as saved is what is in the mirror,
     so an interruption also loses the time that an upload takes.
     """
     between = 3600 * given.interruption_h / nodes  # any of them ends the run
-    save_s, upload_s = size / nodes / given.disk, size / nodes / given.upload
+    writers = writers or nodes
+    save_s, upload_s = size / writers / given.disk, size / writers / given.upload
     every = max(1, round(math.sqrt(2 * save_s * between) / step_s), math.ceil(upload_s / step_s))
     every = min(every, max(steps, 1))
     interval = every * step_s
@@ -136,16 +141,29 @@ def saving(step_s: float, steps: int, hours: float, size: float, nodes: int, giv
 def offers(
     wished: Layout, listed: Sequence[Node], given: Assumptions, efficiency: Efficiency | None = None
 ) -> list[Offer]:
-    """The machines on which the recipe fits, each on as few as it needs, cheapest first."""
-    found = []
+    """The machines on which the recipe fits, each on as few as it needs, cheapest first.
+
+    A rollout and a teacher on devices of their own have as many as the recipe says; the other cards train.
+    """
+    found, apart = [], wished.gpus_apart
     for node in listed:
-        for number in range(1, MOST_NODES + 1):
-            plan = make_plan(wished.with_gpus(node.cards * number), find_gpu(node.gpu), efficiency)
+        least = -(-apart // node.cards) if apart else 0
+        for number in range(1, least + MOST_NODES + 1):
+            training = node.cards * number - apart
+            if training < 1:
+                continue
+            plan = make_plan(wished.with_gpus(training), find_gpu(node.gpu), efficiency)
             if not plan.fits:
                 continue
-            size = checkpoint_bytes(plan.layout)
+            size, writers = checkpoint_bytes(plan.layout), -(-training // node.cards)
             found.append(
-                Offer(node, number, plan, size, saving(plan.step, plan.layout.steps, plan.hours, size, number, given))
+                Offer(
+                    node,
+                    number,
+                    plan,
+                    size,
+                    saving(plan.step, plan.layout.steps, plan.hours, size, number, given, writers=writers),
+                )
             )
             break
     return sorted(found, key=lambda offer: offer.on_demand)

@@ -87,13 +87,12 @@ def run(arguments: argparse.Namespace) -> int:
     lengths = {name: getattr(arguments, name) for name in ("turns", "prompt", "context", "response")}
     wished, notes, stops = read_layout(config, sdar, lengths)
     if arguments.cloud and not wished.known:
-        raise ConfigError(
-            "--cloud prices a whole run, and how many steps it has is not known: set trainer.total_training_steps, or "
-            "trainer.total_epochs with data.train_files that lie here"
-        )
+        why = "how many steps it has is not known: set trainer.total_training_steps, or trainer.total_epochs with "
+        why += "data.train_files that lie here"
+        raise ConfigError(f"--cloud prices a whole run, and {'; '.join(stops) or why}")
     notes += [f"this run would not start: {why}; `sdar-verl doctor` looks at all of it" for why in stops]
     if arguments.cloud:
-        return _cloud(arguments, wished, efficiency, given, notes)
+        return _cloud(arguments, wished, efficiency, given, notes) or int(bool(stops))
     plan = make_plan(wished, gpu, efficiency)
     advice = []
     if arguments.recommend:

@@ -132,6 +132,11 @@ class Layout:
         """Training rows of a step: one per turn."""
         return self.episodes * self.turns
 
+    @property
+    def gpus_apart(self) -> int:
+        """Those of a separate rollout and of the teacher's own pool, which do not train."""
+        return self.rollout_gpus + (self.teacher_gpus if self.teacher_placement == "pool" else 0)
+
     def with_gpus(self, gpus: int) -> Layout:
         """The same run on another number of GPUs."""
         return replace(self, gpus=gpus, tensor_parallel=min(self.tensor_parallel, gpus))

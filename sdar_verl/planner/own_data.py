@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
-from sdar_verl.checks.data import steps_per_epoch
+from sdar_verl.checks.data import step_faults, steps_per_epoch
 from sdar_verl.checks.panel_tasks import panel_files, row_count
 from sdar_verl.checks.prompt_lengths import PromptsUnknown, prompt_lengths
 from sdar_verl.checks.recipe import names_no_context
@@ -53,25 +53,27 @@ def read_layout(
     Raises:
         ConfigError: a model the planner does not know.
     """
-    own, steps = read_data(config, sdar), count_steps(config)
+    own, rows = read_data(config, sdar), _train_rows(config)
+    steps = count_steps(config, rows)
     validations, missing = count_validations(config, sdar, steps)
     lengths = {**own.lengths} | {name: value for name, value in (given or {}).items() if value is not None}
     layout = Layout.from_config(config, sdar, steps=steps, validations=validations, **lengths)
-    return layout, [*own.notes, *missing], [*own.stops]
+    return layout, [*own.notes, *missing], [*own.stops, *(step_faults(config, rows) if rows else [])]
 
 
-def count_steps(config: DictConfig) -> int:
-    """Training steps of a run: ``trainer.total_training_steps``, or what verl makes of ``trainer.total_epochs`` and
-    data that are here; 0 where nobody knows."""
-    given, epochs = config.trainer.total_training_steps, config.trainer.get("total_epochs", None)
-    files = panel_files(config, "train_files")
-    if given is not None or not files or not epochs:
-        return int(given or 0)
+def _train_rows(config: DictConfig) -> int:
+    """0 where the files are not here."""
     try:
-        rows = sum(row_count(file) for file in files)
+        return sum(row_count(file) for file in panel_files(config, "train_files"))
     except (PanelError, OSError, ValueError):
         return 0
-    return int(epochs * steps_per_epoch(config, rows))
+
+
+def count_steps(config: DictConfig, rows: int) -> int:
+    """Training steps of a run: ``trainer.total_training_steps``, or what verl makes of ``trainer.total_epochs`` and
+    so many rows; 0 where nobody knows."""
+    given, epochs = config.trainer.total_training_steps, config.trainer.get("total_epochs", None)
+    return int(given or 0) if given is not None or not epochs else int(epochs * steps_per_epoch(config, rows))
 
 
 def count_validations(config: DictConfig, sdar: SdarConfig, steps: int) -> tuple[list[tuple[int, int]], list[str]]:

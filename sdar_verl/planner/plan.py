@@ -71,9 +71,8 @@ class Plan:
 
     @property
     def cards(self) -> int:
-        """GPUs in all, those of a separate rollout and of the teacher's own pool included."""
-        pool = self.layout.teacher_gpus if self.layout.teacher_placement == "pool" else 0
-        return self.layout.gpus + self.layout.rollout_gpus + pool
+        """GPUs in all."""
+        return self.layout.gpus + self.layout.gpus_apart
 
     @property
     def step(self) -> float:
@@ -155,7 +154,7 @@ def _gentler(layout: Layout) -> list[Layout]:
     candidates.append(replace(candidates[-1], checkpointing=True))
     candidates.append(replace(candidates[-1], optimizer_offload=True))
     candidates.append(replace(candidates[-1], actor_offload=True))
-    for tokens in (16384, 8192, 4096):
+    for tokens in (max(size, layout.longest) for size in (16384, 8192, 4096)):  # a row is not cut
         smaller = replace(
             candidates[-1],
             micro_tokens=min(layout.micro_tokens, tokens),

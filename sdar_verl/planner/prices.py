@@ -142,7 +142,7 @@ def _node(row: dict[str, str], where: str) -> Node:
         row["node"],
         row["region"],
         row["gpu"],
-        int(_number(row, "cards", where)),
+        _whole(row, "cards", where),
         _number(row, "on_demand", where),
         spot[0],
         spot[1] if spot[1] is not None else spot[0],
@@ -159,6 +159,13 @@ def _number(row: dict[str, str], column: str, where: str) -> float:
     if not 0 < value < 1e6:
         raise ConfigError(f"{where}: {column}={row[column]!r} is no price or number above 0")
     return value
+
+
+def _whole(row: dict[str, str], column: str, where: str) -> int:
+    value = _number(row, column, where)
+    if value != int(value):
+        raise ConfigError(f"{where}: {column}={row[column]!r} is no whole number")
+    return int(value)
 
 
 def _date(row: dict[str, str], where: str) -> datetime.date:

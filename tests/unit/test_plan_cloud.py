@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -70,8 +71,6 @@ def test_weights_moments_and_an_own_teacher_are_in_a_checkpoint():
     layout = Layout(architecture=_architecture(), gpus=8)
     size = checkpoint_bytes(layout)
     assert size == 12 * layout.architecture.parameters
-    from dataclasses import replace
-
     assert checkpoint_bytes(replace(layout, teacher="ema")) == size * 16 / 12
 
 
@@ -87,6 +86,19 @@ def test_offers_fit_and_stand_in_the_order_of_their_price():
             assert offer.spot[0] == pytest.approx(
                 offer.hours * offer.saving.stretch * offer.node.spot_low * offer.nodes
             )
+
+
+@pytest.mark.parametrize(("rollout", "teacher"), [(8, 0), (0, 8), (4, 0), (8, 8)])
+def test_cards_of_a_rollout_and_a_teacher_of_their_own_are_paid(rollout, teacher):
+    wished = Layout(architecture=_architecture(), gpus=8, rollout_gpus=rollout, teacher="reference")
+    wished = replace(wished, teacher_gpus=teacher, teacher_placement="pool" if teacher else "colocated")
+    (node,) = (node for node in nodes() if node.node == "p5.48xlarge")
+    (offer,) = offers(wished, [node], Assumptions())
+    training = offer.plan.layout.gpus
+    assert training >= 1 and training + rollout + teacher == offer.plan.cards == 8 * offer.nodes
+    assert offer.on_demand == pytest.approx(offer.hours * node.on_demand * offer.nodes)
+    writers = -(-training // 8)
+    assert offer.saving.save_s == pytest.approx(offer.checkpoint / writers / 1e9)
 
 
 def test_every_row_of_the_table_has_a_source_and_a_date():
@@ -109,6 +121,7 @@ def test_an_old_price_is_told():
         (HEAD.replace(",cards", "") + ROW, "lacks the column cards"),
         (HEAD + ROW.replace("h100-80gb", "h101"), "line 2: gpu=h101 is unknown; known: a100-40gb"),
         (HEAD + ROW + ROW.replace(",40,", ",free,"), "line 3: on_demand='free'"),
+        (HEAD + ROW.replace(",8,", ",0.5,"), "line 2: cards='0.5' is no whole number"),
         (HEAD + ROW.replace("2026-11-01", "today"), "read='today' is no date"),
         (HEAD + "here,box\n", "line 2: it has not one value"),
     ],

@@ -110,6 +110,16 @@ def test_what_stops_a_run_is_said_and_is_no_plan(tmp_path, capsys):
         assert why in plan["data"][-1]
 
 
+def test_a_batch_that_the_data_do_not_fill_is_no_plan(tmp_path, capsys):
+    epochs = ["trainer.total_training_steps=null", "trainer.total_epochs=3", "data.train_batch_size=17"]
+    why = "data.train_batch_size=17, but data.train_files holds 16 tasks"
+    for number, overrides in enumerate((epochs, [*epochs, "trainer.total_training_steps=10"])):
+        plan = planned(capsys, tmp_path / str(number), *COLUMN, *overrides, rows=word_problems(16))
+        assert plan["status"] == 1 and plan["data"][-1].startswith(f"this run would not start: {why}")
+    status = main(["plan", "--config-name", "sdar_ppo", "--cloud", *recipe_arguments(tmp_path / "c", *COLUMN, *epochs)])
+    assert status == 2 and why.replace("16 tasks", "") in capsys.readouterr().err
+
+
 def test_the_number_of_steps_is_that_of_the_epochs(tmp_path, capsys):
     epochs = ["trainer.total_training_steps=null", "trainer.total_epochs=3"]
     assert planned(capsys, tmp_path / "a", *COLUMN, *epochs)["steps"] == 12

@@ -21,7 +21,7 @@ from sdar_verl.planner.families import find_architecture, read_config
 from sdar_verl.planner.hardware import GIB, Efficiency, find_gpu
 from sdar_verl.planner.layout import Layout
 from sdar_verl.planner.memory import activation_bytes, phases, resident, trainable
-from sdar_verl.planner.plan import changed, make_plan, recommend
+from sdar_verl.planner.plan import _gentler, changed, make_plan, recommend
 from sdar_verl.planner.show import as_dict, as_text
 from sdar_verl.planner.timing import phase_flops, step_seconds
 
@@ -258,6 +258,12 @@ def test_the_recommendation_fits_on_no_more_cards_than_needed():
         half = found.layout.with_gpus(found.layout.gpus // 2)
         assert not make_plan(half, H100).fits
     assert changed(wished, found.layout)
+
+
+def test_no_recommended_micro_batch_is_smaller_than_a_row():
+    small = replace(RUN, longest=4608, micro_tokens=20000, forward_tokens=20000)
+    sizes = {(one.micro_tokens, one.forward_tokens) for one in _gentler(small)}
+    assert min(sizes) == (4608, 4608)
 
 
 def test_nothing_is_recommended_where_nothing_fits():

@@ -323,11 +323,14 @@ NUMBERS = {
     "trainer.total_training_steps": [0, -1, "all"],
     "trainer.total_epochs": [0, None],
     "trainer.val_before_train": [None, 1],
+    "actor_rollout_ref.actor.checkpoint.save_contents": [True, None, "model"],
+    "actor_rollout_ref.actor.checkpoint.load_contents": [7],
+    "actor_rollout_ref.model.external_lib": [1.5],
 }
 
 
 @pytest.mark.parametrize("option", NUMBERS)
-def test_a_number_is_a_number_before_anything_calculates_with_it(quickstart, option):
+def test_a_value_is_of_its_kind_before_anything_reads_it(quickstart, option):
     sdar = load_config(quickstart.sdar)
     for value in NUMBERS[option]:
         config = changed(quickstart, **{option: value})
