@@ -6,6 +6,7 @@ import argparse
 import shutil
 from typing import Any
 
+from sdar_verl.arguments import check_above_zero
 from sdar_verl.errors import ConfigError
 
 
@@ -81,10 +82,7 @@ def run_guard(arguments: argparse.Namespace) -> int:
         raise ConfigError("guard needs a command after --, such as: sdar-verl guard -- bash scripts/quickstart.sh")
     if shutil.which(command[0]) is None:
         raise ConfigError(f"guard: {command[0]} is no program that can be found")
-    for name in ("budget", "price", "hang", "grace"):
-        value = getattr(arguments, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"--{name} {value:g}: must be above 0")
+    check_above_zero(arguments, "budget", "price", "hang", "grace")
     if arguments.budget is not None and arguments.price is None:
         raise ConfigError(
             f"--budget {arguments.budget:g} has no effect without a price: add --price USD_PER_HOUR, what all nodes "

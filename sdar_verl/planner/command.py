@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.arguments import check_above_zero
 from sdar_verl.config_folders import add_folder_options, folders_of
 
 
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sdar_verl.config import load_config
     from sdar_verl.errors import ConfigError
     from sdar_verl.modules import import_modules
-    from sdar_verl.planner.hardware import Efficiency, find_gpu
+    from sdar_verl.planner.hardware import DEFAULT_GPU, Efficiency, find_gpu
     from sdar_verl.planner.own_data import read_layout
     from sdar_verl.planner.plan import changed, make_plan, recommend
     from sdar_verl.planner.show import as_dict, as_text, draw
@@ -72,13 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
     for name, share in shares.items():
         if share is not None and not 0.0 < share <= 1.0:
             raise ConfigError(f"--{name}-efficiency {share}: must lie in (0, 1]")
-    for name in ("turns", "prompt", "context", "response", "price"):
-        value, least = getattr(arguments, name), 0.0 if name == "context" else 1e-9
-        if value is not None and not least <= value < math.inf:
-            raise ConfigError(f"--{name} {value:g}: must be {'at least' if name == 'context' else 'above'} 0")
+    check_above_zero(arguments, "turns", "prompt", "response", "price")
+    if arguments.context is not None and not 0 <= arguments.context < math.inf:
+        raise ConfigError(f"--context {arguments.context:g}: must be at least 0")
     efficiency = Efficiency(**{name: share for name, share in shares.items() if share is not None})
     given = _assumptions(arguments)
-    gpu = find_gpu(arguments.gpu or "h100-80gb")
+    gpu = find_gpu(arguments.gpu or DEFAULT_GPU)
     config = compose_config(arguments.config_name, arguments.overrides, folders_of(arguments))
     sdar = load_config(config.get("sdar"))
     if faults := type_faults(config, sdar):  # it calculates with them
@@ -124,10 +124,9 @@ def _assumptions(arguments: argparse.Namespace) -> Any:
     from sdar_verl.planner.cloud import Assumptions
 
     given = {}
+    check_above_zero(arguments, *_CLOUD)
     for name, (field, unit) in _CLOUD.items():
         value = getattr(arguments, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be above 0")
         if value is not None:
             given[field] = value * unit
     names = ["node", "region", "prices", *_CLOUD]

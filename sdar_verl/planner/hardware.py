@@ -36,6 +36,7 @@ GPUS = {
         Gpu("b200-180gb", 180e9, 2250e12, 7.7e12),
     )
 }
+DEFAULT_GPU = "h100-80gb"
 
 
 def find_gpu(name: str) -> Gpu:

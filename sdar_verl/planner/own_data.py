@@ -53,7 +53,7 @@ def read_layout(
     Raises:
         ConfigError: a model the planner does not know.
     """
-    own, rows = read_data(config, sdar), _train_rows(config)
+    own, rows = read_data(config, sdar), train_rows(config)
     steps = count_steps(config, rows)
     validations, missing = count_validations(config, sdar, steps)
     lengths = {**own.lengths} | {name: value for name, value in (given or {}).items() if value is not None}
@@ -61,8 +61,8 @@ def read_layout(
     return layout, [*own.notes, *missing], [*own.stops, *(step_faults(config, rows) if rows else [])]
 
 
-def _train_rows(config: DictConfig) -> int:
-    """0 where the files are not here."""
+def train_rows(config: DictConfig) -> int:
+    """Rows of ``data.train_files``; 0 where the files are not here."""
     try:
         return sum(row_count(file) for file in panel_files(config, "train_files"))
     except (PanelError, OSError, ValueError):

@@ -48,11 +48,20 @@ class Group:
     tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     seconds: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
+    def sort(self) -> None:
+        """Runs by their seeds, whichever was named first; methods of the same seeds are paired by their places."""
+        self.runs.sort(key=lambda run: [seed if isinstance(seed, int) else -1 for seed in run_seeds(run)])
+
     @property
     def seeds(self) -> list[Any]:
         """What tells the runs of the method apart: their seeds, or their places in the list."""
-        found = [tuple(run.run.get("settings", {}).get(option) for option in SEED_OPTIONS) for run in self.runs]
+        found = [run_seeds(run) for run in self.runs]
         return list(found) if len(set(found)) == len(found) else list(range(len(self.runs)))
+
+
+def run_seeds(run: RunData) -> tuple[Any, ...]:
+    """The run's :data:`SEED_OPTIONS`; None for one that its record does not tell."""
+    return tuple(run.run.get("settings", {}).get(option) for option in SEED_OPTIONS)
 
 
 @dataclass
@@ -96,16 +105,24 @@ def load(
         RecordError: a folder holds no run.
     """
     groups: dict[str, Group] = {}
+    seen: set[Path] = set()
     for spec in specs:
         name, run = _read(spec)
+        if (folder := run.folder.resolve()) in seen:
+            raise ComparisonError(f"{run.folder} is named twice; a run counts once")
+        seen.add(folder)
         groups.setdefault(name, Group(name, [])).runs.append(run)
     listed = list(groups.values())
-    notes: list[str] = []
+    for group in listed:
+        group.sort()
     runs = [run for group in listed for run in group.runs]
+    notes = [f"{run.folder}: {fault}" for run in runs for fault in run.faults]
     _check_panels(runs, any_panel, notes)
     for group in listed:
         _check_settings(group, any_settings, notes)
     _check_tasks_options(listed, any_settings, notes)
+    if len({str(group.seeds) for group in listed}) > 1:
+        notes.append("Not all methods were run with the same seeds; differences between those are not paired by seed.")
     for text in dict.fromkeys(text for run in runs for text in run.success_notes):
         where = [str(run.folder) for run in runs if text in run.success_notes]
         notes.append(text if len(where) == len(runs) else f"{', '.join(where)}: {text}")
@@ -217,7 +234,13 @@ def _arm(runs: Sequence[RunData], arm: str | None) -> str:
             )
         return arm
     if not common:
-        raise ComparisonError("the runs have no validation arm in common (sdar.validation.arms), or never validated")
+        without = [f"{run.folder} ({'; '.join(run.faults) or 'it never validated'})" for run in runs if not run.arms()]
+        raise ComparisonError(
+            f"no validation in {', '.join(without)}"
+            if without
+            else "the runs have no validation arm in common (sdar.validation.arms): "
+            + ", ".join(f"{run.folder} has {', '.join(run.arms())}" for run in runs)
+        )
     if len(common) == 1:
         return common.pop()
     if "student" in common:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,9 @@ class Plan(_Node):
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     kill: Kill = Kill()
     validation: str = "student"
-    hours: float | None = Field(None, gt=0, description="of a run, as measured; null: by the planner")
+    hours: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="of a run, as measured; null: by the planner"
+    )
 
     @model_validator(mode="after")
     def _baseline(self) -> Plan:
@@ -66,9 +69,9 @@ class Plan(_Node):
             raise ValueError(f"baseline={self.baseline!r} is none of the arms: {', '.join(self.arms)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} names a seed twice")
-        bad = [name for name in self.arms if not name or set(name) & set("/\\ \t\n=")]
+        bad = [name for name in self.arms if not re.fullmatch(r"[\w.+-]+", name, re.ASCII)]
         if bad:
-            raise ValueError(f"arms are names of folders, without spaces, slashes or =: {bad}")
+            raise ValueError(f"arms are names of folders, of letters, digits and . _ + - alone: {bad}")
         return self
 
 
@@ -177,6 +180,29 @@ def look(folder: Path) -> RunData | None:
     if layout.find_record(folder) is None:
         return None
     return read_run(folder)
+
+
+def validation_faults(plan: Plan, configs: Mapping[str, Any]) -> list[str]:
+    """What of the plan's validation its runs do not make: the arm that counts, the step at which one is given up."""
+    from sdar_verl.config import load_config
+    from sdar_verl.planner.own_data import count_steps, train_rows
+    from sdar_verl.recipe import plays_environments
+    from sdar_verl.report.recipe_metrics import arm_names
+
+    faults, below = [], plan.kill.below
+    for arm, config in configs.items():
+        known = arm_names(load_config(config.sdar).validation.arms, plays_environments(config))
+        if plan.validation not in known:
+            faults.append(f"validation={plan.validation!r} is no arm of {arm}'s validations: {', '.join(known)}")
+        frequency, steps = int(config.trainer.test_freq), count_steps(config, train_rows(config))
+        # verl validates after the last step, too.
+        looked = frequency > 0 and (not below or below.at % frequency == 0 or below.at == steps)
+        if below is not None and (not looked or 0 < steps < below.at):
+            faults.append(
+                f"kill.below.at={below.at}: {arm} does not validate then (trainer.test_freq={frequency}"
+                + (f", {steps} steps)" if steps else ")")
+            )
+    return faults
 
 
 def planned_hours(plan: Plan, configs: Mapping[str, Any], gpu: str) -> tuple[dict[str, float], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import subprocess
@@ -15,9 +16,20 @@ from sdar_verl.cloud import ledger, stop
 from sdar_verl.cloud.guard import AGAIN
 from sdar_verl.cloud.store import Store, StoreError
 from sdar_verl.errors import ConfigError, SdarError
-from sdar_verl.report.evaluation import Plan, Planned, affordable, give_up, look, order, planned_hours, read_plan
+from sdar_verl.planner.hardware import DEFAULT_GPU
+from sdar_verl.report.evaluation import (
+    Plan,
+    Planned,
+    affordable,
+    give_up,
+    look,
+    order,
+    planned_hours,
+    read_plan,
+    validation_faults,
+)
 from sdar_verl.report.layout import RecordError
-from sdar_verl.report.one_run import FINISHED, check, run_command, tail
+from sdar_verl.report.one_run import FINISHED, check, check_finished, run_command, tail
 from sdar_verl.report.read import RunData
 
 GIVEN_UP = "given_up.txt"
@@ -182,7 +194,7 @@ def run_plan(
     overrides: Sequence[str],
     price: float | None,
     budget: float | None,
-    gpu: str,
+    gpu: str | None,
     dry: bool,
     folders: Sequence[str] = (),
 ) -> int:
@@ -197,16 +209,16 @@ def run_plan(
     evaluation = Evaluation(plan, out.resolve(), overrides, price, budget, folders)
     try:
         configs = {arm: check(evaluation.words(arm, plan.seeds[0]), whole=not dry) for arm in plan.arms}
+        for arm, seed in itertools.product(plan.arms, plan.seeds):
+            if (evaluation.folder(arm, seed) / FINISHED).is_file():
+                check_finished(evaluation.words(arm, seed), evaluation.folder(arm, seed))
     except SdarError as error:
         raise ConfigError(f"--plan {file}: {error}") from error
-    below = plan.kill.below
-    if below is not None:
-        frequency = int(configs[plan.baseline].trainer.test_freq)
-        if frequency < 1 or below.at % frequency:
-            raise ConfigError(
-                f"--plan {file}: kill.below.at={below.at}: no run validates then (trainer.test_freq={frequency})"
-            )
-    hours, notes = planned_hours(plan, configs, gpu)
+    if faults := validation_faults(plan, configs):
+        raise ConfigError(f"--plan {file}: " + "\n".join(faults))
+    if gpu is not None and plan.hours is not None:
+        raise ConfigError(f"--gpu {gpu} has no effect: the plan says how many hours a run takes (hours={plan.hours:g})")
+    hours, notes = planned_hours(plan, configs, gpu or DEFAULT_GPU)
     runs = order(plan, hours, price)
     _announce(runs, budget, price)
     print(*notes, sep="\n", end="\n" * bool(notes), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 FINISHED = "finished"
 """File in the folder of a run that has made its last step."""
 
+_STEPS = "trainer.total_training_steps"
+_PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
+
 
 def run_command(
     config: str, name: str, seed: int, folder: Path, own: list[str], folders: Sequence[str] = ()
@@ -29,9 +33,17 @@ def run_command(
         f"sdar.rollout.seed={seed}",
         f"actor_rollout_ref.actor.data_loader_seed={42 + seed}",
         f"trainer.experiment_name={name}-{seed}",
-        f"trainer.default_local_dir={folder}/checkpoints",
-        f"hydra.run.dir={folder}/hydra",
+        f"trainer.default_local_dir={_quoted(folder / 'checkpoints')}",
+        f"hydra.run.dir={_quoted(folder / 'hydra')}",
     ]
+
+
+def _quoted(path: Path) -> str:
+    """A path as the value of an override; Hydra's grammar reads few characters without quotes."""
+    text = str(path)
+    if _PLAIN.fullmatch(text):
+        return text
+    return "'" + re.sub(r"(\\*)(?='|$)", r"\1\1", text).replace("'", "\\'") + "'"
 
 
 def check(words: list[str], *, whole: bool) -> DictConfig:
@@ -61,6 +73,28 @@ def check(words: list[str], *, whole: bool) -> DictConfig:
         return config
     except SdarError as error:
         raise ConfigError(f"{name} cannot start, so nothing was started:\n{error}") from error
+
+
+def check_finished(words: list[str], folder: Path) -> None:
+    """A run that is finished is the one that ``words`` would start.
+
+    Raises:
+        ConfigError: it had other settings, or fewer steps.
+    """
+    from sdar_verl.config import load_config
+    from sdar_verl.verl.resume import TRACKER, experiment_faults
+
+    config = check(words, whole=False)
+    faults = experiment_faults(config, load_config(config.get("sdar")))
+    tracker, wanted = folder / "checkpoints" / TRACKER, config.trainer.total_training_steps
+    if tracker.is_file() and wanted is not None and int(tracker.read_text()) < wanted:
+        ended = int(tracker.read_text())
+        faults.append(f"remove {folder / FINISHED} to let it go on from step {ended} to {_STEPS}={wanted}")
+    if faults:
+        raise ConfigError(
+            f"{folder} is finished, and not with this command's settings; give those that it was run with, or another "
+            "--out:\n" + "\n".join(faults)
+        )
 
 
 def tail(path: Path, lines: int = 12) -> list[str]:

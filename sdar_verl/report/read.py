@@ -33,6 +33,7 @@ class RunData:
         warnings: what was warned of.
         skills: verdicts on skills that were written within the run.
         notes: what is missing or could not be read, in plain words.
+        faults: those of the notes that say that a file is damaged.
         attempts: the run's ledger.
         success_notes: what validation success is in a recipe of verl's; empty with the text environments.
     """
@@ -46,6 +47,7 @@ class RunData:
     warnings: list[dict[str, Any]] = field(default_factory=list)
     skills: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     success_notes: list[str] = field(default_factory=list)
 
@@ -90,13 +92,14 @@ def read_run(folder: str | Path) -> RunData:
     if record is None:
         return _from_tracker(folder)
     data = RunData(folder, run=_run_file(record / layout.RUN_FILE))
-    data.metrics = _metrics(record / layout.METRICS_FILE, data.notes)
-    data.distributions = _by_step(record / layout.DISTRIBUTIONS_FILE, data.notes)
-    data.warnings = _lines(record / layout.WARNINGS_FILE, data.notes, needed=False)
-    data.skills = _lines(record / layout.SKILLS_FILE, data.notes, needed=False)
+    data.metrics = _metrics(record / layout.METRICS_FILE, data.faults)
+    data.distributions = _by_step(record / layout.DISTRIBUTIONS_FILE, data.faults)
+    data.warnings = _lines(record / layout.WARNINGS_FILE, data.faults, needed=False)
+    data.skills = _lines(record / layout.SKILLS_FILE, data.faults, needed=False)
     data.traces = layout.step_files(record / layout.TRACES)
-    data.outcomes = _outcomes(record / layout.OUTCOMES, data.notes)
-    data.attempts = _attempts(record.parent, data.notes)
+    data.outcomes = _outcomes(record / layout.OUTCOMES, data.faults)
+    data.attempts = _attempts(record.parent, data.faults)
+    data.notes += data.faults
     if not data.metrics and not data.traces:
         data.notes.append("The run has not finished a step: there is nothing to draw yet.")
     if not data.traces:
@@ -160,7 +163,8 @@ def _from_tracker(folder: Path) -> RunData:
             "trainer.v1.trainer_mode=sdar into trainer.default_local_dir) nor a .jsonl of verl's file tracker"
         )
     data = RunData(folder if folder.is_dir() else folder.parent)
-    data.metrics = _metrics(file, data.notes)
+    data.metrics = _metrics(file, data.faults)
+    data.notes += data.faults
     _recipe(data)
     data.notes.append(
         f"Only {file.name} of verl's file tracker was found; distributions, outcomes and traces are in the record "

@@ -7,10 +7,17 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from sdar_verl.config import played_arms
 from sdar_verl.untrusted import shorten
 
 _CORE = re.compile(r"val-core/(?P<source>.+)/(?P<name>acc|reward)/mean@\d+", re.DOTALL)
 _SHOWN = 6
+
+
+def arm_names(arms: Mapping[str, Any], environments: bool) -> list[str]:
+    """What a run's validation arms are called in ``sdar-val/<arm>/success``, of a text environment or a recipe."""
+    own = "verl" if "student" in (played := played_arms(arms, environments)) else "student"
+    return [own if name is None else name for name in played]
 
 
 def recipe_success(

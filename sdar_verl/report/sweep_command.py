@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.arguments import check_above_zero
 from sdar_verl.config_folders import add_folder_options, folders_of
 from sdar_verl.errors import ConfigError
-from sdar_verl.report.one_run import FINISHED, check, run_command, tail
+from sdar_verl.report.one_run import FINISHED, check, check_finished, run_command, tail
 
 
 def add_parser(subparsers: Any) -> None:
@@ -43,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--budget", type=float, metavar="USD", help="with --plan: for all its runs")
     parser.add_argument("--price", type=float, metavar="USD_PER_HOUR", help="with --plan: of what a run runs on")
-    parser.add_argument("--gpu", default="h100-80gb", help="with --plan: card of the estimate (default: h100-80gb)")
+    parser.add_argument("--gpu", help="with --plan: card of the estimate (default: h100-80gb)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only, if they compose")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="for all runs")
     parser.set_defaults(run=run)
@@ -59,7 +60,10 @@ def _names(text: str) -> list[str]:
 def _seeds(text: str) -> list[int]:
     if not all(part.isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds, such as 0,1,2")
-    return [int(part) for part in text.split(",")]
+    seeds = [int(part) for part in text.split(",")]
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
+    return seeds
 
 
 def command(
@@ -88,8 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
     for method in arguments.methods:
         for seed in arguments.seeds if not arguments.dry_run else arguments.seeds[:1]:
             folder = out / f"{method}-{seed}"
-            if not (folder / FINISHED).is_file():
-                words = command(arguments.config_name, method, seed, folder, arguments.overrides, folders)
+            words = command(arguments.config_name, method, seed, folder, arguments.overrides, folders)
+            if (folder / FINISHED).is_file():
+                check_finished(words, folder)
+            else:
                 check(words, whole=not arguments.dry_run)
     failed = []
     for seed in arguments.seeds:
@@ -114,7 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
                 (folder / FINISHED).touch()
     if arguments.dry_run:
         return 0
-    runs = [str(out / f"{method}-{seed}") for method in arguments.methods for seed in arguments.seeds]
+    # By name: a placebo may be an override of all runs, and a method without a teacher has none.
+    runs = [f"{method}={out / f'{method}-{seed}'}" for method in arguments.methods for seed in arguments.seeds]
     print(f"sdar-verl compare {shlex.join(runs)} --baseline {arguments.methods[0]}")
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(map(str, failed))}", file=sys.stderr)
@@ -124,7 +131,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _options(arguments: argparse.Namespace) -> None:
     """A sweep has methods, a plan its own."""
     of_a_sweep = {"--config-name": arguments.config_name, "--methods": arguments.methods, "--seeds": arguments.seeds}
-    of_a_plan = {"--budget": arguments.budget, "--price": arguments.price}
+    of_a_plan = {"--budget": arguments.budget, "--price": arguments.price, "--gpu": arguments.gpu}
+    check_above_zero(arguments, "budget", "price")
     if arguments.plan is not None:
         idle = [name for name, value in of_a_sweep.items() if value is not None]
         if idle:

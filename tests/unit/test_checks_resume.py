@@ -248,7 +248,10 @@ def test_a_file_takes_its_place_only_when_it_is_on_the_disk(tmp_path, monkeypatc
 
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, fails)
-    assert path.read_text() == "ä"
+    assert path.read_text() == "ä" and os.listdir(path.parent) == ["state.json"]
+    with pytest.raises(IsADirectoryError, match="new is a folder; give a file"):
+        write_text_atomically(path.parent, "ä")
+    assert os.listdir(tmp_path) == ["new"]
 
 
 @pytest.mark.parametrize("named", [["hf_model"], []])

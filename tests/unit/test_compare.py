@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -221,6 +222,34 @@ def test_the_command_prints_a_table_and_writes_its_files(runs, tmp_path, capsys)
     ]
 
 
+def test_a_run_counts_once(runs):
+    with pytest.raises(ComparisonError, match="sdar-0 is named twice"):
+        load([runs[0], runs[1], runs[0]])
+
+
+def test_the_order_of_the_arguments_changes_nothing(runs):
+    final, found = measure("final"), []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        comparison = load([*runs[:3], *(runs[3:][i] for i in order)])
+        found.append(difference(*comparison.groups, final, draws=200))
+    assert found[0] == found[1]
+    notes = load([*runs[:3], *runs[3:5]]).notes
+    assert any("the same seeds; differences between those are not paired by seed" in note for note in notes)
+
+
+def test_a_damaged_file_is_named_with_its_run(runs, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(runs[0], broken)
+    (outcomes,) = broken.rglob("outcomes/step_00000009.parquet")
+    outcomes.write_bytes(b"")
+    assert any(f"{broken}: {outcomes.name} of the validation" in note for note in load([str(broken), runs[3]]).notes)
+    (metrics,) = broken.rglob("metrics.jsonl")
+    metrics.write_text(metrics.read_text().replace("\n", '\n{"step": 3, "da\n', 1))
+    with pytest.raises(ComparisonError) as error:
+        load([str(broken), runs[3]])
+    assert f"no validation in {broken} (metrics.jsonl cannot be read: " in str(error.value)
+
+
 @pytest.mark.parametrize("words", [["--draws", "3"], ["--threshold", "1.5"]])
 def test_options_out_of_range_are_named(runs, words, capsys):
     assert main(["compare", *runs, *words]) == 2
@@ -286,8 +315,62 @@ def test_a_sweep_goes_on_after_a_failure_and_does_not_repeat_what_is_finished(tm
 
     monkeypatch.setattr(sweep_command.subprocess, "run", fake)
     monkeypatch.setattr(sweep_command, "check", lambda words, *, whole: None)
+    monkeypatch.setattr(sweep_command, "check_finished", lambda words, folder: None)
     words = ["sweep", "--config-name", "x", "--methods", "a,b", "--seeds", "0,1", "--out", str(tmp_path)]
     assert main(words) == 1
     assert len(started) == 4 and "1 of 4 runs failed" in capsys.readouterr().err
     assert main(words) == 1
     assert started[4:] == ["trainer.experiment_name=a-0"]
+    (compare,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("sdar-verl compare"))
+    assert compare.split()[2:] == [*(f"{m}={tmp_path}/{m}-{s}" for m in "ab" for s in "01"), "--baseline", "a"]
+
+
+@pytest.mark.parametrize("name", ["runs", "jürgen's (1)", "lr=1e-4,b~[x]", "back\\", "a\\'b"])
+def test_a_sweep_takes_any_folder(tmp_path, name):
+    from sdar_verl.report.one_run import check
+    from sdar_verl.report.sweep_command import command
+
+    folder = tmp_path / name / "sdar-0"
+    config = check(command("sdar_quickstart", "sdar", 0, folder, []), whole=False)
+    assert config.trainer.default_local_dir == str(folder / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--seeds", "0,0"], "'0,0' names a seed twice"),
+        (["--gpu", "h100-80gb"], "--gpu: no effect without --plan"),
+    ],
+)
+def test_what_a_sweep_cannot_use_is_told(tmp_path, capsys, words, told):
+    command = ["sweep", "--config-name", "sdar_quickstart", "--methods", "sdar", "--out", str(tmp_path), "--dry-run"]
+    try:
+        status = main([*command, *words])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("sdar.loss.coef=9", " there, 9 here"),
+        ("trainer.total_training_steps=40", "finished to let it go on from step 20 to trainer.total_training_steps=40"),
+        ("nonsense=1", "nonsense"),
+        ("trainer.test_freq=3", None),
+    ],
+)
+def test_a_finished_run_counts_only_as_what_is_asked_for(tmp_path, capsys, monkeypatch, override, told):
+    from sdar_verl.report.one_run import FINISHED, check
+    from sdar_verl.report.sweep_command import command
+    from sdar_verl.verl import resume
+
+    monkeypatch.setattr(resume, "panel_digests", lambda config, option: ["0"])
+    folder = tmp_path / "sdar_frozen-0"
+    config = check(command("sdar_quickstart", "sdar_frozen", 0, folder, []), whole=False)
+    resume.claim_checkpoints(config)
+    (folder / "checkpoints" / resume.TRACKER).write_text("20")
+    (folder / FINISHED).touch()
+    words = ["sweep", "--config-name", "sdar_quickstart", "--methods", "sdar_frozen", "--out", str(tmp_path)]
+    status, said = main([*words, override]), capsys.readouterr()
+    assert status == (0 if told is None else 2) and (told or "is finished already") in said.out + said.err

@@ -135,7 +135,9 @@ def test_an_arm_is_given_up_for_a_warning_and_for_success_far_below(tmp_path):
         ({"kill": {"warnings": ["zero_gp"]}}, "no such warning: zero_gp; known: zero_gap"),
         ({"kill": {"bellow": {}}}, "kill.bellow: Extra inputs are not permitted; known: warnings, below"),
         ({"seeds": [0, 0]}, "names a seed twice"),
-        ({"arms": {"grpo": [], "a/b": []}}, "without spaces, slashes"),
+        ({"arms": {"grpo": [], "a/b": []}}, "letters, digits and . _ + - alone: ['a/b']"),
+        ({"arms": {"grpo": [], "a,b": []}}, "letters, digits and . _ + - alone: ['a,b']"),
+        ({"hours": float("inf")}, "hours: "),
     ],
 )
 def test_a_faulty_plan_is_told(tmp_path, change, told):
@@ -161,6 +163,38 @@ def test_a_fault_is_told_before_anything_starts(tmp_path, capsys, monkeypatch, a
     command = ["sweep", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--dry-run", *words]
     assert main(command) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "told"),
+    [
+        ({}, ["--price", "-5"], "--price -5: must be above 0"),
+        ({}, ["--price", "nan"], "--price nan: must be above 0"),
+        ({}, ["--price", "5", "--budget", "-10"], "--budget -10: must be above 0"),
+        ({}, ["--gpu", "h100-80gb"], "--gpu h100-80gb has no effect: the plan says how many hours a run takes"),
+        ({"hours": None}, ["--gpu", "bogus"], "--gpu bogus: unknown card"),
+        ({"validation": "studnt"}, [], "validation='studnt' is no arm of grpo's validations: student"),
+        (
+            {"kill": {"below": {"by": 0.1, "at": 100}}},
+            [],
+            "at=100: grpo does not validate then (trainer.test_freq=5, 12 ",
+        ),
+        ({"kill": {"below": {"by": 0.1, "at": 7}}}, [], "at=7: sdar does not validate then (trainer.test_freq=5, 12 "),
+    ],
+)
+def test_what_a_plan_cannot_do_is_told_before_its_first_run(tmp_path, capsys, change, words, told):
+    overrides = ["trainer.total_training_steps=12", "trainer.test_freq=5"]
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, "overrides": overrides, **change}, sort_keys=False))
+    command = ["sweep", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--dry-run", *words]
+    assert main(command) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_verl_validates_after_the_last_step(tmp_path):
+    overrides = ["trainer.total_training_steps=12", "trainer.test_freq=5"]
+    below = {"kill": {"below": {"by": 0.1, "at": 12}}}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, "overrides": overrides, **below}, sort_keys=False))
+    assert main(["sweep", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
 
 
 def test_a_dear_plan_is_told_before_its_first_run(tmp_path, capsys):
