@@ -14,9 +14,10 @@ dealt to micro-batches and ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -121,7 +122,9 @@ class Method:
         columns = {GAP_SHIFT: statistics.shift, GAP_POOLED: statistics.pooled, LOSS_SCALE: statistics.scale}
         columns |= {CONTRAST: against, **weighted}
         change = None
-        if not self.in_loss:
+        if not self.in_loss and coef == 0:
+            change = 0.0  # plain GRPO, whatever the signal
+        elif not self.in_loss:
             shaped = self._shape_advantages(table, advantages, old, teacher, terms, statistics, coef)
             change = _mean_change(shaped, advantages, table)
             columns["advantages"] = shaped
@@ -243,6 +246,12 @@ class Strengths:
     """
 
     name = "distillation"
+    _options: ClassVar = {
+        "coef": "sdar.loss.coef",
+        "beta": "sdar.loss.beta",
+        "rl": "sdar.loss.rl_coef",
+        "anchor": "sdar.loss.anchor.student",
+    }
 
     def __init__(self, settings: LossConfig):
         self._reference = settings.anchor.reference
@@ -254,8 +263,15 @@ class Strengths:
         }
 
     def at(self, step: int) -> StepStrengths:
-        """Those of a step, from 1."""
-        return StepStrengths(*(self._values[name].value(step) for name in StepStrengths._fields))
+        """Those of a step, from 1. ValueError where a schedule makes one negative, or no number."""
+        found = StepStrengths(*(self._values[name].value(step) for name in StepStrengths._fields))
+        for name, value in found._asdict().items():
+            if not 0.0 <= value < math.inf:
+                raise ValueError(
+                    f"sdar.loss.{name}_schedule makes {self._options[name]} {value:g} at step {step}; its factor must "
+                    "be finite and at least 0"
+                )
+        return found
 
     def anchor(self, step: int) -> float:
         """The student's weight in an anchored target. ValueError where it leaves the teacher none."""
@@ -280,7 +296,7 @@ class Strengths:
         """What the schedules follow, after the step's updates."""
         for value in self._values.values():
             names = measures_of(value.schedule)
-            if names and all(metrics.get(name) is not None for name in names):
+            if names and value.within(step) and all(metrics.get(name) is not None for name in names):
                 value.schedule.observe(value.value(step), *(float(metrics[name]) for name in names))
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,10 +304,12 @@ class Strengths:
         return {name: value.schedule.state for name, value in self._values.items() if value.schedule.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
+        """Take it back. ValueError where a schedule that learns finds nothing."""
         for name, value in self._values.items():
             if name in state:
                 value.schedule.state = state[name]
+            elif value.schedule.state:
+                raise ValueError(f"nothing is there of {self._options[name]}'s schedule")
 
 
 def scheduled(base: float, node: ScheduleConfig) -> Scheduled:

@@ -53,14 +53,20 @@ def anchored_returns(
     rows = valid_rows(
         scores, valid, group_ids=group_ids, episode_ids=episode_ids, turns=turns, observations=observations
     )
-    episodes: dict[Hashable, list[int]] = {}
-    for row in sorted(rows, key=lambda row: turns[row]):
-        episodes.setdefault(episode_ids[row], []).append(row)
+    counted, played = {*rows}, {episode_ids[row] for row in rows}
+    # Turns that were taken out have been played all the same; copies that fill a batch up are not played twice.
+    episodes: dict[Hashable, dict[int, int]] = {name: {} for name in played}
+    for row in sorted(range(len(scores)), key=lambda row: row not in counted):
+        if episode_ids[row] in played:
+            episodes[episode_ids[row]].setdefault(turns[row], row)
 
     returns = torch.zeros(len(scores), dtype=torch.float64)
     shared: dict[tuple[int, Hashable, tuple[str, ...]], list[int]] = {}  # k, group, last k observations -> rows
-    for members in episodes.values():
+    for by_turn in episodes.values():
+        members = [by_turn[turn] for turn in sorted(by_turn)]
         for place, row in enumerate(members):
+            if row not in counted:
+                continue
             returns[row] = discount ** (len(members) - 1 - place) * float(scores[row])
             for last in range(1, depth + 1):
                 seen = tuple(observations[past] for past in members[max(0, place - last + 1) : place + 1])

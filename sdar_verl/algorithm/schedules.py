@@ -58,8 +58,8 @@ class Schedule:
         return 1.0
 
     def observe(self, value: float, *measured: float) -> None:
-        """After a step: ``value`` was used and the metrics ``measures`` came out as ``measured``; not called when one
-        of them was not measured."""
+        """After a step of the window: ``value`` was used and the metrics ``measures`` came out as ``measured``; not
+        called when one of them was not measured."""
 
     def ended(self, step: int) -> bool:
         """Whether the factor is 0 at ``step`` and will be at every later one."""
@@ -135,11 +135,15 @@ class Scheduled:
 
     def value(self, step: int) -> float:
         """The value at ``step`` (from 1)."""
-        if step < self.start_step or (self.stop_step is not None and step >= self.stop_step):
+        if not self.within(step):
             return 0.0
         inside = step - self.start_step + 1
         rise = min(1.0, inside / self.warmup_steps) if self.warmup_steps else 1.0
         return self.base * rise * self.schedule.factor(inside)
+
+    def within(self, step: int) -> bool:
+        """Whether ``step`` lies in the window."""
+        return step >= self.start_step and (self.stop_step is None or step < self.stop_step)
 
     def ended(self, step: int) -> bool:
         """Whether the schedule or its window has taken the value to 0 for good; a base of 0 is no schedule's doing."""
@@ -169,6 +173,9 @@ def make_schedule(name: str, options: Mapping[str, Any]) -> Schedule:
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in options]
     if missing:
         raise ValueError(f"schedule {name!r} needs the option {', '.join(map(repr, missing))}")
+    for option, value in options.items():
+        if parameters[option].annotation in (int, "int") and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"schedule {name!r} has {option}={value}; it must be a whole number")
     return factory(**options)
 
 

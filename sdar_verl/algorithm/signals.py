@@ -71,8 +71,9 @@ def register_signal(name: str, *, reads: Reads = ("gap", "gate")) -> Callable[[S
 
     Args:
         name: what ``sdar.loss.signal`` is set to.
-        reads: what it looks at, of ``gap``, ``gate`` and ``loss`` (the auxiliary loss with its objective and
-            divisor), or a function of its options that says so. Options that shape anything else are errors.
+        reads: what it looks at, of ``gap``, ``gate``, ``loss`` (the auxiliary loss with its objective and divisor),
+            ``advantages`` (it only re-weighs them) and ``turns``, or a function of its options that says so. Options
+            that shape anything else are errors, and so are combinations that take away what it reads.
     """
     return _SIGNALS.register(name, reads=reads)
 
@@ -88,7 +89,7 @@ def list_signals() -> list[str]:
 
 
 def signal_reads(name: str, what: str, options: Mapping[str, Any]) -> bool:
-    """Whether the signal, with these options, looks at ``gap``, ``gate`` or ``loss``."""
+    """Whether the signal, with these options, looks at ``gap``, ``gate``, ``loss``, ``advantages`` or ``turns``."""
     reads = _SIGNALS.fact(name, "reads", ("gap", "gate"))
     return what in (reads(options) if callable(reads) else reads)
 
@@ -108,7 +109,7 @@ def auxiliary_loss(rows: SignalRows, *, strength: float) -> torch.Tensor:
     return rows.advantages
 
 
-@register_signal("advantage_weight", reads=("gap",))
+@register_signal("advantage_weight", reads=("gap", "advantages"))
 def advantage_weight(
     rows: SignalRows, *, strength: float, clip: float = 0.2, clip_low: float | None = None
 ) -> torch.Tensor:
@@ -131,7 +132,7 @@ def advantage_weight(
     )
 
 
-@register_signal("advantage_tilt", reads=("gap",))
+@register_signal("advantage_tilt", reads=("gap", "advantages"))
 def advantage_tilt(rows: SignalRows, *, strength: float) -> torch.Tensor:
     """OCSD (arXiv:2608.04788): A_t * (1 + lambda * sign(A_t) * tanh(Delta_t / 2)).
 
@@ -147,7 +148,8 @@ def advantage_tilt(rows: SignalRows, *, strength: float) -> torch.Tensor:
 
 
 def _shaping_reads(options: Mapping[str, Any]) -> tuple[str, ...]:
-    return {"gap": ("gap",), "teacher": ()}.get(options.get("weight", "gate"), ("gap", "gate"))
+    seen = {"gap": ("gap",), "teacher": ()}.get(options.get("weight", "gate"), ("gap", "gate"))
+    return (*seen, "turns") if options.get("standardise") == "turn" else seen
 
 
 @register_signal("advantage_shaping", reads=_shaping_reads)
@@ -211,7 +213,11 @@ def advantage_shaping(
     return torch.where(rows.mask, rows.advantages + change, rows.advantages)
 
 
-@register_signal("advantage_nudge", reads=("gap",))
+def _nudge_reads(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("gap",) if options.get("flat", "keep") == "nudge" else ("gap", "advantages")
+
+
+@register_signal("advantage_nudge", reads=_nudge_reads)
 def advantage_nudge(
     rows: SignalRows,
     *,

@@ -13,7 +13,7 @@ from sdar_verl.algorithm.signals import SignalRows, register_signal
 from sdar_verl.algorithm.turns import row_turns, turn_sums
 
 
-@register_signal("advantage_factor", reads=("gap",))
+@register_signal("advantage_factor", reads=("gap", "advantages", "turns"))
 def advantage_factor(
     rows: SignalRows,
     *,
@@ -69,7 +69,7 @@ def _turns_by_episode(rows: SignalRows, judged: torch.Tensor) -> list[list[tuple
     return [sorted(group, key=lambda place: (rows.turns[place[0]], place[1])) for group in members.values()]
 
 
-@register_signal("advantage_turn_weight", reads=("gap",))
+@register_signal("advantage_turn_weight", reads=("gap", "advantages", "turns"))
 def advantage_turn_weight(
     rows: SignalRows, *, strength: float, clip: float = 0.2, floor: float = 0.1, epsilon: float = 1e-6
 ) -> torch.Tensor:
@@ -98,7 +98,8 @@ def advantage_turn_weight(
     for row, group in enumerate(rows.group_ids):
         groups.setdefault(group, []).append(row)
     for members in groups.values():
-        won = rows.scores[members] > 0
+        played = rows.response_mask[members].any(dim=-1)  # a row that was taken out has lost nothing
+        won = rows.scores[members][played] > 0
         inside = judged[members]
         if inside.any() and won.any() and not won.all():
             mean = size[members][inside].abs().mean()
@@ -107,7 +108,7 @@ def advantage_turn_weight(
     return torch.where(rows.mask, rows.advantages * factor.to(rows.advantages), rows.advantages)
 
 
-@register_signal("advantage_distance", reads=("gap",))
+@register_signal("advantage_distance", reads=("gap", "advantages", "turns"))
 def advantage_distance(rows: SignalRows, *, strength: float) -> torch.Tensor:
     """TIDE (arXiv:2609.35058): outcome and teacher side by side, both on the turns on which teacher and student differ.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from inspect import signature
+from itertools import product
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,7 +16,7 @@ from sdar_verl.checks.several_teachers import several_teachers_faults
 from sdar_verl.checks.skills import PROBED_TASKS as SKILL_TASKS
 from sdar_verl.checks.skills import retrieve_for_run, spread
 from sdar_verl.config import SdarConfig
-from sdar_verl.config.context import ContextConfig
+from sdar_verl.config.context import ContextConfig, ContrastConfig
 from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.context.builder import chosen_source, is_late, late_options
 from sdar_verl.context.registry import ContextError, check_contexts, get_context
@@ -173,6 +174,11 @@ def _contrast(context: ContextConfig) -> list[str]:
             for option, is_set in unread.items()
             if is_set
         ]
+    if context.control == bad.control == "empty":
+        return [
+            f"sdar.context.control=empty and {node}.control=empty show the teacher nothing in either place: the gap "
+            "between them is 0 on every token; leave one of them at none"
+        ]
     same = (bad.sources, bad.options, bad.control) == (context.sources, context.options, context.control)
     if same and not context.teachers.several:
         return [
@@ -195,42 +201,56 @@ def _other_types(config: DictConfig, option: str) -> list[str]:
 
 
 def _probe(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    """Make the early contexts of a few tasks, but for the skills, which have checks of their own; of validation data
-    as well, where an arm shows them."""
-    names = [name for name in sdar.context.sources if name != "skills" and not get_context(name).late]
+    """Make the early contexts of a few tasks in both slots, but for the skills, which have checks of their own; of
+    validation data as well, where an arm shows them."""
     shown = any(arm.context == "teacher" for arm in sdar.validation.arms.values())
-    options = ("train_files", *(["val_files"] if shown else [])) if names else ()
-    panels = {option: panel_tasks(config, option) for option in options}
-    for name, option, panel in ((name, option, panel) for option, panel in panels.items() for name in names):
-        tasks = [task for task in panel if name in _shown(sdar.context, task)]
+    context, contrast = sdar.context, sdar.context.contrast
+    probe = partial(_probe_slot, config, context.seed)
+    panels = ["train_files", *(["val_files"] * shown)]
+    return probe("sdar.context", context, partial(_shown, context), panels) or probe(
+        "sdar.context.contrast", contrast, lambda task: contrast.sources, ["train_files"]
+    )
+
+
+def _probe_slot(
+    config: DictConfig,
+    seed: int,
+    node: str,
+    slot: ContextConfig | ContrastConfig,
+    shown: Callable[[Task], Sequence[str]],
+    panels: Sequence[str],
+) -> list[str]:
+    names = [name for name in slot.sources if name != "skills" and not get_context(name).late]
+    for option, name in product(panels if names else (), names):
+        tasks = [task for task in panel_tasks(config, option) if name in shown(task)]
         # An environment's may take long to make; of a recipe's data, few rows may have one.
         tasks = tasks[:PROBED_TASKS] if plays_environments(config) else tasks
         found = False
         for number, task in enumerate(tasks):
             if found and number >= PROBED_TASKS:
                 break
-            request = ContextRequest(task, seed=sdar.context.seed, skills=lambda: Passage(""))
+            request = ContextRequest(task, seed=seed, skills=lambda: Passage(""))
             try:
-                found |= bool(get_context(name).make(request, sdar.context.options.get(name, {})).text)
+                found |= bool(get_context(name).make(request, slot.options.get(name, {})).text)
             except ContextError as error:
-                return [f"sdar.context.sources: {error}"]
+                return [f"{node}.sources: {error}"]
         if tasks and not found:
             return [
-                f"sdar.context.sources: context {name!r} has nothing to show for the first {len(tasks)} tasks of "
-                f"data.{option} (environment {tasks[0].env!r}){_set(sdar.context, name)}; their data are "
-                f"{', '.join(sorted(flat(tasks[0].data))) or 'empty'}. Use {_other(name)}another context"
+                f"{node}.sources: context {name!r} has nothing to show for the first {len(tasks)} tasks of "
+                f"data.{option} (environment {tasks[0].env!r}){_set(node, slot, name)}; their data are "
+                f"{', '.join(sorted(flat(tasks[0].data))) or 'empty'}. Use {_other(node, name)}another context"
             ]
     return []
 
 
-def _set(context: ContextConfig, name: str) -> str:
-    given = context.options.get(name, {})
-    return "".join(f", with sdar.context.options.{name}.{option}={value}" for option, value in given.items())
+def _set(node: str, slot: ContextConfig | ContrastConfig, name: str) -> str:
+    given = slot.options.get(name, {})
+    return "".join(f", with {node}.options.{name}.{option}={value}" for option, value in given.items())
 
 
-def _other(name: str) -> str:
+def _other(node: str, name: str) -> str:
     parameters = signature(get_context(name).function).parameters.values()
-    return f"other sdar.context.options.{name}, or " if any(p.kind is p.KEYWORD_ONLY for p in parameters) else ""
+    return f"other {node}.options.{name}, or " if any(p.kind is p.KEYWORD_ONLY for p in parameters) else ""
 
 
 def _without_context(config: DictConfig, sdar: SdarConfig) -> list[str]:

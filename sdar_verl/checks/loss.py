@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,11 +10,25 @@ from omegaconf import DictConfig
 
 from sdar_verl.algorithm.gates import check_gate_options, gate_reads, get_gate
 from sdar_verl.algorithm.objectives import check_objective_options, get_objective
-from sdar_verl.algorithm.schedules import GAP_SIZE, GRAD_SHARE, GRAD_SHARE_WEIGHTS, make_schedule, measures_of
+from sdar_verl.algorithm.schedules import (
+    GAP_MEAN,
+    GAP_SIZE,
+    GRAD_SHARE,
+    GRAD_SHARE_WEIGHTS,
+    Schedule,
+    make_schedule,
+    measures_of,
+)
 from sdar_verl.algorithm.signals import check_signal, get_signal, signal_reads
 from sdar_verl.checks.distributions import distribution_faults
 from sdar_verl.config import SdarConfig
 from sdar_verl.config.loss import LossConfig, ScheduleConfig
+
+_NEEDS = {
+    "advantage_shaping": (("reliability_scale", "reliability", "group"),),
+    "advantage_factor": (("prior", "evidence", "belief"),),
+}
+"""Options of a signal that it reads with one value of another alone."""
 
 
 def loss_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
@@ -35,7 +50,7 @@ def _names(loss: LossConfig) -> Iterator[str]:
     options: dict[str, Callable[[], object]] = {
         "gate": lambda: check_gate_options(loss.gate, loss.gate_options),
         "objective": lambda: check_objective_options(loss.objective, loss.objective_options),
-        "signal": lambda: check_signal(loss.signal, loss.coef, loss.signal_options),
+        "signal": lambda: check_signal(loss.signal, 0.0, loss.signal_options),
         **{
             option: lambda node=node: make_schedule(node.name, node.options)  # type: ignore[misc]
             for option, (node, _) in _scheduled(loss).items()
@@ -51,6 +66,10 @@ def _names(loss: LossConfig) -> Iterator[str]:
         if fault:
             where = option if option.endswith("schedule") else f"{option}_options"
             yield f"sdar.loss.{where}: {fault}"
+        elif option == "signal" and (
+            fault := _fault(lambda: check_signal(loss.signal, loss.coef, loss.signal_options))
+        ):
+            yield f"sdar.loss.coef={loss.coef:g}, the strength of sdar.loss.signal={loss.signal}: {fault}"
 
 
 def _fault(attempt: Callable[[], object]) -> str | None:
@@ -71,7 +90,28 @@ def _schedules(loss: LossConfig) -> Iterator[str]:
                     f"sdar.loss.{option}.name={node.name} follows {measure}, which lambda moves and {moves} does not; "
                     "use it in sdar.loss.coef_schedule"
                 )
-    followed = measures_of(make_schedule(loss.coef_schedule.name, loss.coef_schedule.options))
+    strength = make_schedule(loss.coef_schedule.name, loss.coef_schedule.options)
+    followed = measures_of(strength)
+    by_itself = strength.ended(10**9) or (followed and type(strength).ended is not Schedule.ended)
+    if loss.coef_schedule.stop_step is not None or by_itself:
+        ends = "name" if by_itself else "stop_step"
+        of_gap = {GAP_SIZE, GAP_MEAN} & {*measures_of(make_schedule(loss.rl_schedule.name, loss.rl_schedule.options))}
+        for measure in sorted(of_gap):
+            yield (
+                f"sdar.loss.rl_schedule.name={loss.rl_schedule.name} follows {measure}, which nobody measures once "
+                f"sdar.loss.coef_schedule.{ends}={getattr(loss.coef_schedule, ends)} has ended the teacher: the policy "
+                "gradient would keep the weight of that moment; use another schedule for one of them"
+            )
+    if followed and {*followed} <= {*shares} and not loss.policy_gradient:
+        yield (
+            f"sdar.loss.coef_schedule.name={loss.coef_schedule.name} follows a share of the policy gradient, and "
+            "sdar.loss.policy_gradient=False leaves that out; use another schedule"
+        )
+    if loss.measure_every is not None and not loss.policy_gradient:
+        yield (
+            f"sdar.loss.measure_every={loss.measure_every} compares the distillation gradient with the policy "
+            "gradient, which sdar.loss.policy_gradient=False leaves out; leave it at null"
+        )
     if GRAD_SHARE_WEIGHTS in followed and loss.measure_every is None:
         yield (
             f"sdar.loss.coef_schedule.options.of=weights follows {GRAD_SHARE_WEIGHTS}, which is not measured; set "
@@ -119,7 +159,18 @@ def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
             yield from _unused(loss, ["centre", "clamp"], signal)
         elif gated and in_loss:
             yield from _unused(loss, ["centre", "clamp"], gate)
-    if sdar.context.contrast.sources and not gate_sees_gap and not _signal_sees_gap(loss, in_loss):
+    if loss.beta == 0 and loss.beta_schedule != ScheduleConfig():
+        yield "sdar.loss.beta_schedule has no effect with sdar.loss.beta=0; set that above 0"
+    for name, needed, value in _NEEDS.get(loss.signal, ()):
+        usual = inspect.signature(get_signal(loss.signal)).parameters[needed].default
+        if name in loss.signal_options and loss.signal_options.get(needed, usual) != value:
+            yield (
+                f"sdar.loss.signal_options.{name}={loss.signal_options[name]} has no effect without "
+                f"signal_options.{needed}={value}; leave it out, or set that"
+            )
+    divisor_sees_gap = in_loss and loss.divide_by == "gap_bearing"
+    seen = gate_sees_gap or divisor_sees_gap or _signal_sees_gap(loss, in_loss)
+    if sdar.context.contrast.sources and not seen:
         unread = gate if gated else signal
         yield (
             f"sdar.context.contrast.sources={sdar.context.contrast.sources} changes the gap, which {unread} does not "
@@ -155,10 +206,21 @@ def _run(loss: LossConfig, config: DictConfig, sdar: SdarConfig) -> Iterator[str
     unread = "sdar.teacher.source=none" if sdar.teacher.source == "none" else "sdar.loss.policy_gradient=False"
     if sdar.teacher.source == "none" or not loss.policy_gradient:
         yield from _unused(loss, ["rl_coef", "rl_schedule"], unread)
-    if loss.rl_coef == 0 and loss.rl_schedule.name != "constant":
+    if loss.rl_coef == 0 and loss.rl_schedule != ScheduleConfig():
         yield (
-            f"sdar.loss.rl_schedule.name={loss.rl_schedule.name} has no effect with sdar.loss.rl_coef=0; set that "
-            "above 0"
+            f"sdar.loss.rl_schedule.name={loss.rl_schedule.name} has no effect with sdar.loss.rl_coef=0, nor has its "
+            "window; set that above 0"
+        )
+    if loss.rl_coef == 0 and loss.policy_gradient and loss.coef > 0 and sdar.teacher.source != "none":
+        readers = {
+            "gate": gate_reads(loss.gate, "advantages") and signal_reads(loss.signal, "gate", loss.signal_options)
+        }
+        readers["signal"] = signal_reads(loss.signal, "advantages", loss.signal_options)
+        yield from (
+            f"sdar.loss.{name}={getattr(loss, name)} reads the advantages of the policy gradient, and "
+            "sdar.loss.rl_coef=0 makes all of them 0; set that above 0, or use another"
+            for name, reads in readers.items()
+            if reads
         )
     if not loss.policy_gradient and (loss.coef == 0 or sdar.teacher.source == "none" or not in_loss):
         off = f"sdar.loss.signal={loss.signal}" if not in_loss else f"sdar.loss.coef={loss.coef}"
@@ -190,6 +252,13 @@ def _run(loss: LossConfig, config: DictConfig, sdar: SdarConfig) -> Iterator[str
             "token-mean, or the options to one and keep"
         )
     correction = config.algorithm.get("rollout_correction", None)
+    rejects = str((correction and correction.get("rollout_rs", None)) or "")
+    if "token" in rejects and sdar.teacher.source != "none" and loss.coef > 0:
+        yield from (
+            f"algorithm.rollout_correction.rollout_rs={rejects} takes tokens out of the middle of turns, and {option} "
+            "looks at whole turns; reject sequences (seq_...), or use another"
+            for option in _by_turn(loss)
+        )
     bypass = bool(correction and correction.get("bypass_mode", False))
     if bypass and sdar.teacher.source != "none" and gate_reads(loss.gate, "entropy") and _wants_entropy_early(loss):
         yield (
@@ -197,6 +266,20 @@ def _run(loss: LossConfig, config: DictConfig, sdar: SdarConfig) -> Iterator[str
             f"(sdar.loss.signal={loss.signal}, divide_by={loss.divide_by}), which "
             "algorithm.rollout_correction.bypass_mode=True leaves out; set it to False or use another gate"
         )
+
+
+def _by_turn(loss: LossConfig) -> Iterator[str]:
+    """Settings that sum, average or rank over turns."""
+    if signal_reads(loss.signal, "turns", loss.signal_options):
+        yield f"sdar.loss.signal={loss.signal}"
+    if signal_reads(loss.signal, "gate", loss.signal_options):
+        if gate_reads(loss.gate, "turn"):
+            yield f"sdar.loss.gate={loss.gate}"
+        if loss.granularity == "turn":
+            yield "sdar.loss.granularity=turn"
+    for option, (node, _) in _scheduled(loss).items():
+        if GAP_SIZE in measures_of(make_schedule(node.name, node.options)):
+            yield f"sdar.loss.{option}.name={node.name}"
 
 
 def _wants_entropy_early(loss: LossConfig) -> bool:

@@ -108,11 +108,20 @@ def _separate(config: DictConfig, sdar: SdarConfig, mode: str) -> list[str]:
             f"{named} would send its rollout the frozen base without the adapter (verl's issue 7495), which never "
             "learns; set actor_rollout_ref.model.lora.merge=True"
         )
-    reference = sdar.teacher.source == "reference" and sdar.teacher.placement == "colocated"
-    if reference and sdar.teacher.path is None and not uses_lora(config) and not config.actor_rollout_ref.hybrid_engine:
-        faults.append(
-            "sdar.teacher.source=reference uses verl's reference in the actor's worker, and with "
-            f"actor_rollout_ref.hybrid_engine=False {named} gives it a worker of its own; set sdar.teacher.path to the "
-            "model training starts from, or sdar.teacher.placement=pool, or leave hybrid_engine=True"
+    if not uses_lora(config) and not config.actor_rollout_ref.hybrid_engine:
+        own = (
+            "uses verl's reference in the actor's worker, and with actor_rollout_ref.hybrid_engine=False "
+            f"{named} gives it a worker of its own"
         )
+        teacher = sdar.teacher
+        if teacher.source == "reference" and teacher.placement == "colocated" and teacher.path is None:
+            faults.append(
+                f"sdar.teacher.source=reference {own}; set sdar.teacher.path to the model training starts from, or "
+                "sdar.teacher.placement=pool, or leave hybrid_engine=True"
+            )
+        if sdar.loss.anchor.reference > 0 and teacher.source != "none":
+            faults.append(
+                f"sdar.loss.anchor.reference={sdar.loss.anchor.reference:g} {own}; leave hybrid_engine=True, or "
+                "sdar.loss.anchor.reference at 0"
+            )
     return faults

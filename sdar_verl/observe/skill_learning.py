@@ -55,6 +55,7 @@ class SkillLearning(Observer):
         self._learned: dict[str, Skill] = {}
         self._proved: dict[str, dict[str, Any]] = {}
         self._candidates: dict[str, Skill] = {}
+        self._asked: dict[str, str] = {}  # task type -> the skill that was written for it
         self._version = 0
         self._written_at = 0
         self._counts: dict[str, float] = {}
@@ -100,9 +101,17 @@ class SkillLearning(Observer):
         return {LEARNED_COLUMN: self._column(json.loads(row["task"])["task_type"] if judged else None)}
 
     def _column(self, task_type: str | None = None) -> str:
-        """What was learned, with the candidates for a task type: a rule may show others, which would be judged, too."""
-        further = {name: skill for name, skill in self._candidates.items() if task_type in skill.task_types}
-        return skills_to_json({**self._learned, **further}.values())
+        """What was learned, with the one candidate that tasks of a type judge: each is judged by itself."""
+        one = self._candidate(task_type)
+        return skills_to_json({**self._learned, **({} if one is None else {one.name: one})}.values())
+
+    def _candidate(self, task_type: str | None) -> Skill | None:
+        """The candidate that was written for a task type, or the first of those that serve it, too."""
+        for name in (self._asked.get(task_type or ""), *sorted(self._candidates)):
+            skill = self._candidates.get(name or "")
+            if skill is not None and task_type in skill.task_types:
+                return skill
+        return None
 
     # ---------------------------------------------------------------- writing
 
@@ -118,6 +127,8 @@ class SkillLearning(Observer):
         made = write_skills(bank, seen, self._writing, self._learn.max_words, table.step)
         known = {skill.text for skill in bank}
         new = sorted((skill for skill in made.values() if skill.text not in known), key=lambda skill: skill.name)
+        self._asked = {task_type: skill.name for task_type, skill in made.items()}
+        self._candidates = {skill.name: skill for skill in new}
         self._candidates = {skill.name: skill for skill in new if self._shows(skill)}
         counts = self._writing.metrics()
         self._counts = {
@@ -128,12 +139,12 @@ class SkillLearning(Observer):
         }
 
     def _shows(self, skill: Skill) -> list[str]:
-        """The tasks of the panel that would be shown a candidate: retrieval and budget may pass it over."""
+        """The tasks of the panel that judge a candidate: retrieval and budget may pass it over."""
         assert self._sdar.skills.max_tokens is not None  # a check before the start
         if self._count_tokens(skill.text) > self._sdar.skills.max_tokens:
             return []  # where it came first, it would stop the run
         column = {LEARNED_COLUMN: skills_to_json({**self._learned, skill.name: skill}.values())}
-        tasks = [task for task in self._panel if task.task_type in skill.task_types]
+        tasks = [task for task in self._panel if self._candidate(task.task_type) is skill]
         return [task.task_id for task in tasks if skill.name in self._finder.find(task, column).skills]
 
     def after_updates(self, table: StepTable, metrics: Mapping[str, Any]) -> Mapping[str, float]:
@@ -202,6 +213,7 @@ class SkillLearning(Observer):
             "learned": skills_to_json(self._learned.values()),
             "proved": self._proved,
             "candidates": skills_to_json(self._candidates.values()),
+            "asked": self._asked,
             "written_at": self._written_at,
         }
 
@@ -209,7 +221,7 @@ class SkillLearning(Observer):
         """Those of a checkpoint."""
         learned, candidates = skills_from_json(state["learned"]), skills_from_json(state["candidates"])
         self._version, self._written_at = int(state["version"]), int(state["written_at"])
-        self._proved = dict(state["proved"])
+        self._proved, self._asked = dict(state["proved"]), dict(state.get("asked", {}))
         self._learned = {skill.name: skill for skill in learned}
         self._candidates = {skill.name: skill for skill in candidates}
         self._write_bank()

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from sdar_verl.algorithm.signals import signal_reads
 from sdar_verl.config import SdarConfig
+from sdar_verl.config.loss import LossConfig
 from sdar_verl.observe.base import Observer
 from sdar_verl.observe.record import RunRecord
 from sdar_verl.observe.teacher_arms import STANDARD_ERRORS, BestOfArms, worse_teacher
@@ -195,13 +197,19 @@ def _teacher(settings: SdarConfig, metrics: Mapping[str, Any], distributions: Ma
             "its own. Look at sdar/context_tokens/mean, at sdar.skills.bank and sdar.skills.retrieval, and whether "
             "sdar.prompt.template shows its skill slot"
         )
-    elif distributions["half_share"] >= HALF_SHARE and settings.loss.beta > 0 and settings.loss.gate != "half":
+    elif distributions["half_share"] >= HALF_SHARE and _sharpens(settings.loss):
         seen["gate_at_half"] = (
             f"{distributions['half_share']:.1%} of the tokens have a gate of 1/2, so that all are pushed alike: the "
             f"gaps are too small for sdar.loss.beta={settings.loss.beta:g}. Raise it, or give the teacher a context "
             "that says more (sdar.skills)"
         )
     return seen
+
+
+def _sharpens(loss: LossConfig) -> bool:
+    """Whether the method has a gate that a larger beta would move."""
+    gated = signal_reads(loss.signal, "gate", loss.signal_options)
+    return gated and loss.beta > 0 and loss.gate != "half"
 
 
 def _context(metrics: Mapping[str, Any]) -> dict[str, str]:

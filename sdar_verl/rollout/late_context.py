@@ -144,6 +144,7 @@ class LateContexts:
             if shown is None or self._contexts.by_turn:
                 shown = self._shown(groups, group, episode, info)
             info.skills, info.no_match = shown.real.skills, shown.real.no_match
+            info.skills_dropped = shown.real.dropped
             info.context_missing = not shown.seen
             text = join([*shown.seen.values()]).text
             for step in info.steps:
@@ -210,7 +211,7 @@ class LateContexts:
         info.contrast_prompt_ids = tuple(ids for ids in made if ids is not None)
         if not info.contrast_prompt_ids:
             info.teacher_prompt_ids = info.teacher_prompt_tokens = None
-            info.other_prompt_ids = ()
+            info.teachers = info.other_prompt_ids = ()
 
     def _with(self, task: Task, infos: Sequence[RowInfo], index: int, text: Passage) -> RowInfo:
         """A copy of a row's record with the teacher's prompt for a text, where it fits; a fault is noted on the row."""

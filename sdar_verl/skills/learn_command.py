@@ -59,7 +59,7 @@ def _learn(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out {arguments.out} holds a candidate already; name a new folder")
     run, bank = read_run(arguments.folder), SkillBank.load(arguments.bank)
     seen = learn.evidence(run, arguments.episodes, arguments.task_type)
-    writing = _writing(arguments, run.run.get("settings", {}).get("data.apply_chat_template_kwargs"))
+    writing = _writing(arguments, _below(run.run.get("settings", {}), "data.apply_chat_template_kwargs."))
     made = learn.write_skills(bank, seen, writing, arguments.max_words)
     for line in _told(writing.metrics()):
         print(line)
@@ -98,7 +98,12 @@ def _learn(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _writing(arguments: argparse.Namespace, chat_template_kwargs: dict[str, Any] | None) -> StepWriting:
+def _below(settings: Mapping[str, Any], node: str) -> dict[str, Any]:
+    """The options of a node; a record has the dotted name of each."""
+    return {name.removeprefix(node): value for name, value in settings.items() if name.startswith(node)}
+
+
+def _writing(arguments: argparse.Namespace, chat_template_kwargs: dict[str, Any]) -> StepWriting:
     from sdar_verl.config.context import WriterConfig
     from sdar_verl.errors import ConfigError
     from sdar_verl.writer.step import StepWriting

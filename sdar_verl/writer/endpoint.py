@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
@@ -17,7 +18,7 @@ from sdar_verl.rollout.actions import without_thought
 from sdar_verl.rollout.uids import request_seed
 from sdar_verl.table import LOST_LIMIT
 from sdar_verl.untrusted import http_address, parse_json, shorten, whole_characters
-from sdar_verl.writer.base import NOT_PAID, Answer
+from sdar_verl.writer.base import LEAST, NOT_PAID, Answer
 from sdar_verl.writer.cache import AnswerCache
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ class EndpointWriter:
             for number in unknown[left:]:
                 answers[number] = NOT_PAID
             unknown = unknown[:left]
-        self._enough, self._failed = LOST_LIMIT * len(unknown), 0
+        # A step of few prompts does not stop at its own failures (writer/base.py).
+        self._enough, self._failed = LOST_LIMIT * len(unknown) if len(unknown) >= LEAST else math.inf, 0
         if unknown:
             with ThreadPoolExecutor(max_workers=self._settings.in_flight) as pool:
                 for number, answer in zip(unknown, pool.map(self._ask, [bodies[i] for i in unknown]), strict=True):

@@ -243,6 +243,85 @@ def test_the_policy_gradients_weight_needs_a_policy_gradient_and_a_teachers_run(
     assert nothing.startswith("sdar.loss.rl_schedule.name=hand_off has no effect with sdar.loss.rl_coef=0")
 
 
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        ({"rl_coef": 0.0, "rl_schedule": {"start_step": 10}}, "nor has its window; set that above 0"),
+        ({"rl_coef": 0.0, "signal": "advantage_weight", "coef": 0.5}, "signal=advantage_weight reads the advantages"),
+        (
+            {"rl_coef": 0.0, "signal": "advantage_nudge", "coef": 0.5},
+            "signal=advantage_nudge reads the advantages of the policy gradient, and sdar.loss.rl_coef=0 makes all",
+        ),
+        ({"rl_coef": 0.0, "gate": "calibrated"}, "sdar.loss.gate=calibrated reads the advantages of the policy"),
+        (
+            {"policy_gradient": False, "coef_schedule": {"name": "grad_share", "options": {"share": 0.1}}},
+            "coef_schedule.name=grad_share follows a share of the policy gradient, and sdar.loss.policy_gradient=False",
+        ),
+        (
+            {"policy_gradient": False, "measure_every": 1},
+            "sdar.loss.measure_every=1 compares the distillation gradient",
+        ),
+        ({"beta": 0.0, "beta_schedule": {"warmup_steps": 3}}, "beta_schedule has no effect with sdar.loss.beta=0"),
+        (
+            {"signal": "advantage_factor", "coef": 0.5, "signal_options": {"evidence": "gap", "prior": 0.4}},
+            "sdar.loss.signal_options.prior=0.4 has no effect without signal_options.evidence=belief",
+        ),
+        (
+            {"signal": "advantage_shaping", "coef": 0.5, "signal_options": {"reliability_scale": 3.0}},
+            "signal_options.reliability_scale=3.0 has no effect without signal_options.reliability=group",
+        ),
+        (
+            {"coef_schedule": {"name": "hand_off", "stop_step": 20}, "rl_schedule": {"name": "hand_off"}},
+            "once sdar.loss.coef_schedule.stop_step=20 has ended the teacher",
+        ),
+        (
+            {
+                "coef_schedule": {"name": "retire", "options": {"teacher_success": 0.5}},
+                "rl_schedule": {"name": "hand_off"},
+            },
+            "once sdar.loss.coef_schedule.name=retire has ended the teacher",
+        ),
+        (
+            {"signal": "advantage_weight", "coef": 1.5},
+            "sdar.loss.coef=1.5, the strength of sdar.loss.signal=advantage_weight: ",
+        ),
+        (
+            {"coef_schedule": {"name": "hand_off", "options": {"window": 10.5}}},
+            "sdar.loss.coef_schedule: schedule 'hand_off' has window=10.5; it must be a whole number",
+        ),
+    ],
+)
+def test_what_takes_away_what_another_reads_is_told(loss: dict[str, Any], told: str) -> None:
+    (fault,) = faults(loss)
+    assert told in fault
+
+
+def test_a_divisor_may_be_all_that_reads_the_gap() -> None:
+    contrast = {"sources": ["skills"], "contrast": {"sources": ["skills"], "control": "shuffled"}}
+    loss = {"gate": "none", "objective": "k1"}
+    assert faults({**loss, "divide_by": "gap_bearing"}, context=contrast) == []
+    (fault,) = faults(loss, context=contrast)
+    assert "changes the gap, which sdar.loss.gate=none does not read" in fault
+
+
+def test_tokens_taken_out_of_turns_leave_no_turn_to_look_at() -> None:
+    rejects = {"algorithm": {"rollout_correction": {"rollout_rs": "token_k1"}}}
+    found = {
+        option: faults(loss, rejects)
+        for option, loss in {
+            "signal=advantage_distance": {"signal": "advantage_distance", "coef": 0.5},
+            "gate=calibrated": {"gate": "calibrated"},
+            "granularity=turn": {"granularity": "turn"},
+            "coef_schedule.name=hand_off": {"coef_schedule": {"name": "hand_off"}},
+        }.items()
+    }
+    for option, (fault,) in found.items():
+        assert f"takes tokens out of the middle of turns, and sdar.loss.{option} looks at whole turns" in fault
+        assert "reject sequences" in fault
+    assert faults({}, rejects) == []
+    assert faults({"granularity": "turn"}, {"algorithm": {"rollout_correction": {"rollout_rs": "seq_mean_k1"}}}) == []
+
+
 def test_schedules_of_the_gap_are_for_any_signal_and_those_of_the_gradient_for_lambda() -> None:
     hand_off = {"name": "hand_off", "options": {}}
     assert faults({"signal": "advantage_weight", "coef": 0.5, "coef_schedule": hand_off, "rl_schedule": hand_off}) == []

@@ -55,6 +55,10 @@ CASES = {
         [*SEPARATE, "actor_rollout_ref.model.lora_rank=8", "sdar.teacher.source=actor"],
         ["actor_rollout_ref.model.lora_rank=8", "sdar_separate_async", "actor_rollout_ref.model.lora.merge=True"],
     ),
+    "an anchor elsewhere": (
+        [*SEPARATE, "actor_rollout_ref.hybrid_engine=False", "method=sr_opsd"],
+        ["sdar.loss.anchor.reference=0.095", "actor_rollout_ref.hybrid_engine=False", "or sdar.loss.anchor.reference"],
+    ),
     "a reference elsewhere": (
         [*SEPARATE, "actor_rollout_ref.hybrid_engine=False"],
         ["sdar.teacher.source=reference", "actor_rollout_ref.hybrid_engine=False", "sdar.teacher.path"],

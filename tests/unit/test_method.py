@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,11 @@ import verl.trainer.ppo.v1  # noqa: F401  loads our trainers, which stand on it
 
 from sdar_verl.algorithm.advantages import rlsd_advantages
 from sdar_verl.algorithm.gap import step_statistics
-from sdar_verl.algorithm.schedules import LinearDecay
+from sdar_verl.algorithm.schedules import LinearDecay, Schedule
 from sdar_verl.config import AdvantageConfig
 from sdar_verl.config.context import ContextConfig
 from sdar_verl.config.loss import LossConfig
+from sdar_verl.errors import ConfigError
 from sdar_verl.fields import GAP_POOLED, GAP_SHIFT, LOSS_SCALE, STEP_VALUES, TEACHER_LOG_PROBS
 from sdar_verl.method import Judgement, Method, StepValues, Strengths
 from sdar_verl.observe.base import load_states, save_states
@@ -178,6 +180,36 @@ def test_what_a_schedule_learned_survives_a_checkpoint(tmp_path: Any) -> None:
     load_states([fresh], tmp_path)
     assert fresh.at(2) == pytest.approx((0.05, 5.0, 1.0))
     assert Strengths(LossConfig()).state_dict() == {}
+    save_states([Strengths(LossConfig())], tmp_path)
+    with pytest.raises(ConfigError, match=r"nothing is there of sdar\.loss\.coef's schedule"):
+        load_states([Strengths(settings)], tmp_path)
+
+
+def test_a_schedule_learns_within_its_window_alone() -> None:
+    retire = {"name": "retire", "options": {"teacher_success": 0.5, "every": 1}}
+    late = Strengths(LossConfig(coef=1.0, coef_schedule={**retire, "start_step": 11}))
+    for step in range(1, 13):
+        assert not late.retired(step), "two windows of its own"
+        late.observe(step, {"sdar/gap_mean": -0.1, "sdar/success": 1.0})
+    assert late.retired(13)
+
+
+def test_a_schedule_that_turns_a_strength_around_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    strengths = Strengths(LossConfig(coef=0.5))
+    for factor in (-1.0, math.nan):
+        monkeypatch.setattr(Schedule, "factor", lambda self, step, factor=factor: factor)
+        with pytest.raises(ValueError, match=r"coef_schedule makes sdar\.loss\.coef .* at step 3"):
+            strengths.at(3)
+
+
+@pytest.mark.parametrize(
+    ("signal", "options"),
+    [("advantage_distance", {}), ("advantage_nudge", {"means": "two", "unpaired": "drop"}), ("advantage_weight", {})],
+)
+def test_a_strength_of_zero_is_plain_grpo(signal: str, options: dict[str, str]) -> None:
+    table = table_of()
+    found = Method(LossConfig(coef=0.5, signal=signal, signal_options=options)).judge(table, 0.0, 5.0)
+    assert "advantages" not in found.columns and found.change == 0.0
 
 
 def trainer(**loss: Any) -> Any:

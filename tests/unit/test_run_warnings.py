@@ -116,6 +116,8 @@ def test_a_gate_stuck_at_one_half(run):
 
 def test_a_gate_of_one_half_that_was_asked_for(tmp_path):
     assert Run(tmp_path, loss={"gate": "half"}).play(gaps=np.full(8, 1e-3)) == {}
+    without = Run(tmp_path / "signal", loss={"signal": "advantage_weight", "coef": 0.5})
+    assert without.play(gaps=np.full(8, 1e-3)) == {}, "a signal that reads no gate"
 
 
 def test_groups_without_reward_variance_over_several_steps(run):

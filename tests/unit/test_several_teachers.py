@@ -205,6 +205,18 @@ def test_mixed_teachers_against_a_bad_context(step) -> None:  # noqa: F811
     assert list(rows["u0_2_0"].further_prompts) == [teacher_pass(1), contrast_pass(0)]
 
 
+def test_a_row_whose_bad_context_does_not_fit_has_no_teacher_at_all(step) -> None:  # noqa: F811
+    lost = [LOST, LOST, WRONG]
+    episodes = {("u0", 0): (TASK, [LOST, GOOD]), ("u0", 1): (TASK, lost), ("u0", 2): (TASK, lost)}
+    bad = {"sources": ["failed_sibling"], "control": "none", "options": {}, "texts": 1}
+    settings = {**MIXED, "context__contrast": bad, "teacher__on_long_prompt": "mask"}
+    whole = step(episodes, **settings)["u0_1_0"]
+    room = len(whole.contrast_prompt_ids[0]) - 1
+    assert whole.teachers == ("skills", "sibling") and len(whole.other_prompt_ids[0]) <= room
+    info = step(episodes, **settings, teacher__max_prompt_length=room)["u0_1_0"]
+    assert (info.teachers, info.other_prompt_ids, info.contrast_prompt_ids) == ((), (), ()) and not info.has_teacher
+
+
 def test_a_rows_task_chooses_its_teacher(step) -> None:  # noqa: F811
     egg = Task("scripted", "task-2", "heat", "heat some egg", {})
     episodes = {("u0", 0): (TASK, [LOST, GOOD]), ("u1", 0): (egg, [GOOD])}

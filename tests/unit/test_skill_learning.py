@@ -172,6 +172,21 @@ def test_a_skill_that_was_learned_can_be_revised(tmp_path):
     assert (tmp_path / "skills" / "version_2").is_dir()
 
 
+def test_a_skill_of_several_types_is_judged_apart_from_those_that_wait_beside_it(tmp_path):
+    shared = Skill("shared", "of use", "Old words.", (HEAT, LOOK))
+    play = Play(tmp_path, lambda prompt: answer("shared", "New words.") if HEAT in prompt else by_type(prompt))
+    play.learning._learned = {"shared": shared}
+    play.step(2)
+    waiting = play.learning._candidates
+    assert set(waiting) == {"shared", "lamp-first"} and waiting["shared"].task_types == (HEAT, LOOK)
+    columns = {kind: json.loads(play.learning._column(kind)) for kind in (HEAT, LOOK)}
+    shown = {kind: {skill["name"]: skill["text"] for skill in skills} for kind, skills in columns.items()}
+    assert shown[HEAT] == {"shared": "New words."}
+    assert shown[LOOK] == {"shared": "Old words.", "lamp-first": "Find the lamp before all else."}
+    judged = {name: {task.split("-")[0] for task in play.learning._shows(skill)} for name, skill in waiting.items()}
+    assert judged == {"shared": {HEAT}, "lamp-first": {LOOK}}
+
+
 def test_what_the_bank_says_already_is_not_judged_again(tmp_path):
     play = Play(tmp_path)
     for step, waiting in ((2, 2), (4, 1)):

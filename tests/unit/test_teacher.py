@@ -195,6 +195,10 @@ def test_an_anchor_is_one_pass_of_the_reference_over_the_students_prompts():
     assert meta.fields == ["prompts", "responses", TEACHER_MASK, SUPPORT_IDS]
     assert pass_of(meta) == anchor
     assert meta.keys == table.rows.keys
+    untaught = step([0, 0])
+    one._trainer.actor_rollout_wg = workers = Workers(untaught)
+    one.score(untaught)
+    assert workers.anchored == [], "on a step on which no row has a teacher there is nothing to draw"
 
 
 @pytest.mark.parametrize("placement", ["colocated", "pool"])

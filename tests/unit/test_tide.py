@@ -52,6 +52,22 @@ def brute(episodes: list[tuple[str, float, list[str]]], discount: float, depth: 
     return found
 
 
+def test_a_turn_that_was_taken_out_has_been_played() -> None:
+    whole = [("g", 1.0, list("abc")), ("g", 0.0, list("abd")), ("g", 1.0, list("bbc"))]
+    rows = [(e, j) for e in range(3) for j in range(3)]
+    valid = torch.tensor([row != (0, 1) for row in rows])
+    arguments = [tensor([whole[e][1] for e, _ in rows]), ["g"] * 9, [str(e) for e, _ in rows], [j for _, j in rows]]
+    found = anchored_returns(*arguments, [whole[e][2][j] for e, j in rows], valid, discount=0.5, depth=2)
+    returns = {row: 0.5 ** (2 - row[1]) * whole[row[0]][1] for row in rows}
+    alike = {(0, 2): [[(0, 2), (2, 2)], [(0, 2), (2, 2)]], (1, 0): [[(0, 0), (1, 0)], [(0, 0), (1, 0)]]}
+    for row, pasts in alike.items():
+        apart = [returns[row] - sum(returns[one] for one in past) / 2 for past in pasts]
+        weights = [k + 1 for k, value in enumerate(apart, 1) if value]
+        expected = sum((k + 1) * value for k, value in enumerate(apart, 1)) / sum(weights) if weights else 0.0
+        assert found[rows.index(row)] == pytest.approx(expected)
+    assert found[rows.index((0, 1))] == 0.0
+
+
 PLAYED = st.lists(
     st.tuples(
         st.sampled_from("gh"),

@@ -100,6 +100,14 @@ def test_a_group_of_one_outcome_and_turns_without_a_teacher_keep_their_advantage
     torch.testing.assert_close(found[0], base[0] * 1.5, rtol=1e-4, atol=0.0)
 
 
+def test_a_row_that_was_taken_out_has_not_lost() -> None:
+    response = torch.ones(3, 2, dtype=torch.bool)
+    base, gap = torch.full((3, 2), 0.7).double(), torch.rand(3, 2).double()
+    response[2] = False
+    rows = rows_of(base * response, response, gap, scores=tensor([10.0, 10.0, 0.0]))
+    assert torch.equal(get_signal("advantage_turn_weight")(rows, strength=0.5), base * response)
+
+
 def test_a_tilt_gives_credit_to_what_the_teacher_likes_and_keeps_the_sign() -> None:
     base, gap = tensor([[2.0, 2.0, 2.0], [-1.0, -1.0, -1.0], [0.0, 0.0, 0.0]]), tensor([[1.0, 0.0, -9.0]] * 3)
     on = torch.ones(3, 3, dtype=torch.bool)

@@ -96,9 +96,15 @@ def test_a_refusal_is_not_tried_again_and_says_what_to_look_at(status, hint, tmp
 def test_an_endpoint_that_is_not_there_is_a_failure_per_prompt_and_stops_asking(tmp_path):
     with chat_server(lambda *_: says("x")) as server:
         pass
-    answers = writer(server, tmp_path, retries=0, in_flight=1).write(list("abcdef"), step=1)
+    answers = writer(server, tmp_path, retries=0, in_flight=1).write(list("abcdefghij"), step=1)
     assert all(answer.failure for answer in answers)
     assert "cannot be reached" in answers[0].failure and "not asked" in answers[-1].failure
+
+
+def test_a_step_of_few_prompts_asks_for_all_of_them(tmp_path):
+    with chat_server(lambda _, prompt: Reply("no", status=400) if "bad" in prompt else says("x")) as server:
+        answers = writer(server, tmp_path, in_flight=1).write(["bad 1", "bad 2", "bad 3", "good 1", "good 2"], step=1)
+    assert [answer.text for answer in answers] == [None, None, None, "x", "x"]
 
 
 def test_known_answers_cost_nothing_also_in_the_next_process(tmp_path):
