@@ -1,14 +1,15 @@
 """``sdar-verl skills take``: keeps of a candidate's skills those with which success rose, on a panel of its own.
 
 Two evaluations are compared that differ in nothing but the bank: one with the bank that the candidate was made of, one
-with the candidate, task by task. A skill is judged by the tasks of its types, and taken when the whole 95 % interval of
-the difference lies above 0. A panel that the run had trained or validated on, or that shares a task with what the
-writer was shown, is refused.
+with the candidate, task by task. A skill is judged by the tasks of its types that no other learned skill is for, and
+taken when the whole 95 % interval of the difference lies above 0. A panel that the run had trained or validated on, or
+that shares a task with what the writer was shown, is refused.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,12 @@ def judge(candidate: Path, before: str, after: str, arm: str) -> list[Verdict]:
     _check_panel(note, with_it, comparison)
     types = _task_types(with_it, arm)
     outcomes = [_by_task(comparison, name) for name in ("without", "with")]
+    judged = [skill for skill in learned if skill.name in note["skills"]]
+    shown = Counter(task_type for skill in judged for task_type in skill.task_types)
+    alone = {task: task_type for task, task_type in types.items() if shown[task_type] == 1}
     return [
-        judge_skill(skill, [task for task in comparison.tasks if types.get(task) in skill.task_types], *outcomes)
-        for skill in learned
-        if skill.name in note["skills"]
+        judge_skill(skill, [task for task in comparison.tasks if alone.get(task) in skill.task_types], *outcomes)
+        for skill in judged
     ]
 
 

@@ -301,6 +301,18 @@ def test_an_arm_without_a_context_in_the_validation_data_is_told(tmp_path):
     assert "nothing to show for the first 8 tasks of data.val_files" in told
 
 
+def test_a_bad_context_that_nobody_has_is_told(tmp_path):
+    column = ("sdar.context.sources=[column]", "+sdar.context.options.column.path=extra_info.answer")
+    bad = ("sdar.context.contrast.sources=[column]", "+sdar.context.contrast.options.column.path=extra_info.no")
+    told = faults(tmp_path, *column, *bad)
+    assert "sdar.context.contrast.sources: context 'column' has nothing to show for the first 16 tasks" in told
+    assert "with sdar.context.contrast.options.column.path=extra_info.no" in told
+    same = ("sdar.context.control=empty", "sdar.context.contrast.control=empty")
+    assert "show the teacher nothing in either place" in faults(
+        tmp_path / "empty", *column, *bad[:1], *same, "+sdar.context.contrast.options.column.path=extra_info.answer"
+    )
+
+
 def test_remote_data_are_verls_to_read(tmp_path):
     assert faults(tmp_path, "sdar.context.sources=[answer]", "data.train_files=hdfs://a/train.parquet") == ""
 

@@ -153,6 +153,19 @@ def test_the_policy_itself_writes(run, bank, tmp_path, capsys, monkeypatch):
     )
 
 
+def test_the_policy_is_asked_with_the_chat_template_arguments_of_its_run(run, bank, tmp_path, monkeypatch):
+
+    file = next(run.rglob("run.json"))
+    found = json.loads(file.read_text())
+    found["settings"]["data.apply_chat_template_kwargs.enable_thinking"] = False
+    file.write_text(json.dumps(found))
+    given: list[dict] = []
+    monkeypatch.setattr(checkpoint, "checkpoint_writing", lambda policy, arguments: given.append(arguments) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["skills", "learn", str(run), "--bank", str(bank), "--policy", "p", "--out", str(tmp_path / "new")])
+    assert given == [{"enable_thinking": False}]
+
+
 def test_a_checkpoint_answers_as_transformers_does_and_again_the_same(tmp_path):
     policy = make_tiny_model(tmp_path / "policy")
     client = CheckpointClient(policy)
@@ -244,6 +257,16 @@ def test_only_a_skill_whose_gain_lies_outside_its_interval_is_taken(candidate, b
     made = {one.name: one.text for one in SkillBank.load(tmp_path / "taken")}
     assert set(made) == {"placing", "looking"} and made["placing"].startswith("Open what is closed")
     assert "gain: 1.0" in (tmp_path / "taken" / "placing" / "SKILL.md").read_text()
+
+
+def test_tasks_that_show_two_learned_skills_judge_neither(candidate, bank, tmp_path, capsys):
+    both = skill("with-the-lamp", f"{LOOK}, {PLACE}", "Carry it to the lamp.")
+    (candidate / "with-the-lamp" / "SKILL.md").write_text(both)
+    before = evaluation(tmp_path / "before", bank, lambda i: False)
+    after = evaluation(tmp_path / "after", candidate, lambda i: True)
+    assert take(candidate, before, after, tmp_path / "taken") == 0
+    said = capsys.readouterr().out
+    assert "left  placing: +nan [+nan, +nan] over 0 tasks" in said and "taken  with-the-lamp: +1.000" in said
 
 
 def test_where_nothing_rises_no_bank_is_written(candidate, bank, tmp_path, capsys):
