@@ -154,6 +154,7 @@ def test_the_policy_itself_writes(run, bank, tmp_path, capsys, monkeypatch):
 
 
 def test_the_policy_is_asked_with_the_chat_template_arguments_of_its_run(run, bank, tmp_path, monkeypatch):
+    from sdar_verl.writer import checkpoint
 
     file = next(run.rglob("run.json"))
     found = json.loads(file.read_text())
