@@ -37,9 +37,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--panel", required=True, type=Path, help="the panel that the runs were validated on")
-    parser.add_argument("--baseline", default="grpo")
+    parser.add_argument("--baseline", help="of the differences; none without")
     arguments = parser.parse_args()
     arms = {arm: load(arguments.runs, arm=arm, any_settings=True) for arm in ARMS}
+    if arguments.baseline is not None:
+        arms["student"].group(arguments.baseline)  # told before the checkpoints are loaded
     listed = arms["student"].groups
     folders = [run.folder for group in listed for run in group.runs]
     probes = probe(arguments.panel, [start_policy(), *(last_checkpoint(folder / "checkpoints") for folder in folders)])
@@ -56,7 +58,7 @@ def main() -> None:
         internalised = spread([probe_of[run.folder] for run in group.runs])
         print("| " + " | ".join([f"`{group.name}`", str(len(group.runs)), *cells, invalid, internalised]) + " |")
     print(f"\nstart policy: probe {probes[0]:.3f}\n")
-    for arm, comparison in arms.items():
+    for arm, comparison in arms.items() if arguments.baseline is not None else ():
         reference = comparison.group(arguments.baseline)
         for group in comparison.groups:
             if group is not reference:
