@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -246,12 +246,6 @@ class Strengths:
     """
 
     name = "distillation"
-    _options: ClassVar = {
-        "coef": "sdar.loss.coef",
-        "beta": "sdar.loss.beta",
-        "rl": "sdar.loss.rl_coef",
-        "anchor": "sdar.loss.anchor.student",
-    }
 
     def __init__(self, settings: LossConfig):
         self._reference = settings.anchor.reference
@@ -268,8 +262,8 @@ class Strengths:
         for name, value in found._asdict().items():
             if not 0.0 <= value < math.inf:
                 raise ValueError(
-                    f"sdar.loss.{name}_schedule makes {self._options[name]} {value:g} at step {step}; its factor must "
-                    "be finite and at least 0"
+                    f"sdar.loss.{name}_schedule comes to {value:g} at step {step}; its factor must be finite and at "
+                    "least 0"
                 )
         return found
 
@@ -309,7 +303,7 @@ class Strengths:
             if name in state:
                 value.schedule.state = state[name]
             elif value.schedule.state:
-                raise ValueError(f"nothing is there of {self._options[name]}'s schedule")
+                raise ValueError(f"it holds nothing of the schedule of {name} (sdar.loss)")
 
 
 def scheduled(base: float, node: ScheduleConfig) -> Scheduled:

@@ -72,8 +72,8 @@ def register_signal(name: str, *, reads: Reads = ("gap", "gate")) -> Callable[[S
     Args:
         name: what ``sdar.loss.signal`` is set to.
         reads: what it looks at, of ``gap``, ``gate``, ``loss`` (the auxiliary loss with its objective and divisor),
-            ``advantages`` (it only re-weighs them) and ``turns``, or a function of its options that says so. Options
-            that shape anything else are errors, and so are combinations that take away what it reads.
+            ``advantages`` (it does nothing where all of them are 0) and ``turns``, or a function of its options that
+            says so. Options that shape anything else are errors, and so are those that take away what it reads.
     """
     return _SIGNALS.register(name, reads=reads)
 
@@ -149,7 +149,8 @@ def advantage_tilt(rows: SignalRows, *, strength: float) -> torch.Tensor:
 
 def _shaping_reads(options: Mapping[str, Any]) -> tuple[str, ...]:
     seen = {"gap": ("gap",), "teacher": ()}.get(options.get("weight", "gate"), ("gap", "gate"))
-    return (*seen, "turns") if options.get("standardise") == "turn" else seen
+    turns = ("turns",) if options.get("standardise") == "turn" else ()
+    return (*seen, *turns, *(() if options.get("flat_groups", True) else ("advantages",)))
 
 
 @register_signal("advantage_shaping", reads=_shaping_reads)

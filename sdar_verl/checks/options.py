@@ -28,7 +28,7 @@ _OPTIMIZER = ("optimizer_impl", "optimizer", "lr", "weight_decay", "betas", "ove
 _LISTS = ("checkpoint.load_contents", "model.external_lib")
 """Ends of options that take a list, though their default is none."""
 _OR_A_WORD = ("trainer.logger", "lora.target_modules", "lora.exclude_modules", "model.external_lib")
-"""Ends of options that take one word, or null, in the place of a list."""
+"""Ends of options that take one word in the place of a list."""
 _DATACLASSES = ("actor_rollout_ref.actor", "actor_rollout_ref.rollout", "algorithm")
 
 
@@ -126,7 +126,9 @@ def _type_faults(values: Mapping[str, Any]) -> list[str]:
                 faults.append(f"{key}={_shown(value)} must be True or False (verl's default: {default})")
         elif isinstance(default, list) or key.endswith(_LISTS):
             word = key.endswith(_OR_A_WORD)
-            if not isinstance(value, list) and not (word and (value is None or isinstance(value, str))):
+            other = word and isinstance(value, str)
+            none = value is None and ".checkpoint." not in key  # verl looks for words in those
+            if not (isinstance(value, list) or other or none):
                 usual = f"[{','.join(map(str, default))}]" if isinstance(default, list) else _shown(default)
                 faults.append(f"{key}={_shown(value)} must be a list{word * ', or a name'} (verl's default: {usual})")
         elif bound is not None or isinstance(default, _NUMBER):

@@ -98,20 +98,17 @@ class SkillLearning(Observer):
 
     def _validation_columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
         judged = row["sdar_arm"] == AFTER
-        return {LEARNED_COLUMN: self._column(json.loads(row["task"])["task_type"] if judged else None)}
+        return {LEARNED_COLUMN: self._column(json.loads(row["task"])["task_type"] if judged else "")}
 
-    def _column(self, task_type: str | None = None) -> str:
+    def _column(self, task_type: str = "") -> str:
         """What was learned, with the one candidate that tasks of a type judge: each is judged by itself."""
         one = self._candidate(task_type)
         return skills_to_json({**self._learned, **({} if one is None else {one.name: one})}.values())
 
-    def _candidate(self, task_type: str | None) -> Skill | None:
+    def _candidate(self, task_type: str) -> Skill | None:
         """The candidate that was written for a task type, or the first of those that serve it, too."""
-        for name in (self._asked.get(task_type or ""), *sorted(self._candidates)):
-            skill = self._candidates.get(name or "")
-            if skill is not None and task_type in skill.task_types:
-                return skill
-        return None
+        serve = {name: skill for name, skill in sorted(self._candidates.items()) if task_type in skill.task_types}
+        return serve.get(self._asked.get(task_type, ""), next(iter(serve.values()), None))
 
     # ---------------------------------------------------------------- writing
 
@@ -128,7 +125,7 @@ class SkillLearning(Observer):
         known = {skill.text for skill in bank}
         new = sorted((skill for skill in made.values() if skill.text not in known), key=lambda skill: skill.name)
         self._asked = {task_type: skill.name for task_type, skill in made.items()}
-        self._candidates = {skill.name: skill for skill in new}
+        self._candidates = {skill.name: skill for skill in new}  # a task judges one of them
         self._candidates = {skill.name: skill for skill in new if self._shows(skill)}
         counts = self._writing.metrics()
         self._counts = {

@@ -147,11 +147,9 @@ def offers(
     """
     found, apart = [], wished.gpus_apart
     for node in listed:
-        least = -(-apart // node.cards) if apart else 0
-        for number in range(1, least + MOST_NODES + 1):
+        first = apart // node.cards + 1
+        for number in range(first, first + MOST_NODES):
             training = node.cards * number - apart
-            if training < 1:
-                continue
             plan = make_plan(wished.with_gpus(training), find_gpu(node.gpu), efficiency)
             if not plan.fits:
                 continue

@@ -50,16 +50,16 @@ class Group:
 
     def sort(self) -> None:
         """Runs by their seeds, whichever was named first; methods of the same seeds are paired by their places."""
-        self.runs.sort(key=lambda run: [seed if isinstance(seed, int) else -1 for seed in run_seeds(run)])
+        self.runs.sort(key=lambda run: [seed if isinstance(seed, int) else -1 for seed in _run_seeds(run)])
 
     @property
     def seeds(self) -> list[Any]:
         """What tells the runs of the method apart: their seeds, or their places in the list."""
-        found = [run_seeds(run) for run in self.runs]
+        found = [_run_seeds(run) for run in self.runs]
         return list(found) if len(set(found)) == len(found) else list(range(len(self.runs)))
 
 
-def run_seeds(run: RunData) -> tuple[Any, ...]:
+def _run_seeds(run: RunData) -> tuple[Any, ...]:
     """The run's :data:`SEED_OPTIONS`; None for one that its record does not tell."""
     return tuple(run.run.get("settings", {}).get(option) for option in SEED_OPTIONS)
 

@@ -194,10 +194,12 @@ def validation_faults(plan: Plan, configs: Mapping[str, Any]) -> list[str]:
         known = arm_names(load_config(config.sdar).validation.arms, plays_environments(config))
         if plan.validation not in known:
             faults.append(f"validation={plan.validation!r} is no arm of {arm}'s validations: {', '.join(known)}")
+        if below is None:
+            continue
         frequency, steps = int(config.trainer.test_freq), count_steps(config, train_rows(config))
         # verl validates after the last step, too.
-        looked = frequency > 0 and (not below or below.at % frequency == 0 or below.at == steps)
-        if below is not None and (not looked or 0 < steps < below.at):
+        validates = frequency > 0 and (below.at % frequency == 0 or below.at == steps)
+        if not validates or 0 < steps < below.at:
             faults.append(
                 f"kill.below.at={below.at}: {arm} does not validate then (trainer.test_freq={frequency}"
                 + (f", {steps} steps)" if steps else ")")
@@ -220,7 +222,7 @@ def planned_hours(plan: Plan, configs: Mapping[str, Any], gpu: str) -> tuple[dic
 
     hours, told = {}, []
     for arm, config in configs.items():
-        layout, notes, _ = read_layout(config, load_config(config.sdar))
+        layout, notes, stops = read_layout(config, load_config(config.sdar))
         if not layout.known:
             raise ConfigError(
                 f"arm {arm}: how many steps it has is not known here: set trainer.total_training_steps, "
@@ -230,5 +232,5 @@ def planned_hours(plan: Plan, configs: Mapping[str, Any], gpu: str) -> tuple[dic
         if not made.fits:
             raise ConfigError(f"arm {arm} does not fit on {made.cards} x {gpu}: {'; '.join(made.faults)}")
         hours[arm] = made.hours
-        told += [f"{arm}: {note}" for note in notes]
+        told += [f"{arm}: {note}" for note in [*notes, *(f"would not start: {why}" for why in stops)]]
     return hours, told

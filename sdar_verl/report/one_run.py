@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 FINISHED = "finished"
 """File in the folder of a run that has made its last step."""
 
-_STEPS = "trainer.total_training_steps"
 _PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
 
 
@@ -40,10 +39,12 @@ def run_command(
 
 def _quoted(path: Path) -> str:
     """A path as the value of an override; Hydra's grammar reads few characters without quotes."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
     text = str(path)
     if _PLAIN.fullmatch(text):
         return text
-    return "'" + re.sub(r"(\\*)(?='|$)", r"\1\1", text).replace("'", "\\'") + "'"
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def check(words: list[str], *, whole: bool) -> DictConfig:
@@ -87,9 +88,11 @@ def check_finished(words: list[str], folder: Path) -> None:
     config = check(words, whole=False)
     faults = experiment_faults(config, load_config(config.get("sdar")))
     tracker, wanted = folder / "checkpoints" / TRACKER, config.trainer.total_training_steps
-    if tracker.is_file() and wanted is not None and int(tracker.read_text()) < wanted:
-        ended = int(tracker.read_text())
-        faults.append(f"remove {folder / FINISHED} to let it go on from step {ended} to {_STEPS}={wanted}")
+    ended = int(tracker.read_text()) if tracker.is_file() else None
+    if ended is not None and wanted is not None and ended < wanted:
+        faults.append(
+            f"remove {folder / FINISHED} to let it go on from step {ended} to trainer.total_training_steps={wanted}"
+        )
     if faults:
         raise ConfigError(
             f"{folder} is finished, and not with this command's settings; give those that it was run with, or another "

@@ -129,7 +129,7 @@ class PrivilegedTeacher:
         for name in table.further_passes:
             self._collect(table, self._send(table, self._requests.teacher.further(name)))
         # On a step on which no row has a teacher, nothing is drawn to anything.
-        if self._requests.anchor is not None and any(_prompt_tokens(info, TEACHER_PROMPTS) for info in table.infos):
+        if self._requests.anchor is not None and any(info is not None and info.has_teacher for info in table.infos):
             self._collect(table, self._send(table, self._requests.anchor))
         return metrics
 

@@ -254,6 +254,10 @@ def test_the_policy_gradients_weight_needs_a_policy_gradient_and_a_teachers_run(
         ),
         ({"rl_coef": 0.0, "gate": "calibrated"}, "sdar.loss.gate=calibrated reads the advantages of the policy"),
         (
+            {"rl_coef": 0.0, "signal": "advantage_shaping", "coef": 0.5, "signal_options": {"flat_groups": False}},
+            "signal=advantage_shaping reads the advantages",
+        ),
+        (
             {"policy_gradient": False, "coef_schedule": {"name": "grad_share", "options": {"share": 0.1}}},
             "coef_schedule.name=grad_share follows a share of the policy gradient, and sdar.loss.policy_gradient=False",
         ),

@@ -181,7 +181,7 @@ def test_what_a_schedule_learned_survives_a_checkpoint(tmp_path: Any) -> None:
     assert fresh.at(2) == pytest.approx((0.05, 5.0, 1.0))
     assert Strengths(LossConfig()).state_dict() == {}
     save_states([Strengths(LossConfig())], tmp_path)
-    with pytest.raises(ConfigError, match=r"nothing is there of sdar\.loss\.coef's schedule"):
+    with pytest.raises(ConfigError, match="it holds nothing of the schedule of coef"):
         load_states([Strengths(settings)], tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_a_schedule_that_turns_a_strength_around_is_told(monkeypatch: pytest.Mon
     strengths = Strengths(LossConfig(coef=0.5))
     for factor in (-1.0, math.nan):
         monkeypatch.setattr(Schedule, "factor", lambda self, step, factor=factor: factor)
-        with pytest.raises(ValueError, match=r"coef_schedule makes sdar\.loss\.coef .* at step 3"):
+        with pytest.raises(ValueError, match=r"coef_schedule comes to .* at step 3"):
             strengths.at(3)
 
 
