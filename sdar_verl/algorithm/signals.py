@@ -72,8 +72,9 @@ def register_signal(name: str, *, reads: Reads = ("gap", "gate")) -> Callable[[S
     Args:
         name: what ``sdar.loss.signal`` is set to.
         reads: what it looks at, of ``gap``, ``gate``, ``loss`` (the auxiliary loss with its objective and divisor),
-            ``advantages`` (it does nothing where all of them are 0) and ``turns``, or a function of its options that
-            says so. Options that shape anything else are errors, and so are those that take away what it reads.
+            ``advantages`` (it does nothing where all of them are 0), ``turns`` and ``token_mean`` (its factors mean
+            what they say under ``loss_agg_mode=token-mean`` alone), or a function of its options that says so. Options
+            that shape anything else are errors, and so are those that take away what it reads.
     """
     return _SIGNALS.register(name, reads=reads)
 
@@ -89,7 +90,7 @@ def list_signals() -> list[str]:
 
 
 def signal_reads(name: str, what: str, options: Mapping[str, Any]) -> bool:
-    """Whether the signal, with these options, looks at ``gap``, ``gate``, ``loss``, ``advantages`` or ``turns``."""
+    """Whether the signal, with these options, looks at ``what`` (:func:`register_signal`)."""
     reads = _SIGNALS.fact(name, "reads", ("gap", "gate"))
     return what in (reads(options) if callable(reads) else reads)
 
@@ -161,7 +162,7 @@ def advantage_shaping(
     weight: str = "gate",
     standardise: str = "none",
     reliability: str = "none",
-    reliability_scale: float = 2.0,
+    reliability_scale: float | None = None,
     flat_groups: bool = True,
     clip: float | None = None,
     epsilon: float = 1e-8,
@@ -178,7 +179,7 @@ def advantage_shaping(
         reliability: u. ``none``: 1; ``group``: sigmoid(reliability_scale * TVA), TVA = E[R | the teacher agrees] -
             E[R | it does not] over the rows of the task, agreement being sigmoid(mean log pi_T of the row - mean over
             all rows); R is the episode's return. A task whose rows all have one return has TVA 0.
-        reliability_scale: tau, for ``reliability="group"``; ADRS has 2.
+        reliability_scale: tau, with ``reliability="group"`` alone; None: 2, as ADRS has it.
         flat_groups: False leaves a task alone whose advantages are all 0, as ADRS's code does.
         clip: largest change of an advantage; None: no limit.
         epsilon: added to standard deviations.
@@ -193,6 +194,11 @@ def advantage_shaping(
             raise ValueError(f"advantage_shaping has {option}={value!r}; known: {', '.join(known)}")
     if clip is not None and not clip > 0.0:
         raise ValueError(f"advantage_shaping has clip={clip}; it must be above 0 (None: no limit)")
+    if reliability == "none" and reliability_scale is not None:
+        raise ValueError(
+            f"advantage_shaping has reliability_scale={reliability_scale}, which has no effect without "
+            "reliability=group; leave it out, or set that"
+        )
     shape = values[weight]
     if standardise != "none":
         turn = standardise == "turn"
@@ -206,7 +212,8 @@ def advantage_shaping(
         shape = shape / (mean(shape.square()).sqrt() + epsilon)
     change = strength * shape
     if reliability == "group":
-        change = change * torch.sigmoid(reliability_scale * teacher_value(rows)).unsqueeze(-1).to(change)
+        scale = 2.0 if reliability_scale is None else reliability_scale
+        change = change * torch.sigmoid(scale * teacher_value(rows)).unsqueeze(-1).to(change)
     if clip is not None:
         change = change.clamp(-clip, clip)
     if not flat_groups:
@@ -215,7 +222,9 @@ def advantage_shaping(
 
 
 def _nudge_reads(options: Mapping[str, Any]) -> tuple[str, ...]:
-    return ("gap",) if options.get("flat", "keep") == "nudge" else ("gap", "advantages")
+    divided = options.get("means", "one") == "two" or options.get("unpaired", "keep") == "drop"
+    alone = () if options.get("flat", "keep") == "nudge" else ("advantages",)
+    return ("gap", *alone, *(("token_mean",) if divided else ()))
 
 
 @register_signal("advantage_nudge", reads=_nudge_reads)

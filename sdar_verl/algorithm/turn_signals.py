@@ -19,7 +19,7 @@ def advantage_factor(
     *,
     strength: float,
     band: float = 0.2,
-    prior: float = 0.5,
+    prior: float | None = None,
     evidence: str = "belief",
     epsilon: float = 1e-6,
 ) -> torch.Tensor:
@@ -33,18 +33,24 @@ def advantage_factor(
         A'         = A * [(1 - lambda) + lambda * m_k]
 
     A turn that moved the belief with the outcome gets more of the advantage, one that moved it against gets less; the
-    sign never changes. Because E[Delta_t] = -KL <= 0 the belief drifts to 0 over a long episode and stops moving;
-    ``sdar.loss.centre=trajectory`` takes the drift out. A turn without a teacher is no evidence and keeps its
-    advantage.
+    sign never changes. ``prior`` is .5 where nothing is said. Because E[Delta_t] = -KL <= 0 the belief drifts to 0 over
+    a long episode and stops moving; ``sdar.loss.centre=trajectory`` takes the drift out. A turn without a teacher is no
+    evidence and keeps its advantage.
     """
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"advantage_factor has strength {strength}; it must lie in [0, 1]")
     if not 0.0 <= band < 1.0:
         raise ValueError(f"advantage_factor has band={band}; it must lie in [0, 1)")
-    if not 0.0 < prior < 1.0:
-        raise ValueError(f"advantage_factor has prior={prior}; it must lie between 0 and 1")
     if evidence not in ("belief", "gap"):
         raise ValueError(f"advantage_factor has evidence={evidence!r}; known: belief, gap")
+    if evidence == "gap" and prior is not None:
+        raise ValueError(
+            f"advantage_factor has prior={prior}, which has no effect without evidence=belief; leave it out, or "
+            "set that"
+        )
+    prior = 0.5 if prior is None else prior
+    if not 0.0 < prior < 1.0:
+        raise ValueError(f"advantage_factor has prior={prior}; it must lie between 0 and 1")
     turn = row_turns(rows.response_mask)
     moved, tokens = turn_sums(rows.gap, rows.mask, turn)
     standing = torch.zeros_like(moved)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,12 +22,6 @@ from sdar_verl.algorithm.signals import check_signal, get_signal, signal_reads
 from sdar_verl.checks.distributions import distribution_faults
 from sdar_verl.config import SdarConfig
 from sdar_verl.config.loss import LossConfig, ScheduleConfig
-
-_NEEDS = {
-    "advantage_shaping": (("reliability_scale", "reliability", "group"),),
-    "advantage_factor": (("prior", "evidence", "belief"),),
-}
-"""Options of a signal that it reads with one value of another alone."""
 
 
 def loss_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
@@ -161,13 +154,6 @@ def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
             yield from _unused(loss, ["centre", "clamp"], gate)
     if loss.beta == 0 and loss.beta_schedule != ScheduleConfig():
         yield "sdar.loss.beta_schedule has no effect with sdar.loss.beta=0; set that above 0"
-    for name, needed, value in _NEEDS.get(loss.signal, ()):
-        usual = inspect.signature(get_signal(loss.signal)).parameters[needed].default
-        if name in loss.signal_options and loss.signal_options.get(needed, usual) != value:
-            yield (
-                f"sdar.loss.signal_options.{name}={loss.signal_options[name]} has no effect without "
-                f"signal_options.{needed}={value}; leave it out, or set that"
-            )
     divisor_sees_gap = in_loss and loss.divide_by == "gap_bearing"
     seen = gate_sees_gap or divisor_sees_gap or _signal_sees_gap(loss, in_loss)
     if sdar.context.contrast.sources and not seen:
@@ -244,12 +230,10 @@ def _run(loss: LossConfig, config: DictConfig, sdar: SdarConfig) -> Iterator[str
             f"sdar.loss.divide_by={loss.divide_by} re-weights a token mean, but "
             f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}; set it to token-mean, or divide_by to tokens"
         )
-    means = {name: loss.signal_options.get(name) for name in ("means", "unpaired")}
-    if loss.signal == "advantage_nudge" and actor.loss_agg_mode != "token-mean" and {"two", "drop"} & {*means.values()}:
+    if actor.loss_agg_mode != "token-mean" and signal_reads(loss.signal, "token_mean", loss.signal_options):
         yield (
-            f"sdar.loss.signal_options={{means: {means['means'] or 'one'}, unpaired: {means['unpaired'] or 'keep'}}} "
-            f"re-weigh a token mean, but actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}; set it to "
-            "token-mean, or the options to one and keep"
+            f"sdar.loss.signal={loss.signal} with signal_options={loss.signal_options} re-weighs a token mean, but "
+            f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}; set it to token-mean, or other options"
         )
     correction = config.algorithm.get("rollout_correction", None)
     rejects = str((correction and correction.get("rollout_rs", None)) or "")

@@ -33,7 +33,7 @@ def their_gate(gap, *, width, **_):
 def their_objective(student_log_probs, teacher_log_probs, **_):
     return 3.0 * (teacher_log_probs - student_log_probs)
 
-@register_signal("their_signal", reads=("gap",))
+@register_signal("their_signal", reads=("gap", "token_mean"))
 def their_signal(rows, *, strength):
     return rows.advantages + strength * rows.gap
 
@@ -50,6 +50,7 @@ VERL = {
     "actor_rollout_ref": {"actor": {"loss_agg_mode": "token-mean"}},
     "algorithm": {"rollout_correction": None},
 }
+SEQUENCE_MEAN = {"actor_rollout_ref": {"actor": {"loss_agg_mode": "seq-mean-token-mean"}}}
 
 
 def faults(loss: dict[str, Any], verl: dict[str, Any] | None = None, **node: Any) -> list[str]:
@@ -216,6 +217,8 @@ def test_a_package_of_someone_elses_adds_its_own_names(tmp_path: Path, monkeypat
         import_modules(["their_method"])
         assert faults(loss) == []
         assert faults({"signal": "their_signal", "coef": 0.5}) == []
+        (fault,) = faults({"signal": "their_signal", "coef": 0.5}, SEQUENCE_MEAN)
+        assert "sdar.loss.signal=their_signal" in fault and "re-weighs a token mean" in fault
         (fault,) = faults({**loss, "beta": 2.0})
         assert "sdar.loss.beta=2.0 has no effect with sdar.loss.gate=their_gate" in fault
         (fault,) = faults({**loss, "gate_options": {}})
@@ -268,11 +271,11 @@ def test_the_policy_gradients_weight_needs_a_policy_gradient_and_a_teachers_run(
         ({"beta": 0.0, "beta_schedule": {"warmup_steps": 3}}, "beta_schedule has no effect with sdar.loss.beta=0"),
         (
             {"signal": "advantage_factor", "coef": 0.5, "signal_options": {"evidence": "gap", "prior": 0.4}},
-            "sdar.loss.signal_options.prior=0.4 has no effect without signal_options.evidence=belief",
+            "signal_options: advantage_factor has prior=0.4, which has no effect without evidence=belief",
         ),
         (
             {"signal": "advantage_shaping", "coef": 0.5, "signal_options": {"reliability_scale": 3.0}},
-            "signal_options.reliability_scale=3.0 has no effect without signal_options.reliability=group",
+            "advantage_shaping has reliability_scale=3.0, which has no effect without reliability=group",
         ),
         (
             {"coef_schedule": {"name": "hand_off", "stop_step": 20}, "rl_schedule": {"name": "hand_off"}},

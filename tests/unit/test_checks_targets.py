@@ -160,7 +160,7 @@ CASES = {
             "sdar.loss.signal_options": {"means": "two"},
             "actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-mean",
         },
-        ["means: two", "re-weigh a token mean", "loss_agg_mode=seq-mean-token-mean"],
+        ["'means': 'two'", "re-weighs a token mean", "loss_agg_mode=seq-mean-token-mean"],
     ),
 }
 
