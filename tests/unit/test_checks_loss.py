@@ -169,7 +169,7 @@ def test_a_fault_is_named_once_with_its_option(name: str) -> None:
 
 
 def test_a_divisor_wants_verls_token_mean() -> None:
-    verl = {"actor_rollout_ref": {"actor": {"loss_agg_mode": "seq-mean-token-mean"}}}
+    verl = SEQUENCE_MEAN
     assert faults({}, verl) == []
     (fault,) = faults({"divide_by": "weights"}, verl)
     assert "loss_agg_mode=seq-mean-token-mean" in fault
