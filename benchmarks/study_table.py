@@ -3,8 +3,9 @@
     python benchmarks/study_table.py --panel PANEL RUN [RUN ...]
 
 Runs are folders as `sdar-verl sweep` makes them, validated on PANEL after the last step. Success has a 95 % bootstrap
-interval over runs and tasks; probe and share of invalid actions have their range over the seeds. The lines after the
-table are the differences to --baseline, paired by task and, where the seeds agree, by seed.
+interval over runs and tasks; probe and share of invalid actions have their range over the seeds. A second table has
+the student's success seed by seed, and the lines after it are the differences to --baseline, paired by task and, where
+the seeds agree, by seed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ def spread(values: list[float]) -> str:
 def last_value(group: Group, name: str) -> list[float]:
     """A metric of the last validation of each run."""
     return [run.column(name)[-1][1] for run in group.runs]
+
+
+def final_of(group: Group) -> list[float]:
+    """Success at the last validation of each run."""
+    return [float(run[-1].mean()) for run in group.success]
 
 
 def main() -> None:
@@ -58,6 +64,12 @@ def main() -> None:
         internalised = spread([probe_of[run.folder] for run in group.runs])
         print("| " + " | ".join([f"`{group.name}`", str(len(group.runs)), *cells, invalid, internalised]) + " |")
     print(f"\nstart policy: probe {probes[0]:.3f}\n")
+    students = {arm: title for arm, title in ARMS.items() if arm.startswith("student")}
+    print("| method | " + " | ".join(students.values()) + " |\n" + "|---" * (len(students) + 1) + "|")
+    for place, group in enumerate(listed):
+        by_seed = [", ".join(f"{value:.3f}" for value in final_of(arms[arm].groups[place])) for arm in students]
+        print("| " + " | ".join([f"`{group.name}`", *by_seed]) + " |")
+    print()
     for arm, comparison in arms.items() if arguments.baseline is not None else ():
         reference = comparison.group(arguments.baseline)
         for group in comparison.groups:
