@@ -50,7 +50,7 @@ from sdar_verl.verl.queue import RowColumns
 from sdar_verl.verl.resume import claim_checkpoints, from_scratch, resumed_folder
 from sdar_verl.verl.taught_loop import teach
 from sdar_verl.verl.teacher import PrivilegedTeacher
-from sdar_verl.verl.validation import ArmDataset, ArmLoader, arm_metrics, expected_episodes
+from sdar_verl.verl.validation import ArmDataset, ArmLoader, arm_metrics, with_lost
 from sdar_verl.writer.base import Writer
 from sdar_verl.writer.step import StepWriting
 
@@ -250,7 +250,7 @@ class SdarTraining(LocalUpdate, PPOTrainer):
         counts = validation_counts(kwargs)
         outcomes: dict[str, list[Any]] = reward_extra_infos_dict
         if not self._environments:
-            outcomes = self.val_dataloader.outcomes(data_sources, sample_uids, reward_extra_infos_dict)
+            outcomes = self.val_dataloader.outcomes(data_sources, sample_uids, reward_extra_infos_dict, counts)
             data_sources, counts = self.val_dataloader.named(data_sources, sample_uids, counts)
             kwargs |= {EXPECTED: counts} if counts else {}
         metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
@@ -259,8 +259,8 @@ class SdarTraining(LocalUpdate, PPOTrainer):
         arms = {}  # in a recipe of verl's, its own metrics are there
         if self._environments:
             rollouts = self.config.actor_rollout_ref.rollout.val_kwargs.n
-            expected = expected_episodes(counts) if counts else self.val_dataset.asked(rollouts)
-            arms = arm_metrics(outcomes, expected, self.val_dataset.task_types())
+            outcomes = with_lost(outcomes, self.val_dataset.asked(rollouts))
+            arms = arm_metrics(outcomes)
         if arms:
             print(validation_line(self.global_steps, arms), flush=True)
         if "arm" in outcomes:

@@ -13,6 +13,9 @@ from sdar_verl.config import ValidationArm, played_arms
 from sdar_verl.recipe import INNER_COLUMN, TAUGHT
 from sdar_verl.rollout.rows import AFTER, BEFORE
 
+Asked = tuple[str, str, str]
+"""Arm, task id and task type of an episode that a validation asked for."""
+
 
 class ArmDataset(Dataset):
     """The panel, repeated for every arm; a row's ``data_source`` and ``sdar_arm`` say which.
@@ -49,19 +52,15 @@ class ArmDataset(Dataset):
     def __len__(self) -> int:
         return sum(len(panel) for _, panel in self._parts)
 
-    def task_types(self) -> dict[str, Counter[str]]:
-        """Arm -> task type -> tasks of its panel."""
-        if self._agent_loop is not None:
-            return {}
-        return {
-            arm: Counter(extra["task_type"] for extra in panel.dataframe["extra_info"])
+    def asked(self, rollouts: int) -> Counter[Asked]:
+        """Episodes of one validation of the text environments, with ``rollouts`` of each task."""
+        tasks = Counter(
+            (arm, str(extra["task_id"]), str(extra["task_type"]))
             for arm, panel in self._parts
             if arm is not None
-        }
-
-    def asked(self, rollouts: int) -> dict[str, int]:
-        """Arm -> episodes of one validation, with ``rollouts`` of each task."""
-        return {arm: len(panel) * rollouts for arm, panel in self._parts if arm is not None}
+            for extra in panel.dataframe["extra_info"]
+        )
+        return Counter({task: number * rollouts for task, number in tasks.items()})
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         parts = iter(self._parts)
@@ -97,13 +96,19 @@ class ArmLoader(StatefulDataLoader):
             yield batch
 
     def outcomes(
-        self, sources: Sequence[str], uids: Sequence[str], told: Mapping[str, Sequence[Any]]
+        self,
+        sources: Sequence[str],
+        uids: Sequence[str],
+        told: Mapping[str, Sequence[Any]],
+        counts: Mapping[tuple[str, str], int] | None,
     ) -> dict[str, list[Any]]:
         """What became of each episode of a recipe of verl's, in the columns of the text environments' outcomes.
 
         Args:
             sources, uids: per episode, verl's.
             told: column -> one value per episode, verl's: the reward, and what the reward function says beside it.
+            counts: verl's ``(data source, uid) -> rollouts``, which has those that left nothing behind, too: as in
+                verl's own metrics they are not solved. None from verl 0.9.0, whose metrics leave them out.
 
         Returns:
             ``arm`` (verl's own validation is ``student``, or ``verl`` where an arm is called so), ``task_id`` (data
@@ -117,14 +122,19 @@ class ArmLoader(StatefulDataLoader):
                 places[uid] = (arm, seen[arm])
                 seen[arm] += 1
         own = "verl" if "student" in seen else "student"
+
+        def named(source: str, uid: str) -> Asked:
+            arm, place = places[uid]
+            return arm or own, f"{source}/{place}", source
+
         accurate = told.get("acc") or [None] * len(uids)
-        return {
-            "arm": [places[uid][0] or own for uid in uids],
-            "task_id": [f"{source}/{places[uid][1]}" for source, uid in zip(sources, uids, strict=True)],
-            "task_type": list(sources),
+        episodes = [named(source, uid) for source, uid in zip(sources, uids, strict=True)]
+        found: dict[str, list[Any]] = {
+            **_columns(episodes),
             "acc": [float(r if a is None else a) for a, r in zip(accurate, told["reward"], strict=True)],
             "reward": list(told["reward"]),
         }
+        return with_lost(found, Counter({named(*key): number for key, number in (counts or {}).items()}))
 
     def named(
         self, sources: Sequence[str], uids: Sequence[str], counts: Mapping[tuple[str, str], int] | None
@@ -147,29 +157,39 @@ class ArmLoader(StatefulDataLoader):
         return named, {(name(source, uid), uid): count for (source, uid), count in counts.items()}
 
 
-def expected_episodes(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
-    """Arm -> episodes that validation asked for.
+def with_lost(outcomes: Mapping[str, Sequence[Any]], asked: Counter[Asked]) -> dict[str, list[Any]]:
+    """The outcomes, with a failed episode for each that was asked for and left none behind.
 
     Args:
-        counts: verl's ``(data source, uid) -> rollouts``; the data sources are those of :class:`ArmDataset`.
+        outcomes: column name -> one value per episode; unchanged where there are no arms among them.
+        asked: how many episodes of each task.
     """
-    expected: dict[str, int] = defaultdict(int)
-    for (source, _), number in counts.items():
-        expected[source.rsplit("/", 1)[-1]] += number
-    return dict(expected)
+    found = {name: list(values) for name, values in outcomes.items()}
+    if "arm" not in found:
+        return found
+    came_back = Counter(zip(found["arm"], map(str, found["task_id"]), strict=True))
+    lost = []
+    for (arm, task_id, task_type), number in asked.items():
+        lost += [(arm, task_id, task_type)] * (number - came_back[arm, task_id])
+    told = _columns(lost)
+    for name, values in found.items():
+        values += told.get(name) or [_LOST.get(name)] * len(lost)
+    return found
 
 
-def arm_metrics(
-    outcomes: Mapping[str, Sequence[Any]],
-    expected: Mapping[str, int],
-    task_types: Mapping[str, Mapping[str, int]] | None = None,
-) -> dict[str, float]:
+_LOST = {"acc": 0.0, "task_score": 0.0, "reward": 0.0, "turns": 0.0, "invalid_actions": 0.0, "failed": 1.0}
+
+
+def _columns(episodes: Sequence[Asked]) -> dict[str, list[str]]:
+    return {name: [episode[at] for episode in episodes] for at, name in enumerate(("arm", "task_id", "task_type"))}
+
+
+def arm_metrics(outcomes: Mapping[str, Sequence[Any]]) -> dict[str, float]:
     """Means per arm over episodes, and per task type: never means of batch means.
 
     Args:
-        outcomes: column name -> one value per episode; the agent loop's ``reward_extra_info``, as verl collects it.
-        expected: arm -> episodes asked for; one that crashed and left no outcome is a failed one.
-        task_types: arm -> task type -> tasks of its panel; each was asked for equally often.
+        outcomes: column name -> one value per episode that was asked for (:func:`with_lost`); the agent loop's
+            ``reward_extra_info``, as verl collects it.
 
     Returns:
         ``sdar-val/<arm>/...``: ``success``, ``success/<task type>``, ``success_mean_of_types`` (each type weighs the
@@ -186,28 +206,20 @@ def arm_metrics(
         episodes[episode["arm"]].append(episode)
 
     metrics: dict[str, float] = {}
-    for arm in sorted({*episodes, *expected}):
-        rows = episodes[arm]
+    for arm, rows in sorted(episodes.items()):
         prefix = f"sdar-val/{arm}"
         turns = sum(row["turns"] for row in rows)
-        asked = max(expected.get(arm, 0), len(rows))
-        metrics[f"{prefix}/success"] = sum(row["acc"] for row in rows) / asked
-        metrics[f"{prefix}/score"] = sum(row["task_score"] for row in rows) / asked
+        metrics[f"{prefix}/success"] = sum(row["acc"] for row in rows) / len(rows)
+        metrics[f"{prefix}/score"] = sum(row["task_score"] for row in rows) / len(rows)
         played = sum(not row["failed"] for row in rows)
         metrics[f"{prefix}/turns"] = turns / played if played else 0.0
         metrics[f"{prefix}/invalid_share"] = sum(row["invalid_actions"] for row in rows) / turns if turns else 0.0
-        metrics[f"{prefix}/failed"] = sum(row["failed"] for row in rows) + asked - len(rows)
-        metrics[f"{prefix}/episodes"] = asked
-        solved, came_back = Counter[str](), Counter(row["task_type"] for row in rows)
+        metrics[f"{prefix}/failed"] = sum(row["failed"] for row in rows)
+        metrics[f"{prefix}/episodes"] = len(rows)
+        by_type: dict[str, list[float]] = defaultdict(list)
         for row in rows:
-            solved[row["task_type"]] += row["acc"]
-        # An episode that crashed left no type behind; the panel says how many of each there were.
-        panel = Counter((task_types or {}).get(arm, {}))
-        per_type: dict[str, float] = {}
-        for task_type in sorted({*came_back, *panel}):
-            asked_of_type = max(came_back[task_type], panel[task_type] * asked // max(1, panel.total()))
-            per_type[task_type] = solved[task_type] / asked_of_type
+            by_type[row["task_type"]].append(row["acc"])
+        per_type = {task_type: sum(solved) / len(solved) for task_type, solved in sorted(by_type.items())}
         metrics |= {f"{prefix}/success/{task_type}": value for task_type, value in per_type.items()}
-        if per_type:
-            metrics[f"{prefix}/success_mean_of_types"] = sum(per_type.values()) / len(per_type)
+        metrics[f"{prefix}/success_mean_of_types"] = sum(per_type.values()) / len(per_type)
     return metrics

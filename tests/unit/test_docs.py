@@ -99,7 +99,7 @@ def emitted_metrics() -> set[str]:
     names |= {*check_rows(table, {}, "drop", 0), *check_teacher(table, "drop")}
     counted = {"acc": [1.0], "task_score": [1.0], "turns": [1.0], "invalid_actions": [0.0], "failed": [0.0]}
     outcomes = {**counted, "task_id": ["t"]}
-    names |= set(arm_metrics({**outcomes, "task_type": ["<task type>"], "arm": ["<arm>"]}, {}))
+    names |= set(arm_metrics({**outcomes, "task_type": ["<task type>"], "arm": ["<arm>"]}))
     names |= set(reduce_loss_sums(worker_metrics()))
     three, one = torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool)
     names |= {*gap_metrics(three, one, one, ["e"] * 3, [0, 1, 2], three), *gap_size(three, one, one)}

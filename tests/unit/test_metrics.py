@@ -15,7 +15,7 @@ from sdar_verl.config import ValidationArm
 from sdar_verl.observe.lines import step_line, validation_line
 from sdar_verl.observe.metrics import gap_metrics, reduce_loss_sums, row_metrics
 from sdar_verl.rollout.rows import RowInfo
-from sdar_verl.verl.validation import ArmDataset, ArmLoader, arm_metrics, expected_episodes
+from sdar_verl.verl.validation import ArmDataset, ArmLoader, arm_metrics, with_lost
 from tests.support.plain import add_stats
 from tests.support.table import make_table
 
@@ -83,7 +83,7 @@ def test_arm_metrics_are_means_over_episodes():
         "arm": ["student", "student", "student", "teacher"],
         "task_id": ["a", "b", "c", "a"],
     }
-    metrics = arm_metrics(outcomes, {"student": 3, "teacher": 1})
+    metrics = arm_metrics(outcomes)
     assert metrics["sdar-val/student/success"] == pytest.approx(2 / 3)
     assert metrics["sdar-val/student/success/pick"] == 0.5
     assert metrics["sdar-val/student/success_mean_of_types"] == pytest.approx((0.5 + 1.0) / 2)
@@ -93,18 +93,7 @@ def test_arm_metrics_are_means_over_episodes():
     assert metrics["sdar-val/student/failed"] == 1
     assert metrics["sdar-val/student/episodes"] == 3
     assert metrics["sdar-val/teacher/success"] == 1.0
-    assert arm_metrics({"acc": [1.0]}, {}) == {}
-
-    # An episode that crashed leaves no outcome: it was asked for, so it counts, as not solved.
-    crashed = arm_metrics(outcomes, {"student": 4, "teacher": 1})
-    assert crashed["sdar-val/student/success"] == pytest.approx(2 / 4)
-    assert crashed["sdar-val/student/failed"] == 2
-    assert crashed["sdar-val/student/episodes"] == 4
-
-
-def test_expected_episodes_are_counted_per_arm():
-    counts = {("alfworld/student", "u1"): 2, ("alfworld/student", "u2"): 2, ("alfworld/teacher", "u3"): 1}
-    assert expected_episodes(counts) == {"student": 4, "teacher": 1}
+    assert arm_metrics({"acc": [1.0]}) == {}
 
 
 def test_arm_dataset_repeats_the_panel_in_order():
@@ -114,7 +103,6 @@ def test_arm_dataset_repeats_the_panel_in_order():
     assert [arms[i]["index"] for i in range(6)] == [0, 1, 2, 0, 1, 2]
     assert arms[4]["data_source"] == "alfworld/teacher"
     assert arms[4]["sdar_arm"] == "teacher"
-    assert arms.asked(2) == {"student": 6, "teacher": 6}
     assert panel[1] == {"data_source": "alfworld", "index": 1}
 
 
@@ -159,8 +147,8 @@ def test_a_row_that_was_left_out_does_not_lower_its_episodes_score():
     assert rows.counts.groups_without_variance == 1
 
 
-def test_a_crashed_episode_counts_in_its_task_type():
-    """The panel says how many of each type there were; means over those that came back would flatter."""
+def test_an_episode_that_left_nothing_behind_is_not_solved():
+    """The panel says how many of each task there were; means over those that came back would flatter."""
     outcomes = {
         "acc": [1.0, 1.0],
         "task_score": [1.0, 1.0],
@@ -168,19 +156,26 @@ def test_a_crashed_episode_counts_in_its_task_type():
         "invalid_actions": [0.0, 0.0],
         "failed": [0.0, 0.0],
         "task_type": ["pick", "look"],
+        "task_id": ["p1", "l1"],
         "arm": ["student", "student"],
+        "error": ["", ""],
     }
     # Four tasks, one rollout each; one "pick" crashed, and so did every "heat".
-    metrics = arm_metrics(outcomes, {"student": 4}, {"student": {"pick": 2, "look": 1, "heat": 1}})
+    tasks = [("p1", "pick"), ("l1", "look"), ("p2", "pick"), ("h1", "heat")]
+    panel = SimpleNamespace(dataframe={"extra_info": [{"task_id": i, "task_type": kind} for i, kind in tasks]})
+    asked = ArmDataset(panel, {"student": None}).asked
+    assert asked(3) == {("student", *task): 3 for task in tasks}
+    whole = with_lost(outcomes, asked(1))
+    assert whole["task_id"] == ["p1", "l1", "p2", "h1"] and whole["failed"] == [0, 0, 1, 1] and len(whole["error"]) == 4
+    assert len(outcomes["acc"]) == 2 and with_lost({"acc": [1.0]}, asked(1)) == {"acc": [1.0]}
+    metrics = arm_metrics(whole)
     assert metrics["sdar-val/student/success/pick"] == 0.5
     assert metrics["sdar-val/student/success/look"] == 1.0
     assert metrics["sdar-val/student/success/heat"] == 0.0
-    twice = arm_metrics(outcomes, {"student": 8}, {"student": {"pick": 2, "look": 1, "heat": 1}})
+    assert metrics["sdar-val/student/success"] == 0.5 and metrics["sdar-val/student/failed"] == 2
+    assert metrics["sdar-val/student/episodes"] == 4 and metrics["sdar-val/student/turns"] == 2.0
+    twice = arm_metrics(with_lost(outcomes, asked(2)))
     assert twice["sdar-val/student/success/pick"] == 0.25
-    panel = SimpleNamespace(
-        dataframe={"extra_info": [{"task_type": "pick"}, {"task_type": "look"}, {"task_type": "pick"}]}
-    )
-    assert ArmDataset(panel, {"student": None}).task_types() == {"student": {"pick": 2, "look": 1}}
 
 
 def test_the_gap_by_thirds_of_an_episode_and_what_centring_leaves():
@@ -239,15 +234,20 @@ def test_an_arm_of_a_recipe_keeps_the_data_source_by_which_its_reward_is_chosen(
     assert loader.named(["openai/gsm8k"], ["0-0"], None) == (["openai/gsm8k"], None)
     # What becomes of each is kept by task, which has one name in all arms.
     rewards = {"reward": [0.5, 1.0, 0.0, 0.25], "acc": [None, True, False, False]}
-    assert loader.outcomes(["openai/gsm8k"] * 4, ["0-0", "0-0", "1-1", "0-3"], rewards) == {
+    sources, uids = ["openai/gsm8k"] * 4, ["0-0", "0-0", "1-1", "0-3"]
+    found = loader.outcomes(sources, uids, rewards, None)
+    assert found == {
         "arm": ["student", "student", "told", "told"],
         "task_id": ["openai/gsm8k/0", "openai/gsm8k/0", "openai/gsm8k/2", "openai/gsm8k/0"],
         "task_type": ["openai/gsm8k"] * 4,
         "acc": [0.5, 1.0, 0.0, 0.0],
         "reward": [0.5, 1.0, 0.0, 0.25],
     }
+    whole = loader.outcomes(sources, uids, rewards, counts)  # one answer of each in the arm was lost
+    assert {name: values[:4] for name, values in whole.items()} == found
+    assert whole["task_id"][4:] == ["openai/gsm8k/2", "openai/gsm8k/0"] and whole["acc"][4:] == [0.0, 0.0]
     del rewards["acc"]
-    assert loader.outcomes(["s"] * 4, ["0-0", "0-1", "0-2", "0-3"], rewards)["acc"] == rewards["reward"]
+    assert loader.outcomes(["s"] * 4, ["0-0", "0-1", "0-2", "0-3"], rewards, None)["acc"] == rewards["reward"]
 
 
 @pytest.mark.parametrize(

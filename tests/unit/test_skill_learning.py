@@ -28,7 +28,7 @@ from sdar_verl.rollout.skills_of import SkillFinder
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.learn import choose
 from sdar_verl.skills.skill import Skill, skills_to_json
-from sdar_verl.verl.validation import ArmDataset, arm_metrics
+from sdar_verl.verl.validation import ArmDataset, arm_metrics, with_lost
 from sdar_verl.writer.base import Answer
 from sdar_verl.writer.step import StepWriting
 from tests.support.recorded_run import write_run
@@ -288,13 +288,15 @@ def test_the_prompts_column_puts_learned_skills_in_the_place_of_their_namesakes(
 
 
 def test_arms_that_judge_are_counted_by_their_own_panel():
-    rows = [{"data_source": "alfworld", "extra_info": {"task_type": kind}} for kind in (HEAT, LOOK, LOOK)]
+    kinds = enumerate((HEAT, LOOK, LOOK))
+    rows = [{"data_source": "alfworld", "extra_info": {"task_type": kind, "task_id": str(at)}} for at, kind in kinds]
     arms = ArmDataset(Panel(rows[:1]), {"student": None})
     arms.judging = Panel(rows)
-    assert len(arms) == 7 and arms.asked(2) == {"student": 2, BEFORE: 6, AFTER: 6}
-    names = ("acc", "task_score", "turns", "invalid_actions", "failed", "task_type", "arm")
-    outcomes = {name: [0.0] for name in names} | {"arm": [AFTER], "task_type": [HEAT], "acc": [1.0]}
-    metrics = arm_metrics(outcomes, arms.asked(1), arms.task_types())
+    asked = arms.asked(2)
+    assert len(arms) == 7 and sum(asked.values()) == 14 and asked[AFTER, "2", LOOK] == 2 == asked["student", "0", HEAT]
+    names = ("acc", "task_score", "turns", "invalid_actions", "failed", "task_type", "task_id", "arm")
+    outcomes = {name: [0.0] for name in names} | {"arm": [AFTER], "task_type": [HEAT], "task_id": ["0"], "acc": [1.0]}
+    metrics = arm_metrics(with_lost(outcomes, arms.asked(1)))
     assert metrics[f"sdar-val/{AFTER}/success"] == pytest.approx(1 / 3)
     assert metrics[f"sdar-val/{AFTER}/success/{LOOK}"] == 0.0
     assert f"sdar-val/student/success/{LOOK}" not in metrics
