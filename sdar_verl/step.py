@@ -85,7 +85,8 @@ class LocalUpdate(PPOTrainer):
         table = read_table(self._balance_batch(batch, metrics=metrics), self.global_steps, self.row_columns)
         metrics |= self.count_crashed(table, size)
         if self.late_contexts is not None:
-            metrics |= self.late_contexts.fill(table)
+            with self.timed("contexts"):
+                metrics |= self.late_contexts.fill(table)
         metrics |= row_metrics(table)
         metrics |= self.first_checks(table)
 

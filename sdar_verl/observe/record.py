@@ -53,6 +53,8 @@ class RunRecord(Observer):
         self._every = settings.trace.every
         self._open = False
         self._step = 0
+        self._metrics: dict[str, Any] = {}
+        self._lacks_validation = False
 
     # ---------------------------------------------------------------- the trainer's calls
 
@@ -63,30 +65,43 @@ class RunRecord(Observer):
         log_histograms(self._run, table.step, self.latest)
         if self._every and table.step % self._every == 0:
             self._trace(table)
-        self._step = table.step
+        self._step, self._metrics = table.step, plain(metrics)
         return {}
 
     def after_validation(self, step: int, metrics: Mapping[str, float], outcomes: dict[str, list[Any]]) -> None:
         self._begin()
+        self._lacks_validation = False
         if metrics:
             layout.append_line(self.folder / layout.METRICS_FILE, {"step": step, "data": plain(metrics)})
         write_outcomes(outcomes, layout.step_file(self.folder / layout.OUTCOMES, step))
+
+    @property
+    def awaits_validation(self) -> bool:
+        """A kill took the validation that was due after the checkpoint."""
+        return self._lacks_validation
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._begin()
         layout.append_line(self.folder / layout.METRICS_FILE, {"step": step, "data": plain(metrics)})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "every": self._every} if self._step else {}
+        if not self._step:
+            return {}
+        asked = self._settings.trace.every
+        return {"step": self._step, "asked": asked, "every": self._every, "metrics": self._metrics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         last = state["step"]
         # Another sdar.trace.every than before the resume is the user's wish; the same one may have been doubled.
-        if self._every and state["every"] % self._every == 0:
+        if state.get("asked") == self._settings.trace.every:
             self._every = state["every"]
         self._step, self._open = last, self.folder.is_dir()
+        if self._open:
+            self._describe()
         for name in (layout.METRICS_FILE, layout.DISTRIBUTIONS_FILE, layout.WARNINGS_FILE, layout.SKILLS_FILE):
-            layout.keep_steps(self.folder / name, last)
+            kept = layout.keep_steps(self.folder / name, last)
+            if name == layout.METRICS_FILE and self._open:
+                self._complete([line for line in kept if line["step"] == last], last, state.get("metrics", {}))
         for name in (layout.TRACES, layout.OUTCOMES):
             for step, path in layout.step_files(self.folder / name).items():
                 if step > last:
@@ -99,11 +114,37 @@ class RunRecord(Observer):
         if self._open:
             return
         if self.folder.exists():
-            number = 1 + sum(1 for _ in self.folder.parent.glob(f"{layout.RECORD}.*"))
+            names = (path.suffix[1:] for path in self.folder.parent.glob(f"{layout.RECORD}.*"))
+            number = 1 + max((int(name) for name in names if name.isdecimal()), default=0)
             self.folder.rename(self.folder.with_name(f"{layout.RECORD}.{number}"))
         self.folder.mkdir(parents=True)
-        layout.write_json(self.folder / layout.RUN_FILE, describe_run(self._config))
+        self._describe()
         self._open = True
+
+    def _describe(self) -> None:
+        """Write ``run.json``; after a resume with the panels of before, too, if they were others."""
+        path, described = self.folder / layout.RUN_FILE, describe_run(self._config)
+        if (earlier := layout.read_json(path)) is not None:
+            described["started"] = earlier.get("started", described["started"])
+            for option, hashes in earlier.get("panels", {}).items():
+                described["panels"][option] = list(dict.fromkeys([*hashes, *described["panels"].get(option, [])]))
+        layout.write_json(path, described)
+
+    def _complete(self, lines: list[dict[str, Any]], last: int, metrics: dict[str, Any]) -> None:
+        """A kill between a checkpoint and the end of its step took the step's line; what the checkpoint knows of it
+        stands in for it, without the timings that come later, and its validation is made.
+
+        Args:
+            lines: of the step.
+            last: the step.
+            metrics: of its updates.
+        """
+        names = {name for line in lines if isinstance(line.get("data"), dict) for name in line["data"]}
+        if metrics and not metrics.keys() & names:
+            layout.append_line(self.folder / layout.METRICS_FILE, {"step": last, "data": metrics})
+        every = self._config.trainer.test_freq
+        due = every > 0 and (last % every == 0 or last >= self._run.total_training_steps)
+        self._lacks_validation = due and not any(name.startswith(("sdar-val/", "val-")) for name in names)
 
     def _distributions(self, table: StepTable) -> dict[str, Any]:
         scores = table.columns["rm_scores"].sum(dim=-1).tolist()

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sdar_verl.report.distributions import GAP_EDGES, QUANTILES, pool
+from sdar_verl.report.distributions import GAP_EDGES, MAX_TURNS, QUANTILES, pool
 from sdar_verl.report.read import RunData
 from sdar_verl.report.stats import mean_interval, wilson
 
@@ -19,16 +19,18 @@ Chart = dict[str, Any]
 
 PHASES = {
     "gen": "rollout",
+    "contexts": "contexts",
     "reward": "reward",
     "old_log_prob": "old log-probs",
     "ref": "reference",
     "teacher": "teacher",
     "values": "critic",
     "adv": "advantages",
-    "parts": "record",
+    "method": "method",
     "update_critic": "critic update",
     "update_actor": "update",
     "update_weights": "weight sync",
+    "observers": "record",
     "save_checkpoint": "checkpoint",
     "testing": "validation",
 }
@@ -239,7 +241,7 @@ def by_turn(data: RunData) -> Chart | None:
     return lines(
         "Gap by turn",
         "Mean absolute gap of the tokens of a turn. Growth from turn to turn means that late turns weigh most. Turns "
-        "with fewer than 20 tokens are left out.",
+        f"with fewer than 20 tokens are left out; turn {MAX_TURNS} stands for all later ones, too.",
         "mean |gap|, nats",
         _binned(data, "by_turn", "abs_gap", lambda _, i: i + 1),
         x="turn",

@@ -147,8 +147,7 @@ def method_of(run: RunData) -> str:
 
     A run whose teacher saw a placebo is a method of its own, ``<method>+<control>``.
     """
-    name = str(run.run.get("method") or run.name)
-    name = _SEED_SUFFIX.sub("", name) or name
+    name = str(run.run.get("method") or _SEED_SUFFIX.sub("", run.name) or run.name)
     settings = run.run.get("settings", {})
     control = settings.get("sdar.context.control", "none")
     if control == "none" or settings.get("sdar.teacher.source") == "none" or name.endswith(f"+{control}"):

@@ -107,7 +107,7 @@ def difference(group: Group, baseline: Group, measure: Measure, draws: int = 200
     ours, theirs = _per_run(group, measure, tasks), _per_run(baseline, of_baseline, tasks)
     value = float(ours.mean() - theirs.mean())
     runs = len(ours), len(theirs)
-    if not np.isfinite([*ours, *theirs]).all() or (len(tasks) == 1 and max(runs) == 1):
+    if not np.isfinite([*ours, *theirs]).all() or (len(tasks) == 1 and min(runs) == 1):
         return Estimate(value, math.nan, math.nan)
     paired = runs[0] == runs[1] and group.seeds == baseline.seeds
     generator = np.random.default_rng(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from sdar_verl.atomic import write_text_atomically
 from sdar_verl.errors import SdarError
 from sdar_verl.untrusted import parse_json, shorten
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 """Version of the record's files; a reader refuses another one."""
@@ -58,25 +61,44 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
         stream.write(json.dumps(value) + "\n")
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, faults: list[str] | None = None) -> list[dict[str, Any]]:
     """All complete JSON lines of ``path``; an unfinished last one is left out.
+
+    Args:
+        path: the file.
+        faults: gets a sentence for each damaged line, which is then left out; None: it raises.
 
     Raises:
         RecordError: another line than the last is damaged, or one is no JSON object.
     """
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     values = []
     for number, line in enumerate(lines, start=1):
+        fault = None
         try:
             value = parse_json(line)
+            if not isinstance(value, dict):
+                fault = f"{shorten(value)} and no JSON object"
         except ValueError as error:
-            if number < len(lines):
-                raise RecordError(f"{path}, line {number}, is not JSON ({error}); the file was damaged") from error
-            continue
-        if not isinstance(value, dict):
-            raise RecordError(f"{path}, line {number}, is {shorten(value)} and no JSON object; the file was damaged")
-        values.append(value)
+            if number == len(lines):
+                continue
+            fault = f"not JSON ({error})"
+        if fault is None:
+            values.append(value)
+        elif faults is None:
+            raise RecordError(f"{path}, line {number}, is {fault}; the file was damaged")
+        else:
+            faults.append(f"{path.name}: line {number} is {fault}; it is left out")
     return values
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is none, or a damaged one."""
+    try:
+        value = parse_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,13 +106,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
-def keep_steps(path: Path, last: int) -> None:
-    """Rewrite a file of JSON lines without the steps after ``last``, and without lines whose step is no number, which
-    no reader shows; nothing happens when it does not exist."""
-    if path.is_file():
-        write_text_atomically(
-            path, "".join(json.dumps(value) + "\n" for value in read_lines(path) if _until(value, last))
-        )
+def keep_steps(path: Path, last: int) -> list[dict[str, Any]]:
+    """Rewrite a file of JSON lines without the steps after ``last``, and without damaged lines, of which it warns, and
+    lines whose step is no number, which no reader shows; nothing happens when it does not exist.
+
+    Returns:
+        What is left.
+    """
+    if not path.is_file():
+        return []
+    faults: list[str] = []
+    kept = [value for value in read_lines(path, faults) if _until(value, last)]
+    for fault in faults:
+        logger.warning("%s", fault)
+    write_text_atomically(path, "".join(json.dumps(value) + "\n" for value in kept))
+    return kept
 
 
 def _until(line: Mapping[str, Any], last: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,7 @@ def read_run(folder: str | Path) -> RunData:
     data.traces = layout.step_files(record / layout.TRACES)
     data.outcomes = _outcomes(record / layout.OUTCOMES, data.faults)
     data.attempts = _attempts(record.parent, data.faults)
+    data.faults += _holes(data.training_steps)
     data.notes += data.faults
     if not data.metrics and not data.traces:
         data.notes.append("The run has not finished a step: there is nothing to draw yet.")
@@ -110,6 +111,13 @@ def read_run(folder: str | Path) -> RunData:
     elif not data.outcomes:
         data.notes.append("No outcomes per task were recorded: validation success has no interval over tasks.")
     return data
+
+
+def _holes(steps: Sequence[int]) -> list[str]:
+    """What is not there between the first step and the last."""
+    missing = sorted({*range(min(steps), max(steps))} - {*steps}) if steps else []
+    shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+    return [f"There are no metrics of {len(missing)} steps: {shown}."] if missing else []
 
 
 def _recipe(data: RunData) -> None:
@@ -195,21 +203,38 @@ def _lines(path: Path, notes: list[str], needed: bool = True) -> list[dict[str, 
         if needed:
             notes.append(f"{path.name} is missing.")
         return []
-    try:
-        return layout.read_lines(path)
-    except (RecordError, UnicodeDecodeError) as error:
-        notes.append(f"{path.name} cannot be read: {error}")
-        return []
+    found: list[str] = []
+    lines = layout.read_lines(path, found)
+    notes += [
+        *found[:SHOWN_FAULTS],
+        *([f"{path.name}: {more} more"] if (more := len(found) - SHOWN_FAULTS) > 0 else []),
+    ]
+    return lines
+
+
+SHOWN_FAULTS = 3
+"""Damaged lines of a file that are named one by one."""
+
+
+def _of_steps(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step, line) of a file; lines without a step are counted in the notes."""
+    strange = 0
+    for line in _lines(path, notes):
+        if (step := step_of(line)) is None:
+            strange += 1
+        else:
+            yield step, line
+    if strange:
+        notes.append(f"{path.name}: {strange} lines have no step and are left out.")
 
 
 def _by_step(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     latest: dict[int, dict[str, Any]] = {}
     faulty: set[str] = set()
-    for line in _lines(path, notes):
-        if (step := step_of(line)) is not None:
-            sound, others = sound_distributions(line)
-            latest[step] = {**sound, "step": step}
-            faulty.update(others)
+    for step, line in _of_steps(path, notes):
+        sound, others = sound_distributions(line)
+        latest[step] = {**sound, "step": step}
+        faulty.update(others)
     if faulty:
         notes.append(f"{path.name}: {', '.join(sorted(faulty))} of some steps are damaged and left out.")
     return [latest[step] for step in sorted(latest)]
@@ -218,8 +243,8 @@ def _by_step(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 def _metrics(path: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
     steps: dict[int, dict[str, Any]] = {}
     strange = 0
-    for line in _lines(path, notes):
-        if isinstance(line.get("data"), dict) and (step := step_of(line)) is not None:
+    for step, line in _of_steps(path, notes):
+        if isinstance(line.get("data"), dict):
             numbers, others = numbers_of(line["data"])
             steps.setdefault(step, {}).update(numbers)
             strange += others
@@ -238,7 +263,9 @@ def _outcomes(folder: Path, notes: list[str]) -> dict[int, dict[str, list[Any]]]
             columns = pq.read_table(path).to_pydict()
             if missing := {"arm", "task_id", "acc"} - columns.keys():
                 raise RecordError(f"no column {', '.join(sorted(missing))}")
-            found[step] = {**columns, "acc": [value if is_number(value) else 0.0 for value in columns["acc"]]}
+            accurate = [float(value) if isinstance(value, bool) else value for value in columns["acc"]]
+            columns["acc"] = [value if is_number(value) else 0.0 for value in accurate]
+            found[step] = {"task_type": [None] * len(accurate), **columns}
         except (OSError, ValueError, pa.ArrowException, RecordError) as error:
             notes.append(f"{path.name} of the validation outcomes cannot be read ({error}).")
     return found

@@ -48,6 +48,7 @@ def test_runs_are_grouped_by_method_over_seeds(runs):
         ({"experiment": "sdar_seed12"}, "sdar"),
         ({"experiment": "grpo"}, "grpo"),
         ({"experiment": "x", "method": "rlsd"}, "rlsd"),
+        ({"experiment": "x", "method": "my_v1"}, "my_v1"),
         ({"experiment": "7"}, "7"),
         ({"method": "sdar", "settings": {"sdar.context.control": "shuffled"}}, "sdar+shuffled"),
         ({"method": "sdar+wrong", "settings": {"sdar.context.control": "wrong"}}, "sdar+wrong"),
@@ -245,9 +246,22 @@ def test_a_damaged_file_is_named_with_its_run(runs, tmp_path):
     assert any(f"{broken}: {outcomes.name} of the validation" in note for note in load([str(broken), runs[3]]).notes)
     (metrics,) = broken.rglob("metrics.jsonl")
     metrics.write_text(metrics.read_text().replace("\n", '\n{"step": 3, "da\n', 1))
+    assert any(f"{broken}: metrics.jsonl: line 2 is not JSON" in note for note in load([str(broken), runs[3]]).notes)
+    kept = [line for line in metrics.read_text().splitlines() if "sdar-val" not in line and '"step": 5' not in line]
+    metrics.write_text("\n".join([*kept, '{"step": 10, "data": {"sdar/success": 1.0}}', ""]))
     with pytest.raises(ComparisonError) as error:
         load([str(broken), runs[3]])
-    assert f"no validation in {broken} (metrics.jsonl cannot be read: " in str(error.value)
+    assert f"no validation in {broken} (" in str(error.value) and "no metrics of" in str(error.value)
+
+
+def test_one_run_without_outcomes_against_several_has_no_interval(runs):
+    one, several = load(runs).groups
+    one, several = (replace(group, success=group.success.mean(axis=2, keepdims=True)) for group in (one, several))
+    alone = replace(one, runs=one.runs[:1], success=one.success[:1])
+    for pair in ((alone, several), (several, alone)):
+        found = difference(*pair, measure("final"), 200)
+        assert math.isnan(found.low) and found.within_noise
+    assert not difference(one, several, measure("final"), 200).within_noise
 
 
 @pytest.mark.parametrize("words", [["--draws", "3"], ["--threshold", "1.5"]])

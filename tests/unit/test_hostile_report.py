@@ -172,6 +172,9 @@ def test_a_description_with_wrong_parts_is_read_or_refused(sound: Path, copy: Pa
         ({"step": 1, "data": {"sdar/success": [1]}}, "1 values are no numbers"),
         ([1], "is no JSON object"),
         ("deep", "is not JSON"),
+        ({"step": 2.5, "data": {"sdar/success": 1.0}}, "1 lines have no step"),
+        ({"step": True, "data": {"sdar/success": 1.0}}, "1 lines have no step"),
+        ({"step": 20, "data": {"sdar/success": 1.0}}, "There are no metrics of "),
     ],
 )
 def test_what_is_left_out_is_said(copy: Path, line: Any, note: str) -> None:

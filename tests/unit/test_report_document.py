@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sdar_verl.cli import main
@@ -65,6 +67,26 @@ def test_all_charts_of_a_whole_run(run):
 @pytest.mark.parametrize("start", ["", "checkpoints", "checkpoints/record"])
 def test_a_run_is_found_from_any_of_its_folders(run, start):
     assert read_run(run / start).name == "sdar"
+
+
+def test_outcomes_of_somebody_else_are_read_as_far_as_they_go(run):
+    (file,) = run.rglob("outcomes/step_00000009.parquet")
+    table = pq.read_table(file).drop_columns(["task_type"])
+    solved = pa.array([bool(value) for value in table["acc"].to_pylist()])
+    before = read_run(run).outcomes[9]
+    pq.write_table(table.set_column(table.schema.get_field_index("acc"), "acc", solved), file)
+    found = read_run(run)
+    assert found.outcomes[9]["acc"] == before["acc"] and set(found.outcomes[9]["task_type"]) == {None}
+    assert charts(found)
+
+
+def test_all_timers_of_a_step_are_in_the_chart_of_its_time(run):
+    metrics = record(run) / "metrics.jsonl"
+    seconds = {"gen": 20, "contexts": 70, "update_actor": 5, "method": 3, "observers": 2}
+    data = {f"timing_s/{name}": value for name, value in seconds.items()}
+    metrics.write_text(json.dumps({"step": 1, "data": data | {"timing_s/writer": 69, "timing_s/step": 100}}) + "\n")
+    chart = next(c for _, listed in charts(read_run(run)) for c in listed if c["title"] == "Time per step")
+    assert "contexts 70%, rollout 20%, update 5%, method 3%, record 2%" in chart["note"]
 
 
 def test_steps_of_a_third_are_pooled(run):

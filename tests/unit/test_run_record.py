@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +25,8 @@ from sdar_verl.table import StepTable, joined
 from tests.support.table import make_table
 from tests.support.toy_panel import write_toy_panels
 
+VALIDATED = {"val-core/s/acc/mean@1": 0.5}
+
 
 @pytest.fixture
 def config(tmp_path):
@@ -37,6 +40,7 @@ def config(tmp_path):
                 "project_name": "p",
                 "experiment_name": "e",
                 "total_training_steps": 4,
+                "test_freq": 2,
                 "n_gpus_per_node": 2,
                 "nnodes": 1,
             },
@@ -50,7 +54,7 @@ def config(tmp_path):
 
 
 def record(config, **trace) -> RunRecord:
-    run = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: " ".join(map(str, ids))))
+    run = SimpleNamespace(total_training_steps=5, tokenizer=SimpleNamespace(decode=lambda ids: " ".join(map(str, ids))))
     return RunRecord(load_config({"trace": trace}), config, run)
 
 
@@ -81,13 +85,93 @@ def test_a_resumed_run_goes_on_and_forgets_what_is_played_again(config):
             path.parent.mkdir(exist_ok=True)
             path.touch()
     resumed = record(config, every=1)
-    resumed.load_state_dict({"step": 2, "every": 4})
+    resumed.load_state_dict({"step": 2, "asked": 1, "every": 4})
     resumed.after_step(3, {"a": 30})
     lines = layout.read_lines(resumed.folder / layout.METRICS_FILE)
     assert [(line["step"], line["data"]["a"]) for line in lines] == [(1, 1), (2, 2), (3, 30)]
     assert list(layout.step_files(resumed.folder / layout.TRACES)) == [2]
     assert list(layout.step_files(resumed.folder / layout.OUTCOMES)) == [2]
     assert not resumed.folder.with_name("record.1").exists()
+
+
+def test_a_new_run_finds_a_free_place_for_the_record_of_an_earlier_one(config):
+    for _ in range(3):
+        record(config).after_step(1, {"a": 1.0})
+    folder = record(config).folder
+    shutil.rmtree(folder.with_name("record.1"))
+    record(config).after_step(1, {"a": 2.0})
+    assert sorted(path.name for path in folder.parent.glob("record*")) == ["record", "record.2", "record.3"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "every", "now", "goes_on"),
+    [(1, 4, 1, 4), (0, 0, 10, 10), (10, 10, 5, 5), (10, 20, 0, 0), (10, 20, 10, 20)],
+)
+def test_a_trace_is_as_rare_as_it_was_unless_another_is_asked_for(config, asked, every, now, goes_on):
+    part = record(config, every=now)
+    part.load_state_dict({"step": 1, "asked": asked, "every": every})
+    part._step = 1
+    assert part.state_dict()["every"] == goes_on
+
+
+def test_a_run_that_goes_on_with_another_panel_has_both(config):
+    first = record(config)
+    first.after_step(1, {"a": 1.0})
+    path = first.folder / layout.RUN_FILE
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({**before, "started": "2026-01-01"}))
+    config.data.val_files, config.trainer.nnodes = config.data.train_files, 2
+    record(config).load_state_dict({"step": 1, "every": 0})
+    after = json.loads(path.read_text())
+    assert after["panels"]["val_files"] == [*before["panels"]["val_files"], *before["panels"]["train_files"]]
+    assert after["panels"]["train_files"] == before["panels"]["train_files"]
+    assert (after["started"], after["gpus"]) == ("2026-01-01", 4)
+
+
+def test_a_kill_between_checkpoint_and_end_of_a_step_leaves_its_numbers(config):
+    first = record(config)
+    table = judged(
+        ["u_0_0"],
+        [RowInfo(0, "t", teacher_prompt_tokens=4)],
+        response_mask=[[1]],
+        rm_scores=[[1.0]],
+        old_log_probs=[[-1.0]],
+        **{TEACHER_LOG_PROBS: [[-0.5]]},
+    )
+    first.after_updates(table, {"sdar/success": 0.5, "n": np.int64(3)})
+    state = json.loads(json.dumps(first.state_dict()))
+    first.after_validation(1, {"sdar-val/student/success": 1.0}, {})
+    # Killed here: the step's own line was never written.
+    record(config).load_state_dict(state)
+    lines = layout.read_lines(first.folder / layout.METRICS_FILE)
+    assert [line["data"] for line in lines] == [{"sdar-val/student/success": 1.0}, {"sdar/success": 0.5, "n": 3}]
+    record(config).load_state_dict(state)
+    assert layout.read_lines(first.folder / layout.METRICS_FILE) == lines
+
+
+@pytest.mark.parametrize(
+    ("step", "data", "awaits"), [(1, {}, False), (2, {}, True), (5, {}, True), (2, VALIDATED, False)]
+)
+def test_a_validation_that_a_kill_took_is_made_when_the_run_goes_on(config, step, data, awaits):
+    first = record(config)
+    first.after_step(step, {"sdar/success": 0.5, **data})
+    resumed = record(config)
+    assert not resumed.awaits_validation
+    resumed.load_state_dict({"step": step, "every": 0, "metrics": {"sdar/success": 0.5}})
+    assert resumed.awaits_validation == awaits
+    resumed.after_validation(step, {}, {})
+    assert not resumed.awaits_validation
+
+
+def test_a_damaged_line_does_not_keep_a_run_from_going_on(config, caplog):
+    first = record(config)
+    for step in (1, 2):
+        first.after_step(step, {"a": step})
+    file = first.folder / layout.METRICS_FILE
+    file.write_bytes(b'\xff{"step": 1\n' + file.read_bytes())
+    record(config).load_state_dict({"step": 2, "every": 0})
+    assert [line["step"] for line in layout.read_lines(file)] == [1, 2]
+    assert "metrics.jsonl: line 1 is not JSON" in caplog.text
 
 
 def judged(keys: list[str], infos: list[RowInfo | None], **columns) -> StepTable:
