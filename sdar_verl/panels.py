@@ -237,7 +237,7 @@ def read_panels_file(folder: str | Path) -> dict[str, Any] | None:
     """Content of ``panel.json``, or None when the folder holds no finished panels.
 
     Raises:
-        PanelError: the file is not JSON, or a panel that it names is missing or another one.
+        PanelError: the file is not JSON, or a panel that it names is damaged or another one; one may be missing.
     """
     folder = Path(folder)
     if not (folder / PANEL_FILE).is_file():
@@ -245,11 +245,28 @@ def read_panels_file(folder: str | Path) -> dict[str, Any] | None:
     try:
         described = parse_json((folder / PANEL_FILE).read_bytes())
         files = [(folder / panel["file"], panel["hash"]) for panel in described["panels"].values()]
+        if not files or not isinstance(described["settings"], Mapping):
+            raise ValueError("it describes no panels")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PanelError(f"{folder / PANEL_FILE} is damaged ({error}); make the panels again with --force") from error
+        raise PanelError(
+            f"{folder / PANEL_FILE} is damaged ({type(error).__name__}: {error}); make the panels again with --force"
+        ) from error
     for file, digest in files:
         if not is_inside(file, folder):
             raise PanelError(f"{folder / PANEL_FILE} names {file}, which is not in its folder; make the panels again")
-        if panel_digest(file) != digest:
+        if file.is_file() and _digest_of(file) != digest:
             raise PanelError(f"{file} is not the panel that {PANEL_FILE} describes; make the panels again with --force")
     return described
+
+
+def _digest_of(file: Path) -> str | None:
+    try:
+        return panel_digest(file)
+    except PanelError:
+        return None
+
+
+def missing_files(tasks: Iterable[Task]) -> list[str]:
+    """Files and folders that the tasks need (:data:`LOCATIONS`) and that are not there, sorted."""
+    needed = {str(task.data[key]) for task in tasks for key in LOCATIONS if key in task.data}
+    return sorted(place for place in needed if not Path(place).exists())

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from sdar_verl.checks.panel_tasks import panel_files
 from sdar_verl.config import SdarConfig
 from sdar_verl.envs.base import Task
-from sdar_verl.panels import LOCATIONS, PanelError, read_panel
+from sdar_verl.panels import PanelError, missing_files, read_panel
 
 
 def data_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
@@ -48,13 +48,11 @@ def panel_faults(option: str, file: str, sdar: SdarConfig) -> tuple[list[Task], 
     others = {task.env for task in tasks} - {sdar.env.name}
     if others:
         faults.append(f"{option}={file} holds tasks of {', '.join(sorted(others))}, but sdar.env.name={sdar.env.name}")
-    lost = sorted({task.data[key] for task in tasks for key in LOCATIONS if key in task.data})
-    lost = [place for place in lost if not Path(place).exists()]
-    if lost:
+    if lost := missing_files(tasks):
         faults.append(
             f"{option}={file}: {len(lost)} of the files or folders that its tasks need are not there, such as "
-            f"{lost[0]} (moved or deleted since); make the panel again with "
-            f"`sdar-verl prepare {sdar.env.name} --out DIR`"
+            f"{lost[0]} (moved or deleted since); run the `sdar-verl prepare {sdar.env.name}` command that made the "
+            "panel again, with the folder where it lies now"
         )
     return tasks, faults
 

@@ -63,8 +63,8 @@ def retrieve_for_run(bank: SkillBank, task: Task, sdar: SdarConfig) -> Retrieval
 
 def spread(tasks: Sequence[Task], count: int) -> list[Task]:
     """At most ``count`` of ``tasks``, at equal distances."""
-    step = max(1, -(-len(tasks) // count))
-    return list(tasks[::step])
+    number = min(count, len(tasks))
+    return [tasks[at * len(tasks) // number] for at in range(number)]
 
 
 def _probe(tasks: Sequence[Task], bank: SkillBank, sdar: SdarConfig) -> list[str]:

@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--resets",
         type=int,
-        default=4,
+        default=None,
         metavar="N",
         help="tasks that are started, to measure prompts (default: 4)",
     )
@@ -47,8 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
     folders = folders_of(arguments)
     if folders.words and not arguments.config_name:
         raise ConfigError(f"{' '.join(folders.words)}: no effect without --config-name; name the recipe")
-    if arguments.resets < 0:
-        raise ConfigError(f"--resets {arguments.resets}: at least 0")
+    if arguments.resets is not None and not arguments.config_name:
+        raise ConfigError(f"--resets {arguments.resets}: no effect without --config-name; name the recipe")
+    resets = 4 if arguments.resets is None else arguments.resets
+    if resets < 0:
+        raise ConfigError(f"--resets {resets}: at least 0")
     if arguments.cloud and not arguments.config_name:
         raise ConfigError("--cloud looks at a run's nodes and mirror: name its recipe with --config-name")
     if arguments.cloud and arguments.no_ray:
@@ -58,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.config_name:
         from sdar_verl.doctor.run_checks import check_config
 
-        findings += check_config(arguments.config_name, arguments.overrides, machine, arguments.resets, folders)
+        findings += check_config(arguments.config_name, arguments.overrides, machine, resets, folders)
     if arguments.cloud:
         from sdar_verl.compose import compose_config
         from sdar_verl.config import load_config

@@ -22,6 +22,7 @@ from sdar_verl.doctor.findings import Finding
 from sdar_verl.doctor.machine import Machine
 from sdar_verl.doctor.prompts import check_prompts
 from sdar_verl.errors import ConfigError
+from sdar_verl.panels import missing_files
 from sdar_verl.recipe import plays_environments
 
 
@@ -79,15 +80,8 @@ def _data(config: DictConfig, sdar: SdarConfig, machine: Machine) -> Iterator[Fi
             continue
         ids[option] = {task.task_id for task in tasks}
         types = Counter(task.task_type for task in tasks)
-        gone = [task for task in tasks if (file := task.data.get("game_file")) and not Path(str(file)).is_file()]
-        if gone:
-            yield Finding(
-                "fail",
-                name,
-                f"{len(gone)} of {len(tasks)} games are not where the panel says, e.g. {gone[0].data['game_file']}",
-                f"make the panel again here: sdar-verl prepare {sdar.env.name} --out DIR --force",
-            )
-            continue
+        if missing_files(tasks):
+            continue  # so is this
         few = [f"{kind} ({number})" for kind, number in sorted(types.items()) if number < 10]
         if option == "val_files" and few:
             text = f"{len(tasks)} tasks; few of the types {', '.join(few)}: their success rates will say little"

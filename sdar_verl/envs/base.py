@@ -132,6 +132,9 @@ class TextEnv(ABC):
     def check(self) -> None:  # noqa: B027  few environments need it
         """Raise ValueError when what the options point to is not there: called once, before training starts."""
 
+    def check_tasks(self, tasks: Sequence[Task]) -> None:  # noqa: B027  nor this
+        """Raise ValueError when these tasks of a run's panels do not fit the options: called once, before training."""
+
     @abstractmethod
     def reset(self, task: Task) -> Step:
         """Start ``task`` and return the first observation."""

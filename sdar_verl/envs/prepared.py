@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sdar_verl.panels import PanelError, read_panels_file
+from sdar_verl.panels import PanelError, missing_files, read_panel, read_panels_file
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,70 @@ def check_counts(counts: Mapping[str, int]) -> None:
             raise PanelError(f"--{panel} {count}: ask for at least one task")
 
 
-def finished_panels(out: str | Path, settings: Mapping[str, Any], *, force: bool) -> Prepared | None:
-    """The panels in ``out`` when they were made with these ``settings``; None when there are none, or ``force``.
+def prepare_panels(
+    out: Path,
+    settings: Mapping[str, Any],
+    make: Callable[[], Prepared],
+    *,
+    force: bool,
+    beside: Sequence[str] = (),
+) -> Prepared:
+    """The panels in ``out`` where they were made with these ``settings`` and nothing of them is missing, else new ones.
+
+    Args:
+        out: folder; made when missing.
+        settings: what decides which tasks the panels hold.
+        make: makes them; one call at a time works in a folder.
+        force: make them anew in any case.
+        beside: files in ``out`` that the panels are nothing without.
 
     Raises:
-        PanelError: there are panels of other settings, or ``out`` is no folder.
+        PanelError: there are panels of other settings, ``out`` is no folder, or another call is at work there.
     """
-    if Path(out).exists() and not Path(out).is_dir():
+    if out.exists() and not out.is_dir():
         raise PanelError(f"--out {out} is a file; name a folder, which is made when it is not there")
-    existing = None if force else read_panels_file(out)
+    finished = None if force else _finished(out, settings, beside)
+    if finished is not None:
+        return finished
+    with _alone(out):
+        finished = None if force else _finished(out, settings, beside)  # by the call that was at work until now
+        return finished or make()
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ".prepare.lock"
+    busy = PanelError(f"--out {out}: another `sdar-verl prepare` is at work there; wait for it, or use another folder")
+    try:
+        with path.open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise busy from error
+            except OSError:
+                pass  # a file system without locks
+            if not path.exists() or path.stat().st_ino != os.fstat(stream.fileno()).st_ino:
+                raise busy
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):
+            out.rmdir()  # where nothing was made
+
+
+def _finished(out: Path, settings: Mapping[str, Any], beside: Sequence[str]) -> Prepared | None:
+    existing = read_panels_file(out)
     if existing is None:
         return None
     if existing["settings"] == settings:
-        return Prepared(existing, made=False, skipped={})
+        files = [out / panel["file"] for panel in existing["panels"].values()]
+        whole = all(file.is_file() for file in [*files, *(out / name for name in beside)])
+        # Moved since, or deleted: the same settings give the same tasks, where they lie now.
+        whole = whole and not any(missing_files(read_panel(file)) for file in files)
+        return Prepared(existing, made=False, skipped={}) if whole else None
     raise PanelError(
         f"{out} holds panels made with other settings ({_differences(existing['settings'], settings)}); "
         "use another --out, or --force to replace them"

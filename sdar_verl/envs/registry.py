@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import util
 from numbers import Real
@@ -127,12 +127,16 @@ def task_types_of(name: str) -> tuple[tuple[str, ...], Mapping[str, tuple[str, .
     return tuple(getattr(factory, "task_types", ())), dict(getattr(factory, "task_type_aliases", {}))
 
 
-def check_env(name: str, options: dict[str, Any]) -> None:
-    """Raise what :func:`make_env` and the environment's own :meth:`TextEnv.check` would, and leave nothing open."""
+def check_env(name: str, options: dict[str, Any], tasks: Sequence[Task] = ()) -> None:
+    """Raise what :func:`make_env` and the environment's own :meth:`TextEnv.check` and, where there are ``tasks``,
+    :meth:`TextEnv.check_tasks` would, and leave nothing open."""
     env = make_env(name, **options)
     try:
         with _authors_faults(name, "raised in its check"):
             env.check()
+        if tasks:
+            with _authors_faults(name, "raised in its check_tasks"):
+                env.check_tasks(tasks)
     finally:
         with _authors_faults(name, "raised in its close"):
             env.close()
@@ -157,7 +161,7 @@ def _factory(name: str) -> Callable[..., TextEnv]:
     if name not in _registered:
         raise ValueError(
             f"unknown environment {name!r}; known: {', '.join(known_envs())}. An environment of another package must "
-            "be imported first: name its module in sdar.modules"
+            "be imported first: name its module in sdar.modules (of `sdar-verl skills`: --modules)"
         )
     return _registered[name]
 

@@ -34,6 +34,13 @@ def add_parser(commands: Any) -> None:
             action.add_argument("names", nargs="*", metavar="NAME", help="skills; by default all")
         if name in ("check", "match"):
             action.add_argument("--env", help="environment whose task types the bank must use, e.g. alfworld")
+            action.add_argument(
+                "--modules",
+                nargs="+",
+                default=[],
+                metavar="MODULE",
+                help="that register it, or rules: sdar.modules of its runs",
+            )
         if name == "match":
             action.add_argument("task", help="description of a task, in the environment's words")
             action.add_argument("--task-type", default="", help="the environment's category of the task")
@@ -61,9 +68,11 @@ def _options(text: str) -> dict[str, dict[str, Any]]:
 
 def _load(arguments: argparse.Namespace) -> SkillBank:
     from sdar_verl.config import SkillsConfig
+    from sdar_verl.modules import import_modules
     from sdar_verl.skills.bank import SkillBank
     from sdar_verl.skills.loading import load_run_bank
 
+    import_modules(getattr(arguments, "modules", ()))
     if getattr(arguments, "env", None):
         return load_run_bank(SkillsConfig(bank=arguments.bank), arguments.env)
     return SkillBank.load(arguments.bank)

@@ -64,6 +64,15 @@ def test_an_unknown_option_is_named_with_the_help_of_its_command(words, help_of,
     assert "unrecognized arguments: --" in said and f"`sdar-verl {help_of} --help`" in said
 
 
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sdar_verl.skills.command._load", stop)
+    assert main(["skills", "show", "--bank", "alfworld"]) == 130
+    assert capsys.readouterr().err == "sdar-verl: interrupted\n"
+
+
 def test_help_loads_neither_torch_nor_verl():
     script = (
         "import sys; from sdar_verl.cli import _parser; _parser(); print('torch' in sys.modules, 'verl' in sys.modules)"

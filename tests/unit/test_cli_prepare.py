@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sdar_verl.cli import main
+from sdar_verl.envs.alfworld import prepare as module
 from sdar_verl.panels import read_panel
 
 GRAMMAR = 'grammar :: """{"intro": [{"rhs": "Hi"}], "task": [{"rhs": "Your task is to: %s"}]}"""'
@@ -136,9 +138,42 @@ def test_the_second_call_does_nothing_and_other_settings_need_force(data: Path, 
     assert prepare("--out", out, "--data", data, "--train", 2, "--force") == 0
     assert len(read_panel(out / "train.parquet")) == 2
     (out / "test.parquet").unlink()
+    assert prepare("--out", out, "--data", data) == 2, "it holds panels of other settings, whole or not"
+    assert prepare("--out", out, "--data", data, "--train", 2) == 0
+    assert len(read_panel(out / "test.parquet")) == 2
+    (out / "test.parquet").write_bytes((out / "test.parquet").read_bytes()[:100])
     assert prepare("--out", out, "--data", data, "--train", 2) == 2
-    assert "test.parquet does not exist" in capsys.readouterr().err
+    assert "test.parquet is not the panel that panel.json describes; make the panels again with --force" in (
+        capsys.readouterr().err
+    )
     assert prepare("--out", out, "--data", data, "--train", 2, "--force") == 0
+
+
+@pytest.mark.parametrize("content", ['{"panels": {}}', '{"panels": {}, "settings": {}}', "[]", "{"])
+def test_a_damaged_description_is_named_with_the_remedy(data: Path, tmp_path: Path, content: str, capsys) -> None:
+    (tmp_path / "panel.json").write_text(content)
+    assert prepare("--out", tmp_path, "--data", data) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'panel.json'} is damaged" in said and "--force" in said
+
+
+def test_one_call_at_a_time_works_in_a_folder(data: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "a").mkdir()
+    with (tmp_path / "a" / ".prepare.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert prepare("--out", tmp_path / "a", "--data", data) == 2
+    assert "another `sdar-verl prepare` is at work there" in capsys.readouterr().err
+    assert prepare("--out", tmp_path / "a", "--data", data) == 0, "a lock that nobody holds is none"
+    assert not (tmp_path / "a" / ".prepare.lock").exists()
+    assert prepare("--out", tmp_path / "b", "--data", data, "--train", 99) == 2
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_empty_folder_is_no_folder(capsys) -> None:
+    for words in (["--out", ""], ["--out", " "], ["--out="]):
+        with pytest.raises(SystemExit):
+            main(["prepare", "search", *words])
+        assert "the argument behind '--out" in (said := capsys.readouterr().err) and "is empty" in said
 
 
 def break_games(data: Path) -> None:
@@ -212,7 +247,7 @@ def test_options_without_effect_or_sense(data: Path, tmp_path: Path, arguments, 
     assert not (tmp_path / "a").exists()
 
 
-def test_generated_games_take_the_same_path(data: Path, tmp_path: Path, capsys) -> None:
+def test_generated_games_take_the_same_path(data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     pytest.importorskip("alfworld")
     out, counts = tmp_path / "a", ("--train", 2, "--validation", 1, "--test", 1)
     assert prepare("--out", out, "--generate", *counts, "--processes", 1) == 0
@@ -236,3 +271,26 @@ def test_generated_games_take_the_same_path(data: Path, tmp_path: Path, capsys) 
     assert prepare("--out", out, "--generate", *other, "--force") == 0
     assert len(list((out / "games").rglob("game.tw-pddl"))) == 3
     assert (out / "mine.txt").read_text() == "keep"
+
+    # What is to be replaced stays until the new is whole; a folder that was moved is put right by the same call.
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert prepare("--out", out, "--generate", *counts, "--processes", 0, "--force") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_panels", lambda *_: pytest.fail("not reached"))
+        patch.setattr(module, "generate_games", lambda *_, **__: (_ for _ in ()).throw(ValueError("no more")))
+        assert prepare("--out", out, "--generate", *counts, "--force") == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    out.rename(moved := tmp_path / "moved")
+    games = {path: path.stat().st_mtime_ns for path in moved.rglob("game.tw-pddl")}
+    assert prepare("--out", moved, "--generate", *other) == 0
+    assert {path: path.stat().st_mtime_ns for path in moved.rglob("game.tw-pddl")} == games
+    for task in read_panel(moved / "train.parquet"):
+        assert Path(task.data["game_file"]).is_relative_to(moved) and Path(task.data["game_file"]).is_file()
+    shutil.rmtree(moved / "games" / "train")
+    assert prepare("--out", moved, "--generate", *other) == 0
+    assert {path: path.is_file() for path in games} == dict.fromkeys(games, True)
+    (moved / "games" / "train" / "generator.json").write_text("{")
+    (moved / "panel.json").unlink()
+    capsys.readouterr()
+    assert prepare("--out", moved, "--generate", *other) == 2
+    assert "generator.json is damaged" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sdar_verl.checks.skills import spread
 from sdar_verl.cli import main
 from sdar_verl.doctor import command, installation
 from sdar_verl.doctor.build_tools import Missing
@@ -218,7 +219,8 @@ def test_games_that_were_moved_and_panels_that_overlap_are_named(toy, tmp_path: 
     write_panel(tasks, tmp_path / "lost.parquet", "train")
     files = f"{tmp_path / 'lost.parquet'}"
     text = as_text(diagnose([*toy, f"data.train_files={files}", f"data.val_files={files}"], resets=0))
-    assert "16 of 16 games are not where the panel says, e.g. /gone" in text
+    assert "1 of the files or folders that its tasks need are not there, such as /gone" in text
+    assert "run the `sdar-verl prepare toy_search` command that made the panel again" in text
     assert "16 of 16 validation tasks are training tasks too" in text
 
 
@@ -266,7 +268,19 @@ def test_the_command_prints_lines_or_json_and_its_status_tells_red_from_the_rest
 def test_options_without_effect_are_refused(quick, capsys) -> None:
     assert main(["doctor", "sdar.loss.coef=1"]) == 2
     assert "have no effect without --config-name" in capsys.readouterr().err
-    assert main(["doctor", "--resets", "-1"]) == 2
+    assert main(["doctor", "--resets", "2"]) == 2
+    assert "--resets 2: no effect without --config-name" in capsys.readouterr().err
+    assert main(["doctor", "--config-name", "sdar_quickstart", "--resets", "-1"]) == 2
+    assert "--resets -1: at least 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [3, 6, 20])
+def test_as_many_tasks_are_looked_at_as_asked_for(there: int) -> None:
+    tasks = [Task("toy", str(at), "t", "d") for at in range(there)]
+    for count in range(1, 24):
+        found = spread(tasks, count)
+        places = [tasks.index(task) for task in found]
+        assert len(found) == min(count, there) and places == sorted({*places})
 
 
 def test_a_finding_shows_its_remedy_and_json_is_plain() -> None:

@@ -17,16 +17,18 @@ from verl.utils.reward_score import search_r1_like_qa_em as verl_qa
 
 from sdar_verl.envs.base import Task
 from sdar_verl.envs.registry import check_env, make_env
+from sdar_verl.envs.search.bm25 import MAX_QUERY_CHARACTERS, Bm25Retriever
 from sdar_verl.envs.search.client import RetrieverError
 from sdar_verl.envs.search.env import ANSWERED, NO_ACTION, NOTHING_FOUND, NOTHING_YET
 from sdar_verl.envs.search.passages import CorpusError, Passage, corpus_digest, write_corpus
 from sdar_verl.envs.search.scoring import exact_match
+from sdar_verl.envs.search.server import make_app
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import write_panel
 from sdar_verl.rollout.actions import parse_action
 from sdar_verl.rollout.prompts import PromptTemplate
 from tests.support import scripted
-from tests.support.retrieval_server import ScriptedServer, good
+from tests.support.retrieval_server import ScriptedServer, good, serving
 from tests.support.tiny_model import make_tiny_model
 
 PASSAGES = [
@@ -95,6 +97,17 @@ def test_topk_is_kept(corpus):
     env = make_env("search", retriever=corpus, topk=1)
     env.reset(TASK)
     assert env.step("search: Lumeth").observation.count("\n") == 0
+
+
+def test_a_query_of_any_length_is_asked(corpus):
+    env = make_env("search", retriever=corpus)
+    env.reset(TASK)
+    step = env.step("search: Lumeth " + "apple " * 5000)
+    assert "Lumeth" in step.observation and len(step.info["query"]) == MAX_QUERY_CHARACTERS
+    with serving(make_app(Bm25Retriever(PASSAGES))) as url:
+        served = make_env("search", retriever=url)
+        served.reset(TASK)
+        assert served.step("search: Lumeth " + "apple " * 5000).observation == step.observation
 
 
 def test_a_task_of_another_environment_or_corpus_is_refused(corpus):
@@ -203,6 +216,10 @@ def recipe(corpus, tmp_path):
 
 def test_faults_of_a_run_are_told_before_it_starts(recipe, tmp_path):
     assert recipe() == []
+    others = [replace(TASK, task_id=f"o{i}", data={**TASK.data, "corpus": "0" * 64}) for i in range(3)]
+    write_panel(others, tmp_path / "others.parquet", "validation")
+    [fault] = recipe(f"data.val_files=[{tmp_path / 'others.parquet'}]")
+    assert "task 'o0' (and 2 more of 131) was made for another corpus than" in fault
     with ScriptedServer(lambda n, b: good()) as server:
         at_server = f"sdar.env.options.retriever={server.url}"
         assert recipe(at_server) == []

@@ -241,7 +241,7 @@ def test_training_questions_in_the_test_panel_are_said(tmp_path, capsys):
     train = write_parquet(tmp_path / "train.parquet", search_r1_rows({"nq": 10}))
     sources = (train, f"validation={train}", f"test={train}")
     assert prepare("--out", tmp_path / "a", "--source", *sources, "--validation", 3, "--test", 4) == 0
-    assert "10 questions of the test panel are training questions, too" in capsys.readouterr().err
+    assert "4 questions of the test panel are training questions, too" in capsys.readouterr().err
     panels = described(tmp_path / "a")["panels"]
     assert {name: panel["tasks"] for name, panel in panels.items()} == {"train": 10, "validation": 3, "test": 4}
 
@@ -317,7 +317,7 @@ def test_the_command_serves_a_corpus(tmp_path):
             client = HttpRetriever([f"http://127.0.0.1:{port}"], retries=0)
             for _ in range(200):
                 try:
-                    client.check()
+                    client.check(3)
                     break
                 except RetrieverError:
                     time.sleep(0.05)
@@ -327,10 +327,16 @@ def test_the_command_serves_a_corpus(tmp_path):
 
 
 def test_a_corpus_that_cannot_be_served_is_an_error(tmp_path, capsys):
-    assert main(["serve-retriever", "--corpus", str(tmp_path / "none.jsonl"), "--port", "0"]) == 2
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    assert main(["serve-retriever", "--corpus", str(tmp_path / "none.jsonl"), "--port", port]) == 2
     assert "none.jsonl cannot be read" in capsys.readouterr().err
-    assert main(["serve-retriever", "--corpus", "x", "--topk", "0"]) == 2
-    assert "--topk 0" in capsys.readouterr().err
+    for option, value in (("topk", 0), ("port", 0), ("port", 65536), ("port", -1), ("k1", "nan"), ("k1", "inf")):
+        assert main(["serve-retriever", "--corpus", "x", f"--{option}", str(value)]) == 2
+        assert f"--{option} {value}" in capsys.readouterr().err
+    assert main(["serve-retriever", "--corpus", "x", "--host", "nowhere.invalid"]) == 2
+    assert "--host nowhere.invalid: no address of this machine" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_named_before_the_corpus_is_read(tmp_path, capsys):

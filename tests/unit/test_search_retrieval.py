@@ -20,7 +20,7 @@ from sdar_verl.envs.search.bm25 import K1, B, Bm25Retriever
 from sdar_verl.envs.search.client import HttpRetriever, RetrieverError
 from sdar_verl.envs.search.passages import CorpusError, Passage, write_corpus
 from sdar_verl.envs.search.retrievers import RetrieverSettings, get_retriever
-from sdar_verl.envs.search.server import make_app
+from sdar_verl.envs.search.server import MAX_TOPK, make_app
 from sdar_verl.words import first_words, search_words
 from tests.support.retrieval_server import ScriptedServer, good, serving
 
@@ -102,9 +102,18 @@ def test_a_kept_index_of_something_else_is_refused_and_an_unfinished_one_made_ag
         Bm25Retriever(PASSAGES[:2], keep=keep)
     with pytest.raises(ValueError, match="holds an index of another b, k1"):
         Bm25Retriever(PASSAGES, k1=1.2, b=0.7, keep=keep)
-    (keep / "sdar_index.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
-        Bm25Retriever(PASSAGES, keep=keep)
+    for name, content in (
+        ("sdar_index.json", b"{"),
+        ("sdar_index.json", b"[]"),
+        ("vocab.index.json", b"{}"),
+        ("params.index.json", b""),
+        ("data.csc.index.npy", b"cut off"),
+    ):
+        before = (keep / name).read_bytes()
+        (keep / name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"is damaged .*remove the folder"):
+            Bm25Retriever(PASSAGES, keep=keep)
+        (keep / name).write_bytes(before)
     (keep / "sdar_index.json").unlink()
     (keep / "data.csc.index.npy").write_bytes(b"cut off")
     assert Bm25Retriever(PASSAGES, keep=keep).search("pears", 1)
@@ -117,7 +126,7 @@ def test_a_kept_index_of_something_else_is_refused_and_an_unfinished_one_made_ag
 def test_our_server_gives_our_client_what_the_index_gives(retriever, api):
     with serving(make_app(retriever)) as url:
         client = HttpRetriever([url], api=api)
-        client.check()
+        client.check(3)
         for query in ("red", "green pears", "zebra", 'say "red"\n☃'):
             assert client.search(query, 2) == retriever.search(query, 2)
         client.close()
@@ -195,7 +204,7 @@ def test_no_server_at_all_is_an_error_that_says_so():
     with ScriptedServer(lambda number, body: good()) as server:
         url = server.url
     client = HttpRetriever([url], retries=1, backoff_s=0.001)
-    for call in (client.check, lambda: client.search("q", 3)):
+    for call in (lambda: client.check(3), lambda: client.search("q", 3)):
         with pytest.raises(RetrieverError, match=r"cannot be reached .*serve-retriever"):
             call()
 
@@ -214,7 +223,7 @@ def test_no_server_at_all_is_an_error_that_says_so():
 def test_garbage_is_told_apart_from_silence_and_not_asked_for_twice(body):
     with ScriptedServer(lambda number, _: (200, body, 0)) as server:
         client = client_of(server)
-        for call in (client.check, lambda: client.search("q", 3)):
+        for call in (lambda: client.check(3), lambda: client.search("q", 3)):
             with pytest.raises(RetrieverError, match="answered something else"):
                 call()
         assert len(server.requests) == 2
@@ -224,7 +233,7 @@ def test_the_wrong_api_is_named():
     words = r"status 422 .*field required.*api=search_r1 rather than api=skyrl"
     script = lambda number, _: (422, b'{"detail": "field required: queries"}', 0)  # noqa: E731
     with ScriptedServer(script) as server, pytest.raises(RetrieverError, match=words):
-        client_of(server, api="skyrl").check()
+        client_of(server, api="skyrl").check(3)
 
 
 def test_passages_may_come_bare_and_the_list_empty():
@@ -268,7 +277,7 @@ def test_several_servers_share_the_load_and_stand_in_for_each_other():
         client = HttpRetriever([first.url, second.url], retries=1, backoff_s=0.001)
         assert all(len(client.search("q", 3)) == 1 for _ in range(4))
         with pytest.raises(RetrieverError, match=re.escape(second.url)):
-            client.check()
+            client.check(3)
 
 
 def test_the_longest_search_is_bounded_as_promised():
@@ -311,7 +320,7 @@ def test_settings_that_cannot_be_meant_are_refused(retriever, client, words):
 def test_a_process_makes_one_retriever_for_equal_settings(tmp_path, monkeypatch):
     write_corpus(PASSAGES, tmp_path / "corpus.jsonl")
     settings = [RetrieverSettings.of(str(tmp_path / "corpus.jsonl")) for _ in range(8)]
-    settings[0].check()
+    settings[0].check(3)
     with ThreadPoolExecutor(8) as threads:
         made = list(threads.map(get_retriever, settings))
     assert all(retriever is made[0] for retriever in made)
@@ -322,11 +331,11 @@ def test_a_process_makes_one_retriever_for_equal_settings(tmp_path, monkeypatch)
 
 def test_a_corpus_that_is_missing_or_too_large_is_refused_before_the_start(tmp_path, monkeypatch):
     with pytest.raises(CorpusError, match=r"does not exist; .*sdar-verl prepare search --out DIR"):
-        RetrieverSettings.of(str(tmp_path / "none.jsonl")).check()
+        RetrieverSettings.of(str(tmp_path / "none.jsonl")).check(3)
     write_corpus(PASSAGES, tmp_path / "corpus.jsonl")
     monkeypatch.setattr("sdar_verl.envs.search.retrievers.MAX_EMBEDDED_BYTES", 10)
     with pytest.raises(CorpusError, match=r"more than the .*serve-retriever --corpus .*corpus.jsonl"):
-        RetrieverSettings.of(str(tmp_path / "corpus.jsonl")).check()
+        RetrieverSettings.of(str(tmp_path / "corpus.jsonl")).check(3)
 
 
 # ---------------------------------------------------------------- scripts without spaces, passages without text
@@ -396,14 +405,21 @@ def answering(*texts):
 def test_a_server_of_empty_passages_is_refused_at_the_start():
     with ScriptedServer(lambda number, body: answering("", " ", '"Title"\n')) as server:
         with pytest.raises(RetrieverError, match=r"3 passages without a text.*mend the corpus"):
-            HttpRetriever([server.url]).check()
+            HttpRetriever([server.url]).check(3)
         assert HttpRetriever([server.url]).search("x", 3) == []
+
+
+def test_the_start_asks_for_as_many_passages_as_the_run(retriever):
+    with serving(make_app(retriever)) as url:
+        HttpRetriever([url]).check(MAX_TOPK)
+        with pytest.raises(RetrieverError, match=r"less than or equal to 100.*sdar\.env\.options\.topk"):
+            HttpRetriever([url]).check(MAX_TOPK + 1)
 
 
 def test_an_empty_passage_is_not_among_a_servers_hits():
     with ScriptedServer(lambda number, body: answering("", "A city.", "\u200b")) as server:
         client = HttpRetriever([server.url])
-        client.check()
+        client.check(3)
         assert [hit.passage.text for hit in client.search("x", 3)] == ["A city."]
 
 
@@ -411,6 +427,6 @@ def test_the_start_asks_until_a_server_finds_something():
     empty = 200, b'{"result": [[]]}', 0.0
     script = lambda number, body: answering("") if number == 2 else empty  # noqa: E731
     with ScriptedServer(script) as server, pytest.raises(RetrieverError, match="without a text"):
-        HttpRetriever([server.url]).check()
+        HttpRetriever([server.url]).check(3)
     with ScriptedServer(lambda number, body: empty) as server:
-        HttpRetriever([server.url]).check()
+        HttpRetriever([server.url]).check(3)

@@ -55,7 +55,23 @@ def test_options_of_rules_are_objects(capsys, given: str) -> None:
     assert "--options: " in (told := capsys.readouterr().err) and given in told
 
 
-def test_check_tells_a_sound_bank_from_others(capsys, tmp_path: Path) -> None:
+THEIR_ENV = """
+from sdar_verl.envs.base import Step, TextEnv
+from sdar_verl.envs.registry import register_env
+
+@register_env("their_env")
+class TheirEnv(TextEnv):
+    task_types = ("buy", "sell")
+
+    def reset(self, task):
+        return Step("begin")
+
+    def step(self, action):
+        return Step("end", done=True)
+"""
+
+
+def test_check_tells_a_sound_bank_from_others(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("alfworld")
     status, text = run(capsys, "check", "--bank", "alfworld", "--env", "alfworld", "--json")
     report = json.loads(text)
@@ -65,6 +81,10 @@ def test_check_tells_a_sound_bank_from_others(capsys, tmp_path: Path) -> None:
     assert run(capsys, "check", "--bank", tmp_path)[0] == 0
     status, text = run(capsys, "check", "--bank", tmp_path, "--env", "alfworld")
     assert status == 1 and "bank for another environment" in text
+    (tmp_path / "their_env.py").write_text(THEIR_ENV)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = run(capsys, "check", "--bank", tmp_path, "--env", "their_env", "--modules", "their_env")
+    assert found[0] == 0 and "without a skill of their own: sell" in found[1]
     (tmp_path / "mug" / "SKILL.md").write_text("")
     status, text = run(capsys, "check", "--bank", tmp_path, "--json")
     assert status == 1 and not json.loads(text)["sound"]

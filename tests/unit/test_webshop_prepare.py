@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdar_verl.cli import main
-from sdar_verl.envs.registry import demonstration_of, make_env
+from sdar_verl.envs.registry import check_env, demonstration_of, make_env
 from sdar_verl.envs.webshop import prepare as module
 from sdar_verl.envs.webshop.goals import count_goals, make_goal, shuffled
 from sdar_verl.panels import read_panel
@@ -110,9 +110,23 @@ def test_generated_panels_and_their_second_call(tmp_path, capsys):
     assert "generator.seed: 0 there, 1 asked for" in told and "--force" in told
     assert prepare("--out", tmp_path / "a", *arguments, "--seed", 1, "--force") == 0
     assert len(read_panel(tmp_path / "a" / "train.parquet")) == 30
-    shutil.rmtree(tmp_path / "a" / "catalogue")
-    assert prepare("--out", tmp_path / "a", *arguments, "--seed", 1) == 2
-    assert "holds no finished WebShop catalogue" in capsys.readouterr().err
+    # What is to be replaced stays until the new is whole.
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert prepare("--out", tmp_path / "a", *arguments, "--train", 999_999, "--force") == 2
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    # A folder that was moved, or has lost something, is put right by the same call.
+    (tmp_path / "a").rename(tmp_path / "b")
+    for lose in ((), ("catalogue",), ("test.parquet",)):
+        for name in lose:
+            path = tmp_path / "b" / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert prepare("--out", tmp_path / "b", *arguments, "--seed", 1) == 0
+        task = read_panel(tmp_path / "b" / "train.parquet")[0]
+        assert task.data["catalogue"] == str(tmp_path / "b" / "catalogue")
+        check_env("webshop", {}, [task])
+    assert {file.name: file.read_bytes() for file in (tmp_path / "b" / "generated").iterdir()} == {
+        file.name: content for file, content in before.items() if file.parent.name == "generated"
+    }
 
 
 def test_a_long_training_list_is_chosen_from(data, tmp_path, monkeypatch, capsys):
@@ -141,7 +155,7 @@ def test_tasks_that_nobody_can_solve_are_counted(data, tmp_path, capsys):
         (("--generate", "--size", "full"), "--size full has no effect with --generate"),
         (("--products", "300"), "--products only has an effect with --generate"),
         (("--generate", "--train", "0"), "--train 0: ask for at least one task"),
-        (("--generate", "--products", "100"), "use a larger catalogue"),
+        (("--generate", "--products", "100"), "the train panel takes those from number 1501 on (--split webshop)"),
         (("--generate", "--products", "5"), "choose 100 to"),
     ],
 )

@@ -130,18 +130,39 @@ def generate_games(
     return paths
 
 
+def described(config: GeneratorConfig) -> dict[str, Any]:
+    """The configuration as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def made_with(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the games in ``folder``; None where there are none. ValueError where the note is damaged."""
+    note = folder / CONFIG_FILE
+    if not note.is_file():
+        return None
+    try:
+        return json.loads(note.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{note} is damaged ({error}); remove the folder, its games are made again") from error
+
+
+def check_ours(folder: Path) -> None:
+    """ValueError where ``folder`` holds something else than generated games."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} holds something else than generated games: use another folder")
+
+
 def _claim(folder: Path, config: GeneratorConfig) -> None:
     """Note the configuration in the folder; refuse a folder with games of another one."""
-    described = json.loads(json.dumps(dataclasses.asdict(config)))
-    note = folder / CONFIG_FILE
-    if note.is_file():
-        if json.loads(note.read_text()) != described:
-            raise ValueError(f"{folder} holds games of another configuration ({note}): use another folder or remove it")
-        return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something else than generated games: use another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(described, indent=1))
+    check_ours(folder)
+    found = made_with(folder)
+    if found is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(json.dumps(described(config), indent=1))
+    elif found != described(config):
+        raise ValueError(
+            f"{folder} holds games of another configuration ({folder / CONFIG_FILE}): use another folder or remove it"
+        )
 
 
 @contextmanager

@@ -7,14 +7,15 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sdar_verl.envs.alfworld.dataset import DOWNLOADED_FOLDER, PUBLISHED, find_data_root, read_games
-from sdar_verl.envs.alfworld.generate import CONFIG_FILE, generate_games
+from sdar_verl.envs.alfworld.generate import check_ours, described, generate_games, made_with
 from sdar_verl.envs.alfworld.spec import TASK_TYPES, GeneratorConfig
 from sdar_verl.envs.base import Task
-from sdar_verl.envs.prepared import Prepared, check_counts, finished_panels, versions
+from sdar_verl.envs.prepared import Prepared, check_counts, prepare_panels, versions
 from sdar_verl.panels import PANEL_FILE, PanelError, choose, write_panels
 
 #: Panel -> folder of ALFWorld's layout. The test panel's rooms are never trained in.
@@ -61,7 +62,7 @@ def prepare(
     Args:
         source: the games.
         out: folder; finished panels with the same settings in it are left as they are.
-        force: replace panels that were made with other settings, and their generated games.
+        force: replace panels that were made with other settings, and their generated games, once the new are whole.
         processes: that generate games.
         progress: called with (panel, games done, games).
 
@@ -74,21 +75,26 @@ def prepare(
     out = Path(out)
     check_counts(source.counts)
     settings = source.settings()
-    finished = finished_panels(out, settings, force=force)
-    if finished is not None:
-        return finished
-    panels: dict[str, list[Task]] = {}
-    skipped: dict[str, Counter[str]] = {}
-    notes = []
-    if source.generator is not None and force:
-        _remove_generated(out)
-    for panel, split in PANELS.items():
+
+    def make() -> Prepared:
+        skipped: dict[str, Counter[str]] = {}
+        notes: list[str] = []
         if source.generator is not None:
-            panels[panel] = _generated(source, out / "games", panel, processes, progress)
-            continue
-        games = read_games(settings["data"], split, source.task_types)
+            panels = _generated(source, source.generator, out, force, processes, progress)
+        else:
+            panels = _downloaded(source, settings["data"], skipped, notes)
+        written = write_panels(panels, out, settings, versions(("sdar-verl", "alfworld", "textworld")))
+        return Prepared(written, made=True, skipped=skipped, notes=tuple(notes))
+
+    return prepare_panels(out, settings, make, force=force)
+
+
+def _downloaded(source: Source, data: str, skipped: dict[str, Counter[str]], notes: list[str]) -> dict[str, list[Task]]:
+    panels = {}
+    for panel, split in PANELS.items():
+        games = read_games(data, split, source.task_types)
         skipped[panel] = games.skipped
-        if _seems_incomplete(settings["data"], split, len(games.tasks), source.task_types):
+        if _seems_incomplete(data, split, len(games.tasks), source.task_types):
             notes.append(
                 f"{split} holds {len(games.tasks)} playable games, the published data set {PUBLISHED[split]}: "
                 "the download may be incomplete"
@@ -97,27 +103,39 @@ def prepare(
         if count > len(games.tasks):
             raise PanelError(f"--{panel} {count}: {split} holds only {len(games.tasks)} playable games; ask for fewer")
         panels[panel] = choose(games.tasks, count, source.seed)
-    described = write_panels(panels, out, settings, versions(("sdar-verl", "alfworld", "textworld")))
-    return Prepared(described, made=True, skipped=skipped, notes=tuple(notes))
+    return panels
 
 
 def _generated(
-    source: Source, root: Path, panel: str, processes: int, progress: Callable[[str, int, int], None] | None
-) -> list[Task]:
-    assert source.generator is not None
-    split = PANELS[panel]
-    report = None if progress is None else lambda done, count: progress(panel, done, count)
-    files = generate_games(root, split, source.counts[panel], source.generator, processes=processes, progress=report)
-    wanted = {str(file.absolute()) for file in files}
-    return [task for task in read_games(root, split).tasks if task.data["game_file"] in wanted]
-
-
-def _remove_generated(out: Path) -> None:
-    """Remove games and panels that an earlier call made, and nothing else."""
-    (out / PANEL_FILE).unlink(missing_ok=True)
+    source: Source,
+    config: GeneratorConfig,
+    out: Path,
+    force: bool,
+    processes: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> dict[str, list[Task]]:
+    """Games in ``out/games``. Those that ``force`` replaces stay until the new ones are whole."""
+    root, new = out / "games", out / "games.new"
+    made_in = new if force and root.is_dir() else root
     for split in PANELS.values():
-        if (out / "games" / split / CONFIG_FILE).is_file():
-            shutil.rmtree(out / "games" / split)
+        if made_in is new:
+            check_ours(root / split)
+            if made_with(new / split) not in (None, described(config)):
+                shutil.rmtree(new / split)  # of a call that did not finish
+    names = {}
+    for panel, split in PANELS.items():
+        report = None if progress is None else partial(progress, panel)
+        files = generate_games(made_in, split, source.counts[panel], config, processes=processes, progress=report)
+        names[panel] = {str((root / file.relative_to(made_in)).absolute()) for file in files}
+    if made_in is new:
+        (out / PANEL_FILE).unlink(missing_ok=True)
+        for split in PANELS.values():
+            if (root / split).exists():
+                shutil.rmtree(root / split)
+            (new / split).rename(root / split)
+        new.rmdir()
+    games = {panel: read_games(root, split).tasks for panel, split in PANELS.items()}
+    return {panel: [task for task in games[panel] if task.data["game_file"] in names[panel]] for panel in PANELS}
 
 
 def _seems_incomplete(root: str, split: str, count: int, task_types: tuple[str, ...]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdar_verl.envs.search.passages import Passage, corpus_digest
 from sdar_verl.words import search_words
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 K1 = 0.9
 B = 0.4
 _SETTINGS_FILE = "sdar_index.json"
+
+MAX_QUERY_CHARACTERS = 10_000
+"""A longer query is cut: it comes from a policy, which may write anything."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Bm25Retriever:
         settings = {"corpus": self.digest, "k1": k1, "b": b, "bm25s": bm25s.__version__}
         settings["words"] = f"icu4py {metadata.version('icu4py')}"
         if keep is not None and _check_kept(Path(keep), settings):
-            self._index = bm25s.BM25.load(str(keep), mmap=True, show_progress=False)
+            self._index = _load(Path(keep))
             return
         self._index = bm25s.BM25(method="lucene", k1=k1, b=b)
         words = [search_words(f"{passage.title}\n{passage.text}") for passage in self.passages]
@@ -85,10 +88,27 @@ def _check_kept(folder: Path, settings: Mapping[str, object]) -> bool:
         return False
     except ValueError as error:
         raise ValueError(f"{folder / _SETTINGS_FILE} is damaged ({error}); remove the folder") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder / _SETTINGS_FILE} is damaged (no JSON object); remove the folder")
     if found != dict(settings):
         other = ", ".join(sorted(key for key in settings if found.get(key) != settings[key]))
         raise ValueError(f"{folder} holds an index of another {other}; use another folder, or remove it")
     return True
+
+
+def _load(folder: Path) -> Any:
+    import bm25s
+
+    try:
+        index = bm25s.BM25.load(str(folder), mmap=True, show_progress=False)
+        words, columns = len(index.vocab_dict), len(index.scores["indptr"]) - 1
+        if not words - 1 <= columns <= words:  # bm25s adds an empty word
+            raise ValueError(f"{words} words for {columns} columns")
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, EOFError) as error:
+        raise ValueError(
+            f"the index in {folder} is damaged ({type(error).__name__}: {error}); remove the folder"
+        ) from error
+    return index
 
 
 def _best(scores: np.ndarray, topk: int) -> list[int]:

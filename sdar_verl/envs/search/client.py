@@ -117,15 +117,15 @@ class HttpRetriever:
         self._failed.clear()
         return hits
 
-    def check(self) -> None:
-        """Ask each server until it shows a passage, whose text must not be empty.
+    def check(self, topk: int) -> None:
+        """Ask each server for ``topk`` passages until it shows one, whose text must not be empty.
 
         Raises:
             RetrieverError: naming the first server that does not answer as it should.
         """
         for url in self.urls:
             for query in _PROBES:
-                answer = self._ask(url, self._body(query, 3))
+                answer = self._ask(url, self._body(query, topk))
                 if isinstance(answer, str):
                     raise RetrieverError(f"the retrieval server {url} {answer}; {_START}")
                 if answer and all(hit.passage.empty for hit in answer):
@@ -183,8 +183,8 @@ class HttpRetriever:
             other = next(api for api in APIS if api != self.api)
             raise RetrieverError(
                 f"the retrieval server {url} refused the request with status {response.status} "
-                f"({_start_of(data)}); check the path, and whether it speaks api={other} rather than "
-                f"api={self.api} (sdar.env.options.api)"
+                f"({_start_of(data)}); check the request (sdar.env.options.topk), the path, and whether it "
+                f"speaks api={other} rather than api={self.api} (sdar.env.options.api)"
             )
         try:
             return _hits(parse_json(data))

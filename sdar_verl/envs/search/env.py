@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from sdar_verl.envs.base import Step, Task, TextEnv
 from sdar_verl.envs.registry import register_env
-from sdar_verl.envs.search.bm25 import Bm25Retriever, Hit
+from sdar_verl.envs.search.bm25 import MAX_QUERY_CHARACTERS, Bm25Retriever, Hit
 from sdar_verl.envs.search.client import HttpRetriever
-from sdar_verl.envs.search.retrievers import Retriever, RetrieverSettings, get_retriever
+from sdar_verl.envs.search.passages import check_corpus
+from sdar_verl.envs.search.retrievers import RetrieverSettings, get_retriever
 from sdar_verl.envs.search.scoring import exact_match
 from sdar_verl.words import first_words
 
@@ -85,7 +86,12 @@ class SearchEnv(TextEnv):
             CorpusError: no such corpus, or a damaged one.
             RetrieverError: the server is away, or speaks another form.
         """
-        self._settings.check()
+        self._settings.check(self._topk)
+
+    def check_tasks(self, tasks: Sequence[Task]) -> None:
+        """Raise ValueError for tasks that were made for another corpus than the one in this process."""
+        if isinstance(self._settings.where, str):
+            self._check_corpus_of(tasks, check_corpus(self._settings.where).digest)
 
     @classmethod
     def demonstration(cls, task: Task) -> Sequence[str]:
@@ -111,7 +117,8 @@ class SearchEnv(TextEnv):
                 "task; make Search-QA panels with `sdar-verl prepare search --out DIR`"
             )
         retriever = get_retriever(self._settings)
-        self._check_corpus_of(task, retriever)
+        if isinstance(retriever, Bm25Retriever):
+            self._check_corpus_of([task], retriever.digest)
         if isinstance(retriever, HttpRetriever) and retriever.failed:
             retriever.search(task.description, 1)
         self._golden = tuple(answers)
@@ -132,6 +139,7 @@ class SearchEnv(TextEnv):
             return self._last
         tag, _, content = action.partition(": ")
         if tag == "search" and content.strip():
+            content = content[:MAX_QUERY_CHARACTERS]  # what a server takes: the embedded corpus is no other game
             hits = get_retriever(self._settings).search(content, self._topk)
             info = {"query": content, "passages": [hit.passage.passage_id for hit in hits]}
             self._last = Step(self._shown(hits), info=info)
@@ -151,10 +159,11 @@ class SearchEnv(TextEnv):
             lines.append(f"[{rank}] {hit.passage.title}: {text}" if hit.passage.title else f"[{rank}] {text}")
         return "\n".join(lines) or NOTHING_FOUND
 
-    def _check_corpus_of(self, task: Task, retriever: Retriever) -> None:
-        wanted = task.data.get("corpus")
-        if isinstance(retriever, Bm25Retriever) and wanted not in (None, retriever.digest):
+    def _check_corpus_of(self, tasks: Sequence[Task], digest: str) -> None:
+        others = [task.task_id for task in tasks if task.data.get("corpus") not in (None, digest)]
+        if others:
+            more = f" (and {len(others) - 1} more of {len(tasks)})" if len(others) > 1 else ""
             raise ValueError(
-                f"task {task.task_id!r} was made for another corpus than {self._settings.where}, which does not hold "
-                "its answer; use the corpus.jsonl that lies beside the panel"
+                f"task {others[0]!r}{more} was made for another corpus than {self._settings.where}, which does not "
+                "hold its answer; use the corpus.jsonl that lies beside the panel"
             )

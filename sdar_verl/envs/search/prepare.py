@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.envs.base import Task
-from sdar_verl.envs.prepared import Prepared, check_counts, finished_panels, versions
+from sdar_verl.envs.prepared import Prepared, check_counts, prepare_panels, versions
 from sdar_verl.envs.search.bm25 import Bm25Retriever
 from sdar_verl.envs.search.dataset import PANELS, QuestionFile, read_questions
 from sdar_verl.envs.search.passages import CheckedCorpus, corpus_digest, read_corpus, write_corpus
@@ -70,9 +70,11 @@ def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared
     out = Path(out)
     check_counts(source.counts)
     settings = source.settings()
-    finished = finished_panels(out, settings, force=force)
-    if finished is not None and (source.files or (out / CORPUS_FILE).is_file()):
-        return finished
+    beside = () if source.files else (CORPUS_FILE,)
+    return prepare_panels(out, settings, lambda: _make(source, settings, out), force=force, beside=beside)
+
+
+def _make(source: Source, settings: Mapping[str, Any], out: Path) -> Prepared:
     made_here = _made_here(out)
     panels, skipped, notes = _from_files(source) if source.files else _from_world(source, out, made_here)
     if source.files and made_here:
@@ -136,16 +138,14 @@ def _from_files(source: Source) -> _Made:
         held_out = choose(tasks["train"].values(), wanted, source.seed)
         tasks["validation"] = {task.task_id: tasks["train"].pop(task.task_id) for task in held_out}
         notes.append(f"{wanted} training questions are held out for validation (name validation=FILE to change that)")
-    for panel in ("validation", "test"):
-        asked, trained = (
-            {task.description.casefold() for task in tasks.get(name, {}).values()} for name in (panel, "train")
-        )
-        both = len(asked & trained)  # whatever their golden answers and their order
-        if both:
-            notes.append(f"{both} questions of the {panel} panel are training questions, too")
     panels = {
         panel: _chosen(panel, tasks[panel], source.counts.get(panel), source.seed) for panel in PANELS if panel in tasks
     }
+    for panel in ("validation", "test"):
+        asked, trained = ({task.description.casefold() for task in panels.get(name, ())} for name in (panel, "train"))
+        both = len(asked & trained)  # whatever their golden answers and their order
+        if both:
+            notes.append(f"{both} questions of the {panel} panel are training questions, too")
     return panels, {panel: questions.skipped for panel, questions in read.items()}, tuple(notes)
 
 

@@ -77,8 +77,8 @@ class RetrieverSettings:
         """Seconds that a search may take before it fails; 0 where nothing is waited for."""
         return 0.0 if self.embedded else self.make_client().longest_s
 
-    def check(self) -> None:
-        """Read the corpus whole (once, :func:`check_corpus`), or ask the servers.
+    def check(self, topk: int) -> None:
+        """Read the corpus whole (once, :func:`check_corpus`), or ask the servers for ``topk`` passages.
 
         Raises:
             CorpusError: the file is missing, damaged or too large for every process to hold.
@@ -87,7 +87,7 @@ class RetrieverSettings:
         if not isinstance(self.where, str):
             client = self.make_client()
             try:
-                client.check()
+                client.check(topk)
             finally:
                 client.close()
             return

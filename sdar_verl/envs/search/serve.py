@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import socket
 import time
 from typing import Any
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not 1 <= arguments.topk <= MAX_TOPK:
         raise ValueError(f"--topk {arguments.topk}: choose 1 to {MAX_TOPK}")
-    if arguments.k1 < 0 or not 0 <= arguments.b <= 1:
+    if not (0 <= arguments.k1 < math.inf and 0 <= arguments.b <= 1):
         raise ValueError(f"--k1 {arguments.k1:g} --b {arguments.b:g}: k1 is at least 0, b between 0 and 1")
     _check_address(arguments.host, arguments.port)  # now, and not after a large corpus was indexed
     started = time.perf_counter()
@@ -56,9 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except ModuleNotFoundError as error:
         raise ImportError(f'{error.name} is not installed here: pip install "sdar-verl[search]"') from error
+    shown = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     print(
         f"{len(retriever.passages):,} passages ready in {time.perf_counter() - started:.1f} s "
-        f"(corpus {retriever.digest[:16]}); serving http://{arguments.host}:{arguments.port}/retrieve",
+        f"(corpus {retriever.digest[:16]}); serving http://{shown}:{arguments.port}/retrieve",
         flush=True,
     )
     import uvicorn
@@ -68,7 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_address(host: str, port: int) -> None:
-    [(family, kind, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    if not 1 <= port <= 65535:
+        raise ValueError(f"--port {port}: choose 1 to 65535")
+    try:
+        [(family, kind, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        raise ValueError(f"--host {host}: no address of this machine ({error}); choose another") from error
     with socket.socket(family, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

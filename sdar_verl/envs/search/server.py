@@ -11,12 +11,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from sdar_verl._version import __version__
-from sdar_verl.envs.search.bm25 import Bm25Retriever, Hit
+from sdar_verl.envs.search.bm25 import MAX_QUERY_CHARACTERS, Bm25Retriever, Hit
 
 MAX_TOPK = 100
 MAX_QUERIES = 1024
 """In one request."""
-MAX_QUERY_CHARACTERS = 10_000
 MAX_BODY_BYTES = 16 << 20
 
 Message = MutableMapping[str, Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -12,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.envs.base import Task
-from sdar_verl.envs.prepared import Prepared, check_counts, finished_panels, versions
+from sdar_verl.envs.prepared import Prepared, check_counts, prepare_panels, versions
 from sdar_verl.envs.webshop.catalogue import CatalogueError, DataFiles, Product, find_data_files, read_products
 from sdar_verl.envs.webshop.generate import CatalogueConfig, generate_catalogue
 from sdar_verl.envs.webshop.goals import Goal, Kind, count_goals, make_goal, shuffled
 from sdar_verl.envs.webshop.nouns import RULES, NounRule
 from sdar_verl.envs.webshop.reward import options_can_count
-from sdar_verl.envs.webshop.store import Catalogue, read_meta, write_catalogue
+from sdar_verl.envs.webshop.store import META_FILE, Catalogue, read_meta, write_catalogue
 from sdar_verl.panels import PANEL_FILE, PanelError, choose, write_panels
 
 CATEGORIES = ("beauty", "electronics", "fashion", "garden", "grocery")
@@ -29,6 +30,9 @@ PANELS: dict[str, dict[str, tuple[int, int | None]]] = {
 }
 """Split -> panel -> places in WebShop's shuffled list of goals. ``webshop`` is its own split; ``released`` is that of
 SDAR's released code, which has no test panel: it validates on WebShop's."""
+
+CATALOGUE, GENERATED = "catalogue", "generated"
+"""Folders beside the panels: what is searched, and the files that ``--generate`` drew it from."""
 
 MAX_TRAIN = 20_000
 """Tasks of the training panel when no number is asked for; the full catalogue gives millions of synthetic goals."""
@@ -94,7 +98,7 @@ def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared
     Args:
         source: products and goals.
         out: folder; finished panels with the same settings in it are left as they are.
-        force: replace panels that were made with other settings, and their catalogue.
+        force: replace panels that were made with other settings, and their catalogue, once the new are whole.
 
     Raises:
         PanelError: ``out`` holds panels of other settings and ``force`` is not set, or a count cannot be had.
@@ -107,16 +111,29 @@ def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared
     if unknown:
         raise PanelError(f"--{unknown[0]} has no effect with --split {source.split}, which has no such panel")
     settings = source.settings()
-    finished = finished_panels(out, settings, force=force)
-    if finished is not None:
-        read_meta(out / "catalogue")  # which the panels are nothing without
-        return finished
-    (out / PANEL_FILE).unlink(missing_ok=True)  # what it describes is about to be replaced
-    files = source.files() if source.generator is None else generate_catalogue(source.generator, out / "generated")
-    counts: list[int] = []
-    products = _counting(read_products(files), source.kind, counts)
-    catalogue = write_catalogue(products, out / "catalogue", source.noun_rule)
-    panels = _choose(source, catalogue, counts)
+    prepared = prepare_panels(
+        out, settings, lambda: _make(source, settings, out), force=force, beside=[f"{CATALOGUE}/{META_FILE}"]
+    )
+    read_meta(out / CATALOGUE)  # of this version
+    return prepared
+
+
+def _make(source: Source, settings: Mapping[str, Any], out: Path) -> Prepared:
+    making = out / ".making"  # what is there stays until all of the new is
+    shutil.rmtree(making, ignore_errors=True)
+    try:
+        files = source.files() if source.generator is None else generate_catalogue(source.generator, making / GENERATED)
+        counts: list[int] = []
+        products = _counting(read_products(files), source.kind, counts)
+        catalogue = write_catalogue(products, making / CATALOGUE, source.noun_rule)
+        panels = _choose(source, catalogue, counts, out / CATALOGUE)
+        (out / PANEL_FILE).unlink(missing_ok=True)
+        for name in (CATALOGUE, GENERATED):
+            if (making / name).is_dir():
+                shutil.rmtree(out / name, ignore_errors=True)
+                (making / name).rename(out / name)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
     described = write_panels(
         panels, out, settings, {**versions(("sdar-verl", "bm25s", "rapidfuzz")), "nouns": catalogue.tagger}
     )
@@ -129,32 +146,39 @@ def _counting(products: Iterator[Product], kind: Kind, counts: list[int]) -> Ite
         yield product
 
 
-def _choose(source: Source, catalogue: Catalogue, counts: Sequence[int]) -> dict[str, list[Task]]:
+def _choose(source: Source, catalogue: Catalogue, counts: Sequence[int], folder: Path) -> dict[str, list[Task]]:
+    """Tasks of every panel, whose catalogue will lie in ``folder``."""
     ends = list(itertools.accumulate(counts))
     order = shuffled(ends[-1])
     panels = {}
     for panel, (start, stop) in PANELS[source.split].items():
         places = range(len(order))[start:stop]
         wanted = source.counts.get(panel, min(len(places), MAX_TRAIN) if panel == "train" else len(places))
-        if wanted > len(places) or not places:
+        if not places:
+            raise PanelError(
+                f"the catalogue gives {len(order)} {source.kind} goals, and the {panel} panel takes those from number "
+                f"{start + 1} on (--split {source.split}): it would be empty; use a larger catalogue"
+                + (" (--products)" if source.generator is not None else "")
+            )
+        if wanted > len(places):
             raise PanelError(
                 f"--{panel} {wanted}: the catalogue gives {len(order)} {source.kind} goals, {len(places)} of them for "
                 f"the {panel} panel; ask for fewer, or use a larger catalogue"
             )
         # The order is random already, so a longer list need not be made whole to be chosen from.
         places = places[: max(MAX_TRAIN, wanted)]
-        tasks = [_task(source, catalogue, ends, place, order[place]) for place in places]
+        tasks = [_task(source, catalogue, folder, ends, place, order[place]) for place in places]
         panels[panel] = choose(tasks, wanted, source.seed)
     return panels
 
 
-def _task(source: Source, catalogue: Catalogue, ends: Sequence[int], place: int, number: int) -> Task:
+def _task(source: Source, catalogue: Catalogue, folder: Path, ends: Sequence[int], place: int, number: int) -> Task:
     """The goal with this number in the order of the data, at this place in the shuffled order."""
     row = bisect.bisect_right(ends, number)
     within = number - (ends[row - 1] if row else 0)
     goal = make_goal(catalogue[row], source.kind, within, source.seed)
     data = {
-        "catalogue": str(catalogue.folder.absolute()),
+        "catalogue": str(folder.absolute()),
         "digest": catalogue.digest,
         "price_seed": source.seed,
         "place": place,
