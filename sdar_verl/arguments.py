@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 from sdar_verl.errors import ConfigError
 
@@ -14,3 +15,16 @@ def check_above_zero(arguments: argparse.Namespace, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be above 0")
+
+
+def given_path(text: str) -> Path:
+    """``type=`` of an argument that is a path. A blank one, from a variable that is not set, would be this folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a path is needed, and this is empty")
+    return Path(text)
+
+
+def given_place(text: str) -> str:
+    """The same, of one that stays text: it is shown as it was given."""
+    given_path(text)
+    return text

@@ -30,11 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for errors that the user can mend)."""
     parser = _parser()
     words, behind = guarded(sys.argv[1:] if argv is None else argv)
-    for before, word in zip(["", *words], words, strict=False):
-        if not word.strip() or (word.startswith("--") and word.endswith("=")):
-            # An unset variable of a shell; as a path it would be the current folder.
-            named = word.strip() or before
-            parser.error(f"the argument behind {named!r} is empty; give a value, or leave the option out")
     arguments, rest = parser.parse_known_args(words)
     arguments.command_line = behind
     # argparse takes positional words in one run only; Hydra overrides may stand on both sides of an option.

@@ -15,8 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from sdar_verl.atomic import put_in_place, write_text_atomically
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
 from sdar_verl.untrusted import is_inside, parse_json, shorten
@@ -203,33 +205,40 @@ def write_panels(
     folder: str | Path,
     settings: Mapping[str, Any],
     versions: Mapping[str, str] | None = None,
+    beside: Mapping[Path, Path | None] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write ``<name>.parquet`` for each panel and ``panel.json`` beside them, last: without it they are unfinished.
+
+    What is there stays until all of the new is written.
 
     Args:
         panels: name -> tasks.
         folder: where to write.
         settings: what the panels were made with; JSON-serialisable.
         versions: of the packages that made them, for the record.
+        beside: what belongs to the panels, target -> the new file or folder that takes its place; None: it goes.
 
     Returns:
         Content of ``panel.json``: per panel its file, hash, number of tasks and their types; settings; versions.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / PANEL_FILE).unlink(missing_ok=True)
     described: dict[str, Any] = {"panels": {}, "settings": dict(settings), "versions": dict(versions or {})}
     for name, given in panels.items():
         tasks = list(given)
         described["panels"][name] = {
             "file": f"{name}.parquet",
-            "hash": write_panel(tasks, folder / f"{name}.parquet", name),
+            "hash": write_panel(tasks, folder / f".{name}.parquet.new", name),
             "tasks": len(tasks),
             "task_types": dict(sorted(Counter(task.task_type for task in tasks).items())),
         }
-    partial = folder / f".{PANEL_FILE}.{os.getpid()}"
-    partial.write_text(json.dumps(described, indent=2) + "\n")
-    partial.replace(folder / PANEL_FILE)
+    text = json.dumps(described, indent=2) + "\n"
+    (folder / PANEL_FILE).unlink(missing_ok=True)
+    for target, new in beside.items():
+        put_in_place(new, target)
+    for name in panels:
+        (folder / f".{name}.parquet.new").replace(folder / f"{name}.parquet")
+    write_text_atomically(folder / PANEL_FILE, text)
     return described
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sdar_verl.panels import PanelError, missing_files, read_panel, read_panels_file
 
@@ -76,26 +76,40 @@ def prepare_panels(
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    out.mkdir(parents=True, exist_ok=True)
+    """Lock the folder, which is made; one that was made here goes again where nothing came into it."""
+    made_here = not out.exists()
     path = out / ".prepare.lock"
     busy = PanelError(f"--out {out}: another `sdar-verl prepare` is at work there; wait for it, or use another folder")
     try:
-        with path.open("w") as stream:
+        out.mkdir(parents=True, exist_ok=True)
+        with _opened(path, busy) as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise busy from error
             except OSError:
                 pass  # a file system without locks
-            if not path.exists() or path.stat().st_ino != os.fstat(stream.fileno()).st_ino:
+            try:
+                same = path.stat().st_ino == os.fstat(stream.fileno()).st_ino
+            except FileNotFoundError:
+                same = False
+            if not same:  # the other call has ended since, and taken its lock along
                 raise busy
             try:
                 yield
             finally:
                 path.unlink(missing_ok=True)
     finally:
-        with suppress(OSError):
-            out.rmdir()  # where nothing was made
+        if made_here:
+            with suppress(OSError):
+                out.rmdir()
+
+
+def _opened(path: Path, busy: PanelError) -> IO[str]:
+    try:
+        return path.open("w")
+    except FileNotFoundError as error:  # the other call has made nothing, and its folder is gone
+        raise busy from error
 
 
 def _finished(out: Path, settings: Mapping[str, Any], beside: Sequence[str]) -> Prepared | None:
@@ -106,7 +120,10 @@ def _finished(out: Path, settings: Mapping[str, Any], beside: Sequence[str]) -> 
         files = [out / panel["file"] for panel in existing["panels"].values()]
         whole = all(file.is_file() for file in [*files, *(out / name for name in beside)])
         # Moved since, or deleted: the same settings give the same tasks, where they lie now.
-        whole = whole and not any(missing_files(read_panel(file)) for file in files)
+        try:
+            whole = whole and not any(missing_files(read_panel(file)) for file in files)
+        except PanelError as error:
+            raise PanelError(f"{error}; --force makes all of {out} anew") from error
         return Prepared(existing, made=False, skipped={}) if whole else None
     raise PanelError(
         f"{out} holds panels made with other settings ({_differences(existing['settings'], settings)}); "

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.arguments import given_path
 from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
@@ -203,8 +204,8 @@ def probe(panel: Path, checkpoints: Sequence[str | Path]) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--panel", type=Path, help="default: RUN/data/test.parquet")
+    parser.add_argument("run", type=given_path, help="the run's folder")
+    parser.add_argument("--panel", type=given_path, help="default: RUN/data/test.parquet")
     parser.add_argument("--seconds-train", type=float, default=float("nan"), help="wall time of the training command")
     parser.add_argument("--started", type=float, help="when everything began, seconds since the epoch")
     arguments = parser.parse_args(argv)

@@ -6,6 +6,7 @@ this one goes on, and forgets the steps that a resume plays again.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -24,10 +25,13 @@ from sdar_verl.observe.base import Observer
 from sdar_verl.observe.trackers import log_histograms
 from sdar_verl.panels import panel_digest
 from sdar_verl.report import layout
+from sdar_verl.report.checked import check_run
 from sdar_verl.report.distributions import Tokens, reward_statistics, token_distributions
 from sdar_verl.report.trace import choose_episodes, split_tokens, thin, write_trace
 from sdar_verl.rollout.rows import RowInfo, TurnNote
 from sdar_verl.table import StepTable
+
+logger = logging.getLogger(__name__)
 
 _OUTCOMES = ("arm", "task_id", "task_type", "acc", "reward", "turns", "invalid_actions", "failed")
 _PACKAGES = ("sdar-verl", "verl", "torch", "transformers", "ray", "TransferQueue", "vllm", "alfworld")
@@ -53,7 +57,7 @@ class RunRecord(Observer):
         self._every = settings.trace.every
         self._open = False
         self._step = 0
-        self._metrics: dict[str, Any] = {}
+        self._metrics: Mapping[str, Any] = {}
         self._lacks_validation = False
 
     # ---------------------------------------------------------------- the trainer's calls
@@ -65,7 +69,7 @@ class RunRecord(Observer):
         log_histograms(self._run, table.step, self.latest)
         if self._every and table.step % self._every == 0:
             self._trace(table)
-        self._step, self._metrics = table.step, plain(metrics)
+        self._step, self._metrics = table.step, metrics  # other observers add theirs before the checkpoint
         return {}
 
     def after_validation(self, step: int, metrics: Mapping[str, float], outcomes: dict[str, list[Any]]) -> None:
@@ -87,8 +91,14 @@ class RunRecord(Observer):
     def state_dict(self) -> dict[str, Any]:
         if not self._step:
             return {}
-        asked = self._settings.trace.every
-        return {"step": self._step, "asked": asked, "every": self._every, "metrics": self._metrics}
+        every = self._config.trainer.test_freq
+        return {
+            "step": self._step,
+            "asked": self._settings.trace.every,
+            "every": self._every,
+            "metrics": plain(self._metrics),
+            "validates": every > 0 and (self._step % every == 0 or self._step >= self._run.total_training_steps),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         last = state["step"]
@@ -98,10 +108,11 @@ class RunRecord(Observer):
         self._step, self._open = last, self.folder.is_dir()
         if self._open:
             self._describe()
+        self._metrics = state.get("metrics", {})
         for name in (layout.METRICS_FILE, layout.DISTRIBUTIONS_FILE, layout.WARNINGS_FILE, layout.SKILLS_FILE):
             kept = layout.keep_steps(self.folder / name, last)
             if name == layout.METRICS_FILE and self._open:
-                self._complete([line for line in kept if line["step"] == last], last, state.get("metrics", {}))
+                self._complete([line for line in kept if line["step"] == last], state)
         for name in (layout.TRACES, layout.OUTCOMES):
             for step, path in layout.step_files(self.folder / name).items():
                 if step > last:
@@ -124,27 +135,35 @@ class RunRecord(Observer):
     def _describe(self) -> None:
         """Write ``run.json``; after a resume with the panels of before, too, if they were others."""
         path, described = self.folder / layout.RUN_FILE, describe_run(self._config)
-        if (earlier := layout.read_json(path)) is not None:
+        if (earlier := self._earlier(path)) is not None:
             described["started"] = earlier.get("started", described["started"])
             for option, hashes in earlier.get("panels", {}).items():
                 described["panels"][option] = list(dict.fromkeys([*hashes, *described["panels"].get(option, [])]))
         layout.write_json(path, described)
 
-    def _complete(self, lines: list[dict[str, Any]], last: int, metrics: dict[str, Any]) -> None:
+    def _earlier(self, path: Path) -> dict[str, Any] | None:
+        if (earlier := layout.read_json(path)) is None:
+            return None
+        try:
+            check_run(earlier, str(path))
+        except layout.RecordError as error:
+            logger.warning("%s; it is written anew", error)
+            return None
+        return earlier
+
+    def _complete(self, lines: list[dict[str, Any]], state: Mapping[str, Any]) -> None:
         """A kill between a checkpoint and the end of its step took the step's line; what the checkpoint knows of it
-        stands in for it, without the timings that come later, and its validation is made.
+        stands in for it, without what is only known at the end (timings, verl's own), and its validation is made.
 
         Args:
             lines: of the step.
-            last: the step.
-            metrics: of its updates.
+            state: of the checkpoint.
         """
         names = {name for line in lines if isinstance(line.get("data"), dict) for name in line["data"]}
-        if metrics and not metrics.keys() & names:
-            layout.append_line(self.folder / layout.METRICS_FILE, {"step": last, "data": metrics})
-        every = self._config.trainer.test_freq
-        due = every > 0 and (last % every == 0 or last >= self._run.total_training_steps)
-        self._lacks_validation = due and not any(name.startswith(("sdar-val/", "val-")) for name in names)
+        if self._metrics and not self._metrics.keys() & names:
+            layout.append_line(self.folder / layout.METRICS_FILE, {"step": self._step, "data": self._metrics})
+        validated = any(name.startswith(("sdar-val/", "val-")) for name in names)
+        self._lacks_validation = bool(state.get("validates")) and not validated
 
     def _distributions(self, table: StepTable) -> dict[str, Any]:
         scores = table.columns["rm_scores"].sum(dim=-1).tolist()

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sdar_verl.arguments import check_above_zero
+from sdar_verl.arguments import check_above_zero, given_path
 from sdar_verl.config_folders import add_folder_options, folders_of
 
 
@@ -44,7 +44,9 @@ def add_parser(commands: Any) -> None:
     cloud.add_argument("--cloud", action="store_true", help="what the run costs on the machines that it fits on")
     cloud.add_argument("--node", metavar="NAME", help="this machine only, such as p5.48xlarge")
     cloud.add_argument("--region", help="this region only, where the table has regions")
-    cloud.add_argument("--prices", type=Path, metavar="FILE", help="a CSV like sdar_verl/planner/prices.csv instead")
+    cloud.add_argument(
+        "--prices", type=given_path, metavar="FILE", help="a CSV like sdar_verl/planner/prices.csv instead"
+    )
     for name, what in (
         ("interruption", "hours between interruptions of a spot machine (default: 4)"),
         ("restart", "minutes from an interruption to the first step (default: 15)"),

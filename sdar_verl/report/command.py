@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from sdar_verl.arguments import given_path
 
 
 def add_parser(subparsers: Any) -> None:
@@ -14,8 +15,10 @@ def add_parser(subparsers: Any) -> None:
         help="one HTML file about a run: curves, gaps, gates, and episodes token by token",
         description="Writes one self-contained HTML file that opens from disk. docs/report.md says what it shows.",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's folder (or its checkpoint folder)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN_DIR/report.html")
+    parser.add_argument(
+        "run_dir", type=given_path, metavar="RUN_DIR", help="the run's folder (or its checkpoint folder)"
+    )
+    parser.add_argument("--out", type=given_path, metavar="FILE", help="default: RUN_DIR/report.html")
     parser.add_argument(
         "--episodes", type=int, default=200, metavar="N", help="traced episodes to show, evenly from all traced steps"
     )

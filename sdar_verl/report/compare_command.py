@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from sdar_verl.arguments import given_path
 from sdar_verl.untrusted import printable
 
 
@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
         help="success whose first time is compared (default: the baseline's at the end, else the lowest method's)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write comparison.md, comparison.json and comparison.html"
+        "--out", type=given_path, metavar="DIR", help="write comparison.md, comparison.json and comparison.html"
     )
     parser.add_argument("--draws", type=int, default=2000, metavar="N", help="bootstrap samples (default: %(default)s)")
     parser.add_argument("--any-panel", action="store_true", help="compare different or unknown panels all the same")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def read_run(folder: str | Path) -> RunData:
     data.traces = layout.step_files(record / layout.TRACES)
     data.outcomes = _outcomes(record / layout.OUTCOMES, data.faults)
     data.attempts = _attempts(record.parent, data.faults)
-    data.faults += _holes(data.training_steps)
+    data.faults += _holes(data)
     data.notes += data.faults
     if not data.metrics and not data.traces:
         data.notes.append("The run has not finished a step: there is nothing to draw yet.")
@@ -113,11 +114,20 @@ def read_run(folder: str | Path) -> RunData:
     return data
 
 
-def _holes(steps: Sequence[int]) -> list[str]:
-    """What is not there between the first step and the last."""
-    missing = sorted({*range(min(steps), max(steps))} - {*steps}) if steps else []
-    shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-    return [f"There are no metrics of {len(missing)} steps: {shown}."] if missing else []
+def _holes(data: RunData) -> list[str]:
+    """What is not there between the first step and the last, and steps without what is told at a step's end."""
+    steps, found = data.training_steps, []
+    if missing := steps[-1] - steps[0] + 1 - len(steps) if steps else 0:
+        gaps = ((one + 1, other - 1) for one, other in pairwise(steps) if other - one > 1)
+        shown = [f"{first} to {last}" if last > first else str(first) for first, last in islice(gaps, 10)]
+        found.append(f"There are no metrics of {missing} steps: {', '.join(shown)}.")
+    timed = {step for step in steps if "timing_s/step" in data.metrics[step]}
+    if timed and (cut := [step for step in steps if step not in timed]):
+        found.append(
+            f"Steps {', '.join(map(str, cut[:10]))} were killed before their end: their seconds and verl's own numbers "
+            "are missing, also in sums over the run."
+        )
+    return found
 
 
 def _recipe(data: RunData) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdar_verl.arguments import check_above_zero
+from sdar_verl.arguments import check_above_zero, given_path
 from sdar_verl.config_folders import add_folder_options, folders_of
 from sdar_verl.errors import ConfigError
 from sdar_verl.report.one_run import FINISHED, check, check_finished, run_command, tail
@@ -38,9 +38,9 @@ def add_parser(subparsers: Any) -> None:
         help="of the config group method; METHOD+CONTROL is the same with that placebo as the teacher's context",
     )
     parser.add_argument("--seeds", type=_seeds, metavar="0,1,...", help="default: 0")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="runs are DIR/<method>-<seed>")
+    parser.add_argument("--out", required=True, type=given_path, metavar="DIR", help="runs are DIR/<method>-<seed>")
     parser.add_argument(
-        "--plan", type=Path, metavar="FILE", help="an evaluation plan instead (recipes/evaluation, docs/cloud.md)"
+        "--plan", type=given_path, metavar="FILE", help="an evaluation plan instead (recipes/evaluation, docs/cloud.md)"
     )
     parser.add_argument("--budget", type=float, metavar="USD", help="with --plan: for all its runs")
     parser.add_argument("--price", type=float, metavar="USD_PER_HOUR", help="with --plan: of what a run runs on")

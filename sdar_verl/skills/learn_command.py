@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdar_verl.arguments import given_path
 from sdar_verl.untrusted import printable
 
 if TYPE_CHECKING:
@@ -24,10 +25,10 @@ def add_actions(actions: Any) -> None:
     learn.set_defaults(run=_learn)
     learn.add_argument("folder", metavar="RUN", help="folder of a run that traced (sdar.trace.every)")
     learn.add_argument("--bank", required=True, help="name of a shipped bank, or a path: what is revised")
-    learn.add_argument("--out", required=True, type=Path, metavar="DIR", help="the candidate; a new folder")
+    learn.add_argument("--out", required=True, type=given_path, metavar="DIR", help="the candidate; a new folder")
     writer = learn.add_mutually_exclusive_group(required=True)
     writer.add_argument(
-        "--policy", type=Path, metavar="DIR", help="written by this model: a checkpoint's huggingface folder"
+        "--policy", type=given_path, metavar="DIR", help="written by this model: a checkpoint's huggingface folder"
     )
     writer.add_argument("--url", help="written at an OpenAI-compatible endpoint")
     learn.add_argument("--model", help="its name there")
@@ -38,10 +39,10 @@ def add_actions(actions: Any) -> None:
     text = "keep of a candidate's skills those with which success rose outside its interval, on a panel of its own"
     take = actions.add_parser("take", help=text, description=text[0].upper() + text[1:] + ".")
     take.set_defaults(run=_take)
-    take.add_argument("candidate", type=Path, metavar="DIR", help="what `learn` made")
+    take.add_argument("candidate", type=given_path, metavar="DIR", help="what `learn` made")
     take.add_argument("--before", required=True, metavar="RUN", help="evaluation with the bank that it was made of")
     take.add_argument("--after", required=True, metavar="RUN", help="evaluation with the candidate as sdar.skills.bank")
-    take.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new bank; a new folder")
+    take.add_argument("--out", required=True, type=given_path, metavar="DIR", help="the new bank; a new folder")
     take.add_argument("--arm", default="with_skills", help="validation arm that shows the skills (default with_skills)")
     take.add_argument("--json", action="store_true", help="print JSON")
 

@@ -265,7 +265,7 @@ class SdarTraining(LocalUpdate, PPOTrainer):
             print(validation_line(self.global_steps, arms), flush=True)
         if "arm" in outcomes:
             for observer in self.observers:
-                observer.after_validation(self.global_steps, arms, outcomes)
+                observer.after_validation(self.global_steps, {**metrics, **arms}, outcomes)
         return {**metrics, **arms}
 
     # ---------------------------------------------------------------- checkpoints

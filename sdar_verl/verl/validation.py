@@ -107,8 +107,9 @@ class ArmLoader(StatefulDataLoader):
         Args:
             sources, uids: per episode, verl's.
             told: column -> one value per episode, verl's: the reward, and what the reward function says beside it.
-            counts: verl's ``(data source, uid) -> rollouts``, which has those that left nothing behind, too: as in
-                verl's own metrics they are not solved. None from verl 0.9.0, whose metrics leave them out.
+            counts: verl's ``(data source, uid) -> rollouts``, which has those that left nothing behind, too: where the
+                reward function says ``acc``, they are not solved, as in verl's own metrics; a reward is nobody's to
+                invent. None from verl 0.9.0, whose metrics leave them out.
 
         Returns:
             ``arm`` (verl's own validation is ``student``, or ``verl`` where an arm is called so), ``task_id`` (data
@@ -134,7 +135,9 @@ class ArmLoader(StatefulDataLoader):
             "acc": [float(r if a is None else a) for a, r in zip(accurate, told["reward"], strict=True)],
             "reward": list(told["reward"]),
         }
-        return with_lost(found, Counter({named(*key): number for key, number in (counts or {}).items()}))
+        judged = {source for source, acc in zip(sources, accurate, strict=True) if acc is not None}
+        asked = {named(*key): number for key, number in (counts or {}).items() if key[0] in judged}
+        return with_lost(found, Counter(asked))
 
     def named(
         self, sources: Sequence[str], uids: Sequence[str], counts: Mapping[tuple[str, str], int] | None
@@ -170,7 +173,9 @@ def with_lost(outcomes: Mapping[str, Sequence[Any]], asked: Counter[Asked]) -> d
     came_back = Counter(zip(found["arm"], map(str, found["task_id"]), strict=True))
     lost = []
     for (arm, task_id, task_type), number in asked.items():
-        lost += [(arm, task_id, task_type)] * (number - came_back[arm, task_id])
+        here = min(number, came_back[arm, task_id])
+        came_back[arm, task_id] -= here
+        lost += [(arm, task_id, task_type)] * (number - here)
     told = _columns(lost)
     for name, values in found.items():
         values += told.get(name) or [_LOST.get(name)] * len(lost)

@@ -173,7 +173,7 @@ def test_an_empty_folder_is_no_folder(capsys) -> None:
     for words in (["--out", ""], ["--out", " "], ["--out="]):
         with pytest.raises(SystemExit):
             main(["prepare", "search", *words])
-        assert "the argument behind '--out" in (said := capsys.readouterr().err) and "is empty" in said
+        assert "argument --out: a path is needed, and this is empty" in capsys.readouterr().err
 
 
 def break_games(data: Path) -> None:
@@ -280,6 +280,34 @@ def test_generated_games_take_the_same_path(data: Path, tmp_path: Path, capsys, 
         patch.setattr(module, "generate_games", lambda *_, **__: (_ for _ in ()).throw(ValueError("no more")))
         assert prepare("--out", out, "--generate", *counts, "--force") == 2
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    # Killed between the new names: the same call goes on. What leads elsewhere by a link stays there.
+    (out / "games").rename(elsewhere := tmp_path / "elsewhere")
+    (out / "games").symlink_to(elsewhere)
+    renamed, rename = [], Path.rename
+
+    def rename_twice(path: Path, target: Path) -> Path:
+        renamed.append(target)
+        if len(renamed) == 4:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_twice)
+        assert prepare("--out", out, "--generate", *counts, "--force") == 130
+    assert prepare("--out", out, "--generate", *other) == 2
+    assert prepare("--out", out, "--generate", *counts, "--force") == 0
+    assert (out / "games").is_symlink() and len(list(elsewhere.rglob("game.tw-pddl"))) == 4
+    unfinished = tmp_path / ".elsewhere.new"
+    assert not unfinished.exists()
+    (unfinished / "train").mkdir(parents=True)
+    (unfinished / "train" / "generator.json").write_text('{"se')
+    (unfinished / ".nfs1").touch()
+    assert prepare("--out", out, "--generate", *other, "--force") == 0
+    assert {path.name for path in tmp_path.iterdir()} >= {"a", "elsewhere"} and not unfinished.exists()
+    assert {path.name for path in elsewhere.iterdir()} == {"train", "valid_seen", "valid_unseen"}
+    (out / "games").unlink()
+    elsewhere.rename(out / "games")
+    assert prepare("--out", out, "--generate", *other) == 0, "its games are where they are said to be"
     out.rename(moved := tmp_path / "moved")
     games = {path: path.stat().st_mtime_ns for path in moved.rglob("game.tw-pddl")}
     assert prepare("--out", moved, "--generate", *other) == 0

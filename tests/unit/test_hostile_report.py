@@ -175,6 +175,8 @@ def test_a_description_with_wrong_parts_is_read_or_refused(sound: Path, copy: Pa
         ({"step": 2.5, "data": {"sdar/success": 1.0}}, "1 lines have no step"),
         ({"step": True, "data": {"sdar/success": 1.0}}, "1 lines have no step"),
         ({"step": 20, "data": {"sdar/success": 1.0}}, "There are no metrics of "),
+        ({"step": 10**12, "data": {"sdar/success": 1.0}}, " to 999999999999."),
+        ({"step": 0, "data": {"sdar/success": 1.0}}, "Steps 0 were killed before their end"),
     ],
 )
 def test_what_is_left_out_is_said(copy: Path, line: Any, note: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from verl.utils.dataset.rl_dataset import collate_fn
 
 from sdar_verl.algorithm.loss import distillation_terms
@@ -147,6 +150,42 @@ def test_a_row_that_was_left_out_does_not_lower_its_episodes_score():
     assert rows.counts.groups_without_variance == 1
 
 
+def test_a_task_of_two_types_is_counted_as_often_as_it_was_asked_for():
+    outcomes = {"arm": ["a", "a"], "task_id": ["t", "t"], "task_type": ["x", "y"], "acc": [1.0, 1.0]}
+    whole = with_lost(outcomes, Counter({("a", "t", "x"): 2, ("a", "t", "y"): 2}))
+    assert whole["acc"] == [1.0, 1.0, 0.0, 0.0]
+
+
+def validate(environments: bool, outcomes: dict, sources: list, counts: dict, panel: list) -> list:
+    """What an observer is told by the trainer's own hook behind verl's."""
+    from sdar_verl.verl.trainer import SdarTrainer
+
+    trainer: Any = object.__new__(SdarTrainer)
+    told: list = []
+    observer = SimpleNamespace(after_validation=lambda *given: told.append(given))
+    trainer._environments, trainer.observers, trainer.global_steps = environments, [observer], 2
+    trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"val_kwargs": {"n": 1}}}})
+    frame = SimpleNamespace(dataframe={"extra_info": panel})
+    trainer.val_dataset = ArmDataset(frame, {"student": None}, None if environments else "single_turn_agent")
+    trainer.val_dataloader = ArmLoader(dataset=trainer.val_dataset, batch_size=4)
+    trainer.val_dataloader._batches = [{"uid": ["u0", "u1"], "sdar_arm": ["", ""]}]
+    trainer._val_metrics_update(sources, ["u0"], outcomes, [1], expected_acc_counts=counts)
+    return told
+
+
+def test_observers_are_told_of_episodes_that_were_lost():
+    one = {"acc": [1.0], "task_score": [1.0], "turns": [2.0], "invalid_actions": [0.0], "failed": [0.0]}
+    outcomes = {**one, "task_type": ["pick"], "task_id": ["p"], "arm": ["student"], "error": [""], "failure": [""]}
+    panel = [{"task_id": "p", "task_type": "pick"}, {"task_id": "q", "task_type": "pick"}]
+    counts = {("alfworld/student", "u0"): 1, ("alfworld/student", "u1"): 1}
+    [(step, metrics, found)] = validate(True, outcomes, ["alfworld/student"], counts, panel)
+    assert (step, metrics["sdar-val/student/success"], found["task_id"]) == (2, 0.5, ["p", "q"])
+    # And in a recipe of verl's, with verl's own metrics.
+    counts = {("gsm8k", "u0"): 1, ("gsm8k", "u1"): 1}
+    [(_, metrics, found)] = validate(False, {"reward": [1.0], "acc": [1.0]}, ["gsm8k"], counts, panel)
+    assert metrics["val-core/gsm8k/acc/mean@1"] == 0.5 and found["acc"] == [1.0, 0.0]
+
+
 def test_an_episode_that_left_nothing_behind_is_not_solved():
     """The panel says how many of each task there were; means over those that came back would flatter."""
     outcomes = {
@@ -246,6 +285,9 @@ def test_an_arm_of_a_recipe_keeps_the_data_source_by_which_its_reward_is_chosen(
     whole = loader.outcomes(sources, uids, rewards, counts)  # one answer of each in the arm was lost
     assert {name: values[:4] for name, values in whole.items()} == found
     assert whole["task_id"][4:] == ["openai/gsm8k/2", "openai/gsm8k/0"] and whole["acc"][4:] == [0.0, 0.0]
+    # A reward is nobody's to invent, and verl adds none either where the reward function says no accuracy.
+    alone = loader.outcomes(["s"] * 4, uids, {"reward": rewards["reward"]}, {("s", uid): 2 for uid in set(uids)})
+    assert alone["acc"] == rewards["reward"]
     del rewards["acc"]
     assert loader.outcomes(["s"] * 4, ["0-0", "0-1", "0-2", "0-3"], rewards, None)["acc"] == rewards["reward"]
 

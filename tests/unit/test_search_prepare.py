@@ -19,6 +19,7 @@ pytest.importorskip("bm25s")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sdar_verl import panels
 from sdar_verl.cli import main
 from sdar_verl.envs.registry import make_env
 from sdar_verl.envs.search.client import HttpRetriever, RetrieverError
@@ -87,6 +88,28 @@ def test_a_corpus_that_was_removed_is_made_again(tmp_path):
     (tmp_path / "corpus.jsonl").unlink()
     assert prepare(*options) == 0
     assert (tmp_path / "corpus.jsonl").read_bytes() == corpus
+
+
+def test_what_is_to_be_replaced_stays_until_the_new_is_whole(tmp_path, monkeypatch):
+    options = ("--out", tmp_path, "--train", 4, "--validation", 4, "--test", 4)
+    assert prepare(*options) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    written, write = [], panels.write_panel
+
+    def cut_short(*given):
+        written.append(given)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(panels, "write_panel", cut_short)
+        assert prepare(*options, "--seed", 1, "--force") == 130
+    assert {path: path.read_bytes() for path in before} == before
+    assert prepare(*options) == 0
+    assert prepare(*options, "--seed", 1, "--force") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in before}
+    assert (tmp_path / "corpus.jsonl").read_bytes() != before[tmp_path / "corpus.jsonl"]
 
 
 @pytest.mark.parametrize(

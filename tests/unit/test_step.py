@@ -205,7 +205,7 @@ def test_everything_there_can_be():
         "update_actor",
     ]
     assert run.phases == [
-        *("gen", "reward", "old_log_prob", "ref", "values", "teacher", "adv", "method"),
+        *("gen", "reward", "contexts", "old_log_prob", "ref", "values", "teacher", "adv", "method"),
         *("update_critic", "update_actor"),
     ]
     assert metrics["sdar/context_share"] == 0.5, "rows are counted when late contexts are there"

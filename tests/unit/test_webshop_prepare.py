@@ -114,6 +114,13 @@ def test_generated_panels_and_their_second_call(tmp_path, capsys):
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert prepare("--out", tmp_path / "a", *arguments, "--train", 999_999, "--force") == 2
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    (tmp_path / "a" / "catalogue").rename(tmp_path / "elsewhere")
+    (tmp_path / "a" / "catalogue").symlink_to(tmp_path / "elsewhere")
+    assert prepare("--out", tmp_path / "a", *arguments, "--seed", 2, "--force") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "elsewhere"}
+    assert prepare("--out", tmp_path / "a", *arguments, "--seed", 1, "--force") == 0
+    (tmp_path / "a" / "catalogue").unlink()
+    (tmp_path / "elsewhere").rename(tmp_path / "a" / "catalogue")
     # A folder that was moved, or has lost something, is put right by the same call.
     (tmp_path / "a").rename(tmp_path / "b")
     for lose in ((), ("catalogue",), ("test.parquet",)):

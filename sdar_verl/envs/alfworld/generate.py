@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.atomic import write_text_atomically
 from sdar_verl.envs.alfworld.games import GAME_FILE, TRAJECTORY_FILE
 from sdar_verl.envs.alfworld.problem import game_data, trajectory_data
 from sdar_verl.envs.alfworld.sampling import sample_spec
@@ -130,20 +131,16 @@ def generate_games(
     return paths
 
 
-def described(config: GeneratorConfig) -> dict[str, Any]:
-    """The configuration as JSON gives it back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def made_with(folder: Path) -> dict[str, Any] | None:
-    """The configuration of the games in ``folder``; None where there are none. ValueError where the note is damaged."""
-    note = folder / CONFIG_FILE
-    if not note.is_file():
-        return None
+def is_of(folder: Path, config: GeneratorConfig) -> bool:
+    """Whether the games in ``folder`` were made with ``config``; False where there are none, or the note is damaged."""
     try:
-        return json.loads(note.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{note} is damaged ({error}); remove the folder, its games are made again") from error
+        return json.loads((folder / CONFIG_FILE).read_bytes()) == _described(config)
+    except (OSError, ValueError):
+        return False
+
+
+def _described(config: GeneratorConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def check_ours(folder: Path) -> None:
@@ -155,13 +152,13 @@ def check_ours(folder: Path) -> None:
 def _claim(folder: Path, config: GeneratorConfig) -> None:
     """Note the configuration in the folder; refuse a folder with games of another one."""
     check_ours(folder)
-    found = made_with(folder)
-    if found is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(json.dumps(described(config), indent=1))
-    elif found != described(config):
+    note = folder / CONFIG_FILE
+    if not note.is_file():
+        write_text_atomically(note, json.dumps(_described(config), indent=1))
+    elif not is_of(folder, config):
         raise ValueError(
-            f"{folder} holds games of another configuration ({folder / CONFIG_FILE}): use another folder or remove it"
+            f"{folder} holds games of another configuration, or its {note.name} is damaged: use another folder, or "
+            "remove it"
         )
 
 

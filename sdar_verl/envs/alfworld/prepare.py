@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.atomic import remove
 from sdar_verl.envs.alfworld.dataset import DOWNLOADED_FOLDER, PUBLISHED, find_data_root, read_games
-from sdar_verl.envs.alfworld.generate import check_ours, described, generate_games, made_with
+from sdar_verl.envs.alfworld.generate import check_ours, generate_games, is_of
 from sdar_verl.envs.alfworld.spec import TASK_TYPES, GeneratorConfig
 from sdar_verl.envs.base import Task
 from sdar_verl.envs.prepared import Prepared, check_counts, prepare_panels, versions
-from sdar_verl.panels import PANEL_FILE, PanelError, choose, write_panels
+from sdar_verl.panels import PanelError, choose, write_panels
 
 #: Panel -> folder of ALFWorld's layout. The test panel's rooms are never trained in.
 PANELS = {"train": "train", "validation": "valid_seen", "test": "valid_unseen"}
@@ -79,11 +79,22 @@ def prepare(
     def make() -> Prepared:
         skipped: dict[str, Counter[str]] = {}
         notes: list[str] = []
-        if source.generator is not None:
-            panels = _generated(source, source.generator, out, force, processes, progress)
-        else:
+        beside: dict[Path, Path | None] = {}
+        root = (out / "games").resolve()
+        new = root.with_name(f".{root.name}.new")
+        if source.generator is None:
             panels = _downloaded(source, settings["data"], skipped, notes)
-        written = write_panels(panels, out, settings, versions(("sdar-verl", "alfworld", "textworld")))
+        elif force and root.is_dir():
+            for split in PANELS.values():
+                check_ours(root / split)
+                if not is_of(new / split, source.generator):
+                    remove(new / split)  # of another call, which did not finish
+            panels = _generated(source, source.generator, new, root, processes, progress)
+            beside = {root / split: new / split for split in PANELS.values()}
+        else:
+            panels = _generated(source, source.generator, root, root, processes, progress)
+        written = write_panels(panels, out, settings, versions(("sdar-verl", "alfworld", "textworld")), beside)
+        remove(new)
         return Prepared(written, made=True, skipped=skipped, notes=tuple(notes))
 
     return prepare_panels(out, settings, make, force=force)
@@ -109,33 +120,23 @@ def _downloaded(source: Source, data: str, skipped: dict[str, Counter[str]], not
 def _generated(
     source: Source,
     config: GeneratorConfig,
-    out: Path,
-    force: bool,
+    made_in: Path,
+    root: Path,
     processes: int,
     progress: Callable[[str, int, int], None] | None,
 ) -> dict[str, list[Task]]:
-    """Games in ``out/games``. Those that ``force`` replaces stay until the new ones are whole."""
-    root, new = out / "games", out / "games.new"
-    made_in = new if force and root.is_dir() else root
-    for split in PANELS.values():
-        if made_in is new:
-            check_ours(root / split)
-            if made_with(new / split) not in (None, described(config)):
-                shutil.rmtree(new / split)  # of a call that did not finish
-    names = {}
+    """Tasks of games that are made in one folder and will lie in ``root``."""
+    panels = {}
     for panel, split in PANELS.items():
         report = None if progress is None else partial(progress, panel)
         files = generate_games(made_in, split, source.counts[panel], config, processes=processes, progress=report)
-        names[panel] = {str((root / file.relative_to(made_in)).absolute()) for file in files}
-    if made_in is new:
-        (out / PANEL_FILE).unlink(missing_ok=True)
-        for split in PANELS.values():
-            if (root / split).exists():
-                shutil.rmtree(root / split)
-            (new / split).rename(root / split)
-        new.rmdir()
-    games = {panel: read_games(root, split).tasks for panel, split in PANELS.items()}
-    return {panel: [task for task in games[panel] if task.data["game_file"] in names[panel]] for panel in PANELS}
+        places = {str(file.absolute()): str((root / file.relative_to(made_in)).absolute()) for file in files}
+        panels[panel] = [
+            replace(task, data={**task.data, "game_file": places[task.data["game_file"]]})
+            for task in read_games(made_in, split).tasks
+            if task.data["game_file"] in places
+        ]
+    return panels
 
 
 def _seems_incomplete(root: str, split: str, count: int, task_types: tuple[str, ...]) -> bool:

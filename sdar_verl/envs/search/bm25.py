@@ -21,7 +21,7 @@ B = 0.4
 _SETTINGS_FILE = "sdar_index.json"
 
 MAX_QUERY_CHARACTERS = 10_000
-"""A longer query is cut: it comes from a policy, which may write anything."""
+"""The environment cuts longer queries, since a policy may write anything; the server refuses them."""
 
 
 @dataclass(frozen=True)

@@ -76,16 +76,20 @@ def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared
 
 def _make(source: Source, settings: Mapping[str, Any], out: Path) -> Prepared:
     made_here = _made_here(out)
-    panels, skipped, notes = _from_files(source) if source.files else _from_world(source, out, made_here)
-    if source.files and made_here:
-        # The recipe would find it there and search it for answers that it does not hold.
-        (out / CORPUS_FILE).unlink(missing_ok=True)
+    corpus = out / CORPUS_FILE
+    new = corpus.with_name(f".{corpus.name}.new")
+    if not source.files:
+        panels, skipped, notes = _from_world(source, corpus, new, made_here)
+    else:
+        panels, skipped, notes = _from_files(source)
+    # A corpus of before would be found by the recipe, and searched for answers that it does not hold.
+    beside = {corpus: None if source.files else new} if made_here or not source.files else {}
     if source.corpus is not None:
         notes += (
             f"the corpus has {source.corpus.passages} passages (hash {source.corpus.digest[:16]}); "
             f"{source.corpus.empty} without a text are left out",
         )
-    described = write_panels(panels, out, settings, versions(("sdar-verl", "bm25s")))
+    described = write_panels(panels, out, settings, versions(("sdar-verl", "bm25s")), beside)
     return Prepared(described, made=True, skipped=skipped, notes=notes)
 
 
@@ -100,7 +104,8 @@ def _made_here(out: Path) -> bool:
         return False
 
 
-def _from_world(source: Source, out: Path, replace_corpus: bool) -> _Made:
+def _from_world(source: Source, corpus: Path, new: Path, replace_corpus: bool) -> _Made:
+    """Questions and, in ``new``, the passages that will lie in ``corpus``."""
     try:
         world = make_world(source.seed, source.scale)
         retriever = Bm25Retriever(world.passages)
@@ -108,11 +113,9 @@ def _from_world(source: Source, out: Path, replace_corpus: bool) -> _Made:
         raise ImportError(f'{error.name} is not installed here: pip install "sdar-verl[search]"') from error
     questions = make_questions(world, retriever, source.seed)
     panels = make_tasks(questions, {**GENERATED_COUNTS, **source.counts}, retriever.digest, source.seed)
-    corpus = out / CORPUS_FILE
     if corpus.is_file() and not replace_corpus and corpus_digest(read_corpus(corpus)) != retriever.digest:
         raise PanelError(f"{corpus} is another corpus, not made here: move it away, or use another --out")
-    (out / PANEL_FILE).unlink(missing_ok=True)  # what it describes is about to be replaced
-    write_corpus(world.passages, corpus)
+    write_corpus(world.passages, new)
     return panels, {}, ()
 
 

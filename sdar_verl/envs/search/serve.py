@@ -8,6 +8,8 @@ import socket
 import time
 from typing import Any
 
+from sdar_verl.arguments import given_place
+
 
 def add_parser(commands: Any) -> None:
     """Add ``serve-retriever`` to the sub-commands."""
@@ -19,9 +21,10 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--corpus", required=True, metavar="FILE.jsonl", help="one passage a line")
+    parser.add_argument("--corpus", required=True, type=given_place, metavar="FILE.jsonl", help="one passage a line")
     parser.add_argument(
         "--index",
+        type=given_place,
         metavar="DIR",
         help="folder that keeps the index, so that the next start need not make it again (default: none)",
         default=argparse.SUPPRESS,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from sdar_verl.atomic import remove
 from sdar_verl.envs.base import Task
 from sdar_verl.envs.prepared import Prepared, check_counts, prepare_panels, versions
 from sdar_verl.envs.webshop.catalogue import CatalogueError, DataFiles, Product, find_data_files, read_products
@@ -20,7 +20,7 @@ from sdar_verl.envs.webshop.goals import Goal, Kind, count_goals, make_goal, shu
 from sdar_verl.envs.webshop.nouns import RULES, NounRule
 from sdar_verl.envs.webshop.reward import options_can_count
 from sdar_verl.envs.webshop.store import META_FILE, Catalogue, read_meta, write_catalogue
-from sdar_verl.panels import PANEL_FILE, PanelError, choose, write_panels
+from sdar_verl.panels import PanelError, choose, write_panels
 
 CATEGORIES = ("beauty", "electronics", "fashion", "garden", "grocery")
 
@@ -119,24 +119,26 @@ def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared
 
 
 def _make(source: Source, settings: Mapping[str, Any], out: Path) -> Prepared:
-    making = out / ".making"  # what is there stays until all of the new is
-    shutil.rmtree(making, ignore_errors=True)
+    finals = {name: (out / name).resolve() for name in (CATALOGUE, GENERATED)}
+    new = {name: final.with_name(f".{final.name}.new") for name, final in finals.items()}
     try:
-        files = source.files() if source.generator is None else generate_catalogue(source.generator, making / GENERATED)
+        for folder in new.values():
+            remove(folder)
+        files = source.files() if source.generator is None else generate_catalogue(source.generator, new[GENERATED])
         counts: list[int] = []
         products = _counting(read_products(files), source.kind, counts)
-        catalogue = write_catalogue(products, making / CATALOGUE, source.noun_rule)
+        catalogue = write_catalogue(products, new[CATALOGUE], source.noun_rule)
         panels = _choose(source, catalogue, counts, out / CATALOGUE)
-        (out / PANEL_FILE).unlink(missing_ok=True)
-        for name in (CATALOGUE, GENERATED):
-            if (making / name).is_dir():
-                shutil.rmtree(out / name, ignore_errors=True)
-                (making / name).rename(out / name)
+        described = write_panels(
+            panels,
+            out,
+            settings,
+            {**versions(("sdar-verl", "bm25s", "rapidfuzz")), "nouns": catalogue.tagger},
+            {finals[name]: new[name] if new[name].is_dir() else None for name in finals},
+        )
     finally:
-        shutil.rmtree(making, ignore_errors=True)
-    described = write_panels(
-        panels, out, settings, {**versions(("sdar-verl", "bm25s", "rapidfuzz")), "nouns": catalogue.tagger}
-    )
+        for folder in new.values():
+            remove(folder)
     return Prepared(described, made=True, skipped={}, notes=_notes(source, counts, panels))
 
 
