@@ -80,8 +80,8 @@ def prepare(
         skipped: dict[str, Counter[str]] = {}
         notes: list[str] = []
         beside: dict[Path, Path | None] = {}
-        root = (out / "games").resolve()
-        new = root.with_name(f".{root.name}.new")
+        root = out / "games"
+        new = root.resolve().with_name(f".{root.resolve().name}.new")  # on its disk, wherever a link leads
         if source.generator is None:
             panels = _downloaded(source, settings["data"], skipped, notes)
         elif force and root.is_dir():
