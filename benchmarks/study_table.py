@@ -33,11 +33,6 @@ def last_value(group: Group, name: str) -> list[float]:
     return [run.column(name)[-1][1] for run in group.runs]
 
 
-def final_of(group: Group) -> list[float]:
-    """Success at the last validation of each run."""
-    return [float(run[-1].mean()) for run in group.success]
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,8 +61,9 @@ def main() -> None:
     print(f"\nstart policy: probe {probes[0]:.3f}\n")
     students = {arm: title for arm, title in ARMS.items() if arm.startswith("student")}
     print("| method | " + " | ".join(students.values()) + " |\n" + "|---" * (len(students) + 1) + "|")
-    for place, group in enumerate(listed):
-        by_seed = [", ".join(f"{value:.3f}" for value in final_of(arms[arm].groups[place])) for arm in students]
+    for group in listed:
+        values = [last_value(group, f"sdar-val/{arm}/success") for arm in students]
+        by_seed = [", ".join(f"{value:.3f}" for value in of_arm) for of_arm in values]
         print("| " + " | ".join([f"`{group.name}`", *by_seed]) + " |")
     print()
     for arm, comparison in arms.items() if arguments.baseline is not None else ():

@@ -22,9 +22,3 @@ def given_path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("a path is needed, and this is empty")
     return Path(text)
-
-
-def given_place(text: str) -> str:
-    """The same, of one that stays text: it is shown as it was given."""
-    given_path(text)
-    return text

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from sdar_verl.checks.panel_tasks import panel_files
 from sdar_verl.config import SdarConfig
 from sdar_verl.envs.base import Task
+from sdar_verl.envs.registry import tasks_fault
 from sdar_verl.panels import PanelError, missing_files, read_panel
 
 
@@ -54,6 +55,8 @@ def panel_faults(option: str, file: str, sdar: SdarConfig) -> tuple[list[Task], 
             f"{lost[0]} (moved or deleted since); run the `sdar-verl prepare {sdar.env.name}` command that made the "
             "panel again, with the folder where it lies now"
         )
+    if fault := tasks_fault(sdar.env.name, sdar.env.options, tasks):
+        faults.append(f"{option}={file}: {fault}")
     return tasks, faults
 
 

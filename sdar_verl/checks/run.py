@@ -26,7 +26,6 @@ from sdar_verl.checks.options import (
     type_faults,
     verl_defaults,
 )
-from sdar_verl.checks.panel_tasks import panel_tasks
 from sdar_verl.checks.recipe import names_no_context, recipe_faults
 from sdar_verl.checks.resume import resume_faults
 from sdar_verl.checks.skill_learning import skill_learning_faults
@@ -84,11 +83,7 @@ def _names(config: DictConfig, sdar: SdarConfig) -> list[str]:
     }
     if plays_environments(config):
         attempts |= {
-            "sdar.env": lambda: check_env(
-                sdar.env.name,
-                sdar.env.options,
-                [task for option in ("train_files", "val_files") for task in panel_tasks(config, option)],
-            ),
+            "sdar.env": lambda: check_env(sdar.env.name, sdar.env.options),
             "sdar.prompt.template": lambda: PromptTemplate.load(sdar.prompt.template).check_rows(sdar.rollout.rows),
         }
     faults = []

@@ -133,7 +133,7 @@ class TextEnv(ABC):
         """Raise ValueError when what the options point to is not there: called once, before training starts."""
 
     def check_tasks(self, tasks: Sequence[Task]) -> None:  # noqa: B027  nor this
-        """Raise ValueError when these tasks of a run's panels do not fit the options: called once, before training."""
+        """Raise ValueError when tasks do not fit the options: called with each panel of a run, before training."""
 
     @abstractmethod
     def reset(self, task: Task) -> Step:

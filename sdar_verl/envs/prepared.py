@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import FileLock, Timeout
+
+from sdar_verl.atomic import remove
 from sdar_verl.panels import PanelError, missing_files, read_panel, read_panels_file
 
 
@@ -77,39 +78,18 @@ def prepare_panels(
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Lock the folder, which is made; one that was made here goes again where nothing came into it."""
-    made_here = not out.exists()
-    path = out / ".prepare.lock"
-    busy = PanelError(f"--out {out}: another `sdar-verl prepare` is at work there; wait for it, or use another folder")
+    made_here, path = not out.exists(), out / ".prepare.lock"
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with _opened(path, busy) as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise busy from error
-            except OSError:
-                pass  # a file system without locks
-            try:
-                same = path.stat().st_ino == os.fstat(stream.fileno()).st_ino
-            except FileNotFoundError:
-                same = False
-            if not same:  # the other call has ended since, and taken its lock along
-                raise busy
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout as error:
+        raise PanelError(
+            f"--out {out}: another `sdar-verl prepare` is at work there; wait for it, or use another folder"
+        ) from error
     finally:
-        if made_here:
-            with suppress(OSError):
-                out.rmdir()
-
-
-def _opened(path: Path, busy: PanelError) -> IO[str]:
-    try:
-        return path.open("w")
-    except FileNotFoundError as error:  # the other call has made nothing, and its folder is gone
-        raise busy from error
+        if made_here and [*out.iterdir()] == [path]:
+            remove(out)
 
 
 def _finished(out: Path, settings: Mapping[str, Any], beside: Sequence[str]) -> Prepared | None:

@@ -127,19 +127,33 @@ def task_types_of(name: str) -> tuple[tuple[str, ...], Mapping[str, tuple[str, .
     return tuple(getattr(factory, "task_types", ())), dict(getattr(factory, "task_type_aliases", {}))
 
 
-def check_env(name: str, options: dict[str, Any], tasks: Sequence[Task] = ()) -> None:
-    """Raise what :func:`make_env` and the environment's own :meth:`TextEnv.check` and, where there are ``tasks``,
-    :meth:`TextEnv.check_tasks` would, and leave nothing open."""
+def check_env(name: str, options: dict[str, Any]) -> None:
+    """Raise what :func:`make_env` and the environment's own :meth:`TextEnv.check` would, and leave nothing open."""
     env = make_env(name, **options)
     try:
         with _authors_faults(name, "raised in its check"):
             env.check()
-        if tasks:
-            with _authors_faults(name, "raised in its check_tasks"):
-                env.check_tasks(tasks)
     finally:
         with _authors_faults(name, "raised in its close"):
             env.close()
+
+
+def tasks_fault(name: str, options: dict[str, Any], tasks: Sequence[Task]) -> str | None:
+    """What :meth:`TextEnv.check_tasks` has against a panel; None where it has nothing, or where there is no such
+    environment to ask (:func:`check_env` says why)."""
+    try:
+        env = make_env(name, **options)
+    except (ValueError, ImportError, OSError):
+        return None
+    try:
+        with _authors_faults(name, "raised in its check_tasks"):
+            env.check_tasks(tasks)
+    except ValueError as error:
+        return str(error)
+    finally:
+        with _authors_faults(name, "raised in its close"):
+            env.close()
+    return None
 
 
 def check_installed(name: str) -> None:
@@ -161,7 +175,7 @@ def _factory(name: str) -> Callable[..., TextEnv]:
     if name not in _registered:
         raise ValueError(
             f"unknown environment {name!r}; known: {', '.join(known_envs())}. An environment of another package must "
-            "be imported first: name its module in sdar.modules (of `sdar-verl skills`: --modules)"
+            "be imported first: name its module in sdar.modules, or with a command's --modules"
         )
     return _registered[name]
 

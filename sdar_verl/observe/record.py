@@ -25,7 +25,7 @@ from sdar_verl.observe.base import Observer
 from sdar_verl.observe.trackers import log_histograms
 from sdar_verl.panels import panel_digest
 from sdar_verl.report import layout
-from sdar_verl.report.checked import check_run
+from sdar_verl.report.checked import read_run_file
 from sdar_verl.report.distributions import Tokens, reward_statistics, token_distributions
 from sdar_verl.report.trace import choose_episodes, split_tokens, thin, write_trace
 from sdar_verl.rollout.rows import RowInfo, TurnNote
@@ -135,21 +135,15 @@ class RunRecord(Observer):
     def _describe(self) -> None:
         """Write ``run.json``; after a resume with the panels of before, too, if they were others."""
         path, described = self.folder / layout.RUN_FILE, describe_run(self._config)
-        if (earlier := self._earlier(path)) is not None:
-            described["started"] = earlier.get("started", described["started"])
-            for option, hashes in earlier.get("panels", {}).items():
-                described["panels"][option] = list(dict.fromkeys([*hashes, *described["panels"].get(option, [])]))
-        layout.write_json(path, described)
-
-    def _earlier(self, path: Path) -> dict[str, Any] | None:
-        if (earlier := layout.read_json(path)) is None:
-            return None
         try:
-            check_run(earlier, str(path))
-        except layout.RecordError as error:
+            earlier = read_run_file(path) if self._open else {}
+        except (OSError, layout.RecordError) as error:
             logger.warning("%s; it is written anew", error)
-            return None
-        return earlier
+            earlier = {}
+        described["started"] = earlier.get("started", described["started"])
+        for option, hashes in earlier.get("panels", {}).items():
+            described["panels"][option] = list(dict.fromkeys([*hashes, *described["panels"].get(option, [])]))
+        layout.write_json(path, described)
 
     def _complete(self, lines: list[dict[str, Any]], state: Mapping[str, Any]) -> None:
         """A kill between a checkpoint and the end of its step took the step's line; what the checkpoint knows of it

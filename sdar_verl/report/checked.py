@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sdar_verl.report.distributions import GAP_EDGES, GATE_EDGES, QUANTILES
-from sdar_verl.report.layout import RecordError
-from sdar_verl.untrusted import shorten
+from sdar_verl.report.layout import SCHEMA, RecordError
+from sdar_verl.untrusted import parse_json, shorten
 
 MOST = 1e100
 """Larger numbers are none that a run measures, and their sums overflow."""
@@ -46,7 +47,29 @@ def sound_distributions(line: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     return {key: value for key, value in line.items() if key not in faulty}, faulty
 
 
-def check_run(run: Mapping[str, Any], where: str) -> None:
+def read_run_file(path: Path) -> dict[str, Any]:
+    """Content of ``run.json``.
+
+    Raises:
+        RecordError: it is damaged, or of another schema.
+    """
+    try:
+        run = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise RecordError(
+            f"{path} is damaged ({error}); without it the record cannot be told from another's"
+        ) from error
+    found = run.get("schema") if isinstance(run, dict) else None
+    if found != SCHEMA:
+        raise RecordError(
+            f"{path} has schema {shorten(found)}, this version reads {SCHEMA}; use the version of sdar-verl "
+            "that wrote it" + (f" ({shorten(run['versions'])})" if isinstance(run, dict) and "versions" in run else "")
+        )
+    _check_run(run, str(path))
+    return run
+
+
+def _check_run(run: Mapping[str, Any], where: str) -> None:
     """Raise a RecordError when a part of ``run.json`` is of another kind."""
     for name in ("settings", "versions", "panels"):
         if not isinstance(run.get(name, {}), dict):

@@ -92,15 +92,6 @@ def read_lines(path: Path, faults: list[str] | None = None) -> list[dict[str, An
     return values
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is none, or a damaged one."""
-    try:
-        value = parse_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write one JSON file, atomically."""
     write_text_atomically(path, json.dumps(value, indent=1) + "\n")

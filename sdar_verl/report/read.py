@@ -13,11 +13,10 @@ from sdar_verl.cloud.ledger import Attempt
 from sdar_verl.cloud.ledger import read as read_ledger
 from sdar_verl.cloud.store import Store, StoreError
 from sdar_verl.report import layout
-from sdar_verl.report.checked import check_run, is_number, numbers_of, sound_distributions, step_of
+from sdar_verl.report.checked import is_number, numbers_of, read_run_file, sound_distributions, step_of
 from sdar_verl.report.layout import RecordError
 from sdar_verl.report.recipe_metrics import recipe_success
 from sdar_verl.report.trace import read_trace
-from sdar_verl.untrusted import parse_json, shorten
 
 
 @dataclass
@@ -92,7 +91,7 @@ def read_run(folder: str | Path) -> RunData:
     record = layout.find_record(folder) if folder.is_dir() else None
     if record is None:
         return _from_tracker(folder)
-    data = RunData(folder, run=_run_file(record / layout.RUN_FILE))
+    data = RunData(folder, run=read_run_file(record / layout.RUN_FILE))
     data.metrics = _metrics(record / layout.METRICS_FILE, data.faults)
     data.distributions = _by_step(record / layout.DISTRIBUTIONS_FILE, data.faults)
     data.warnings = _lines(record / layout.WARNINGS_FILE, data.faults, needed=False)
@@ -191,23 +190,6 @@ def _from_tracker(folder: Path) -> RunData:
     return data
 
 
-def _run_file(path: Path) -> dict[str, Any]:
-    try:
-        run = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise RecordError(
-            f"{path} is damaged ({error}); without it the record cannot be told from another's"
-        ) from error
-    found = run.get("schema") if isinstance(run, dict) else None
-    if found != layout.SCHEMA:
-        raise RecordError(
-            f"{path} has schema {shorten(found)}, this version reads {layout.SCHEMA}; use the version of sdar-verl "
-            "that wrote it" + (f" ({shorten(run['versions'])})" if isinstance(run, dict) and "versions" in run else "")
-        )
-    check_run(run, str(path))
-    return run
-
-
 def _lines(path: Path, notes: list[str], needed: bool = True) -> list[dict[str, Any]]:
     if not path.is_file():
         if needed:
@@ -216,13 +198,13 @@ def _lines(path: Path, notes: list[str], needed: bool = True) -> list[dict[str, 
     found: list[str] = []
     lines = layout.read_lines(path, found)
     notes += [
-        *found[:SHOWN_FAULTS],
-        *([f"{path.name}: {more} more"] if (more := len(found) - SHOWN_FAULTS) > 0 else []),
+        *found[:_SHOWN],
+        *([f"{path.name}: {more} more"] if (more := len(found) - _SHOWN) > 0 else []),
     ]
     return lines
 
 
-SHOWN_FAULTS = 3
+_SHOWN = 3
 """Damaged lines of a file that are named one by one."""
 
 

@@ -124,19 +124,19 @@ class ArmLoader(StatefulDataLoader):
                 seen[arm] += 1
         own = "verl" if "student" in seen else "student"
 
-        def named(source: str, uid: str) -> Asked:
+        def episode_of(source: str, uid: str) -> Asked:
             arm, place = places[uid]
             return arm or own, f"{source}/{place}", source
 
         accurate = told.get("acc") or [None] * len(uids)
-        episodes = [named(source, uid) for source, uid in zip(sources, uids, strict=True)]
+        episodes = [episode_of(source, uid) for source, uid in zip(sources, uids, strict=True)]
         found: dict[str, list[Any]] = {
             **_columns(episodes),
             "acc": [float(r if a is None else a) for a, r in zip(accurate, told["reward"], strict=True)],
             "reward": list(told["reward"]),
         }
         judged = {source for source, acc in zip(sources, accurate, strict=True) if acc is not None}
-        asked = {named(*key): number for key, number in (counts or {}).items() if key[0] in judged}
+        asked = {episode_of(*key): number for key, number in (counts or {}).items() if key[0] in judged}
         return with_lost(found, Counter(asked))
 
     def named(

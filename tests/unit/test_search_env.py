@@ -219,7 +219,7 @@ def test_faults_of_a_run_are_told_before_it_starts(recipe, tmp_path):
     others = [replace(TASK, task_id=f"o{i}", data={**TASK.data, "corpus": "0" * 64}) for i in range(3)]
     write_panel(others, tmp_path / "others.parquet", "validation")
     [fault] = recipe(f"data.val_files=[{tmp_path / 'others.parquet'}]")
-    assert "task 'o0' (and 2 more of 131) was made for another corpus than" in fault
+    assert "task 'o0' (and 2 more of 3) was made for another corpus than" in fault
     with ScriptedServer(lambda n, b: good()) as server:
         at_server = f"sdar.env.options.retriever={server.url}"
         assert recipe(at_server) == []

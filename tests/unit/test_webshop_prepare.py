@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdar_verl.cli import main
-from sdar_verl.envs.registry import check_env, demonstration_of, make_env
+from sdar_verl.envs.registry import demonstration_of, make_env
 from sdar_verl.envs.webshop import prepare as module
 from sdar_verl.envs.webshop.goals import count_goals, make_goal, shuffled
 from sdar_verl.panels import read_panel
@@ -130,7 +130,7 @@ def test_generated_panels_and_their_second_call(tmp_path, capsys):
         assert prepare("--out", tmp_path / "b", *arguments, "--seed", 1) == 0
         task = read_panel(tmp_path / "b" / "train.parquet")[0]
         assert task.data["catalogue"] == str(tmp_path / "b" / "catalogue")
-        check_env("webshop", {}, [task])
+        make_env("webshop").reset(task)
     assert {file.name: file.read_bytes() for file in (tmp_path / "b" / "generated").iterdir()} == {
         file.name: content for file, content in before.items() if file.parent.name == "generated"
     }

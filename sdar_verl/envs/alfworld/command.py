@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sdar_verl.arguments import given_place
+from sdar_verl.arguments import given_path
 from sdar_verl.envs.alfworld.prepare import PANELS, Source, prepare
 from sdar_verl.envs.alfworld.spec import DEFAULT_HOUSEHOLD_SEED, TASK_TYPES, GeneratorConfig
 from sdar_verl.envs.prepared import show_panels
@@ -36,10 +36,10 @@ def add_parser(envs: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     alfworld.set_defaults(run=_run)
-    alfworld.add_argument("--out", required=True, type=given_place, help="folder to write to")
+    alfworld.add_argument("--out", required=True, type=given_path, help="folder to write to")
     alfworld.add_argument(
         "--data",
-        type=given_place,
+        type=given_path,
         help="ALFWorld's data folder, the one that holds json_2.1.1; by default $ALFWORLD_DATA",
         default=argparse.SUPPRESS,
     )

@@ -81,7 +81,8 @@ def prepare(
         notes: list[str] = []
         beside: dict[Path, Path | None] = {}
         root = out / "games"
-        new = root.resolve().with_name(f".{root.resolve().name}.new")  # on its disk, wherever a link leads
+        disk = root.resolve()  # where a link leads
+        new = disk.with_name(f".{disk.name}.new")
         if source.generator is None:
             panels = _downloaded(source, settings["data"], skipped, notes)
         elif force and root.is_dir():

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sdar_verl.arguments import given_place
+from sdar_verl.arguments import given_path
 from sdar_verl.envs.prepared import show_panels
 from sdar_verl.envs.search.dataset import PANELS, QuestionFile
 from sdar_verl.envs.search.passages import check_corpus
@@ -26,7 +26,7 @@ def add_parser(environments: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--out", required=True, type=given_place, help="folder to write to")
+    parser.add_argument("--out", required=True, type=given_path, help="folder to write to")
     parser.add_argument(
         "--source",
         nargs="+",
@@ -58,7 +58,7 @@ def add_parser(environments: Any) -> None:
     )
     parser.add_argument(
         "--corpus",
-        type=given_place,
+        type=given_path,
         metavar="FILE.jsonl",
         default=argparse.SUPPRESS,
         help="with --source: the corpus that will be searched; it is read whole, and its hash is kept with the panels",

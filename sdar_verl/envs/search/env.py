@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from sdar_verl.envs.base import Step, Task, TextEnv
 from sdar_verl.envs.registry import register_env
 from sdar_verl.envs.search.bm25 import MAX_QUERY_CHARACTERS, Bm25Retriever, Hit
 from sdar_verl.envs.search.client import HttpRetriever
-from sdar_verl.envs.search.passages import check_corpus
+from sdar_verl.envs.search.passages import CorpusError, check_corpus
 from sdar_verl.envs.search.retrievers import RetrieverSettings, get_retriever
 from sdar_verl.envs.search.scoring import exact_match
 from sdar_verl.words import first_words
@@ -91,7 +92,8 @@ class SearchEnv(TextEnv):
     def check_tasks(self, tasks: Sequence[Task]) -> None:
         """Raise ValueError for tasks that were made for another corpus than the one in this process."""
         if isinstance(self._settings.where, str):
-            self._check_corpus_of(tasks, check_corpus(self._settings.where).digest)
+            with suppress(CorpusError):  # told by :meth:`check`
+                self._check_corpus_of(tasks, check_corpus(self._settings.where).digest)
 
     @classmethod
     def demonstration(cls, task: Task) -> Sequence[str]:

@@ -8,7 +8,7 @@ import socket
 import time
 from typing import Any
 
-from sdar_verl.arguments import given_place
+from sdar_verl.arguments import given_path
 
 
 def add_parser(commands: Any) -> None:
@@ -21,10 +21,10 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--corpus", required=True, type=given_place, metavar="FILE.jsonl", help="one passage a line")
+    parser.add_argument("--corpus", required=True, type=given_path, metavar="FILE.jsonl", help="one passage a line")
     parser.add_argument(
         "--index",
-        type=given_place,
+        type=given_path,
         metavar="DIR",
         help="folder that keeps the index, so that the next start need not make it again (default: none)",
         default=argparse.SUPPRESS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sdar_verl.arguments import given_place
+from sdar_verl.arguments import given_path
 from sdar_verl.envs.prepared import show_panels
 from sdar_verl.envs.registry import check_installed
 from sdar_verl.envs.webshop.catalogue import PRODUCTS_FILES
@@ -24,10 +24,10 @@ def add_parser(environments: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--out", required=True, type=given_place, help="folder to write to")
+    parser.add_argument("--out", required=True, type=given_path, help="folder to write to")
     parser.add_argument(
         "--data",
-        type=given_place,
+        type=given_path,
         help="folder of WebShop's downloaded files (items_shuffle*.json ...)",
         default=argparse.SUPPRESS,
     )
