@@ -18,6 +18,7 @@ from sdar_verl.report.page import page
 from sdar_verl.report.stats import bootstrap
 
 NOISE = "within noise"
+NEVER = "∞"
 
 
 def cell(estimate: Estimate, measure: Measure, *, runs: int, difference: bool = False) -> str:
@@ -32,13 +33,16 @@ def cell(estimate: Estimate, measure: Measure, *, runs: int, difference: bool = 
     else:
         number = _count(estimate.value, difference)
         bounds = [_count(bound, difference) for bound in (estimate.low, estimate.high)]
-    interval = f" [{bounds[0]}, {bounds[1]}]" if math.isfinite(estimate.low) else ""
-    verdict = f" {NOISE}" if difference and math.isfinite(estimate.low) and estimate.within_noise else ""
+    has_interval = not math.isnan(estimate.low)
+    interval = f" [{bounds[0]}, {bounds[1]}]" if has_interval else ""
+    verdict = f" {NOISE}" if difference and has_interval and estimate.within_noise else ""
     return f"{number}{interval}{verdict}"
 
 
 def _count(value: float, signed: bool) -> str:
     sign = "+" if signed else ""
+    if math.isinf(value):
+        return NEVER if value > 0 else f"-{NEVER}"
     if abs(value) >= 1e5:
         return f"{value / 1e6:{sign}.2f} M"
     return f"{value:{sign}.0f}" if abs(value) >= 100 else f"{value:{sign}.1f}"
@@ -75,6 +79,9 @@ def explain(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         texts.append("One run says nothing about another seed: its interval holds the chance of the tasks only.")
     elif any(row.runs < 5 for row in rows):
         texts.append("With fewer than five runs of a method the intervals are too narrow: few seeds cannot vary much.")
+    found = [estimate for row in rows for estimate in (*row.values.values(), *row.differences.values())]
+    if any(math.isinf(bound) for estimate in found for bound in (estimate.low, estimate.high)):
+        texts.append(f"{NEVER}: in more than 2.5% of the draws a curve never gets there.")
     texts.append("The best of several validations is higher than any one of them would be on new tasks.")
     return [*texts, *comparison.notes]
 
@@ -88,7 +95,7 @@ def markdown(comparison: Comparison, rows: Sequence[Row], threshold: float, base
 
 
 def as_json(comparison: Comparison, rows: Sequence[Row], threshold: float, baseline: str | None) -> dict[str, Any]:
-    """Everything, as numbers; what does not exist is null."""
+    """Everything, as numbers; what does not exist, or is never reached, is null."""
 
     def plain(estimate: Estimate) -> dict[str, Any]:
         numbers = {"value": estimate.value, "low": estimate.low, "high": estimate.high}

@@ -17,7 +17,7 @@ Curve = Sequence[float]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % bootstrap interval; NaN where there is none.
+    """A number with its 95 % bootstrap interval; NaN where there is none, infinite what is never reached.
 
     Attributes:
         value: the mean over runs.
@@ -105,7 +105,7 @@ def difference(group: Group, baseline: Group, measure: Measure, draws: int = 200
     tasks = np.arange(group.success.shape[2])
     of_baseline = replace(measure, of=measure.of_baseline or measure.of)
     ours, theirs = _per_run(group, measure, tasks), _per_run(baseline, of_baseline, tasks)
-    value = float(ours.mean() - theirs.mean())
+    value = float(ours.mean()) - float(theirs.mean())
     runs = len(ours), len(theirs)
     if not np.isfinite([*ours, *theirs]).all() or (len(tasks) == 1 and min(runs) == 1):
         return Estimate(value, math.nan, math.nan)
@@ -114,15 +114,14 @@ def difference(group: Group, baseline: Group, measure: Measure, draws: int = 200
 
     def statistic(drawn: np.ndarray, chosen: np.ndarray) -> float:
         others = drawn if paired else generator.integers(0, runs[1], runs[1])
-        return float(
-            _per_run(group, measure, chosen)[drawn].mean() - _per_run(baseline, of_baseline, chosen)[others].mean()
-        )
+        ours, theirs = _per_run(group, measure, chosen)[drawn], _per_run(baseline, of_baseline, chosen)[others]
+        return float(ours.mean()) - float(theirs.mean())
 
     return Estimate(value, *bootstrap(statistic, runs[0], len(tasks), draws=draws))
 
 
 def _per_run(group: Group, measure: Measure, tasks: np.ndarray) -> np.ndarray:
-    """(runs,) the measure of each run over these tasks; NaN where a threshold is not reached."""
+    """(runs,) the measure of each run over these tasks; infinite where a threshold is not reached."""
     curves = group.success[:, :, tasks].mean(axis=2)
     places = {
         "steps": np.broadcast_to(group.steps, curves.shape),

@@ -41,7 +41,8 @@ def bootstrap(
     the interval says nothing about another seed.
 
     Args:
-        statistic: (indices of runs, indices of tasks) -> number; NaN draws are left out.
+        statistic: (indices of runs, indices of tasks) -> number. A draw may be infinite (a time that never comes), and
+            so may a bound; NaN, a difference of two such, may lie anywhere and widens both ends.
         seeds: number of runs.
         tasks: number of tasks; 0: the statistic does not use them.
         draws: bootstrap samples.
@@ -57,11 +58,12 @@ def bootstrap(
             for _ in range(draws)
         ]
     )
-    values = values[np.isfinite(values)]
-    if not len(values):
+    unknown = np.isnan(values)
+    if unknown.all():
         return math.nan, math.nan
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    at = round(0.025 * (draws - 1))
+    lowest, highest = (np.sort(np.where(unknown, extreme, values)) for extreme in (-math.inf, math.inf))
+    return float(lowest[at]), float(highest[-1 - at])
 
 
 def area_under_curve(steps: Sequence[float], values: Sequence[float]) -> float:
@@ -73,11 +75,11 @@ def area_under_curve(steps: Sequence[float], values: Sequence[float]) -> float:
 
 
 def first_reach(steps: Sequence[float], values: Sequence[float], threshold: float) -> float:
-    """Where the curve first reaches ``threshold``, linear between points; NaN when it never does."""
+    """Where the curve first reaches ``threshold``, linear between points; infinite when it never does."""
     for i, value in enumerate(values):
         if value >= threshold:
             if i == 0 or values[i - 1] == value:
                 return float(steps[i])
             share = (threshold - values[i - 1]) / (value - values[i - 1])
             return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
-    return math.nan
+    return math.inf

@@ -109,8 +109,20 @@ def test_half_of_the_steps_are_compared_with_all_of_the_baselines(runs):
 
 def test_a_threshold_that_is_not_reached_has_no_time_and_no_interval(runs):
     found = estimate(load(runs).groups[1], measure("steps", 0.99), 100)
-    assert math.isnan(found.value) and math.isnan(found.low) and found.reached == 0
+    assert math.isinf(found.value) and math.isnan(found.low) and found.reached == 0
     assert cell(found, measure("steps"), runs=3) == "0 of 3 runs get there"
+
+
+def test_a_time_whose_draws_may_never_come_has_no_upper_end(runs):
+    comparison = load(runs)
+    threshold = float(comparison.groups[0].success[:, -1].mean(axis=1).min())  # the worst run just gets there
+    rows = table(comparison, "grpo", threshold, 200)
+    found = rows[0].values["steps"]
+    assert found.reached == 3 and 0 < found.low <= found.value < found.high == math.inf
+    drawn = markdown(comparison, rows, threshold, "grpo")
+    assert f"{found.value:.1f} [{found.low:.1f}, ∞]" in drawn and "∞: in more than 2.5% of the draws" in drawn
+    assert as_json(comparison, rows, threshold, "grpo")["methods"][0]["values"]["steps"]["high"] is None
+    assert "∞" not in markdown(comparison, table(comparison, "grpo", 0.0, 50), 0.0, "grpo")
 
 
 def test_a_clear_difference_is_no_noise_and_a_method_against_itself_is(runs):

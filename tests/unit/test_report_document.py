@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pyarrow as pa
@@ -189,4 +190,13 @@ def test_area_and_first_reach():
     assert area_under_curve([5], [0.3]) == 0.3
     assert first_reach([0, 10, 20], [0.2, 0.4, 0.6], 0.5) == 15
     assert first_reach([0, 10], [0.7, 0.4], 0.5) == 0
-    assert first_reach([0, 10], [0.1, 0.2], 0.5) != first_reach([0, 10], [0.1, 0.2], 0.5)  # NaN
+    assert first_reach([0, 10], [0.1, 0.2], 0.5) == math.inf
+
+
+def test_draws_that_never_end_count_as_late_and_unknown_ones_as_either():
+    draws = iter([*range(90), *[math.inf] * 10])
+    assert bootstrap(lambda *_: next(draws), 1, 1, draws=100) == (2, math.inf)
+    draws = iter([*range(90), *[math.nan] * 10])
+    assert bootstrap(lambda *_: next(draws), 1, 1, draws=100) == (-math.inf, math.inf)
+    draws = iter([*range(98), math.nan, math.inf])
+    assert bootstrap(lambda *_: next(draws), 1, 1, draws=100) == (1, 97)
