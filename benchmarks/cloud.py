@@ -49,7 +49,7 @@ def main() -> int:
             run.wait_for(lambda: f"sdar step {arguments.steps}/" in run.output, timeout_s=540)
             store = Store(folder / "checkpoints")
             asked = time.monotonic()
-            stop.ask([store], "notice", ledger.newest(store))
+            stop.ask([store], stop.Wish("notice", ledger.newest(store)))
             while (line := ledger.read(store)[-1]).ended is None and run.process.poll() is None:
                 time.sleep(0.05)
             notice = time.monotonic() - asked

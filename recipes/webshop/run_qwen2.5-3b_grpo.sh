@@ -4,5 +4,5 @@
 set -euo pipefail
 
 exec python -m verl.trainer.main_ppo --config-name sdar_webshop model=qwen2.5-3b \
-  sdar.loss.coef=0 sdar.teacher.source=none \
+  method=grpo \
   trainer.experiment_name=qwen2.5-3b_grpo "$@"

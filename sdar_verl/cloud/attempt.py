@@ -14,15 +14,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, open_dict
 
 from sdar_verl.cloud import ledger, stop
 from sdar_verl.cloud.mirror import Mirror, MirrorError, fill_every_node, local_step
 from sdar_verl.cloud.store import Store, StoreError
 from sdar_verl.config import SdarConfig
+from sdar_verl.errors import ConfigError
 from sdar_verl.observe.base import Observer
 from sdar_verl.untrusted import shorten
 
+_ALONE_S = 60.0
+"""Seconds that a run waits for the one before in its folder, whose processes may still be ending."""
 _ANSWER_S = 5.0
 """Seconds that a step waits for the mirror's word on whether to stop; else the next step asks again."""
 
@@ -41,6 +45,7 @@ class CloudRun(Observer):
     Raises:
         MirrorError, StoreError: the mirror cannot be read, or does not fit on the disk; on leaving the context, the
             last checkpoint could not be mirrored.
+        ConfigError: on entering it, another process trains in the folder.
     """
 
     name = "cloud"
@@ -54,17 +59,26 @@ class CloudRun(Observer):
         if self._mirror is not None and config.trainer.resume_mode == "auto":
             fill_every_node(self._mirror.store.place, self._folder)
         self._stores = [Store(self._folder), *([self._mirror.store] if self._mirror else [])]
+        self._lock = FileLock(self._folder / ".sdar_run.lock", thread_local=False)
         self._uploads = ThreadPoolExecutor(1, "sdar-mirror")
         self._notes = ThreadPoolExecutor(1, "sdar-notes")
         self._upload: tuple[int, Future[None]] | None = None
         self._failed: tuple[int, BaseException] | None = None
-        self._wish: Future[str | None] | None = None
-        self._stopped: str | None = None
+        self._wish: Future[stop.Wish | None] | None = None
+        self._stopped: stop.Wish | None = None
         self._line: dict[str, Any] = {}
 
     # ---------------------------------------------------------------- around the training
 
     def __enter__(self) -> CloudRun:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=_ALONE_S)
+        except Timeout:
+            raise ConfigError(
+                f"trainer.default_local_dir={self._folder}: another process trains there, and two would mix their "
+                "checkpoints; wait for its end, or give this run a trainer.experiment_name of its own"
+            ) from None
         if self._mirror is not None:
             ledger.copy(self._mirror.store, self._stores[0])
         self._id = ledger.open_id(self._stores[0])
@@ -82,6 +96,7 @@ class CloudRun(Observer):
             "tokens": 0.0,
             "slowest": 0.0,
             "beats": 0,
+            "again": False,
             "ended": None,
         }
         self._note()
@@ -111,11 +126,13 @@ class CloudRun(Observer):
         elif lost is not None:
             self._line["ended"] = f"{type(lost).__name__}: {shorten(str(lost))}"
         else:
-            self._line["ended"] = f"stopped: {self._stopped}" if self._stopped else "finished"
+            self._line["ended"] = f"stopped: {self._stopped.reason}" if self._stopped else "finished"
+            self._line["again"] = self._stopped is not None and self._stopped.again
             if self._mirror is not None:
                 self._told(self._mirror.sync, self._folder)
         self._note()
         self._notes.shutdown(wait=True)
+        self._lock.release()
         if lost is not None and error is None:
             raise lost
 
@@ -134,17 +151,18 @@ class CloudRun(Observer):
 
     def after_updates(self, table: Any, metrics: Mapping[str, Any]) -> Mapping[str, float]:
         """Look whether to stop: then this step is the last one, and verl saves it in its own place."""
+        self._beat()
         step = self._trainer.global_steps
         if self._line["step"] == self._line["first"]:  # this attempt's first
             self._line["first"] = self._line["step"] = step - 1
-        reason = stop.asked(self._stores[0], self._id)
-        if reason is None and self._wish is not None:
+        wish = _quietly(stop.asked, self._stores[0], self._id)
+        if wish is None and self._wish is not None:
             with suppress(TimeoutError):
-                reason = self._wish.result(_ANSWER_S)
-        if reason is None:
+                wish = self._wish.result(_ANSWER_S)
+        if wish is None:
             return {}
-        print(f"sdar: stopping after step {step}: {reason}", flush=True)
-        self._stopped = reason
+        print(f"sdar: stopping after step {step}: {wish.reason}", flush=True)
+        self._stopped = wish
         with open_dict(self._config):
             self._config.trainer.save_freq = 1
         self._trainer.total_training_steps = step
@@ -181,7 +199,14 @@ class CloudRun(Observer):
         self._upload = (step, self._uploads.submit(self._copy, self._mirror, step))
 
     def _copy(self, mirror: Mirror, step: int) -> None:
+        self._check_owner(mirror)
         files = mirror.upload(self._folder, step)
+        self._check_owner(mirror)  # an upload takes minutes
+        mirror.sync(self._folder)
+        mirror.seal(step, files, self._id)
+        mirror.keep(self._keep, step)
+
+    def _check_owner(self, mirror: Mirror) -> None:
         owner = ledger.newest(mirror.store)
         if owner is not None and ledger.later(owner, self._id):
             raise TakenOver(
@@ -189,9 +214,6 @@ class CloudRun(Observer):
                 f"({self._id}) ends: two runs on one mirror would mix their checkpoints. Give each run an "
                 "sdar.cloud.mirror of its own"
             )
-        mirror.sync(self._folder)
-        mirror.seal(step, files, self._id)
-        mirror.keep(self._keep)
 
     def _take_results(self) -> None:
         """Read what the last upload came to. TakenOver ends the run; other failures are told."""
@@ -214,7 +236,7 @@ class CloudRun(Observer):
     def _note(self) -> None:
         self._line["seconds"] = round(time.monotonic() - self._began, 3)
         line = dict(self._line)
-        ledger.write(self._stores[0], self._id, line)
+        self._told(ledger.write, self._stores[0], self._id, line)
         for store in self._stores[1:]:
             self._notes.submit(_quietly, ledger.write, store, self._id, line)
 

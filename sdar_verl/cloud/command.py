@@ -25,6 +25,11 @@ def _add_stop(subparsers: Any) -> None:
     )
     parser.add_argument("run_dir", metavar="RUN", help="the run's trainer.default_local_dir, or its sdar.cloud.mirror")
     parser.add_argument("--reason", default="asked to stop by hand", help="for the log and the ledger")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="its machine goes away: end this attempt alone, and let its guard ask for another start (status 75)",
+    )
     parser.set_defaults(run=run_stop)
 
 
@@ -34,14 +39,17 @@ def run_stop(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: there is none.
     """
-    from sdar_verl.cloud import stop
+    from sdar_verl.cloud import ledger, stop
     from sdar_verl.cloud.store import Store
     from sdar_verl.verl.resume import RUN_FILE
 
     store = Store(arguments.run_dir)
     for place in (store, Store(f"{store.place}/checkpoints")):
         if place.read(RUN_FILE) is not None:
-            stop.ask([place], arguments.reason)
+            attempt = ledger.newest(place) if arguments.again else None
+            if arguments.again and attempt is None:
+                raise ConfigError(f"--again: {place.place} has no attempt that could end and go on elsewhere")
+            stop.ask([place], stop.Wish(arguments.reason, attempt, arguments.again))
             print(f"{place.place} is asked to stop; it ends after the step under way, with status 0")
             return 0
     raise ConfigError(

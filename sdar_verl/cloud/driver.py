@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -22,8 +22,14 @@ from sdar_verl.cloud.store import Store
 from sdar_verl.config import load_config
 from sdar_verl.errors import SdarError
 
+if TYPE_CHECKING:
+    import psutil
+
 GUARD = "SDAR_GUARD"
 """Environment variable: the file in which the driver leaves, for a guard around it, where the run lies."""
+GUARD_PROCESS = "SDAR_GUARD_PROCESS"
+"""Environment variable: the guard's process id. A run whose guard was killed ends in order: nobody watches it."""
+GUARD_EVERY_S = 5.0
 
 
 def places(config: DictConfig) -> list[Store]:
@@ -41,10 +47,10 @@ def before_ray(config: DictConfig) -> str | None:
     """
     stores = places(config)
     for store in stores:
-        reason = stop.asked(store)
-        if reason is not None:
+        wish = stop.asked(store)
+        if wish is not None:
             stop.forget(stores)
-            return reason
+            return wish.reason
     known = [name for store in stores for name in [ledger.newest(store)] if name is not None]
     step_s = planned_step_s(config, _card()) if os.environ.get(GUARD) else None
     tell_guard(stores, known, int(config.trainer.nnodes), int(config.trainer.n_gpus_per_node), step_s)
@@ -107,7 +113,7 @@ def _stop(stores: list[Store], before: list[str]) -> bool:
     if attempt is None:
         return False
     print("sdar: SIGTERM: stopping after the step under way (again: at once)", flush=True)
-    stop.ask(stores, "SIGTERM", attempt)
+    stop.ask(stores, stop.Wish("SIGTERM", attempt, again=True))
     return True
 
 
@@ -131,12 +137,27 @@ def answer_sigterm(act: Callable[[], bool]) -> None:
         signal.signal(signal.SIGTERM, handle)
 
     signal.signal(signal.SIGUSR2, install)
-    threading.Thread(target=_wake_when_ray_is_there, name="sdar-sigterm", daemon=True).start()
+    threading.Thread(target=_wake, args=(_guard(),), name="sdar-sigterm", daemon=True).start()
 
 
-def _wake_when_ray_is_there() -> None:
+def _guard() -> psutil.Process | None:
+    import psutil
+
+    try:
+        return psutil.Process(int(os.environ[GUARD_PROCESS]))
+    except (KeyError, ValueError, psutil.NoSuchProcess):
+        return None
+
+
+def _wake(guard: psutil.Process | None) -> None:
+    """Signals to this process: once Ray is there, and once its guard no longer is."""
     import ray
 
     while not ray.is_initialized():
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGUSR2)
+    if guard is not None:
+        while guard.is_running():
+            time.sleep(GUARD_EVERY_S)
+        print("sdar: the guard around this run is gone", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.cloud import ledger, processes, stop
-from sdar_verl.cloud.driver import GUARD, opened
+from sdar_verl.cloud.driver import GUARD, GUARD_PROCESS, opened
 from sdar_verl.cloud.notice import Ec2Notice
 from sdar_verl.cloud.store import Store, StoreError
 
@@ -82,14 +82,18 @@ class Guard:
         self._seen: tuple[int, float] = (-1, self._began)  # the run's last word, and when it was heard
         self._line = ledger.Attempt("")
         self._earlier: list[ledger.Attempt] = []
+        self._all_known = False  # whether every place of the run has told of its earlier attempts
         self._asked: tuple[str, int, float] | None = None  # why the run is to end, with which status, since when
         self._refused: str | None = None
         self._terminated = 0
         self._noted = self._looked = float("-inf")
         with tempfile.TemporaryDirectory(prefix="sdar-guard-") as folder:
             self._note = Path(folder) / "run.json"
-            before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-            env = {**os.environ, GUARD: str(self._note)}
+            ends = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else nohup wants it to live on
+                ends.append(signal.SIGHUP)
+            before = {number: signal.signal(number, self._on_signal) for number in ends}
+            env = {**os.environ, GUARD: str(self._note), GUARD_PROCESS: str(os.getpid())}
             process = subprocess.Popen(list(self.command), env=env, start_new_session=True)
             try:
                 status, why = self._watch(process)
@@ -127,7 +131,7 @@ class Guard:
         if self._refused is not None:
             return DONE, self._refused
         if self._terminated:
-            self._ask("SIGTERM", AGAIN)
+            self._ask(self._signal, AGAIN)
         elif now - self._looked > NOTICE_EVERY_S:
             self._looked = now
             told = self.notice.asked()
@@ -145,16 +149,25 @@ class Guard:
             if now - since > self._patience(status):
                 return status, f"{reason}: the step did not end in time, what was saved is kept"
         quiet = now - self._seen[1]
-        limit = max(self.limits.hang_s, SLOWER * self._line.slowest)
-        if quiet > limit:
-            _say(f"no step for {quiet:.0f} s (allowed: {limit:.0f}); where its processes stand:")
+        if quiet > self.allowed_s:
+            _say(f"no step for {quiet:.0f} s (allowed: {self.allowed_s:.0f}); where its processes stand:")
             print(processes.stacks(processes.below(pid)), flush=True)
             return AGAIN, f"hung: no step for {quiet:.0f} s"
         return None
 
     def _patience(self, status: int) -> float:
         """Seconds from asking to killing: a machine that goes away sets it; a spent budget may pay for its step."""
-        return self.limits.grace_s if status == AGAIN else max(self.limits.grace_s, 2 * self._line.slowest)
+        return self.limits.grace_s if status == AGAIN else max(self.limits.grace_s, 2 * self._slowest)
+
+    @property
+    def allowed_s(self) -> float:
+        """Seconds without a word of the run, before it counts as hung."""
+        return max(self.limits.hang_s, SLOWER * max(self._slowest, self._facts.get("step_s") or 0.0))
+
+    @property
+    def _slowest(self) -> float:
+        """Seconds of the slowest step of all attempts; 0 before the first."""
+        return max(line.slowest for line in (self._line, *self._earlier))
 
     def _ask(self, reason: str, status: int) -> None:
         if self._asked is not None and self._asked[1] == AGAIN:
@@ -162,20 +175,24 @@ class Guard:
         if self._asked is None or status == AGAIN:
             self._asked = (reason, status, time.monotonic())
             _say(f"{reason}: asking the run to end after its step")
-        if self._id is not None:
-            try:
-                stop.ask(self._stores, reason, self._id)
-            except StoreError as error:
-                _say(str(error))
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Tell the run what it is asked."""
+        if self._id is None or self._asked is None:
+            return
+        reason, status, _ = self._asked
+        try:
+            stop.ask(self._stores, stop.Wish(reason, self._id, again=status == AGAIN))
+        except StoreError as error:
+            _say(str(error))
 
     def _ended(self, returned: int) -> tuple[int, str]:
         why = self._line.ended if self._id is not None else None
-        if returned == 0 and why == _FINISHED:
-            return DONE, "finished"
-        if self._asked is not None and returned == 0:
-            return self._asked[1], f"ended in order: {self._asked[0]}"
+        if returned == 0 and why is not None:  # the run knows whose wish it has fulfilled, ours or another's
+            return (AGAIN if self._line.again else DONE), why
         if returned == 0:
-            return DONE, why or "the command has ended"
+            return (self._asked[1], self._asked[0]) if self._asked is not None else (DONE, "the command has ended")
         if self._asked is not None:
             return self._asked[1], f"{self._asked[0]}: the command ended with status {returned}"
         if returned == CONFIGURATION:
@@ -196,6 +213,7 @@ class Guard:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._terminated += 1
+        self._signal = signal.Signals(number).name
 
     # ---------------------------------------------------------------- the run
 
@@ -211,35 +229,36 @@ class Guard:
         if not self._stores and self._note.is_file():
             self._facts = json.loads(self._note.read_text())
             self._stores = [Store(place) for place in self._facts["places"]]
-            before = self._facts["before"]
-            self._earlier = [line for line in self._read() if not all(ledger.later(line.id, name) for name in before)]
             self._seen = (-1, time.monotonic())
-            self._refused = self._too_dear()
+        if self._stores and not self._all_known:
+            self._learn_earlier(self._facts["before"])
         if self._stores and self._id is None:
             self._id = opened(self._stores, self._facts["before"])
-            if self._id is not None and self._asked is not None:
-                stop.ask(self._stores, self._asked[0], self._id)
+            self._pass_on()
+
+    def _learn_earlier(self, before: Sequence[str]) -> None:
+        """Attempts before this one, of all places: a folder that was elsewhere knows less than its mirror."""
+        for store in self._stores:
+            known = ledger.merge(self._earlier, ledger.read(store, _say))
+            self._earlier = [line for line in known if not all(ledger.later(line.id, name) for name in before)]
+        self._all_known = True
+        self._refused = self._too_dear()
 
     def _look(self) -> None:
-        """Hear the run's last word."""
+        """Hear the run's last word, in its folder, else in its mirror."""
         if self._id is None:
             return
-        line = next((attempt for attempt in self._read() if attempt.id == self._id), None)
-        if line is not None:
-            self._line = line
-            if line.beats != self._seen[0]:
-                self._seen = (line.beats, time.monotonic())
-
-    def _read(self) -> list[ledger.Attempt]:
         for store in self._stores:
             try:
-                found = ledger.read(store)
+                line = ledger.heard(store, self._id)
             except StoreError as error:
                 _say(str(error))
                 continue
-            if found:
-                return found
-        return []
+            if line is not None:
+                self._line = line
+                if line.beats != self._seen[0]:
+                    self._seen = (line.beats, time.monotonic())
+                return
 
     def _spent(self) -> float | None:
         """USD over all attempts; one whose price nobody knows counts at this one's."""
@@ -261,10 +280,9 @@ class Guard:
         _say(f"{spent:.2f} of {budget:g} USD are spent {by}until here")
         if spent >= budget:
             return f"the budget of {budget:g} USD over all attempts is spent"
-        slowest = max((line.slowest for line in self._earlier), default=0.0)
-        step = (self.limits.price or 0.0) * (slowest or self._facts.get("step_s") or 0.0) / 3600
+        step = (self.limits.price or 0.0) * (self._slowest or self._facts.get("step_s") or 0.0) / 3600
         if budget - spent < step:
-            planned = "" if slowest else ", by the planner"
+            planned = "" if self._slowest else ", by the planner"
             left = f"what is left of the budget, {budget - spent:.2f} USD, does not pay for one step"
             return f"{left} ({step:.2f}{planned})"
         return None

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdar_verl.cloud.store import Store, StoreError
+from sdar_verl.cloud.store import DamagedError, Store
 
 FOLDER = "attempts"
 _GUARD = ".guard.json"
-_ID = re.compile(r"(\d{4,})-[0-9a-f]{6}")
+_ID = re.compile(r"\d{4,}-[0-9a-f]{6}(?=(?:\.guard)?\.json$)")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Attempt:
         seconds: from its start to its end, or to its last word.
         slowest: seconds of its slowest step.
         beats: how often the run said that it goes on.
+        again: it ended in order because its machine goes away: another start is to go on.
         ended: why; None while it runs, or when it was cut off without a word.
     """
 
@@ -51,6 +52,7 @@ class Attempt:
     seconds: float = 0.0
     slowest: float = 0.0
     beats: int = 0
+    again: bool = False
     ended: str | None = None
 
     @property
@@ -66,8 +68,8 @@ class Attempt:
 
 def open_id(store: Store) -> str:
     """An id after those that ``store`` knows."""
-    numbers = [int(match[1]) for name in store.names(FOLDER) if (match := _ID.search(name))]
-    return f"{max(numbers, default=0) + 1:04d}-{uuid.uuid4().hex[:6]}"
+    last = newest(store)
+    return f"{_number(last)[0] + 1 if last else 1:04d}-{uuid.uuid4().hex[:6]}"
 
 
 def write(store: Store, attempt: str, line: dict[str, Any], *, guard: bool = False) -> None:
@@ -75,33 +77,66 @@ def write(store: Store, attempt: str, line: dict[str, Any], *, guard: bool = Fal
     store.write_json(f"{FOLDER}/{attempt}{_GUARD if guard else '.json'}", line)
 
 
-def read(store: Store) -> list[Attempt]:
+def read(store: Store, say: Callable[[str], None] | None = None) -> list[Attempt]:
     """All attempts, in their order.
 
+    Args:
+        store: of the run.
+        say: is told of a damaged line, which is left out then.
+
     Raises:
-        StoreError: a line is damaged, or the store cannot be read.
+        StoreError: the store cannot be read; a line is damaged, and there is nobody to tell.
     """
-    lines: dict[str, dict[str, Any]] = {}
-    for name in sorted(store.names(FOLDER)):
-        match = re.fullmatch(rf"{FOLDER}/({_ID.pattern})(\.guard)?\.json", name)
-        if match is None:
-            continue
-        line = store.read_json(name) or {}
-        known = {key: value for key, value in line.items() if key in Attempt.__dataclass_fields__ and key != "id"}
-        if not all(_sound(key, value) for key, value in known.items()):
-            raise StoreError(f"{store.place}/{name} is damaged: {known}")
-        merged = lines.setdefault(match[1], {})
-        if match[3]:  # the guard sees the whole attempt, and why it ended better than the run does
-            merged |= {key: value for key, value in known.items() if value is not None}
-        else:
-            merged.update({**known, **merged})
-    return [Attempt(id=name, **line) for name, line in sorted(lines.items(), key=lambda item: _number(item[0]))]
+    found = []
+    for name in _ids(store):
+        try:
+            found.append(_whole(store, name))
+        except DamagedError as error:
+            if say is None:
+                raise
+            say(f"{error}; this attempt is not counted")
+    return found
+
+
+def heard(store: Store, attempt: str) -> Attempt | None:
+    """What the run itself says of an attempt; None before it does.
+
+    Raises:
+        DamagedError: its line is damaged.
+        StoreError: the store cannot be read.
+    """
+    line = _line(store, f"{attempt}.json")
+    return Attempt(attempt, **line) if line else None
+
+
+def _whole(store: Store, attempt: str) -> Attempt:
+    run, guard = (_line(store, f"{attempt}{end}") for end in (".json", _GUARD))
+    # The guard sees the whole attempt, and why it ended better than the run does; but it may be killed first.
+    line = run | {key: value for key, value in guard.items() if value is not None}
+    return Attempt(attempt, **line | {"seconds": max(of.get("seconds", 0.0) for of in (run, guard))})
+
+
+def _line(store: Store, file: str) -> dict[str, Any]:
+    name = f"{FOLDER}/{file}"
+    line = store.read_json(name) or {}
+    known = {key: value for key, value in line.items() if key in Attempt.__dataclass_fields__ and key != "id"}
+    if not all(_sound(key, value) for key, value in known.items()):
+        raise DamagedError(f"{store.place}/{name} is damaged: {known}")
+    return known
+
+
+def merge(*ledgers: Sequence[Attempt]) -> list[Attempt]:
+    """Of each attempt, what was written last, in their order."""
+    found: dict[str, Attempt] = {}
+    for attempt in (attempt for ledger in ledgers for attempt in ledger):
+        if attempt.id not in found or attempt.seconds > found[attempt.id].seconds:
+            found[attempt.id] = attempt
+    return sorted(found.values(), key=lambda attempt: _number(attempt.id))
 
 
 def newest(store: Store) -> str | None:
     """Id of the attempt that was opened last; of two that opened together, the one that counts."""
-    ids = {match[0] for name in store.names(FOLDER) if (match := _ID.search(name))}
-    return max(ids, key=_number, default=None)
+    return next(reversed(_ids(store)), None)
 
 
 def later(attempt: str, other: str) -> bool:
@@ -150,6 +185,10 @@ def total(attempts: Sequence[Attempt]) -> Total:
     )
 
 
+def _ids(store: Store) -> list[str]:
+    return sorted({match[0] for name in store.names(FOLDER) if (match := _ID.search(name))}, key=_number)
+
+
 def _number(attempt: str) -> tuple[int, str]:
     number, _, rest = attempt.partition("-")
     return int(number), rest
@@ -163,6 +202,6 @@ def _sound(key: str, value: Any) -> bool:
         return key in ("price", "spot", "ended")
     if key in _TEXTS:
         return isinstance(value, str)
-    if key == "spot":
+    if key in ("spot", "again"):
         return isinstance(value, bool)
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e15

@@ -16,7 +16,7 @@ from typing import Any
 from sdar_verl.atomic import write_text_atomically
 from sdar_verl.checks.resume import TRACKER
 from sdar_verl.cloud.nodes import first_with, on_every_node
-from sdar_verl.cloud.store import Store, StoreError
+from sdar_verl.cloud.store import DamagedError, Store
 from sdar_verl.errors import SdarError
 from sdar_verl.report import layout
 
@@ -51,7 +51,7 @@ class Mirror:
     def steps(self) -> dict[int, bool]:
         """Step -> whether its manifest is there, in the order of steps."""
         found: dict[int, bool] = {}
-        for name in self.store.names():
+        for name in self.store.names(unfinished=True):
             if match := _FOLDER.match(name):
                 step = int(match[1])
                 found[step] = found.get(step, False) or name == _manifest(step)
@@ -72,7 +72,7 @@ class Mirror:
         self.store.delete(_manifest(step))  # of another attempt at this step, whose files are about to change
         name = f"global_step_{step}"
         holders = on_every_node(_list_files, folder / name)
-        jobs = [(folder / name, f"{self.store.place}/{name}", own) for own in first_with(holders)]
+        jobs = [(folder, self.store.place, name, own) for own in first_with(holders)]
         parts = on_every_node(_upload_files, each=jobs)
         return {file: facts for part in parts for file, facts in part.items()}
 
@@ -100,15 +100,14 @@ class Mirror:
         )
         self.store.write(TRACKER, str(step).encode())
 
-    def keep(self, number: int) -> None:
-        """Delete all but the newest ``number`` whole checkpoints, and what uploads left that never ended."""
+    def keep(self, number: int, newest: int) -> None:
+        """Delete all but the last ``number`` whole checkpoints up to step ``newest``, and what uploads left that never
+        ended; later steps are of a branch that the run has left."""
         steps = self.steps()
-        whole = [step for step, sealed in steps.items() if sealed]
-        kept = set(whole[-number:])
-        for step in steps:
-            if step not in kept and step < max(whole, default=0):
-                self.store.delete(_manifest(step))  # first: what is half deleted must not count
-                self.store.delete_folder(f"global_step_{step}")
+        kept = [step for step, sealed in steps.items() if sealed and step <= newest][-number:]
+        for step in steps.keys() - kept:
+            self.store.delete(_manifest(step))  # first: what is half deleted must not count
+            self.store.delete_folder(f"global_step_{step}")
 
     # ---------------------------------------------------------------- down
 
@@ -119,10 +118,10 @@ class Mirror:
             Its step; 0 when the folder has it, or a newer one, already, or when the mirror holds none.
 
         Raises:
-            MirrorError: it does not fit on the disk.
-            StoreError: the mirror cannot be read.
+            MirrorError: it does not fit on the disk, or there are checkpoints and none of them can be used.
+            StoreError: the mirror cannot be read, or the folder not written.
         """
-        have = local_step(folder)
+        have, damaged = local_step(folder), []
         for step, whole in reversed(self.steps().items()):
             if step <= have:
                 break
@@ -132,22 +131,24 @@ class Mirror:
                 continue
             try:
                 files = self._files(step)
-            except StoreError as error:
+                self._check_room(folder, step, files)
+                self._download(folder, step, files)
+            except DamagedError as error:
                 self._say(f"{name}: {error}: passed over")
-                continue
-            self._check_room(folder, step, files)
-            fault = self._download(folder, step, files)
-            if fault:
-                self._say(f"{name}: {fault}: passed over")
+                damaged.append(step)
                 continue
             for note in (*_NOTES, *self._stored()):
-                if note not in _NOTES or self.store.read(note) is not None:
-                    self.store.download(_inside(note), folder / note)
+                self.store.download(_inside(note), folder / note)
             write_text_atomically(folder / TRACKER, str(step))  # last: only now verl sees the checkpoint
             self._say(
                 f"global_step_{step} came from {self.store.place}, {_size(files) / 1e6:.1f} MB in {len(files)} files"
             )
             return step
+        if damaged and have == 0:
+            raise MirrorError(
+                f"{self.store.place} has checkpoints of the steps {', '.join(map(str, damaged))}, and none is as "
+                "it was uploaded (see above): put one back, or start over with an sdar.cloud.mirror of its own"
+            )
         return 0
 
     def _files(self, step: int) -> dict[str, dict[str, Any]]:
@@ -158,7 +159,7 @@ class Mirror:
             for facts in files.values()
         )
         if manifest.get("schema") != _SCHEMA or not isinstance(files, dict) or not sound:
-            raise StoreError(f"{self.store.place}/{_manifest(step)} is damaged, or of another version")
+            raise DamagedError(f"{_manifest(step)} is damaged, or of another version")
         return {_inside(name): facts for name, facts in files.items()}
 
     def _check_room(self, folder: Path, step: int, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -170,16 +171,15 @@ class Mirror:
                 f"{folder} has room for {free / 1e9:.1f}: put the folder on a larger disk"
             )
 
-    def _download(self, folder: Path, step: int, files: Mapping[str, Mapping[str, Any]]) -> str:
-        def one(name: str) -> str:
-            try:
-                found = self.store.download(f"global_step_{step}/{name}", folder / f"global_step_{step}" / name)
-            except StoreError as error:
-                return str(error)
-            return "" if found == files[name] else f"{name} is not what was uploaded (size or hash differ)"
+    def _download(self, folder: Path, step: int, files: Mapping[str, Mapping[str, Any]]) -> None:
+        def one(name: str) -> None:
+            found = self.store.download(f"global_step_{step}/{name}", folder / f"global_step_{step}" / name)
+            if found != files[name]:
+                what = "is not there" if found is None else "is not what was uploaded (size or hash differ)"
+                raise DamagedError(f"{name} {what}")
 
         with ThreadPoolExecutor(_STREAMS) as pool:
-            return next(filter(None, pool.map(one, files)), "")
+            list(pool.map(one, files))
 
 
 def local_step(folder: Path) -> int:
@@ -209,7 +209,7 @@ def _inside(name: str) -> str:
     """``name``, if it stays in the folder that it is written to."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not path.parts:
-        raise StoreError(f"the mirror names a file {name!r}, which lies outside of a run's folder")
+        raise DamagedError(f"the mirror names a file {name!r}, which lies outside of a run's folder")
     return name
 
 
@@ -222,8 +222,8 @@ def _list_files(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-def _upload_files(folder: Path, place: str, names: list[str]) -> dict[str, dict[str, Any]]:
+def _upload_files(folder: Path, place: str, below: str, names: list[str]) -> dict[str, dict[str, Any]]:
     store = Store(place)
     with ThreadPoolExecutor(_STREAMS) as pool:
-        facts = list(pool.map(lambda name: store.upload(folder / name, name), names))
+        facts = list(pool.map(lambda name: store.upload(folder / below / name, f"{below}/{name}"), names))
     return dict(zip(names, facts, strict=True))

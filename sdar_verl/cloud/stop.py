@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
-from sdar_verl.cloud.store import Store, StoreError
+from sdar_verl.cloud.store import DamagedError, Store, StoreError
 
 FILE = "stop.json"
 
 
-def ask(stores: Sequence[Store], reason: str, attempt: str | None = None) -> None:
-    """Leave the wish.
+@dataclass(frozen=True)
+class Wish:
+    """That a run shall end.
+
+    Attributes:
+        reason: for the log and the ledger.
+        attempt: whom it is for. None: whoever runs, or starts next; somebody asked for it by hand.
+        again: the run is to go on elsewhere: its machine goes away.
+    """
+
+    reason: str
+    attempt: str | None = None
+    again: bool = False
+
+
+def ask(stores: Sequence[Store], wish: Wish) -> None:
+    """Leave the wish; one by hand, which the next start answers too, stays.
 
     Args:
         stores: the run's folder, its mirror, or both.
-        reason: for the log and the ledger.
-        attempt: whom it is for. None: whoever runs, or starts next; somebody asked for it by hand.
+        wish: the wish.
 
     Raises:
         StoreError: none of them could be written.
@@ -23,23 +38,27 @@ def ask(stores: Sequence[Store], reason: str, attempt: str | None = None) -> Non
     faults = []
     for store in stores:
         try:
-            store.write_json(FILE, {"reason": reason, "attempt": attempt})
+            if wish.attempt is None or asked(store) is None:
+                store.write_json(FILE, asdict(wish))
         except StoreError as error:
             faults.append(error)
     if len(faults) == len(stores):
         raise faults[0]
 
 
-def asked(store: Store, attempt: str | None = None) -> str | None:
-    """The reason, if an end was asked for, of ``attempt`` or by hand.
+def asked(store: Store, attempt: str | None = None) -> Wish | None:
+    """The wish, if an end was asked for, of ``attempt`` or by hand; a file of that name says it whatever it holds.
 
     Raises:
         StoreError: the store cannot be read.
     """
-    wish = store.read_json(FILE)
-    if wish is None or wish.get("attempt") not in (None, attempt):
+    try:
+        found = store.read_json(FILE)
+    except DamagedError:
+        found = {}
+    if found is None or found.get("attempt") not in (None, attempt):
         return None
-    return str(wish.get("reason", "asked to stop"))
+    return Wish(str(found.get("reason", f"there is a {FILE}")), found.get("attempt"), found.get("again") is True)
 
 
 def forget(stores: Sequence[Store]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote, unquote
 
 from pyarrow import fs
 
@@ -24,12 +25,20 @@ class StoreError(SdarError):
     """A folder or a bucket cannot be read or written; names it, and says what to look at."""
 
 
+class DamagedError(StoreError):
+    """A file can be read, and is not what it should be."""
+
+
 class Store:
     """Files below one place; names are relative, with ``/`` between folders.
 
     Args:
         place: ``s3://bucket/path``, ``gs://``, ``az://container/path``, ``file:///path`` or a folder's path. S3 and its
             kin take credentials, region and ``AWS_ENDPOINT_URL`` from the environment, Azure ``AZURE_STORAGE_ACCOUNT``.
+
+    Attributes:
+        place: as given.
+        folder: its absolute path, links resolved, on this machine's disks; None for a bucket.
 
     Raises:
         StoreError: another scheme, or no bucket of that name.
@@ -43,16 +52,22 @@ class Store:
             raise StoreError(f"{self.place}: {_explain(error)}") from error
         self._root = root.rstrip("/")
         self._local = isinstance(self._fs, fs.LocalFileSystem)
+        self.folder = Path(self._root).resolve() if self._local else None
 
-    def names(self, folder: str = "") -> dict[str, int]:
-        """Name -> bytes of every file below ``folder``; empty when there is none."""
+    def names(self, folder: str = "", *, unfinished: bool = False) -> dict[str, int]:
+        """Name -> bytes of every file below ``folder``; empty when there is none.
+
+        Args:
+            folder: ``""`` for all.
+            unfinished: also what writes into a folder left that were broken off.
+        """
         selector = fs.FileSelector(self._path(folder), recursive=True, allow_not_found=True)
         with self._told(f"list {folder or 'all files'}"):
             found = self._fs.get_file_info(selector)
         return {
             info.path[len(self._root) + 1 :]: info.size
             for info in found
-            if info.type == fs.FileType.File and not info.path.endswith(_PARTIAL)
+            if info.type == fs.FileType.File and (unfinished or not info.path.endswith(_PARTIAL))
         }
 
     def read(self, name: str) -> bytes | None:
@@ -68,15 +83,15 @@ class Store:
         """An object written by :meth:`write_json`; None when there is no such file.
 
         Raises:
-            StoreError: it is no JSON object.
+            DamagedError: it is no JSON object.
         """
         content = self.read(name)
         try:
             value = None if content is None else parse_json(content)
         except ValueError as error:
-            raise StoreError(f"{self.place}/{name} is damaged ({error})") from error
+            raise DamagedError(f"{self.place}/{name} is damaged ({error})") from error
         if value is not None and not isinstance(value, dict):
-            raise StoreError(f"{self.place}/{name} is damaged: it holds {shorten(value)}, not an object")
+            raise DamagedError(f"{self.place}/{name} is damaged: it holds {shorten(value)}, not an object")
         return value
 
     def write(self, name: str, content: bytes) -> None:
@@ -103,15 +118,21 @@ class Store:
         with self._told(f"write {name}"), path.open("rb") as source, self._output(name) as target:
             return _copy(source, target)
 
-    def download(self, name: str, path: Path) -> dict[str, Any]:
-        """Write ``name`` to ``path``, whose folders are made; returns its ``size`` and ``sha256``."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            self._told(f"read {name}"),
-            self._fs.open_input_stream(self._path(name)) as source,
-            path.open("wb") as target,
-        ):
-            return _copy(source, target)
+    def download(self, name: str, path: Path) -> dict[str, Any] | None:
+        """Write ``name`` to ``path``, whose folders are made.
+
+        Returns:
+            Its ``size`` and ``sha256``; None when there is no such file.
+        """
+        with self._told(f"read {name}"):
+            try:
+                source = self._fs.open_input_stream(self._path(name))
+            except FileNotFoundError:
+                return None
+            with source:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as target:
+                    return _copy(source, target)
 
     def check(self) -> None:
         """Write, read and delete a small file.
@@ -164,20 +185,27 @@ def _open(place: str) -> tuple[Any, str]:
     scheme, separator, rest = place.partition("://")
     if not separator:
         return fs.LocalFileSystem(), str(Path(place).expanduser().absolute())
+    path, query, options = rest.partition("?")
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme}://; known: {', '.join(f'{name}://' for name in SCHEMES)}")
     if scheme == "file" and not rest.startswith("/"):
         raise ValueError("a file:// place is an absolute path, with three slashes: file:///mnt/mirror")
-    if scheme != "file" and not rest.strip("/"):
+    if scheme == "file":
+        return fs.LocalFileSystem(), unquote(rest)
+    if "#" in rest:
+        raise ValueError("a bucket's place must not hold #, behind which nothing counts in an address")
+    if not path.strip("/"):
         raise ValueError(f"no bucket is named; write {scheme}://BUCKET/PATH")
     if scheme == "az":
         account = os.environ.get("AZURE_STORAGE_ACCOUNT")
         if not account:
             raise ValueError("set AZURE_STORAGE_ACCOUNT to the storage account's name")
+        if query:
+            raise ValueError("az:// takes no options behind ?")
         return fs.AzureFileSystem(account_name=account), rest
-    if scheme == "gs" and "?" not in rest:
-        place = f"{place}?retry_limit_seconds={_GCS_RETRIES_S}"  # else a quarter of an hour
-    return fs.FileSystem.from_uri(place)
+    if scheme == "gs" and not query:
+        query, options = "?", f"retry_limit_seconds={_GCS_RETRIES_S}"  # else a quarter of an hour
+    return fs.FileSystem.from_uri(f"{scheme}://{quote(path, safe='/%:@')}{query}{options}")
 
 
 def _copy(source: IO[bytes], target: IO[bytes]) -> dict[str, Any]:

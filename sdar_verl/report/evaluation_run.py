@@ -165,7 +165,7 @@ class Evaluation:
                 why = self._judge(arm, folder)
                 if why is not None and not over:
                     store = Store(folder / "checkpoints")
-                    stop.ask([store], why, ledger.newest(store))
+                    stop.ask([store], stop.Wish(why, ledger.newest(store)))
             if over:
                 return why
 

@@ -144,7 +144,7 @@ def _recipe(data: RunData) -> None:
 
 def _attempts(folder: Path, notes: list[str]) -> list[Attempt]:
     try:
-        return read_ledger(Store(folder))
+        return read_ledger(Store(folder), notes.append)
     except StoreError as error:
         notes.append(f"{error}; what the run cost is not shown")
         return []

@@ -142,7 +142,7 @@ def test_a_job_that_is_stopped_ends_in_order_and_the_next_goes_on(head, tmp_path
     first.wait(300)
     store = Store(tmp_path / "checkpoints")
     (attempt,) = ledger.read(store)
-    assert attempt.ended == "ended in order: SIGTERM" and attempt.price == 2 and attempt.spot
+    assert attempt.ended == "stopped: SIGTERM" and attempt.price == 2 and attempt.spot
     assert Mirror(f"file://{tmp_path}/mirror").newest() == attempt.step >= 1
     second = job(head, tmp_path, attempt.step + 1, "second")
     assert second.wait(500) == 0, (tmp_path / "second.txt").read_text()[-6000:]

@@ -86,7 +86,7 @@ def test_sigterm_ends_the_run_in_order_and_the_next_start_goes_on(tmp_path):
         run.process.send_signal(signal.SIGTERM)
         assert run.status() == 75, run.output[-6000:]
     (first,) = run.attempts
-    assert first.ended == "ended in order: SIGTERM" and first.spot and first.cost is not None and first.cost > 0
+    assert first.ended == "stopped: SIGTERM" and first.spot and first.cost is not None and first.cost > 0
     assert local_step(tmp_path / "checkpoints") == first.step >= 1
     with guarded(tmp_path, ["--price", "3.5"], *RARELY, steps=first.step + 1) as run:
         assert run.status() == 0, run.output[-6000:]

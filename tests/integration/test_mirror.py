@@ -87,7 +87,7 @@ def test_a_run_is_stopped_through_its_mirror(s3, tmp_path):
     run = LiveRun(tmp_path, *KEEPS, "trainer.save_freq=1000", f"sdar.cloud.mirror={place}", steps=1000)
     try:
         run.wait_for(lambda: "sdar step 1/" in run.output)
-        stop.ask([Store(place)], "enough seen")
+        stop.ask([Store(place)], stop.Wish("enough seen"))
         ended = run.end(timeout_s=240)
     finally:
         run.kill_all()

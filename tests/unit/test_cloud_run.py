@@ -19,6 +19,7 @@ from sdar_verl.cloud.mirror import Mirror, MirrorError
 from sdar_verl.cloud.store import Store, StoreError
 from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
+from sdar_verl.errors import ConfigError
 from sdar_verl.verl.resume import experiment
 from tests.support.toy_panel import write_toy_panels
 from tests.unit.test_mirror import checkpoint
@@ -147,11 +148,93 @@ def test_of_two_runs_on_one_mirror_the_earlier_ends_and_keeps_its_own(tmp_path, 
         first.run._notes.submit(int).result()  # its line is in the mirror
         with second.run:
             second.run._notes.submit(int).result()
+            second.step(4)
             first.step(4)
             first.uploaded()
-    assert Mirror(place).steps() == {2: True, 4: False}
+    manifest = Store(place).read_json("global_step_4/manifest.json")
+    assert Mirror(place).steps() == {2: True, 4: True} and manifest is not None
+    assert manifest["attempt"] == second.run._id, "the later run's checkpoint of that step is untouched"
     assert (first.folder / "global_step_4" / "data.pt").is_file()
     assert (ledger.read(Store(first.folder))[0].ended or "").startswith("TakenOver")
+
+
+def test_a_run_that_is_taken_over_while_it_uploads_does_not_seal(tmp_path, place):
+    first, second = Steps(tmp_path / "a", place), Steps(tmp_path / "b", place)
+    upload = Mirror.upload
+
+    def slow(self: Mirror, folder: Path, step: int):
+        with second.run:
+            second.run._notes.submit(int).result()
+        return upload(self, folder, step)
+
+    with pytest.raises(TakenOver), mock.patch.object(Mirror, "upload", slow), first.run:
+        first.run._notes.submit(int).result()
+        first.step(2)
+    assert Mirror(place).steps() == {2: False}
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(attempt, "_ALONE_S", 0.1)
+    refused = pytest.raises(ConfigError, match=r"another process trains there.*trainer\.experiment_name")
+    with Steps(tmp_path).run, refused, Steps(tmp_path).run:
+        pass
+    with Steps(tmp_path).run:
+        pass
+    assert len(ledger.read(Store(tmp_path / "run"))) == 2
+
+
+@pytest.mark.parametrize("failing", ["data.pt", "global_step"])
+def test_a_mirror_that_cannot_be_read_starts_nothing_over(tmp_path, place, monkeypatch, failing):
+    first = Steps(tmp_path / "a", place)
+    with first.run:
+        first.step(2)
+        first.step(4)
+    download = Store.download
+
+    def unreachable(self: Store, name: str, path: Path):
+        if failing in name:
+            raise StoreError(f"{self.place}: cannot read {name}: it cannot be reached")
+        return download(self, name, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "download", unreachable)
+        with pytest.raises(StoreError, match="cannot be reached"):
+            Steps(tmp_path / "b", place)
+    Steps(tmp_path / "b", place)
+    assert (tmp_path / "b/run/latest_checkpointed_iteration.txt").read_text() == "4"
+
+
+def test_checkpoints_of_which_none_can_be_used_are_not_trained_over(tmp_path, place):
+    first = Steps(tmp_path / "a", place)
+    with first.run:
+        first.step(2)
+    Store(place).write("global_step_2/data.pt", b"other")
+    with pytest.raises(
+        MirrorError, match=r"checkpoints of the steps 2, and none is as it was uploaded.*sdar\.cloud\.mirror"
+    ):
+        Steps(tmp_path / "b", place)
+    assert Steps(tmp_path / "a", place).folder.is_dir(), "its own folder has what it needs"
+
+
+def test_a_note_that_cannot_be_written_costs_the_note(tmp_path, monkeypatch, capsys):
+    steps = Steps(tmp_path)
+    with steps.run:
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger, "write", mock.Mock(side_effect=StoreError("the disk is full")))
+            steps.step(1)
+        steps.step(2)
+    assert "the disk is full" in capsys.readouterr().out
+    assert ledger.read(Store(steps.folder))[0].step == 2
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_line_says_whether_the_run_goes_on_elsewhere(tmp_path, again):
+    steps = Steps(tmp_path)
+    with steps.run:
+        stop.ask([Store(steps.folder)], stop.Wish("notice", steps.run._id, again))
+        steps.step(1)
+    line = ledger.read(Store(steps.folder))[0]
+    assert (line.ended, line.again) == ("stopped: notice", again)
 
 
 @pytest.mark.parametrize("where", ["folder", "mirror"])
@@ -159,7 +242,7 @@ def test_asked_to_stop_it_saves_this_step_and_takes_no_other(tmp_path, place, wh
     steps = Steps(tmp_path, place, save_freq=50)
     with steps.run:
         steps.step(1)
-        stop.ask([Store(steps.folder if where == "folder" else place)], "enough", steps.run._id)
+        stop.ask([Store(steps.folder if where == "folder" else place)], stop.Wish("enough", steps.run._id))
         steps.step(2)
     assert steps.config.trainer.save_freq == 1 and steps.trainer.total_training_steps == 2
     assert Mirror(place).steps() == {2: True}
@@ -203,14 +286,14 @@ def test_resuming_elsewhere_or_not_at_all_fills_nothing(tmp_path, place):
 def test_a_run_without_a_mirror_has_a_ledger_and_can_be_stopped(tmp_path):
     steps = Steps(tmp_path)
     with steps.run:
-        stop.ask([Store(steps.folder)], "enough")
+        stop.ask([Store(steps.folder)], stop.Wish("enough"))
         steps.step(1)
     assert ledger.read(Store(steps.folder))[0].ended == "stopped: enough"
 
 
 def test_a_run_that_was_asked_to_stop_while_down_does_not_start(tmp_path, place, monkeypatch):
     monkeypatch.delenv("SDAR_GUARD", raising=False)
-    stop.ask([Store(place)], "enough")
+    stop.ask([Store(place)], stop.Wish("enough"))
     assert before_ray(config(tmp_path, place)) == "enough"
     with mock.patch("sdar_verl.cloud.driver.answer_sigterm") as answered:
         assert before_ray(config(tmp_path, place)) is None, "once is enough"
@@ -249,6 +332,10 @@ def test_starting_over_beside_mirrored_checkpoints_is_refused(tmp_path, real):
     Store(f"file://{tmp_path}/mirror").write_json("global_step_4/manifest.json", {})
     (told,) = faults(real("trainer.resume_mode=disable"))
     assert "holds global_step_4, and trainer.resume_mode=disable" in told
+    resumed = [f"trainer.resume_from_path={tmp_path}/run/global_step_{step}" for step in (2, 4)]
+    (told,) = faults(real("trainer.resume_mode=resume_path", resumed[0]))
+    assert "trainer.resume_mode=resume_path would begin at step 2 beside it" in told
+    assert faults(real("trainer.resume_mode=resume_path", resumed[1])) == []
 
 
 @pytest.mark.parametrize(
@@ -259,6 +346,7 @@ def test_starting_over_beside_mirrored_checkpoints_is_refused(tmp_path, real):
         ("sdar.cloud.mirror=somewhere", "must be s3://"),
         ("sdar.cloud.mirror=ftp://x/y", "unknown scheme ftp://"),
         ("sdar.cloud.mirror=az://x/y", "AZURE_STORAGE_ACCOUNT"),
+        ("sdar.cloud.mirror='s3://bucket/run#2'", "must not hold #"),
         ("sdar.cloud.mirror=file:///proc/nothing", "cannot write"),
     ],
 )
@@ -269,5 +357,22 @@ def test_a_mirror_that_cannot_work_is_told(real, monkeypatch, override, told):
 
 
 def test_a_mirror_inside_the_runs_folder_is_refused(tmp_path, real):
-    (told,) = faults(real(f"sdar.cloud.mirror=file://{tmp_path}/run/mirror"))
-    assert "outside of trainer.default_local_dir" in told
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for inside in ("run/mirror", "other/../run/mirror", "link/mirror", "ru%6e/mirror"):
+        (told,) = faults(real(f"sdar.cloud.mirror=file://{tmp_path}/{inside}"))
+        assert "outside of trainer.default_local_dir" in told
+
+
+def test_a_number_of_checkpoints_without_a_mirror_is_told(real):
+    (told,) = faults(real("sdar.cloud.mirror=null", "sdar.cloud.keep=5"))
+    assert told.startswith("sdar.cloud.keep=5 has no effect without a mirror")
+
+
+@pytest.mark.parametrize("name", ["my run", "läuf", "run#2", "a?x=1", "a[1]"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    place = f"file://{tmp_path}/{name}/mirror"
+    first = Steps(tmp_path / "a", place)
+    with first.run:
+        first.step(2)
+    assert (tmp_path / name / "mirror/global_step_2/manifest.json").is_file()
+    assert (Steps(tmp_path / "b", place).folder / "global_step_2/data.pt").is_file()

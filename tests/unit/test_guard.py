@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from sdar_verl.cli import main
+from sdar_verl.cloud import driver, ledger, stop
 from sdar_verl.cloud import guard as guards
-from sdar_verl.cloud import ledger
 from sdar_verl.cloud.driver import planned_step_s
 from sdar_verl.cloud.guard import Guard, Limits
 from sdar_verl.cloud.notice import Ec2Notice
-from sdar_verl.cloud.store import Store
+from sdar_verl.cloud.store import Store, StoreError
 from sdar_verl.compose import compose_config
 from tests.support.metadata_server import metadata_server
 
@@ -33,19 +34,21 @@ tell_guard([store], known, 1, 8, float(os.environ.get("STEP_S", 0)) or None)
 if steps < 0:
     sys.exit(status)
 own, step, ended = ledger.open_id(store), first, None
-def say(ended=None):
+def say(ended=None, again=False):
     ledger.write(store, own, {"first": first, "step": step, "cards": 8, "beats": step + 1, "seconds": 1.0,
-                              "slowest": 0.05, "ended": ended})
+                              "slowest": 0.05, "again": again, "ended": ended})
 say()
 while step < steps:
     time.sleep(0.05)
     step += 1
     say()
-    reason = stop.asked(store, own)
-    if reason is not None:
-        say(f"stopped: {reason}")
+    wish = stop.asked(store, own)
+    if wish is not None:
+        stop.forget([store])
+        say(f"stopped: {wish.reason}", wish.again)
         sys.exit(0)
 if status == 99:
+    open(folder + "/asleep", "w").close()
     time.sleep(600)
 say("finished" if status == 0 else f"Broken: status {status}")
 sys.exit(status)
@@ -102,7 +105,7 @@ def test_three_attempts_without_a_step_are_enough(tmp_path):
     assert guard(tmp_path, steps=6, first=5, status=1).run() == 75, "one that made a step may try again"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
     signalled = threading.Thread(
         daemon=True, target=_signal_when, args=(lambda: attempts(tmp_path)[0].step > 2, number)
@@ -111,7 +114,41 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
     assert guard(tmp_path, steps=100000).run() == 75
     signalled.join()
     (line,) = attempts(tmp_path)
-    assert line.ended == "ended in order: SIGTERM" and line.step > 2
+    assert line.ended == f"stopped: {number.name}" and line.step > 2
+
+
+@pytest.mark.parametrize(("again", "status"), [(False, 0), (True, 75)])
+def test_the_runs_own_word_says_whether_another_start_goes_on(tmp_path, again, status):
+    """Asked by hand, or by an engine's hook, without the guard."""
+
+    def ask() -> None:
+        (line,) = attempts(tmp_path)
+        stop.ask([Store(tmp_path)], stop.Wish("enough", line.id if again else None, again))
+
+    threading.Thread(daemon=True, target=_when, args=(lambda: attempts(tmp_path)[0].step > 2, ask)).start()
+    assert guard(tmp_path, steps=100000).run() == status
+    assert attempts(tmp_path)[0].ended == "stopped: enough"
+
+
+def test_a_stop_by_hand_outlives_a_signal(tmp_path):
+    def both() -> None:
+        stop.ask([Store(tmp_path)], stop.Wish("enough"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(daemon=True, target=_when, args=((tmp_path / "asleep").exists, both)).start()
+    assert guard(tmp_path, status=99, grace_s=0.3).run() == 75
+    assert stop.asked(Store(tmp_path)) == stop.Wish("enough"), "the next start answers it"
+
+
+def test_a_run_that_nohup_protects_from_a_hangup_goes_on(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        hung_up = (lambda: attempts(tmp_path)[0].step > 1, signal.SIGHUP)
+        threading.Thread(daemon=True, target=_signal_when, args=hung_up).start()
+        assert guard(tmp_path, steps=20).run() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert attempts(tmp_path)[0].ended == "finished"
 
 
 def test_a_step_that_does_not_end_in_the_grace_is_cut_off(tmp_path):
@@ -142,6 +179,47 @@ def test_a_slow_step_is_no_hang(tmp_path):
     assert watch.run() == 0
 
 
+def test_the_slowest_step_may_be_an_earlier_attempts(tmp_path):
+    ledger.write(Store(tmp_path), "0001-aaaaaa", {"first": 0, "step": 3, "seconds": 9.0, "slowest": 100.0})
+    watch = guard(tmp_path, steps=6, first=3, hang_s=120.0)
+    assert watch.run() == 0 and watch.allowed_s == 400.0
+
+
+def test_before_the_first_step_the_planner_says_what_is_slow(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEP_S", "100")
+    watch = guard(tmp_path, hang_s=120.0)
+    assert watch.run() == 0 and watch.allowed_s == 400.0
+
+
+def test_a_damaged_line_of_an_earlier_attempt_is_told_and_hides_nothing(tmp_path, capfd):
+    ledger.write(Store(tmp_path), "0001-aaaaaa", {"first": 0, "step": 3, "seconds": 3600.0, "price": 5.0})
+    (tmp_path / "attempts" / "0002-bbbbbb.json").write_text("")
+    assert guard(tmp_path, steps=6, first=3, price=5.0, budget=100.0).run() == 0
+    told = capfd.readouterr().out
+    assert "0002-bbbbbb.json is damaged" in told and "5.00 of 100 USD are spent" in told
+
+
+def test_the_budget_counts_what_the_mirror_knows_too(tmp_path, monkeypatch):
+    here, mirror = Store(tmp_path / "run"), Store(tmp_path / "mirror")
+    for number, name in enumerate(("0001-aaaaaa", "0002-bbbbbb")):
+        for store in (here, mirror)[number:]:
+            ledger.write(store, name, {"first": 0, "step": 3, "seconds": 3600.0, "price": 5.0})
+    watch = guard(tmp_path / "run", steps=100000, price=5.0, budget=8.0)
+    program = RUN.replace("[ledger.newest(store)]", '["0002-bbbbbb"]').replace("ledger.open_id(store)", '"0003-cccccc"')
+    program = program.replace("tell_guard([store]", f"tell_guard([store, Store({mirror.place!r})]")
+    watch.command = [word if word != RUN else program for word in watch.command]
+    read, failures = ledger.read, iter([True, True, False])
+
+    def flaky(store, say=None):
+        if store.place == mirror.place and next(failures, False):
+            raise StoreError("cannot be reached")
+        return read(store, say)
+
+    monkeypatch.setattr(ledger, "read", flaky)
+    assert watch.run() == 0
+    assert "is spent" in (read(mirror)[-1].ended or "")
+
+
 def test_the_budget_counts_all_attempts(tmp_path):
     ledger.write(Store(tmp_path), "0001-aaaaaa", {"first": 0, "step": 9, "seconds": 1800.0, "slowest": 1.0})
     ledger.write(Store(tmp_path), "0001-aaaaaa", {"price": 10.0, "seconds": 3600.0}, guard=True)
@@ -166,6 +244,23 @@ def test_a_budget_that_does_not_pay_for_the_planned_first_step_starts_none(tmp_p
     assert "1.50 USD, does not pay for one step (2.00, by the planner)" in (attempt.ended or "")
     assert guard(tmp_path / "other", price=price, budget=2.5).run() == 0
     assert attempts(tmp_path / "other")[0].ended == "finished"
+
+
+def test_a_run_whose_guard_was_killed_asks_itself_to_end(monkeypatch):
+    guard, sent, kill = subprocess.Popen(["sleep", "600"]), [], os.kill
+    monkeypatch.setenv("SDAR_GUARD_PROCESS", str(guard.pid))
+    monkeypatch.setattr(driver, "GUARD_EVERY_S", 0.01)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr(os, "kill", lambda pid, n: sent.append(n) if pid == os.getpid() else kill(pid, n))
+    waiting = threading.Thread(daemon=True, target=driver._wake, args=(driver._guard(),))
+    waiting.start()
+    time.sleep(0.1)
+    assert sent == [signal.SIGUSR2]
+    guard.kill()
+    guard.wait()
+    waiting.join(60)
+    assert sent == [signal.SIGUSR2, signal.SIGTERM]
+    assert driver._guard() is None, "and without one nobody is missed"
 
 
 def test_what_a_step_takes_is_planned_for_cards_that_are_known():

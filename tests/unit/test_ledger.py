@@ -63,17 +63,23 @@ def test_lines_of_another_machine_are_copied_not_overwritten(tmp_path):
 @pytest.mark.parametrize("line", [{"step": "ten"}, {"seconds": -1}, {"ended": 3}, {"price": True}])
 def test_a_damaged_line_is_told(tmp_path, line):
     ledger.write(Store(tmp_path), "0001-aaaaaa", {**RUN, **line})
+    ledger.write(Store(tmp_path), "0002-bbbbbb", RUN)
     with pytest.raises(StoreError, match=r"0001-aaaaaa\.json is damaged"):
         ledger.read(Store(tmp_path))
+    told: list[str] = []
+    assert [attempt.id for attempt in ledger.read(Store(tmp_path), told.append)] == ["0002-bbbbbb"]
+    assert len(told) == 1 and "this attempt is not counted" in told[0]
 
 
 def test_a_wish_is_for_one_attempt_or_for_whoever_comes(tmp_path):
     store = Store(tmp_path)
-    stop.ask([store], "SIGTERM", "0001-aaaaaa")
-    assert stop.asked(store, "0001-aaaaaa") == "SIGTERM"
+    stop.ask([store], stop.Wish("SIGTERM", "0001-aaaaaa"))
+    assert stop.asked(store, "0001-aaaaaa") == stop.Wish("SIGTERM", "0001-aaaaaa")
     assert stop.asked(store, "0002-bbbbbb") is None and stop.asked(store) is None
-    stop.ask([store], "enough")
-    assert stop.asked(store, "0002-bbbbbb") == stop.asked(store) == "enough"
+    stop.ask([store], stop.Wish("enough"))
+    assert stop.asked(store, "0002-bbbbbb") == stop.asked(store) == stop.Wish("enough")
+    stop.ask([store], stop.Wish("SIGTERM", "0002-bbbbbb", again=True))
+    assert stop.asked(store) == stop.Wish("enough"), "what somebody asked for by hand outlives the attempt"
     stop.forget([store])
     assert stop.asked(store) is None
 
@@ -84,7 +90,36 @@ def test_stop_wants_a_run(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "sdar_run.json").write_text("{}")
     assert main(["stop", str(tmp_path), "--reason", "enough"]) == 0
-    assert stop.asked(Store(tmp_path / "checkpoints")) == "enough"
+    assert stop.asked(Store(tmp_path / "checkpoints")) == stop.Wish("enough")
+
+
+def test_a_run_whose_machine_goes_away_is_asked_by_its_attempt(tmp_path, capsys):
+    (tmp_path / "sdar_run.json").write_text("{}")
+    assert main(["stop", str(tmp_path), "--again"]) == 2
+    assert "has no attempt that could end" in capsys.readouterr().err
+    ledger.write(Store(tmp_path), "0003-aaaaaa", RUN)
+    assert main(["stop", str(tmp_path), "--again", "--reason", "notice"]) == 0
+    assert stop.asked(Store(tmp_path)) is None, "the next attempt is not asked"
+    assert stop.asked(Store(tmp_path), "0003-aaaaaa") == stop.Wish("notice", "0003-aaaaaa", again=True)
+
+
+@pytest.mark.parametrize("content", ["", "stop", "[]"])
+def test_a_file_of_that_name_is_a_wish(tmp_path, content):
+    (tmp_path / "stop.json").write_text(content)
+    assert stop.asked(Store(tmp_path), "0001-aaaaaa") == stop.Wish("there is a stop.json")
+
+
+def test_of_an_attempt_in_two_places_the_later_word_counts():
+    early, late = ledger.Attempt("0001-aaaaaa", seconds=1.0), ledger.Attempt("0001-aaaaaa", seconds=2.0)
+    other = ledger.Attempt("0002-bbbbbb")
+    assert ledger.merge([early], [other, late]) == ledger.merge([late, other], [early]) == [late, other]
+
+
+def test_a_guard_that_was_killed_does_not_hide_what_came_after(tmp_path):
+    store = Store(tmp_path)
+    ledger.write(store, "0001-aaaaaa", {**RUN, "seconds": 36000.0})
+    ledger.write(store, "0001-aaaaaa", {"price": 50.0, "seconds": 60.0}, guard=True)
+    assert ledger.read(store)[0].cost == pytest.approx(500)
 
 
 def run_with_ledger(folder, price, **settings):

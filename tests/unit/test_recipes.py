@@ -228,6 +228,7 @@ def test_scripts_are_thin_and_compose(compose_recipe, script, tmp_path):
     model, method = script.stem.removeprefix("run_").rsplit("_", 1)
     assert config.actor_rollout_ref.model.path == MODELS[model]
     assert (config.sdar.loss.coef, config.sdar.teacher.source) == {"sdar": (0.01, "actor"), "grpo": (0, "none")}[method]
+    assert config.sdar.method == method, "compare tells methods apart by it"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")

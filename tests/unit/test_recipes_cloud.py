@@ -139,3 +139,11 @@ def test_moto_makes_of_the_template_what_it_can_make(monkeypatch):
         bucket = outputs["Mirror"].removeprefix("s3://")
         assert bucket in {one["Name"] for one in clients["s3"].list_buckets()["Buckets"]}
         assert len(clients["sns"].list_subscriptions()["Subscriptions"]) == 1
+
+
+@pytest.mark.parametrize("file", ["sky.yaml", "rayjob.yaml"])
+def test_panels_are_those_that_prepare_writes(file):
+    from sdar_verl.envs.alfworld.prepare import PANELS
+
+    named = re.findall(r"data\.(?:train|val)_files=\S+/(\w+)\.parquet", (CLOUD / file).read_text())
+    assert len(named) == 2 and {*named} <= {*PANELS}
