@@ -17,7 +17,7 @@ from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.families import CONFIGS as MODELS
-from sdar_verl.planner.families import find_architecture, read_config
+from sdar_verl.planner.families import FAMILIES, find_architecture, read_config
 from sdar_verl.planner.hardware import GIB, Efficiency, find_gpu
 from sdar_verl.planner.layout import Layout
 from sdar_verl.planner.memory import activation_bytes, phases, resident, trainable
@@ -101,10 +101,21 @@ def test_the_text_model_of_one_with_a_vision_tower_is_read():
     assert read_config(whole).parameters == weights_of(CONFIGS["qwen3_5"])
 
 
-def test_what_a_config_leaves_out_is_transformers_default():
-    sparse = {"model_type": "gemma3_text", **FEW, "num_hidden_layers": 3}
-    del sparse["vocab_size"]
-    assert read_config(sparse).vocabulary == CONFIG_MAPPING["gemma3_text"]().vocab_size
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_a_config_leaves_out_is_transformers_default(tmp_path, kind):
+    """Of tied heads, head size, key-value heads, kinds of layers and experts; Qwen3.5-MoE has no intermediate size."""
+    sparse = {"num_hidden_layers": 8, "hidden_size": 1024, "num_attention_heads": 16}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **sparse}))
+    assert find_architecture(str(tmp_path)).parameters == weights_of(config_of(kind, **sparse))
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "{", '{"model_type": "qwen2", "hidden_size": "abc"}', '{"model_type": "qwen2", "text_config": 1}']
+)
+def test_a_config_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"model.path={tmp_path}: its config.json is none"):
+        find_architecture(str(tmp_path))
 
 
 def test_a_token_meets_its_own_experts_alone():
