@@ -33,6 +33,8 @@ class Layout:
         gpus: training GPUs, which the rollout engine shares.
         rollout_gpus: GPUs of the rollout alone, which runs beside the training (``sdar_separate_async``); else 0.
         tensor_parallel: GPUs of one rollout engine.
+        fsdp_size: training GPUs that the actor's weights are dealt out over, -1 for all; further ones hold copies.
+        reference_fsdp_size: the same of the reference.
         checkpointing: activations are recomputed in the backward pass.
         training_bytes: bytes of a weight that the optimizer updates (verl keeps float32 unless told otherwise).
         micro_tokens: largest tokens per GPU in one micro-batch of the update; of one with a fixed number of rows, if
@@ -81,6 +83,8 @@ class Layout:
     gpus: int
     rollout_gpus: int = 0
     tensor_parallel: int = 1
+    fsdp_size: int = -1
+    reference_fsdp_size: int = -1
     checkpointing: bool = True
     training_bytes: int = 4
     micro_tokens: int = 16384
@@ -207,6 +211,8 @@ class Layout:
             gpus=gpus,
             rollout_gpus=int(rollout.nnodes * rollout.n_gpus_per_node) if separate else 0,
             tensor_parallel=int(rollout.tensor_model_parallel_size),
+            fsdp_size=int(fsdp.get("fsdp_size", -1)),
+            reference_fsdp_size=int(reference.fsdp_config.get("fsdp_size", -1)),
             checkpointing=bool(model.enable_gradient_checkpointing),
             training_bytes=2 if fsdp.get("model_dtype") in ("bf16", "bfloat16") else 4,
             micro_tokens=int(micro_tokens),

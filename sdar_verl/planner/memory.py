@@ -7,8 +7,8 @@
     activations T * [2 h L + one layer's]        checkpointing; without: T * L * one layer's
     logits      T * V * bytes of the phase       bf16 logits, their gradient, and what the objective adds
 
-P weights, N GPUs, T tokens of a micro-batch. The allocator's fragmentation, the CUDA context and NCCL's buffers are a
-flat ``OVERHEAD``.
+P weights, N GPUs that they are dealt out over (all, or ``fsdp_size``), T tokens of a micro-batch. The allocator's
+fragmentation, the CUDA context and NCCL's buffers are a flat ``OVERHEAD``.
 """
 
 from __future__ import annotations
@@ -46,19 +46,33 @@ def trainable(layout: Layout) -> float:
     return float(layout.lora_rank * layout.architecture.lora_sides)
 
 
+def sharded(layout: Layout) -> dict[str, float]:
+    """Bytes on a GPU of everything that FSDP deals out, while it is there."""
+    gpus = layout.gpus
+    shards, of_reference = (
+        size if 0 < size < gpus else gpus for size in (layout.fsdp_size, layout.reference_fsdp_size)
+    )
+    weights, updated = layout.architecture.parameters, trainable(layout)
+    return {
+        "actor weights": layout.training_bytes * weights / shards,
+        "optimizer moments": 8.0 * updated / shards,
+        "gradients": layout.training_bytes * updated / shards,
+        "reference weights": 2.0 * weights / of_reference,
+        "teacher weights": layout.training_bytes * weights / shards,
+    }
+
+
 def resident(layout: Layout) -> dict[str, float]:
     """What of actor, reference and teacher stays on a GPU through all phases, sharded."""
-    parts = {"CUDA, NCCL, fragments": OVERHEAD}
-    weights = layout.architecture.parameters / layout.gpus
-    if not layout.actor_offload:
-        parts["actor weights"] = layout.training_bytes * weights
-    if not layout.optimizer_offload:
-        parts["optimizer moments"] = 8.0 * trainable(layout) / layout.gpus
-    if layout.reference and not layout.reference_offload:
-        parts["reference weights"] = 2.0 * weights
-    if layout.teacher in ("ema", "snapshot") and not layout.teacher_offload and layout.teacher_placement == "colocated":
-        parts["teacher weights"] = layout.training_bytes * weights
-    return parts
+    own_teacher = layout.teacher in ("ema", "snapshot") and layout.teacher_placement == "colocated"
+    stays = {
+        "actor weights": not layout.actor_offload,
+        "optimizer moments": not layout.optimizer_offload,
+        "reference weights": layout.reference and not layout.reference_offload,
+        "teacher weights": own_teacher and not layout.teacher_offload,
+    }
+    parts = {name: size for name, size in sharded(layout).items() if stays.get(name)}
+    return {"CUDA, NCCL, fragments": OVERHEAD, **parts}
 
 
 def gathered_bytes(layout: Layout) -> float:
@@ -117,10 +131,11 @@ def phases(layout: Layout, gpu_memory: float) -> list[Phase]:
         layout: the run.
         gpu_memory: bytes of the card; the rollout engine takes its share of it.
     """
-    a, n = layout.architecture, layout.gpus
-    base = resident(layout)
-    actor = {} if "actor weights" in base else {"actor weights": layout.training_bytes * a.parameters / n}
-    asleep = {**base, "sleeping rollout engine": SLEEPING_ENGINE}
+    a, base, parts = layout.architecture, resident(layout), sharded(layout)
+
+    def at_work(*names: str) -> dict[str, float]:
+        return {**base, "sleeping rollout engine": SLEEPING_ENGINE, **{name: parts[name] for name in names}}
+
     # A row is never split: the longest one is a micro-batch even when the budget is smaller.
     forward_tokens = max(layout.forward_tokens, layout.longest)
     update_tokens = max(layout.micro_tokens, layout.longest)
@@ -137,26 +152,21 @@ def phases(layout: Layout, gpu_memory: float) -> list[Phase]:
         rollout["log-probs of the teacher's rows"] = prompt_scores_bytes(layout)
     found = [
         Phase("rollout", rollout),
-        Phase("old log-probs", {**asleep, **actor, **passes, **logits(True)}),  # verl logs the entropy
+        Phase("old log-probs", {**at_work("actor weights"), **passes, **logits(True)}),  # verl logs the entropy
     ]
     if layout.reference_pass or layout.teacher == "reference":
-        reference = {} if "reference weights" in base else {"reference weights": 2.0 * a.parameters / n}
-        found.append(Phase("reference", {**asleep, **reference, **passes, **logits(layout.teacher == "reference")}))
+        found.append(
+            Phase("reference", {**at_work("reference weights"), **passes, **logits(layout.teacher == "reference")})
+        )
     if layout.teacher not in ("none", "reference") and layout.teacher_placement == "colocated":
-        own: dict[str, float] = {}
-        if layout.teacher in ("ema", "snapshot") and "teacher weights" not in base:
-            own["teacher weights"] = layout.training_bytes * a.parameters / n
-        found.append(Phase("teacher", {**asleep, **actor, **own, **passes, **logits(True)}))
-    moments = {} if "optimizer moments" in base else {"optimizer moments": 8.0 * trainable(layout) / n}
+        own = ["teacher weights"] if layout.teacher in ("ema", "snapshot") else []
+        found.append(Phase("teacher", {**at_work("actor weights", *own), **passes, **logits(True)}))
     fresh = 2.0 if layout.teacher == "actor_fresh" else 1.0  # the teacher's rows ride in the student's micro-batch
     found.append(
         Phase(
             "update",
             {
-                **asleep,
-                **actor,
-                **moments,
-                "gradients": layout.training_bytes * trainable(layout) / n,
+                **at_work("actor weights", "optimizer moments", "gradients"),
                 "gathered weights": gathered_bytes(layout),
                 "activations": activation_bytes(layout, update_tokens),
                 "logits": logits_bytes(layout, update_tokens, backward=True, entropy=layout.entropy) * fresh,

@@ -191,6 +191,25 @@ def test_what_is_sharded_halves_with_twice_the_cards_and_the_rest_stays():
     assert two["CUDA, NCCL, fragments"] == one["CUDA, NCCL, fragments"]
 
 
+def test_what_is_sharded_over_fewer_cards_takes_more_room():
+    """``fsdp_size`` of the actor and of the reference: 8 of 32 cards hold a copy."""
+    node = "actor_rollout_ref.{}.fsdp_config.{}"
+    names = [node.format(role, "fsdp_size=8") for role in ("actor", "ref")]
+    kept = [node.format("ref", "param_offload=False"), "sdar.teacher.source=ema", "sdar.teacher.offload=False"]
+    kept += ["actor_rollout_ref.actor.use_kl_loss=True", "trainer.nnodes=4"]
+    over_all, both, own = (update_parts(*kept, *more) for more in ([], names, names[1:]))
+    parts = ["actor weights", "optimizer moments", "gradients", "teacher weights"]
+    for name in [*parts, "reference weights"]:
+        assert both[name] == 4 * over_all[name]
+        assert own[name] == (over_all if name in parts else both)[name]
+    assert both["gathered weights"] == over_all["gathered weights"]
+    assert update_parts(*kept, node.format("actor", "fsdp_size=64")) == over_all, "more than there are: all"
+
+
+def update_parts(*overrides: str) -> dict[str, float]:
+    return phases(planned(*overrides), H100.memory)[-1].parts
+
+
 def test_checkpointing_keeps_one_layers_activations_and_every_layers_input():
     a = RUN.architecture
     full, light = (activation_bytes(replace(RUN, checkpointing=flag), 1000) for flag in (False, True))
