@@ -30,8 +30,10 @@ class Layout:
 
     Attributes:
         architecture: of the policy; reference and teacher have the same.
-        gpus: training GPUs, which the rollout engine shares.
+        gpus: training GPUs.
         rollout_gpus: GPUs of the rollout alone, which runs beside the training (``sdar_separate_async``); else 0.
+        shares_rollout: training GPUs have rollout engines, too; those of ``sdar_separate_async`` play validations and
+            warm up, and ``actor_rollout_ref.hybrid_engine=False`` leaves them out.
         tensor_parallel: GPUs of one rollout engine.
         fsdp_size: training GPUs that the actor's weights are dealt out over, -1 for all; further ones hold copies.
         reference_fsdp_size: the same of the reference.
@@ -82,6 +84,7 @@ class Layout:
     architecture: Architecture
     gpus: int
     rollout_gpus: int = 0
+    shares_rollout: bool = True
     tensor_parallel: int = 1
     fsdp_size: int = -1
     reference_fsdp_size: int = -1
@@ -174,7 +177,7 @@ class Layout:
             validations: how many there are, and of how many episodes each.
 
         Raises:
-            ConfigError: a model the planner does not know.
+            ConfigError: a model the planner does not know, or rollout engines of GPUs that are not there.
         """
         model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
         rollout, reference = config.actor_rollout_ref.rollout, config.actor_rollout_ref.ref
@@ -190,11 +193,17 @@ class Layout:
         reads_reference = bool((actor.use_kl_loss and actor.kl_loss_coef) or config.algorithm.use_kl_in_reward)
         separate = verl_mode(config.trainer.v1.trainer_mode) == "separate_async"
         gpus = int(config.trainer.n_gpus_per_node * config.trainer.nnodes)
-        if gpus % rollout.tensor_model_parallel_size:
-            raise ConfigError(
-                f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does not "
-                f"divide the {gpus} GPUs (trainer.n_gpus_per_node x trainer.nnodes)"
-            )
+        own = int(rollout.nnodes * rollout.n_gpus_per_node) if separate else 0
+        shares = not separate or bool(config.actor_rollout_ref.hybrid_engine)
+        for size, options in (
+            (gpus if shares else 0, "GPUs (trainer.n_gpus_per_node x trainer.nnodes)"),
+            (own, "GPUs of the rollout (actor_rollout_ref.rollout.n_gpus_per_node x nnodes)"),
+        ):
+            if size % rollout.tensor_model_parallel_size:
+                raise ConfigError(
+                    f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does "
+                    f"not divide the {size} {options}; choose a divisor"
+                )
         validates_only = bool(config.trainer.get("val_only", False))
         steps = config.trainer.total_training_steps if steps is None else steps
         steps = 0 if validates_only else int(steps or 0)
@@ -209,7 +218,8 @@ class Layout:
         return cls(
             architecture=find_architecture(str(model.path)),
             gpus=gpus,
-            rollout_gpus=int(rollout.nnodes * rollout.n_gpus_per_node) if separate else 0,
+            rollout_gpus=own,
+            shares_rollout=shares,
             tensor_parallel=int(rollout.tensor_model_parallel_size),
             fsdp_size=int(fsdp.get("fsdp_size", -1)),
             reference_fsdp_size=int(reference.fsdp_config.get("fsdp_size", -1)),

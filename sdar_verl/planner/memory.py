@@ -1,4 +1,4 @@
-"""Bytes per GPU in each phase of a step, under FSDP (full sharding) with a colocated rollout engine.
+"""Bytes per GPU in each phase of a step, under FSDP (full sharding), with the rollout engine beside it where one is.
 
     weights     training_bytes * P / N           sharded over N ranks
     moments     8 * P / N                        Adam, float32
@@ -125,7 +125,7 @@ def prompt_scores_bytes(layout: Layout) -> float:
 
 
 def phases(layout: Layout, gpu_memory: float) -> list[Phase]:
-    """Memory of every phase on one training GPU.
+    """Memory of every phase on one training GPU; the rollout's on one of its own where no engine shares these.
 
     Args:
         layout: the run.
@@ -134,7 +134,8 @@ def phases(layout: Layout, gpu_memory: float) -> list[Phase]:
     a, base, parts = layout.architecture, resident(layout), sharded(layout)
 
     def at_work(*names: str) -> dict[str, float]:
-        return {**base, "sleeping rollout engine": SLEEPING_ENGINE, **{name: parts[name] for name in names}}
+        asleep = {"sleeping rollout engine": SLEEPING_ENGINE} if layout.shares_rollout else {}
+        return {**base, **asleep, **{name: parts[name] for name in names}}
 
     # A row is never split: the longest one is a micro-batch even when the budget is smaller.
     forward_tokens = max(layout.forward_tokens, layout.longest)
@@ -147,7 +148,8 @@ def phases(layout: Layout, gpu_memory: float) -> list[Phase]:
     def logits(entropy: bool) -> dict[str, float]:
         return {"logits": logits_bytes(layout, forward_tokens, backward=False, entropy=entropy)}
 
-    rollout = {**base, "rollout engine": layout.rollout_share * gpu_memory}
+    beside = base if layout.shares_rollout else {"CUDA, NCCL, fragments": OVERHEAD}
+    rollout = {**beside, "rollout engine": layout.rollout_share * gpu_memory}
     if layout.teacher_placement == "rollout_server":
         rollout["log-probs of the teacher's rows"] = prompt_scores_bytes(layout)
     found = [

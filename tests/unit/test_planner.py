@@ -356,6 +356,38 @@ def test_the_separate_modes_rollout_is_read_from_the_recipe():
         assert Layout.from_config(config, load_config(config.sdar)).rollout_gpus == gpus
 
 
+SEPARATE = ["trainer.v1.trainer_mode=sdar_separate_async", "actor_rollout_ref.rollout.nnodes=1"]
+
+
+def test_training_cards_have_no_engine_where_the_rollout_has_all_of_them():
+    """With verl's default they have one, which validations are played on: trainer_separate_async.py."""
+    asleep, awake = "sleeping rollout engine", "rollout engine"
+    for alone in (False, True):
+        layout = planned(*SEPARATE, f"actor_rollout_ref.hybrid_engine={not alone}")
+        found = {phase.name: phase.parts for phase in phases(layout, H100.memory)}
+        assert {name for name, parts in found.items() if asleep in parts} == (
+            set() if alone else {*found} - {"rollout"}
+        )
+        assert found["rollout"][awake] == layout.rollout_share * H100.memory
+        assert (set(found["rollout"]) == {awake, "CUDA, NCCL, fragments"}) is alone
+
+
+@pytest.mark.parametrize(
+    ("training", "rollout", "hybrid", "named"),
+    [(8, 6, True, "6 GPUs of the rollout"), (6, 8, True, "6 GPUs (trainer"), (6, 8, False, ""), (8, 4, True, "")],
+)
+def test_an_engine_has_its_cards_on_both_sides(training, rollout, hybrid, named):
+    words = [*SEPARATE, f"trainer.n_gpus_per_node={training}", f"actor_rollout_ref.hybrid_engine={hybrid}"]
+    words += [f"actor_rollout_ref.rollout.n_gpus_per_node={rollout}"]
+    words += ["actor_rollout_ref.rollout.tensor_model_parallel_size=4"]
+    if not named:
+        assert planned(*words).rollout_gpus == rollout
+        return
+    with pytest.raises(ConfigError) as told:
+        planned(*words)
+    assert f"tensor_model_parallel_size=4 does not divide the {named}" in str(told.value)
+
+
 def test_text_and_json_say_the_same():
     plan = make_plan(RUN, H100)
     data = json.loads(json.dumps(as_dict(plan, price=2.5)))
