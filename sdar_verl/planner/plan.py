@@ -43,6 +43,12 @@ class Plan:
         """Why it does not fit, and what to change; empty when it fits."""
         faults = []
         gib = 1024**3
+        layout, heads = self.layout, self.layout.architecture.heads
+        if heads % layout.tensor_parallel:
+            faults.append(
+                f"actor_rollout_ref.rollout.tensor_model_parallel_size={layout.tensor_parallel} does not divide the "
+                f"{heads} attention heads of {layout.architecture.name}: choose a divisor"
+            )
         for phase in self.phases:
             if phase.total > self.gpu.memory:
                 largest = max(phase.parts, key=lambda part: phase.parts[part])

@@ -280,6 +280,14 @@ def test_a_layout_that_does_not_fit_says_which_phase_and_what_to_change():
     assert any("optimizer_offload" in fault for fault in plan.faults)
 
 
+def test_an_engine_deals_out_whole_heads(capsys):
+    """Of 28 in Qwen2.5-7B: vLLM refuses 8 GPUs, whatever the memory."""
+    size = "actor_rollout_ref.rollout.tensor_model_parallel_size"
+    assert main(["plan", "model=qwen2.5-7b", f"{size}=4"]) == 0
+    assert main(["plan", "model=qwen2.5-7b", f"{size}=8"]) == 1
+    assert f"  - {size}=8 does not divide the 28 attention heads of Qwen2.5-7B" in capsys.readouterr().out
+
+
 def test_the_recommendation_fits_on_no_more_cards_than_needed():
     wished = replace(RUN, architecture=find_architecture("qwen2.5-7b"))
     found = recommend(wished, H100)
