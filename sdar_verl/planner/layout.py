@@ -21,6 +21,7 @@ from sdar_verl.planner.architecture import Architecture
 from sdar_verl.planner.families import find_architecture
 from sdar_verl.recipe import plays_environments
 from sdar_verl.requests import CHUNK_TOKENS, reads_distributions
+from sdar_verl.teacher.sources import has_reference
 from sdar_verl.writer.endpoint import ANSWER_TOKENS, PROMPT_TOKENS
 
 
@@ -46,7 +47,7 @@ class Layout:
         forward_dynamic: those of log-prob passes are.
         actor_offload: the actor's weights wait on the CPU while the engine generates.
         optimizer_offload: the optimizer's moments do.
-        reference: a reference worker exists.
+        reference: verl has a reference; with LoRA it is the base under the actor's adapter, without weights of its own.
         reference_offload: its weights wait on the CPU between its passes.
         reference_pass: it is asked for log-probs of the student's rows.
         entropy: the update computes the entropy of the student.
@@ -189,7 +190,6 @@ class Layout:
         room = max(sdar.teacher.max_prompt_length - config.data.max_prompt_length, 0)
         teacher = sdar.teacher.source
         lora = int(OmegaConf.select(model, "lora_rank") or OmegaConf.select(model, "lora.rank") or 0)
-        has_reference = bool(actor.use_kl_loss or config.algorithm.use_kl_in_reward) and lora == 0
         reads_reference = bool((actor.use_kl_loss and actor.kl_loss_coef) or config.algorithm.use_kl_in_reward)
         separate = verl_mode(config.trainer.v1.trainer_mode) == "separate_async"
         gpus = int(config.trainer.n_gpus_per_node * config.trainer.nnodes)
@@ -231,7 +231,7 @@ class Layout:
             forward_dynamic=forward_dynamic,
             actor_offload=bool(fsdp.param_offload),
             optimizer_offload=bool(fsdp.optimizer_offload),
-            reference=has_reference,
+            reference=has_reference(config),
             reference_offload=bool(reference.fsdp_config.param_offload),
             reference_pass=reads_reference,
             entropy=bool(actor.entropy_coeff) or gate_reads(sdar.loss.gate, "entropy"),

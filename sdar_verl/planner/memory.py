@@ -68,7 +68,7 @@ def resident(layout: Layout) -> dict[str, float]:
     stays = {
         "actor weights": not layout.actor_offload,
         "optimizer moments": not layout.optimizer_offload,
-        "reference weights": layout.reference and not layout.reference_offload,
+        "reference weights": layout.reference and layout.lora_rank == 0 and not layout.reference_offload,
         "teacher weights": own_teacher and not layout.teacher_offload,
     }
     parts = {name: size for name, size in sharded(layout).items() if stays.get(name)}
@@ -157,9 +157,8 @@ def phases(layout: Layout, gpu_memory: float) -> list[Phase]:
         Phase("old log-probs", {**at_work("actor weights"), **passes, **logits(True)}),  # verl logs the entropy
     ]
     if layout.reference_pass or layout.teacher == "reference":
-        found.append(
-            Phase("reference", {**at_work("reference weights"), **passes, **logits(layout.teacher == "reference")})
-        )
+        read = "actor weights" if layout.lora_rank else "reference weights"  # the base under the actor's adapter
+        found.append(Phase("reference", {**at_work(read), **passes, **logits(layout.teacher == "reference")}))
     if layout.teacher not in ("none", "reference") and layout.teacher_placement == "colocated":
         own = ["teacher weights"] if layout.teacher in ("ema", "snapshot") else []
         found.append(Phase("teacher", {**at_work("actor weights", *own), **passes, **logits(True)}))
