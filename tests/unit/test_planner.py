@@ -256,6 +256,18 @@ def test_lora_trains_a_fraction_of_the_weights():
     assert resident(lora)["optimizer moments"] == 8 * trainable(lora) / 8
 
 
+def test_loras_reference_is_the_base_in_the_actor():
+    words = ["actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.ref.fsdp_config.param_offload=False"]
+    words.append("actor_rollout_ref.actor.fsdp_config.param_offload=True")
+    for lora in (0, 32):
+        layout = planned(*words, f"actor_rollout_ref.model.lora_rank={lora}")
+        for phase in phases(layout, H100.memory):
+            assert ("reference weights" in phase.parts) is (lora == 0)
+            assert ("actor weights" in phase.parts) is (
+                phase.name not in ({"rollout"} if lora else {"rollout", "reference"})
+            )
+
+
 def test_phases_without_work_are_not_there():
     plain = replace(RUN, teacher="none", reference_pass=False)
     assert set(phase_flops(plain)) == {"old log-probs", "update"}
@@ -273,11 +285,49 @@ def test_twice_the_turns_take_twice_the_time():
     assert twice == pytest.approx(2 * once)
 
 
-def test_a_layout_that_does_not_fit_says_which_phase_and_what_to_change():
-    tight = replace(RUN, gpus=1, tensor_parallel=1, architecture=find_architecture("qwen2.5-7b"))
-    plan = make_plan(tight, H100)
-    assert not plan.fits
-    assert any("optimizer_offload" in fault for fault in plan.faults)
+FEW_CARDS = ["model=qwen2.5-7b", "trainer.n_gpus_per_node=2"]
+ACTOR = "actor_rollout_ref.actor.fsdp_config"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [
+            "sdar.teacher.source=ema",
+            "sdar.teacher.offload=False",
+            "actor_rollout_ref.ref.fsdp_config.param_offload=False",
+        ],
+        [f"{ACTOR}.fsdp_size=1", "actor_rollout_ref.model.enable_gradient_checkpointing=False"],
+    ],
+)
+def test_advice_to_a_layout_that_does_not_fit_saves_what_it_says(overrides):
+    def total(phase: str, *words: str) -> float:
+        return next(p.total for p in make_plan(planned(*FEW_CARDS, *overrides, *words), H100).phases if p.name == phase)
+
+    faults = make_plan(planned(*FEW_CARDS, *overrides), H100).faults
+    assert [fault.split(" needs ")[0] for fault in faults][-1] == "update"
+    for fault in (faults[0], faults[-1]):
+        phase, advice = fault.split(" needs ")[0], fault.split("): ")[1]
+        for remedy in advice.split(", or "):
+            words, saved = remedy.removesuffix(" GiB").split(" saves ")
+            assert total(phase) - total(phase, *words.split()) == pytest.approx(int(saved) * GIB, abs=0.6 * GIB)
+
+
+def test_no_offload_is_advised_that_cannot_help():
+    """In the update weights and moments are at work; and what is set already is not said again."""
+    offloads = [f"{ACTOR}.{name}_offload=True" for name in ("param", "optimizer")]
+    for given in ([], offloads):
+        faults = make_plan(planned(*FEW_CARDS, *given), find_gpu("a100-40gb")).faults
+        advised = {name for name in offloads if any(name in fault for fault in faults)}
+        assert advised == set(offloads) - set(given)
+        (update,) = (fault for fault in faults if fault.startswith("update needs"))
+        assert "_offload" not in update
+        assert "trainer.n_gpus_per_node=4 saves" in update and "actor_rollout_ref.model.lora_rank=32 saves" in update
+
+
+def test_a_card_is_too_small_where_nothing_helps():
+    plan = make_plan(replace(RUN, longest=10**6, lora_rank=8), H100)
+    assert [fault.split("): ")[1] for fault in plan.faults if "update" in fault] == ["use a card with more memory"]
 
 
 def test_an_engine_deals_out_whole_heads(capsys):
@@ -487,7 +537,7 @@ def test_a_fixed_micro_batch_is_planned_for_the_longest_rows():
     assert (filled.micro_tokens, filled.dynamic, filled.forward_dynamic) == (16384, True, True)
     many = make_plan(replace(layout, micro_tokens=10**6), H100)
     assert any(
-        fault.startswith("update") and "lower actor_rollout_ref.actor.ppo_micro" in fault for fault in many.faults
+        fault.startswith("update") and "actor_rollout_ref.actor.use_dynamic_bsz=True" in fault for fault in many.faults
     )
     found = recommend(replace(layout, micro_tokens=10**6), H100)
     assert found.fits
