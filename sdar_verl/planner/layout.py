@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.algorithm.gates import gate_reads
+from sdar_verl.checks.engine import sequence_parallel
 from sdar_verl.checks.modes import verl_mode
 from sdar_verl.config import SdarConfig
 from sdar_verl.context.builder import further_passes
@@ -40,6 +41,8 @@ class Layout:
         reference_fsdp_size: the same of the reference.
         checkpointing: activations are recomputed in the backward pass.
         training_bytes: bytes of a weight that the optimizer updates (verl keeps float32 unless told otherwise).
+        mini_batch_rows: rows of an update, which all training GPUs share evenly; 0: counted in prompts, or with several
+            GPUs to a row (sequence parallelism, which the planner does not know).
         micro_tokens: largest tokens per GPU in one micro-batch of the update; of one with a fixed number of rows, if
             all are the longest.
         forward_tokens: the same for log-prob passes.
@@ -91,6 +94,7 @@ class Layout:
     reference_fsdp_size: int = -1
     checkpointing: bool = True
     training_bytes: int = 4
+    mini_batch_rows: int = 0
     micro_tokens: int = 16384
     forward_tokens: int = 32768
     dynamic: bool = True
@@ -141,13 +145,24 @@ class Layout:
         return self.episodes * self.turns
 
     @property
+    def shards(self) -> int:
+        """Training GPUs that a copy of the actor's weights is dealt out over."""
+        return self.fsdp_size if 0 < self.fsdp_size < self.gpus else self.gpus
+
+    @property
+    def reference_shards(self) -> int:
+        """Those of the reference's."""
+        return self.reference_fsdp_size if 0 < self.reference_fsdp_size < self.gpus else self.gpus
+
+    @property
     def gpus_apart(self) -> int:
         """Those of a separate rollout and of the teacher's own pool, which do not train."""
         return self.rollout_gpus + (self.teacher_gpus if self.teacher_placement == "pool" else 0)
 
     def with_gpus(self, gpus: int) -> Layout:
-        """The same run on another number of GPUs."""
-        return replace(self, gpus=gpus, tensor_parallel=min(self.tensor_parallel, gpus))
+        """The same run on another number of training GPUs; engines that they cannot be dealt out to become smaller."""
+        engine = math.gcd(self.tensor_parallel, gpus) if self.shares_rollout else self.tensor_parallel
+        return replace(self, gpus=gpus, tensor_parallel=engine)
 
     @classmethod
     def from_config(
@@ -225,6 +240,7 @@ class Layout:
             reference_fsdp_size=int(reference.fsdp_config.get("fsdp_size", -1)),
             checkpointing=bool(model.enable_gradient_checkpointing),
             training_bytes=2 if fsdp.get("model_dtype") in ("bf16", "bfloat16") else 4,
+            mini_batch_rows=int(sdar.update.mini_batch_rows or 0) if sequence_parallel(actor)[1] == 1 else 0,
             micro_tokens=int(micro_tokens),
             forward_tokens=int(forward_tokens if forward_dynamic else (fixed[1] or fixed[0] or 1) * longest),
             dynamic=dynamic,

@@ -48,16 +48,12 @@ def trainable(layout: Layout) -> float:
 
 def sharded(layout: Layout) -> dict[str, float]:
     """Bytes on a GPU of everything that FSDP deals out, while it is there."""
-    gpus = layout.gpus
-    shards, of_reference = (
-        size if 0 < size < gpus else gpus for size in (layout.fsdp_size, layout.reference_fsdp_size)
-    )
-    weights, updated = layout.architecture.parameters, trainable(layout)
+    weights, updated, shards = layout.architecture.parameters, trainable(layout), layout.shards
     return {
         "actor weights": layout.training_bytes * weights / shards,
         "optimizer moments": 8.0 * updated / shards,
         "gradients": layout.training_bytes * updated / shards,
-        "reference weights": 2.0 * weights / of_reference,
+        "reference weights": 2.0 * weights / layout.reference_shards,
         "teacher weights": layout.training_bytes * weights / shards,
     }
 

@@ -44,12 +44,19 @@ class Plan:
     @property
     def faults(self) -> list[str]:
         """Why it does not fit, and what to change; empty when it fits."""
-        faults = []
-        layout, heads = self.layout, self.layout.architecture.heads
-        if heads % layout.tensor_parallel:
+        faults, layout = [], self.layout
+        heads = f"attention heads of {layout.architecture.name}"
+        for option, size, whole, what in (
+            ("rollout.tensor_model_parallel_size", layout.tensor_parallel, layout.architecture.heads, heads),
+            ("actor.fsdp_config.fsdp_size", layout.shards, layout.gpus, "training GPUs"),
+            ("ref.fsdp_config.fsdp_size", layout.reference_shards, layout.gpus, "training GPUs"),
+        ):
+            if whole % size:
+                faults.append(f"actor_rollout_ref.{option}={size} does not divide the {whole} {what}: choose a divisor")
+        if layout.mini_batch_rows % layout.gpus:
             faults.append(
-                f"actor_rollout_ref.rollout.tensor_model_parallel_size={layout.tensor_parallel} does not divide the "
-                f"{heads} attention heads of {layout.architecture.name}: choose a divisor"
+                f"sdar.update.mini_batch_rows={layout.mini_batch_rows} is no multiple of the {layout.gpus} training "
+                "GPUs: choose one, or another number of GPUs"
             )
         for phase in self.phases:
             if phase.total > self.gpu.memory:
@@ -184,8 +191,14 @@ def _gentler(layout: Layout) -> list[Layout]:
     return candidates
 
 
-def changed(wished: Layout, found: Layout) -> list[str]:
-    """Overrides that turn the one layout into the other."""
+def changed(wished: Layout, found: Layout, cards: int | None = None) -> list[str]:
+    """Overrides that turn the one layout into the other.
+
+    Args:
+        wished: the recipe's.
+        found: another.
+        cards: of each machine that it is for, whose number is then said in any case; None: 8.
+    """
     options = {
         "tensor_parallel": "actor_rollout_ref.rollout.tensor_model_parallel_size",
         "fsdp_size": "actor_rollout_ref.actor.fsdp_config.fsdp_size",
@@ -209,7 +222,7 @@ def changed(wished: Layout, found: Layout) -> list[str]:
     for switch, tokens in (("dynamic", "micro_tokens"), ("forward_dynamic", "forward_tokens")):
         differ |= {tokens} if switch in differ else set()
     gpus = []
-    if found.gpus != wished.gpus:
-        nodes = -(-found.gpus // GPUS_PER_NODE)
-        gpus = [f"trainer.nnodes={nodes}", f"trainer.n_gpus_per_node={-(-found.gpus // nodes)}"]
+    if cards or found.gpus != wished.gpus:
+        nodes = -(-found.gpus // (cards or GPUS_PER_NODE))
+        gpus = [f"trainer.nnodes={nodes}", f"trainer.n_gpus_per_node={found.gpus // nodes}"]
     return gpus + [f"{option}={getattr(found, name)}" for name, option in options.items() if name in differ]

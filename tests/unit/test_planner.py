@@ -338,6 +338,27 @@ def test_an_engine_deals_out_whole_heads(capsys):
     assert f"  - {size}=8 does not divide the 28 attention heads of Qwen2.5-7B" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("gpus", "changes", "fault"),
+    [
+        (8, {"fsdp_size": 3}, "actor_rollout_ref.actor.fsdp_config.fsdp_size=3 does not divide the 8 training GPUs"),
+        (8, {"reference_fsdp_size": 5}, "actor_rollout_ref.ref.fsdp_config.fsdp_size=5 does not divide the 8"),
+        (6, {"mini_batch_rows": 256}, "sdar.update.mini_batch_rows=256 is no multiple of the 6 training GPUs"),
+        (8, {"fsdp_size": 16, "mini_batch_rows": 256}, ""),
+    ],
+)
+def test_what_cannot_be_dealt_out_evenly_is_a_fault(gpus, changes, fault):
+    faults = make_plan(replace(RUN, gpus=gpus, **changes), H100).faults
+    assert [line for line in faults if fault in line] if fault else not faults
+
+
+@pytest.mark.parametrize(("gpus", "wished", "engine"), [(4, 3, 1), (5, 2, 1), (6, 4, 2), (2, 8, 2), (8, 4, 4)])
+def test_engines_of_other_cards_can_be_dealt_out(gpus, wished, engine):
+    assert replace(RUN, tensor_parallel=wished).with_gpus(gpus).tensor_parallel == engine
+    apart = replace(RUN, tensor_parallel=wished, rollout_gpus=8, shares_rollout=False)
+    assert apart.with_gpus(gpus).tensor_parallel == wished
+
+
 def test_the_recommendation_fits_on_no_more_cards_than_needed():
     wished = replace(RUN, architecture=find_architecture("qwen2.5-7b"))
     found = recommend(wished, H100)
