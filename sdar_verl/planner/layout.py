@@ -137,7 +137,19 @@ class Layout:
     @property
     def known(self) -> bool:
         """Whether the run's length is."""
-        return self.steps > 0 or self.validates_only
+        return not self.unknown
+
+    @property
+    def unknown(self) -> str:
+        """Why the run's length is not known; empty where it is."""
+        if self.validates_only and not self.validations:
+            return "how many tasks it validates on is not known: give data.val_files that lie here"
+        if not self.validates_only and not self.steps:
+            return (
+                "how many steps it has is not known: set trainer.total_training_steps, or trainer.total_epochs with "
+                "data.train_files that lie here"
+            )
+        return ""
 
     @property
     def rows(self) -> float:
