@@ -101,10 +101,11 @@ def test_the_text_model_of_one_with_a_vision_tower_is_read():
     assert read_config(whole).parameters == weights_of(CONFIGS["qwen3_5"])
 
 
+@pytest.mark.parametrize("more", [{}, {"vocab_size": 200_000, "intermediate_size": 320}], ids=["sizes", "all sizes"])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_what_a_config_leaves_out_is_transformers_default(tmp_path, kind):
+def test_what_a_config_leaves_out_is_transformers_default(tmp_path, kind, more):
     """Of tied heads, head size, key-value heads, kinds of layers and experts; Qwen3.5-MoE has no intermediate size."""
-    sparse = {"num_hidden_layers": 8, "hidden_size": 1024, "num_attention_heads": 16}
+    sparse = {"num_hidden_layers": 8, "hidden_size": 1024, "num_attention_heads": 16, **more}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **sparse}))
     assert find_architecture(str(tmp_path)).parameters == weights_of(config_of(kind, **sparse))
 
