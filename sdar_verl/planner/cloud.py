@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sdar_verl.planner.hardware import Efficiency, find_gpu
 from sdar_verl.planner.layout import Layout
-from sdar_verl.planner.plan import Plan, make_plan
+from sdar_verl.planner.plan import Plan, changed, make_plan
 from sdar_verl.planner.prices import Node, Rate
 
 MOST_NODES = 4
@@ -69,6 +69,7 @@ class Offer:
         node: the machine.
         nodes: how many, for training, for a rollout and for a teacher of their own.
         plan: memory and time on them.
+        overrides: what the recipe has to say otherwise.
         checkpoint: bytes of one.
         saving: on spot.
     """
@@ -76,6 +77,7 @@ class Offer:
     node: Node
     nodes: int
     plan: Plan
+    overrides: list[str]
     checkpoint: float
     saving: Saving
 
@@ -150,15 +152,17 @@ def offers(
         first = apart // node.cards + 1
         for number in range(first, first + MOST_NODES):
             training = node.cards * number - apart
+            writers = -(-training // node.cards)
             plan = make_plan(wished.with_gpus(training), find_gpu(node.gpu), efficiency)
-            if not plan.fits:
+            if training % writers or not plan.fits:  # verl's trainer has as many cards on each machine
                 continue
-            size, writers = checkpoint_bytes(plan.layout), -(-training // node.cards)
+            size = checkpoint_bytes(plan.layout)
             found.append(
                 Offer(
                     node,
                     number,
                     plan,
+                    changed(wished, plan.layout, node.cards),
                     size,
                     saving(plan.step, plan.layout.steps, plan.hours, size, number, given, writers=writers),
                 )

@@ -20,6 +20,8 @@ def as_text(offers: Sequence[Offer], given: Assumptions, rates: dict[str, Rate],
     lines = ["USD of the whole run, cheapest on demand first"]
     for row in rows:
         lines.append("  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    lines += ["", "overrides of the recipe there"]
+    lines += [f"  {offer.nodes} x {_machine(offer)}: {' '.join(offer.overrides)}" for offer in offers]
     best = offers[0]
     return "\n".join(
         [*lines, "", *_detail(best, given, rates), "", *_assumptions(best, given), *_warnings(offers, today)]
@@ -38,6 +40,7 @@ def as_dict(
                 "region": offer.node.region or None,
                 "nodes": offer.nodes,
                 "cards": offer.node.cards * offer.nodes,
+                "overrides": offer.overrides,
                 "price": offer.node.on_demand,
                 "price_read": offer.node.read.isoformat(),
                 "source": offer.node.source,
@@ -62,11 +65,15 @@ def as_dict(
     }
 
 
+def _machine(offer: Offer) -> str:
+    return offer.node.node + (f" ({offer.node.region})" if offer.node.region else "")
+
+
 def _row(offer: Offer, today: datetime.date) -> tuple[str, ...]:
     spot = offer.spot
     return (
         offer.node.provider,
-        offer.node.node + (f" ({offer.node.region})" if offer.node.region else ""),
+        _machine(offer),
         str(offer.nodes),
         f"{offer.hours:.1f}",
         f"{offer.on_demand:,.0f}",

@@ -89,9 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     lengths = {name: getattr(arguments, name) for name in ("turns", "prompt", "context", "response")}
     wished, notes, stops = read_layout(config, sdar, lengths)
     if arguments.cloud and not wished.known:
-        why = "how many steps it has is not known: set trainer.total_training_steps, or trainer.total_epochs with "
-        why += "data.train_files that lie here"
-        raise ConfigError(f"--cloud prices a whole run, and {'; '.join(stops) or why}")
+        raise ConfigError(f"--cloud prices a whole run, and {'; '.join(stops) or wished.unknown}")
     notes += [f"this run would not start: {why}; `sdar-verl doctor` looks at all of it" for why in stops]
     if arguments.cloud:
         return _cloud(arguments, wished, efficiency, given, notes) or int(bool(stops))

@@ -76,34 +76,27 @@ def read_config(config: Mapping[str, Any], name: str = "model") -> Architecture:
         raise ConfigError(
             f"{name}: model_type={config.get('model_type')!r}; the planner knows {', '.join(sorted(FAMILIES))}"
         )
-    try:
-        return _read(kind, text, bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))), name)
-    except KeyError:  # a config.json may leave out what is transformers' default
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        whole = CONFIG_MAPPING[kind](**text).to_dict()
-        return _read(kind, whole, bool(config.get("tie_word_embeddings", whole["tie_word_embeddings"])), name)
-
-
-def _read(kind: str, config: Mapping[str, Any], tied: bool, name: str) -> Architecture:
-    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    bias = bool(config.get("attention_bias", False))
+    whole = CONFIG_MAPPING[kind](**text).to_dict()  # a config.json may leave out what is transformers' default
+    hidden, heads = int(whole["hidden_size"]), int(whole["num_attention_heads"])
+    bias = bool(whole.get("attention_bias", False))
     return Architecture(
         **{
             "name": name,
             "hidden": hidden,
-            "intermediate": int(config["intermediate_size"]),
-            "layers": int(config["num_hidden_layers"]),
+            "intermediate": int(whole.get("intermediate_size") or 0),  # a model of experts alone has none
+            "layers": int(whole["num_hidden_layers"]),
             "heads": heads,
-            "kv_heads": int(config.get("num_key_value_heads") or heads),
-            "head_dim": int(config.get("head_dim") or hidden // heads),
-            "vocabulary": int(config["vocab_size"]),
-            "tied": tied,
+            "kv_heads": int(whole.get("num_key_value_heads") or heads),
+            "head_dim": int(whole.get("head_dim") or hidden // heads),
+            "vocabulary": int(whole["vocab_size"]),
+            "tied": bool(config.get("tie_word_embeddings", whole["tie_word_embeddings"])),
             "attention_bias": bias,
             "output_bias": bias,
-            "mlp_bias": bool(config.get("mlp_bias", False)),
-            "experts": _experts(kind, config),
-            "linear": _linear(config),
+            "mlp_bias": bool(whole.get("mlp_bias", False)),
+            "experts": _experts(kind, whole),
+            "linear": _linear(whole),
             **FAMILIES[kind],
         }
     )
@@ -144,11 +137,20 @@ def find_architecture(path: str) -> Architecture:
     """A local model folder's architecture, or that of one of the recipes' models by its hub name.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: neither, or a ``config.json`` that is none.
     """
     file = Path(path) / "config.json"
     if file.is_file():
-        return read_config(parse_json(file.read_bytes()), name=Path(path).name)
+        try:
+            return read_config(parse_json(file.read_bytes()), name=Path(path).name)
+        except ConfigError:
+            raise
+        except Exception as error:  # what transformers finds wrong with a config has no type of its own
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(
+                f"actor_rollout_ref.model.path={path}: its config.json is none of a model ({why}); mend it, or give "
+                "another model's folder"
+            ) from error
     name = path.rsplit("/", 1)[-1]
     config = CONFIGS.get(_VARIANT.sub("", name.lower()))
     if config is None:

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdar_verl.algorithm.gates import gate_reads
+from sdar_verl.checks.engine import sequence_parallel
 from sdar_verl.checks.modes import verl_mode
 from sdar_verl.config import SdarConfig
 from sdar_verl.context.builder import further_passes
@@ -21,6 +22,7 @@ from sdar_verl.planner.architecture import Architecture
 from sdar_verl.planner.families import find_architecture
 from sdar_verl.recipe import plays_environments
 from sdar_verl.requests import CHUNK_TOKENS, reads_distributions
+from sdar_verl.teacher.sources import has_reference
 from sdar_verl.writer.endpoint import ANSWER_TOKENS, PROMPT_TOKENS
 
 
@@ -30,11 +32,17 @@ class Layout:
 
     Attributes:
         architecture: of the policy; reference and teacher have the same.
-        gpus: training GPUs, which the rollout engine shares.
+        gpus: training GPUs.
         rollout_gpus: GPUs of the rollout alone, which runs beside the training (``sdar_separate_async``); else 0.
+        shares_rollout: training GPUs have rollout engines, too; those of ``sdar_separate_async`` play validations and
+            warm up, and ``actor_rollout_ref.hybrid_engine=False`` leaves them out.
         tensor_parallel: GPUs of one rollout engine.
+        fsdp_size: training GPUs that the actor's weights are dealt out over, -1 for all; further ones hold copies.
+        reference_fsdp_size: the same of the reference.
         checkpointing: activations are recomputed in the backward pass.
         training_bytes: bytes of a weight that the optimizer updates (verl keeps float32 unless told otherwise).
+        mini_batch_rows: rows of an update, which all training GPUs share evenly; 0: counted in prompts, or with several
+            GPUs to a row (sequence parallelism, which the planner does not know).
         micro_tokens: largest tokens per GPU in one micro-batch of the update; of one with a fixed number of rows, if
             all are the longest.
         forward_tokens: the same for log-prob passes.
@@ -42,7 +50,7 @@ class Layout:
         forward_dynamic: those of log-prob passes are.
         actor_offload: the actor's weights wait on the CPU while the engine generates.
         optimizer_offload: the optimizer's moments do.
-        reference: a reference worker exists.
+        reference: verl has a reference; with LoRA it is the base under the actor's adapter, without weights of its own.
         reference_offload: its weights wait on the CPU between its passes.
         reference_pass: it is asked for log-probs of the student's rows.
         entropy: the update computes the entropy of the student.
@@ -80,9 +88,13 @@ class Layout:
     architecture: Architecture
     gpus: int
     rollout_gpus: int = 0
+    shares_rollout: bool = True
     tensor_parallel: int = 1
+    fsdp_size: int = -1
+    reference_fsdp_size: int = -1
     checkpointing: bool = True
     training_bytes: int = 4
+    mini_batch_rows: int = 0
     micro_tokens: int = 16384
     forward_tokens: int = 32768
     dynamic: bool = True
@@ -125,7 +137,19 @@ class Layout:
     @property
     def known(self) -> bool:
         """Whether the run's length is."""
-        return self.steps > 0 or self.validates_only
+        return not self.unknown
+
+    @property
+    def unknown(self) -> str:
+        """Why the run's length is not known; empty where it is."""
+        if self.validates_only and not self.validations:
+            return "how many tasks it validates on is not known: give data.val_files that lie here"
+        if not self.validates_only and not self.steps:
+            return (
+                "how many steps it has is not known: set trainer.total_training_steps, or trainer.total_epochs with "
+                "data.train_files that lie here"
+            )
+        return ""
 
     @property
     def rows(self) -> float:
@@ -133,13 +157,24 @@ class Layout:
         return self.episodes * self.turns
 
     @property
+    def shards(self) -> int:
+        """Training GPUs that a copy of the actor's weights is dealt out over."""
+        return self.fsdp_size if 0 < self.fsdp_size < self.gpus else self.gpus
+
+    @property
+    def reference_shards(self) -> int:
+        """Those of the reference's."""
+        return self.reference_fsdp_size if 0 < self.reference_fsdp_size < self.gpus else self.gpus
+
+    @property
     def gpus_apart(self) -> int:
         """Those of a separate rollout and of the teacher's own pool, which do not train."""
         return self.rollout_gpus + (self.teacher_gpus if self.teacher_placement == "pool" else 0)
 
     def with_gpus(self, gpus: int) -> Layout:
-        """The same run on another number of GPUs."""
-        return replace(self, gpus=gpus, tensor_parallel=min(self.tensor_parallel, gpus))
+        """The same run on another number of training GPUs; engines that they cannot be dealt out to become smaller."""
+        engine = math.gcd(self.tensor_parallel, gpus) if self.shares_rollout else self.tensor_parallel
+        return replace(self, gpus=gpus, tensor_parallel=engine)
 
     @classmethod
     def from_config(
@@ -170,7 +205,7 @@ class Layout:
             validations: how many there are, and of how many episodes each.
 
         Raises:
-            ConfigError: a model the planner does not know.
+            ConfigError: a model the planner does not know, or rollout engines of GPUs that are not there.
         """
         model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
         rollout, reference = config.actor_rollout_ref.rollout, config.actor_rollout_ref.ref
@@ -182,15 +217,20 @@ class Layout:
         room = max(sdar.teacher.max_prompt_length - config.data.max_prompt_length, 0)
         teacher = sdar.teacher.source
         lora = int(OmegaConf.select(model, "lora_rank") or OmegaConf.select(model, "lora.rank") or 0)
-        has_reference = bool(actor.use_kl_loss or config.algorithm.use_kl_in_reward) and lora == 0
         reads_reference = bool((actor.use_kl_loss and actor.kl_loss_coef) or config.algorithm.use_kl_in_reward)
         separate = verl_mode(config.trainer.v1.trainer_mode) == "separate_async"
         gpus = int(config.trainer.n_gpus_per_node * config.trainer.nnodes)
-        if gpus % rollout.tensor_model_parallel_size:
-            raise ConfigError(
-                f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does not "
-                f"divide the {gpus} GPUs (trainer.n_gpus_per_node x trainer.nnodes)"
-            )
+        own = int(rollout.nnodes * rollout.n_gpus_per_node) if separate else 0
+        shares = not separate or bool(config.actor_rollout_ref.hybrid_engine)
+        for size, options in (
+            (gpus if shares else 0, "GPUs (trainer.n_gpus_per_node x trainer.nnodes)"),
+            (own, "GPUs of the rollout (actor_rollout_ref.rollout.n_gpus_per_node x nnodes)"),
+        ):
+            if size % rollout.tensor_model_parallel_size:
+                raise ConfigError(
+                    f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does "
+                    f"not divide the {size} {options}; choose a divisor"
+                )
         validates_only = bool(config.trainer.get("val_only", False))
         steps = config.trainer.total_training_steps if steps is None else steps
         steps = 0 if validates_only else int(steps or 0)
@@ -205,17 +245,21 @@ class Layout:
         return cls(
             architecture=find_architecture(str(model.path)),
             gpus=gpus,
-            rollout_gpus=int(rollout.nnodes * rollout.n_gpus_per_node) if separate else 0,
+            rollout_gpus=own,
+            shares_rollout=shares,
             tensor_parallel=int(rollout.tensor_model_parallel_size),
+            fsdp_size=int(fsdp.get("fsdp_size", -1)),
+            reference_fsdp_size=int(reference.fsdp_config.get("fsdp_size", -1)),
             checkpointing=bool(model.enable_gradient_checkpointing),
             training_bytes=2 if fsdp.get("model_dtype") in ("bf16", "bfloat16") else 4,
+            mini_batch_rows=int(sdar.update.mini_batch_rows or 0) if sequence_parallel(actor)[1] == 1 else 0,
             micro_tokens=int(micro_tokens),
             forward_tokens=int(forward_tokens if forward_dynamic else (fixed[1] or fixed[0] or 1) * longest),
             dynamic=dynamic,
             forward_dynamic=forward_dynamic,
             actor_offload=bool(fsdp.param_offload),
             optimizer_offload=bool(fsdp.optimizer_offload),
-            reference=has_reference,
+            reference=has_reference(config),
             reference_offload=bool(reference.fsdp_config.param_offload),
             reference_pass=reads_reference,
             entropy=bool(actor.entropy_coeff) or gate_reads(sdar.loss.gate, "entropy"),

@@ -1,4 +1,4 @@
-"""Bytes per GPU in each phase of a step, under FSDP (full sharding) with a colocated rollout engine.
+"""Bytes per GPU in each phase of a step, under FSDP (full sharding), with the rollout engine beside it where one is.
 
     weights     training_bytes * P / N           sharded over N ranks
     moments     8 * P / N                        Adam, float32
@@ -7,8 +7,8 @@
     activations T * [2 h L + one layer's]        checkpointing; without: T * L * one layer's
     logits      T * V * bytes of the phase       bf16 logits, their gradient, and what the objective adds
 
-P weights, N GPUs, T tokens of a micro-batch. The allocator's fragmentation, the CUDA context and NCCL's buffers are a
-flat ``OVERHEAD``.
+P weights, N GPUs that they are dealt out over (all, or ``fsdp_size``), T tokens of a micro-batch. The allocator's
+fragmentation, the CUDA context and NCCL's buffers are a flat ``OVERHEAD``.
 """
 
 from __future__ import annotations
@@ -46,19 +46,29 @@ def trainable(layout: Layout) -> float:
     return float(layout.lora_rank * layout.architecture.lora_sides)
 
 
+def sharded(layout: Layout) -> dict[str, float]:
+    """Bytes on a GPU of everything that FSDP deals out, while it is there."""
+    weights, updated, shards = layout.architecture.parameters, trainable(layout), layout.shards
+    return {
+        "actor weights": layout.training_bytes * weights / shards,
+        "optimizer moments": 8.0 * updated / shards,
+        "gradients": layout.training_bytes * updated / shards,
+        "reference weights": 2.0 * weights / layout.reference_shards,
+        "teacher weights": layout.training_bytes * weights / shards,
+    }
+
+
 def resident(layout: Layout) -> dict[str, float]:
     """What of actor, reference and teacher stays on a GPU through all phases, sharded."""
-    parts = {"CUDA, NCCL, fragments": OVERHEAD}
-    weights = layout.architecture.parameters / layout.gpus
-    if not layout.actor_offload:
-        parts["actor weights"] = layout.training_bytes * weights
-    if not layout.optimizer_offload:
-        parts["optimizer moments"] = 8.0 * trainable(layout) / layout.gpus
-    if layout.reference and not layout.reference_offload:
-        parts["reference weights"] = 2.0 * weights
-    if layout.teacher in ("ema", "snapshot") and not layout.teacher_offload and layout.teacher_placement == "colocated":
-        parts["teacher weights"] = layout.training_bytes * weights
-    return parts
+    own_teacher = layout.teacher in ("ema", "snapshot") and layout.teacher_placement == "colocated"
+    stays = {
+        "actor weights": not layout.actor_offload,
+        "optimizer moments": not layout.optimizer_offload,
+        "reference weights": layout.reference and layout.lora_rank == 0 and not layout.reference_offload,
+        "teacher weights": own_teacher and not layout.teacher_offload,
+    }
+    parts = {name: size for name, size in sharded(layout).items() if stays.get(name)}
+    return {"CUDA, NCCL, fragments": OVERHEAD, **parts}
 
 
 def gathered_bytes(layout: Layout) -> float:
@@ -111,16 +121,18 @@ def prompt_scores_bytes(layout: Layout) -> float:
 
 
 def phases(layout: Layout, gpu_memory: float) -> list[Phase]:
-    """Memory of every phase on one training GPU.
+    """Memory of every phase on one training GPU; the rollout's on one of its own where no engine shares these.
 
     Args:
         layout: the run.
         gpu_memory: bytes of the card; the rollout engine takes its share of it.
     """
-    a, n = layout.architecture, layout.gpus
-    base = resident(layout)
-    actor = {} if "actor weights" in base else {"actor weights": layout.training_bytes * a.parameters / n}
-    asleep = {**base, "sleeping rollout engine": SLEEPING_ENGINE}
+    a, base, parts = layout.architecture, resident(layout), sharded(layout)
+
+    def at_work(*names: str) -> dict[str, float]:
+        asleep = {"sleeping rollout engine": SLEEPING_ENGINE} if layout.shares_rollout else {}
+        return {**base, **asleep, **{name: parts[name] for name in names}}
+
     # A row is never split: the longest one is a micro-batch even when the budget is smaller.
     forward_tokens = max(layout.forward_tokens, layout.longest)
     update_tokens = max(layout.micro_tokens, layout.longest)
@@ -132,31 +144,26 @@ def phases(layout: Layout, gpu_memory: float) -> list[Phase]:
     def logits(entropy: bool) -> dict[str, float]:
         return {"logits": logits_bytes(layout, forward_tokens, backward=False, entropy=entropy)}
 
-    rollout = {**base, "rollout engine": layout.rollout_share * gpu_memory}
+    beside = base if layout.shares_rollout else {"CUDA, NCCL, fragments": OVERHEAD}
+    rollout = {**beside, "rollout engine": layout.rollout_share * gpu_memory}
     if layout.teacher_placement == "rollout_server":
         rollout["log-probs of the teacher's rows"] = prompt_scores_bytes(layout)
     found = [
         Phase("rollout", rollout),
-        Phase("old log-probs", {**asleep, **actor, **passes, **logits(True)}),  # verl logs the entropy
+        Phase("old log-probs", {**at_work("actor weights"), **passes, **logits(True)}),  # verl logs the entropy
     ]
     if layout.reference_pass or layout.teacher == "reference":
-        reference = {} if "reference weights" in base else {"reference weights": 2.0 * a.parameters / n}
-        found.append(Phase("reference", {**asleep, **reference, **passes, **logits(layout.teacher == "reference")}))
+        read = "actor weights" if layout.lora_rank else "reference weights"  # the base under the actor's adapter
+        found.append(Phase("reference", {**at_work(read), **passes, **logits(layout.teacher == "reference")}))
     if layout.teacher not in ("none", "reference") and layout.teacher_placement == "colocated":
-        own: dict[str, float] = {}
-        if layout.teacher in ("ema", "snapshot") and "teacher weights" not in base:
-            own["teacher weights"] = layout.training_bytes * a.parameters / n
-        found.append(Phase("teacher", {**asleep, **actor, **own, **passes, **logits(True)}))
-    moments = {} if "optimizer moments" in base else {"optimizer moments": 8.0 * trainable(layout) / n}
+        own = ["teacher weights"] if layout.teacher in ("ema", "snapshot") else []
+        found.append(Phase("teacher", {**at_work("actor weights", *own), **passes, **logits(True)}))
     fresh = 2.0 if layout.teacher == "actor_fresh" else 1.0  # the teacher's rows ride in the student's micro-batch
     found.append(
         Phase(
             "update",
             {
-                **asleep,
-                **actor,
-                **moments,
-                "gradients": layout.training_bytes * trainable(layout) / n,
+                **at_work("actor weights", "optimizer moments", "gradients"),
                 "gathered weights": gathered_bytes(layout),
                 "activations": activation_bytes(layout, update_tokens),
                 "logits": logits_bytes(layout, update_tokens, backward=True, entropy=layout.entropy) * fresh,

@@ -65,7 +65,7 @@ def as_text(plan: Plan, price: float | None = None) -> str:
     if price is not None:
         total += f", {plan.gpu_hours * price:,.0f} at {price:g} a GPU-hour"
     if not layout.known:
-        total = "hours and cost are unknown: set trainer.total_training_steps"
+        total = f"hours and cost are unknown, since {layout.unknown}"
     lines += ["", total, "", "fits" if plan.fits else "does not fit:"]
     lines += [f"  - {fault}" for fault in plan.faults]
     return "\n".join(lines)

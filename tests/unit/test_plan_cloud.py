@@ -101,6 +101,36 @@ def test_cards_of_a_rollout_and_a_teacher_of_their_own_are_paid(rollout, teacher
     assert offer.saving.save_s == pytest.approx(offer.checkpoint / writers / 1e9)
 
 
+def test_what_a_machine_changes_of_the_recipe_is_said(tmp_path, capsys):
+    """Of 8 H100, half and one of them: the trainer's cards, and an engine that they can be dealt out to."""
+    cards = (8, 4, 1)
+    rows = [ROW.replace(",box,", f",box-{number},").replace(",8,", f",{number},") for number in cards]
+    (tmp_path / "mine.csv").write_text(HEAD + "".join(rows))
+    command = ["plan", "--cloud", "model=qwen2.5-3b", "--prices", str(tmp_path / "mine.csv")]
+    command.append("actor_rollout_ref.rollout.tensor_model_parallel_size=8")
+    assert main([*command, "--json"]) == 0
+    for offer in json.loads(capsys.readouterr().out)["offers"]:
+        at = [f"trainer.nnodes={offer['nodes']}", f"trainer.n_gpus_per_node={offer['cards'] // offer['nodes']}"]
+        smaller = [f"actor_rollout_ref.rollout.tensor_model_parallel_size={offer['cards']}"]
+        assert offer["overrides"] == at + (smaller if offer["cards"] < 8 else [])
+    assert main(command) == 0
+    said = "1 x box-4 (north): trainer.nnodes=1 trainer.n_gpus_per_node=4 actor_rollout_ref.rollout.tensor_model"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pool", "found"),
+    [(4, {(1, 4, 4)}), (3, set())],
+    ids=["4 cards train", "neither 5 nor 13, 21 or 29 do: 256 rows, and as many cards on each machine"],
+)
+def test_cards_that_cannot_train_together_are_left_out(pool, found):
+    node = Node("a", "b", "", "h100-80gb", 8, 1.0, None, None, TODAY, "s")
+    wished = Layout(architecture=_architecture(), gpus=8, tensor_parallel=4, teacher="reference", mini_batch_rows=256)
+    wished = replace(wished, teacher_placement="pool", teacher_gpus=pool, optimizer_offload=True)
+    made = [(offer.nodes, offer.plan.layout) for offer in offers(wished, [node], Assumptions())]
+    assert {(nodes, layout.gpus, layout.tensor_parallel) for nodes, layout in made} == found
+
+
 def test_every_row_of_the_table_has_a_source_and_a_date():
     for node in nodes():
         assert node.source and node.read <= TODAY and node.on_demand > 0

@@ -160,6 +160,11 @@ def test_a_run_that_only_validates_has_no_step(tmp_path, capsys):
     plan = planned(capsys, tmp_path, *COLUMN, *only)
     assert plan["steps"] == 0 and plan["validations"] == [{"times": 1, "episodes": 4}]
     assert plan["gpu_hours"] == pytest.approx(plan["validation_seconds"] / 3600)
+    gone = planned(capsys, tmp_path / "gone", *COLUMN, *only, "data.val_files=nowhere.parquet", "--price", "2")
+    assert gone["gpu_hours"] is None and gone["cost"] is None, "not 0: the panel is not here"
+    for words, status in ((["--cloud"], 2), ([], 0)):
+        assert main(["plan", "model=qwen2.5-3b", "trainer.val_only=True", *words]) == status
+        assert "how many tasks it validates on is not known: give data.val_files" in "".join(capsys.readouterr())
 
 
 def test_a_panel_that_cannot_be_read_is_named(tmp_path, capsys):

@@ -17,7 +17,7 @@ from sdar_verl.compose import compose_config
 from sdar_verl.config import load_config
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.families import CONFIGS as MODELS
-from sdar_verl.planner.families import find_architecture, read_config
+from sdar_verl.planner.families import FAMILIES, find_architecture, read_config
 from sdar_verl.planner.hardware import GIB, Efficiency, find_gpu
 from sdar_verl.planner.layout import Layout
 from sdar_verl.planner.memory import activation_bytes, phases, resident, trainable
@@ -101,10 +101,22 @@ def test_the_text_model_of_one_with_a_vision_tower_is_read():
     assert read_config(whole).parameters == weights_of(CONFIGS["qwen3_5"])
 
 
-def test_what_a_config_leaves_out_is_transformers_default():
-    sparse = {"model_type": "gemma3_text", **FEW, "num_hidden_layers": 3}
-    del sparse["vocab_size"]
-    assert read_config(sparse).vocabulary == CONFIG_MAPPING["gemma3_text"]().vocab_size
+@pytest.mark.parametrize("more", [{}, {"vocab_size": 200_000, "intermediate_size": 320}], ids=["sizes", "all sizes"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_a_config_leaves_out_is_transformers_default(tmp_path, kind, more):
+    """Of tied heads, head size, key-value heads, kinds of layers and experts; Qwen3.5-MoE has no intermediate size."""
+    sparse = {"num_hidden_layers": 8, "hidden_size": 1024, "num_attention_heads": 16, **more}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **sparse}))
+    assert find_architecture(str(tmp_path)).parameters == weights_of(config_of(kind, **sparse))
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "{", '{"model_type": "qwen2", "hidden_size": "abc"}', '{"model_type": "qwen2", "text_config": 1}']
+)
+def test_a_config_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"model.path={tmp_path}: its config.json is none"):
+        find_architecture(str(tmp_path))
 
 
 def test_a_token_meets_its_own_experts_alone():
@@ -180,6 +192,25 @@ def test_what_is_sharded_halves_with_twice_the_cards_and_the_rest_stays():
     assert two["CUDA, NCCL, fragments"] == one["CUDA, NCCL, fragments"]
 
 
+def test_what_is_sharded_over_fewer_cards_takes_more_room():
+    """``fsdp_size`` of the actor and of the reference: 8 of 32 cards hold a copy."""
+    node = "actor_rollout_ref.{}.fsdp_config.{}"
+    names = [node.format(role, "fsdp_size=8") for role in ("actor", "ref")]
+    kept = [node.format("ref", "param_offload=False"), "sdar.teacher.source=ema", "sdar.teacher.offload=False"]
+    kept += ["actor_rollout_ref.actor.use_kl_loss=True", "trainer.nnodes=4"]
+    over_all, both, own = (update_parts(*kept, *more) for more in ([], names, names[1:]))
+    parts = ["actor weights", "optimizer moments", "gradients", "teacher weights"]
+    for name in [*parts, "reference weights"]:
+        assert both[name] == 4 * over_all[name]
+        assert own[name] == (over_all if name in parts else both)[name]
+    assert both["gathered weights"] == over_all["gathered weights"]
+    assert update_parts(*kept, node.format("actor", "fsdp_size=64")) == over_all, "more than there are: all"
+
+
+def update_parts(*overrides: str) -> dict[str, float]:
+    return phases(planned(*overrides), H100.memory)[-1].parts
+
+
 def test_checkpointing_keeps_one_layers_activations_and_every_layers_input():
     a = RUN.architecture
     full, light = (activation_bytes(replace(RUN, checkpointing=flag), 1000) for flag in (False, True))
@@ -226,6 +257,18 @@ def test_lora_trains_a_fraction_of_the_weights():
     assert resident(lora)["optimizer moments"] == 8 * trainable(lora) / 8
 
 
+def test_loras_reference_is_the_base_in_the_actor():
+    words = ["actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.ref.fsdp_config.param_offload=False"]
+    words.append("actor_rollout_ref.actor.fsdp_config.param_offload=True")
+    for lora in (0, 32):
+        layout = planned(*words, f"actor_rollout_ref.model.lora_rank={lora}")
+        for phase in phases(layout, H100.memory):
+            assert ("reference weights" in phase.parts) is (lora == 0)
+            assert ("actor weights" in phase.parts) is (
+                phase.name not in ({"rollout"} if lora else {"rollout", "reference"})
+            )
+
+
 def test_phases_without_work_are_not_there():
     plain = replace(RUN, teacher="none", reference_pass=False)
     assert set(phase_flops(plain)) == {"old log-probs", "update"}
@@ -243,11 +286,78 @@ def test_twice_the_turns_take_twice_the_time():
     assert twice == pytest.approx(2 * once)
 
 
-def test_a_layout_that_does_not_fit_says_which_phase_and_what_to_change():
-    tight = replace(RUN, gpus=1, tensor_parallel=1, architecture=find_architecture("qwen2.5-7b"))
-    plan = make_plan(tight, H100)
-    assert not plan.fits
-    assert any("optimizer_offload" in fault for fault in plan.faults)
+FEW_CARDS = ["model=qwen2.5-7b", "trainer.n_gpus_per_node=2"]
+ACTOR = "actor_rollout_ref.actor.fsdp_config"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [
+            "sdar.teacher.source=ema",
+            "sdar.teacher.offload=False",
+            "actor_rollout_ref.ref.fsdp_config.param_offload=False",
+        ],
+        [f"{ACTOR}.fsdp_size=1", "actor_rollout_ref.model.enable_gradient_checkpointing=False"],
+    ],
+)
+def test_advice_to_a_layout_that_does_not_fit_saves_what_it_says(overrides):
+    def total(phase: str, *words: str) -> float:
+        return next(p.total for p in make_plan(planned(*FEW_CARDS, *overrides, *words), H100).phases if p.name == phase)
+
+    faults = make_plan(planned(*FEW_CARDS, *overrides), H100).faults
+    assert [fault.split(" needs ")[0] for fault in faults][-1] == "update"
+    for fault in (faults[0], faults[-1]):
+        phase, advice = fault.split(" needs ")[0], fault.split("): ")[1]
+        for remedy in advice.split(", or "):
+            words, saved = remedy.removesuffix(" GiB").split(" saves ")
+            assert total(phase) - total(phase, *words.split()) == pytest.approx(int(saved) * GIB, abs=0.6 * GIB)
+
+
+def test_no_offload_is_advised_that_cannot_help():
+    """In the update weights and moments are at work; and what is set already is not said again."""
+    offloads = [f"{ACTOR}.{name}_offload=True" for name in ("param", "optimizer")]
+    for given in ([], offloads):
+        faults = make_plan(planned(*FEW_CARDS, *given), find_gpu("a100-40gb")).faults
+        advised = {name for name in offloads if any(name in fault for fault in faults)}
+        assert advised == set(offloads) - set(given)
+        (update,) = (fault for fault in faults if fault.startswith("update needs"))
+        assert "_offload" not in update
+        assert "trainer.n_gpus_per_node=4 saves" in update and "actor_rollout_ref.model.lora_rank=32 saves" in update
+
+
+def test_a_card_is_too_small_where_nothing_helps():
+    plan = make_plan(replace(RUN, longest=10**6, lora_rank=8), H100)
+    assert [fault.split("): ")[1] for fault in plan.faults if "update" in fault] == ["use a card with more memory"]
+
+
+def test_an_engine_deals_out_whole_heads(capsys):
+    """Of 28 in Qwen2.5-7B: vLLM refuses 8 GPUs, whatever the memory."""
+    size = "actor_rollout_ref.rollout.tensor_model_parallel_size"
+    assert main(["plan", "model=qwen2.5-7b", f"{size}=4"]) == 0
+    assert main(["plan", "model=qwen2.5-7b", f"{size}=8"]) == 1
+    assert f"  - {size}=8 does not divide the 28 attention heads of Qwen2.5-7B" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "fault"),
+    [
+        (8, {"fsdp_size": 3}, "actor_rollout_ref.actor.fsdp_config.fsdp_size=3 does not divide the 8 training GPUs"),
+        (8, {"reference_fsdp_size": 5}, "actor_rollout_ref.ref.fsdp_config.fsdp_size=5 does not divide the 8"),
+        (6, {"mini_batch_rows": 256}, "sdar.update.mini_batch_rows=256 is no multiple of the 6 training GPUs"),
+        (8, {"fsdp_size": 16, "mini_batch_rows": 256}, ""),
+    ],
+)
+def test_what_cannot_be_dealt_out_evenly_is_a_fault(gpus, changes, fault):
+    faults = make_plan(replace(RUN, gpus=gpus, **changes), H100).faults
+    assert [line for line in faults if fault in line] if fault else not faults
+
+
+@pytest.mark.parametrize(("gpus", "wished", "engine"), [(4, 3, 1), (5, 2, 1), (6, 4, 2), (2, 8, 2), (8, 4, 4)])
+def test_engines_of_other_cards_can_be_dealt_out(gpus, wished, engine):
+    assert replace(RUN, tensor_parallel=wished).with_gpus(gpus).tensor_parallel == engine
+    apart = replace(RUN, tensor_parallel=wished, rollout_gpus=8, shares_rollout=False)
+    assert apart.with_gpus(gpus).tensor_parallel == wished
 
 
 def test_the_recommendation_fits_on_no_more_cards_than_needed():
@@ -324,6 +434,38 @@ def test_the_separate_modes_rollout_is_read_from_the_recipe():
     for overrides, gpus in ((mode, 16), (mode[:1] + mode[2:], 0)):
         config = compose_config("sdar_alfworld", overrides)
         assert Layout.from_config(config, load_config(config.sdar)).rollout_gpus == gpus
+
+
+SEPARATE = ["trainer.v1.trainer_mode=sdar_separate_async", "actor_rollout_ref.rollout.nnodes=1"]
+
+
+def test_training_cards_have_no_engine_where_the_rollout_has_all_of_them():
+    """With verl's default they have one, which validations are played on: trainer_separate_async.py."""
+    asleep, awake = "sleeping rollout engine", "rollout engine"
+    for alone in (False, True):
+        layout = planned(*SEPARATE, f"actor_rollout_ref.hybrid_engine={not alone}")
+        found = {phase.name: phase.parts for phase in phases(layout, H100.memory)}
+        assert {name for name, parts in found.items() if asleep in parts} == (
+            set() if alone else {*found} - {"rollout"}
+        )
+        assert found["rollout"][awake] == layout.rollout_share * H100.memory
+        assert (set(found["rollout"]) == {awake, "CUDA, NCCL, fragments"}) is alone
+
+
+@pytest.mark.parametrize(
+    ("training", "rollout", "hybrid", "named"),
+    [(8, 6, True, "6 GPUs of the rollout"), (6, 8, True, "6 GPUs (trainer"), (6, 8, False, ""), (8, 4, True, "")],
+)
+def test_an_engine_has_its_cards_on_both_sides(training, rollout, hybrid, named):
+    words = [*SEPARATE, f"trainer.n_gpus_per_node={training}", f"actor_rollout_ref.hybrid_engine={hybrid}"]
+    words += [f"actor_rollout_ref.rollout.n_gpus_per_node={rollout}"]
+    words += ["actor_rollout_ref.rollout.tensor_model_parallel_size=4"]
+    if not named:
+        assert planned(*words).rollout_gpus == rollout
+        return
+    with pytest.raises(ConfigError) as told:
+        planned(*words)
+    assert f"tensor_model_parallel_size=4 does not divide the {named}" in str(told.value)
 
 
 def test_text_and_json_say_the_same():
@@ -417,7 +559,7 @@ def test_a_fixed_micro_batch_is_planned_for_the_longest_rows():
     assert (filled.micro_tokens, filled.dynamic, filled.forward_dynamic) == (16384, True, True)
     many = make_plan(replace(layout, micro_tokens=10**6), H100)
     assert any(
-        fault.startswith("update") and "lower actor_rollout_ref.actor.ppo_micro" in fault for fault in many.faults
+        fault.startswith("update") and "actor_rollout_ref.actor.use_dynamic_bsz=True" in fault for fault in many.faults
     )
     found = recommend(replace(layout, micro_tokens=10**6), H100)
     assert found.fits
