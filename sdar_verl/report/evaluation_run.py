@@ -14,7 +14,7 @@ from pathlib import Path
 from sdar_verl.atomic import write_text_atomically
 from sdar_verl.cloud import ledger, stop
 from sdar_verl.cloud.guard import AGAIN
-from sdar_verl.cloud.store import Store, StoreError
+from sdar_verl.cloud.store import Store
 from sdar_verl.errors import ConfigError, SdarError
 from sdar_verl.planner.hardware import DEFAULT_GPU
 from sdar_verl.report.evaluation import (
@@ -29,7 +29,7 @@ from sdar_verl.report.evaluation import (
     validation_faults,
 )
 from sdar_verl.report.layout import RecordError
-from sdar_verl.report.one_run import FINISHED, check, check_finished, run_command, tail
+from sdar_verl.report.one_run import FINISHED, attempts, check, check_finished, finish, run_command, tail
 from sdar_verl.report.read import RunData
 
 GIVEN_UP = "given_up.txt"
@@ -71,7 +71,7 @@ class Evaluation:
         found = 0.0
         for arm in self.plan.arms:
             for seed in self.plan.seeds:
-                for line in self._ledger(arm, seed):
+                for line in attempts(self.folder(arm, seed)):
                     price = self.price if line.price is None else line.price
                     found += (price or 0.0) * line.seconds / 3600
         return found
@@ -121,7 +121,7 @@ class Evaluation:
         guard = [sys.executable, "-m", "sdar_verl.cli", "guard"]
         if self.price is not None:
             guard += ["--price", str(self.price)]
-            own = sum(line.seconds * self.price / 3600 for line in self._ledger(arm, seed))
+            own = sum(line.seconds * self.price / 3600 for line in attempts(folder))
             guard += ["--budget", str(left + own)] if left is not None else []
         env = {**os.environ, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
         print(f"{folder} (log: train.log)", flush=True)
@@ -138,16 +138,11 @@ class Evaluation:
                 raise
             if process.returncode != AGAIN:
                 break
-        attempts = self._ledger(arm, seed)
-        done = attempts[-1].ended == "finished" if attempts else False
-        if why is None and process.returncode == 0 and done:
-            (folder / FINISHED).touch()
-            return 0
         if why is None and process.returncode == 0:
-            print(f"  ended before its last step: {attempts[-1].ended if attempts else 'unknown'}")
-            return 1
+            return 0 if finish(folder) else 1
         if why is None:
-            why = f"its run ended with status {process.returncode}: {attempts[-1].ended if attempts else 'see its log'}"
+            made = attempts(folder)
+            why = f"its run ended with status {process.returncode}: {made[-1].ended if made else 'see its log'}"
             print(*tail(folder / "train.log"), sep="\n  ")
         write_text_atomically(folder / GIVEN_UP, why + "\n")
         print(f"  {arm} is given up: {why}", flush=True)
@@ -179,13 +174,6 @@ class Evaluation:
     def _baselines(self) -> list[RunData]:
         folders = [self.folder(self.plan.baseline, seed) for seed in self.plan.seeds]
         return [run for folder in folders if (folder / FINISHED).is_file() and (run := look(folder)) is not None]
-
-    def _ledger(self, arm: str, seed: int) -> list[ledger.Attempt]:
-        try:
-            return ledger.read(Store(self.folder(arm, seed) / "checkpoints"))
-        except StoreError as error:
-            print(f"  {error}")
-            return []
 
 
 def run_plan(

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdar_verl.cloud import ledger
+from sdar_verl.cloud.store import Store, StoreError
 from sdar_verl.config_folders import ConfigFolders
 from sdar_verl.errors import ConfigError, SdarError
 
@@ -98,6 +100,29 @@ def check_finished(words: list[str], folder: Path) -> None:
             f"{folder} is finished, and not with this command's settings; give those that it was run with, or another "
             "--out:\n" + "\n".join(faults)
         )
+
+
+def attempts(folder: Path) -> list[ledger.Attempt]:
+    """The ledger of the run in ``folder``; one that cannot be read is told, and counts as empty."""
+    try:
+        return ledger.read(Store(folder / "checkpoints"))
+    except StoreError as error:
+        print(f"  {error}")
+        return []
+
+
+def finish(folder: Path) -> bool:
+    """Mark a run whose process ended with status 0 as finished; or tell why it ended before its last step.
+
+    A run that is stopped in order ends with status 0, too: its ledger alone knows.
+    """
+    made = attempts(folder)
+    ended = made[-1].ended if made else None
+    if ended == "finished":
+        (folder / FINISHED).touch()
+        return True
+    print(f"  ended before its last step: {ended or 'its ledger does not say why'}", flush=True)
+    return False
 
 
 def tail(path: Path, lines: int = 12) -> list[str]:

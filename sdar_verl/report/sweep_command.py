@@ -18,7 +18,7 @@ from typing import Any
 from sdar_verl.arguments import check_above_zero, given_path
 from sdar_verl.config_folders import add_folder_options, folders_of
 from sdar_verl.errors import ConfigError
-from sdar_verl.report.one_run import FINISHED, check, check_finished, run_command, tail
+from sdar_verl.report.one_run import FINISHED, check, check_finished, finish, run_command, tail
 
 
 def add_parser(subparsers: Any) -> None:
@@ -76,7 +76,7 @@ def command(
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """All runs, seed by seed; 1 when one of them failed.
+    """All runs, seed by seed; 1 when one of them did not finish.
 
     Raises:
         ConfigError: see :func:`check`.
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
                 check_finished(words, folder)
             else:
                 check(words, whole=not arguments.dry_run)
-    failed = []
+    unfinished = []
     for seed in arguments.seeds:
         for method in arguments.methods:
             folder = out / f"{method}-{seed}"
@@ -114,18 +114,19 @@ def run(arguments: argparse.Namespace) -> int:
             with (folder / "train.log").open("a") as log:
                 status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=env, check=False).returncode
             if status:
-                failed.append(folder)
                 print(f"  failed with status {status}; the end of its log:", *tail(folder / "train.log"), sep="\n  ")
-            else:
-                (folder / FINISHED).touch()
+            if status or not finish(folder):
+                unfinished.append(folder)
     if arguments.dry_run:
         return 0
     # By name: a placebo may be an override of all runs, and a method without a teacher has none.
     runs = [f"{method}={out / f'{method}-{seed}'}" for method in arguments.methods for seed in arguments.seeds]
     print(f"sdar-verl compare {shlex.join(runs)} --baseline {arguments.methods[0]}")
-    if failed:
-        print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(map(str, failed))}", file=sys.stderr)
-    return 1 if failed else 0
+    if unfinished:
+        print(
+            f"{len(unfinished)} of {len(runs)} runs did not finish: {', '.join(map(str, unfinished))}", file=sys.stderr
+        )
+    return 1 if unfinished else 0
 
 
 def _options(arguments: argparse.Namespace) -> None:

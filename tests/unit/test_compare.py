@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -328,27 +329,56 @@ def test_a_placebo_is_a_method_of_a_sweep(tmp_path, capsys):
     assert f"{tmp_path}/sdar+shuffled-0/checkpoints" in placebo
 
 
-def test_a_sweep_goes_on_after_a_failure_and_does_not_repeat_what_is_finished(tmp_path, monkeypatch, capsys):
-    from types import SimpleNamespace
+RUN = """
+import json, pathlib, sys
+folder, ended, status = sys.argv[1:]
+attempts = pathlib.Path(folder, "checkpoints/attempts")
+attempts.mkdir(parents=True, exist_ok=True)
+number = 1 + len(list(attempts.iterdir()))
+(attempts / f"{number:04d}-aaaaaa.json").write_text(json.dumps({"step": 3, "ended": ended}))
+sys.exit(int(status))
+"""
 
+
+@pytest.fixture
+def swept(tmp_path, monkeypatch):
+    """A sweep over methods a and b, seeds 0 and 1, whose runs are scripts that leave a ledger: (why it ended, status).
+
+    Runs without an entry end as finished. Returns the sweep's status.
+    """
     from sdar_verl.report import sweep_command
 
-    started = []
-
-    def fake(words, **_):
-        started.append(next(word for word in words if word.startswith("trainer.experiment_name")))
-        return SimpleNamespace(returncode=int("a-0" in started[-1]))
-
-    monkeypatch.setattr(sweep_command.subprocess, "run", fake)
     monkeypatch.setattr(sweep_command, "check", lambda words, *, whole: None)
     monkeypatch.setattr(sweep_command, "check_finished", lambda words, folder: None)
-    words = ["sweep", "--config-name", "x", "--methods", "a,b", "--seeds", "0,1", "--out", str(tmp_path)]
-    assert main(words) == 1
-    assert len(started) == 4 and "1 of 4 runs failed" in capsys.readouterr().err
-    assert main(words) == 1
-    assert started[4:] == ["trainer.experiment_name=a-0"]
-    (compare,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("sdar-verl compare"))
+
+    def sweep(**ends: tuple[str, int]) -> int:
+        def command(config, method, seed, folder, *_):
+            ended, status = ends.get(f"{method}{seed}", ("finished", 0))
+            return [sys.executable, "-c", RUN, str(folder), ended, str(status)]
+
+        monkeypatch.setattr(sweep_command, "command", command)
+        return main(["sweep", "--config-name", "x", "--methods", "a,b", "--seeds", "0,1", "--out", str(tmp_path)])
+
+    return sweep
+
+
+def test_a_sweep_goes_on_after_a_failure_and_does_not_repeat_what_is_finished(tmp_path, swept, capsys):
+    assert swept(a0=("NonFiniteError: NaN", 1)) == 1
+    said = capsys.readouterr()
+    assert "a-0 (log: train.log)\n  failed with status 1" in said.out and "1 of 4 runs did not finish" in said.err
+    assert swept() == 0
+    said = capsys.readouterr().out
+    assert said.count("(log: train.log)") == 1 and said.count("is finished already") == 3
+    (compare,) = (line for line in said.splitlines() if line.startswith("sdar-verl compare"))
     assert compare.split()[2:] == [*(f"{m}={tmp_path}/{m}-{s}" for m in "ab" for s in "01"), "--baseline", "a"]
+
+
+def test_a_run_that_was_stopped_in_order_is_not_finished(tmp_path, swept, capsys):
+    """It ends with status 0, and goes on when the command is given again."""
+    assert swept(a1=("stopped: asked by hand", 0)) == 1
+    assert "a-1 (log: train.log)\n  ended before its last step: stopped: asked by hand" in capsys.readouterr().out
+    assert swept() == 0
+    assert f"{tmp_path}/a-1 (log: train.log)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["runs", "jürgen's (1)", "lr=1e-4,b~[x]", "back\\", "a\\'b"])
