@@ -68,13 +68,7 @@ class Evaluation:
 
     def spent(self) -> float:
         """USD by the ledgers of all runs; an attempt without a price counts at this one's."""
-        found = 0.0
-        for arm in self.plan.arms:
-            for seed in self.plan.seeds:
-                for line in attempts(self.folder(arm, seed)):
-                    price = self.price if line.price is None else line.price
-                    found += (price or 0.0) * line.seconds / 3600
-        return found
+        return sum(self._spent(self.folder(arm, seed)) for arm in self.plan.arms for seed in self.plan.seeds)
 
     def run(self, runs: Sequence[Planned]) -> int:
         """All runs in their order; the exit status: 0, or 1 when one failed or money was short."""
@@ -115,14 +109,18 @@ class Evaluation:
             if (self.folder(arm, seed) / FINISHED).is_file()
         ]
 
+    def _spent(self, folder: Path) -> float:
+        """USD of one run, as its guard counts them."""
+        prices = [(self.price if line.price is None else line.price, line.seconds) for line in attempts(folder)]
+        return sum((price or 0.0) * seconds / 3600 for price, seconds in prices)
+
     def _one(self, arm: str, seed: int, left: float | None) -> int:
         folder = self.folder(arm, seed)
         folder.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-m", "sdar_verl.cli", "guard"]
         if self.price is not None:
             guard += ["--price", str(self.price)]
-            own = sum(line.seconds * self.price / 3600 for line in attempts(folder))
-            guard += ["--budget", str(left + own)] if left is not None else []
+            guard += ["--budget", str(left + self._spent(folder))] if left is not None else []
         env = {**os.environ, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
         print(f"{folder} (log: train.log)", flush=True)
         for _ in range(TRIES):

@@ -266,3 +266,23 @@ def test_a_plan_ends_when_its_budget_is_spent(scripted, capsys):
     assert runs.run(listed) == 1
     assert "not run: grpo-0, sdar-0, grpo-1, sdar-1" in capsys.readouterr().out
     assert json.loads((folder / "attempts" / "0001-aaaaaa.json").read_text())["seconds"] == 3600.0
+
+
+def test_an_attempt_costs_what_it_cost_then(scripted, monkeypatch):
+    """A run of 10 USD at the old price; 5 of 20 USD are left for it and for all others, whatever the price is now."""
+    runs, listed = scripted(grpo=(0.08, 0), sdar=(0.075, 0))
+    for arm, usd in (("grpo", 10.0), ("sdar", 5.0)):
+        store = Store(runs.folder(arm, 0) / "checkpoints")
+        ledger.write(store, "0001-aaaaaa", {"seconds": 3600.0, "step": 1, "price": usd})
+    runs.price, runs.budget = 40.0, 20.0
+    assert runs.spent() == pytest.approx(15.0)
+    started = []
+
+    def start(words, **_):
+        started.append(words)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(listed)
+    assert float(started[0][started[0].index("--budget") + 1]) == pytest.approx(15.0), "its 10, and the 5 that are left"
