@@ -14,6 +14,7 @@ from pathlib import Path
 from sdar_verl.atomic import write_text_atomically
 from sdar_verl.cloud import ledger, stop
 from sdar_verl.cloud.guard import AGAIN
+from sdar_verl.cloud.mirror import local_step
 from sdar_verl.cloud.store import Store
 from sdar_verl.errors import ConfigError, SdarError
 from sdar_verl.planner.hardware import DEFAULT_GPU
@@ -26,6 +27,7 @@ from sdar_verl.report.evaluation import (
     order,
     planned_hours,
     read_plan,
+    step_counts,
     validation_faults,
 )
 from sdar_verl.report.layout import RecordError
@@ -83,10 +85,12 @@ class Evaluation:
                 print(f"{folder} is left out: {arm} was given up: {why}")
                 continue
             left = None if self.budget is None else self.budget - self.spent()
-            if left is not None and left < (planned.usd or 0.0):
+            # A run goes on from its checkpoint, not from the last step of its ledger, and pays for the steps between.
+            needs = planned.usd_from(local_step(folder / "checkpoints"))
+            if left is not None and left < needs:
                 names = ", ".join(f"{one.arm}-{one.seed}" for one in runs[number:])
-                needs = f"{folder.name} takes about {planned.usd or 0:.2f}"
-                print(f"the budget has {left:.2f} USD left, and {needs}; not run: {names}")
+                takes = f"{folder.name} takes about {needs:.2f}"
+                print(f"the budget has {left:.2f} USD left, and {takes}; not run: {names}")
                 status = 1
                 break
             status |= self._one(arm, planned.seed, left)
@@ -200,12 +204,13 @@ def run_plan(
                 check_finished(evaluation.words(arm, seed), evaluation.folder(arm, seed))
     except SdarError as error:
         raise ConfigError(f"--plan {file}: {error}") from error
-    if faults := validation_faults(plan, configs):
+    steps = step_counts(configs)
+    if faults := validation_faults(plan, configs, steps):
         raise ConfigError(f"--plan {file}: " + "\n".join(faults))
     if gpu is not None and plan.hours is not None:
         raise ConfigError(f"--gpu {gpu} has no effect: the plan says how many hours a run takes (hours={plan.hours:g})")
     hours, notes = planned_hours(plan, configs, gpu or DEFAULT_GPU)
-    runs = order(plan, hours, price)
+    runs = order(plan, hours, price, steps)
     _announce(runs, budget, price)
     print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     if dry:

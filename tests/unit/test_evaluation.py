@@ -197,6 +197,18 @@ def test_verl_validates_after_the_last_step(tmp_path):
     assert main(["sweep", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
 
 
+def test_a_plan_knows_how_many_steps_its_runs_have(tmp_path, monkeypatch):
+    listed = []
+    check = evaluation_run.check
+    monkeypatch.setattr(evaluation_run, "check", lambda words, *, whole: check(words, whole=False))
+    monkeypatch.setattr(evaluation_run.Evaluation, "run", lambda self, runs: listed.extend(runs) or 0)
+    arms = {"grpo": ["method=grpo"], "longer": ["method=grpo", "trainer.total_training_steps=24"]}
+    changes = {"arms": arms, "overrides": ["trainer.total_training_steps=12"], "seeds": [0]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, **changes}, sort_keys=False))
+    assert main(["sweep", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--price", "10"]) == 0
+    assert [(run.arm, run.usd_from(6)) for run in listed] == [("grpo", 2.5), ("longer", 3.75)]
+
+
 def test_a_dear_plan_is_told_before_its_first_run(tmp_path, capsys):
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN, sort_keys=False))
     command = ["sweep", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--dry-run"]
@@ -268,21 +280,44 @@ def test_a_plan_ends_when_its_budget_is_spent(scripted, capsys):
     assert json.loads((folder / "attempts" / "0001-aaaaaa.json").read_text())["seconds"] == 3600.0
 
 
+def not_started(monkeypatch) -> list[list[str]]:
+    """The commands that would be started; the first one ends the plan with KeyboardInterrupt."""
+    commands = []
+
+    def start(words, **_):
+        commands.append(words)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return commands
+
+
 def test_an_attempt_costs_what_it_cost_then(scripted, monkeypatch):
     """A run of 10 USD at the old price; 5 of 20 USD are left for it and for all others, whatever the price is now."""
     runs, listed = scripted(grpo=(0.08, 0), sdar=(0.075, 0))
+    started = not_started(monkeypatch)
     for arm, usd in (("grpo", 10.0), ("sdar", 5.0)):
         store = Store(runs.folder(arm, 0) / "checkpoints")
         ledger.write(store, "0001-aaaaaa", {"seconds": 3600.0, "step": 1, "price": usd})
     runs.price, runs.budget = 40.0, 20.0
     assert runs.spent() == pytest.approx(15.0)
-    started = []
-
-    def start(words, **_):
-        started.append(words)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(subprocess, "Popen", start)
     with pytest.raises(KeyboardInterrupt):
         runs.run(listed)
     assert float(started[0][started[0].index("--budget") + 1]) == pytest.approx(15.0), "its 10, and the 5 that are left"
+
+
+def test_a_run_that_goes_on_takes_what_its_steps_from_the_checkpoint_take(scripted, monkeypatch, capsys):
+    """Of 10 USD for 100 steps it needs 2 after 80. It was stopped, so its ledger calls 80 the total."""
+    runs, listed = scripted(grpo=(0.08, 0), sdar=(0.075, 0))
+    listed = [replace(run, usd=10.0, steps=100) for run in listed]
+    folder = runs.folder("grpo", 0) / "checkpoints"
+    ledger.write(Store(folder), "0001-aaaaaa", {"seconds": 3600.0, "step": 80, "total": 80, "price": 9.0})
+    runs.budget = 12.0
+    started = not_started(monkeypatch)
+    assert runs.run(listed) == 1
+    assert "3.00 USD left, and grpo-0 takes about 10.00" in capsys.readouterr().out, "without a checkpoint"
+    (folder / "latest_checkpointed_iteration.txt").write_text("80")
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(listed)
+    assert len(started) == 1
+    assert replace(listed[0], steps=0).usd_from(80) == 10.0, "nobody knows how many steps it has"
