@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdar_verl.atomic import write_text_atomically
@@ -31,7 +30,7 @@ from sdar_verl.report.evaluation import (
     validation_faults,
 )
 from sdar_verl.report.layout import RecordError
-from sdar_verl.report.one_run import FINISHED, attempts, check, check_finished, finish, run_command, tail
+from sdar_verl.report.one_run import FINISHED, OneByOne, attempts, check, check_finished, finish, run_command, tail
 from sdar_verl.report.read import RunData
 
 GIVEN_UP = "given_up.txt"
@@ -50,6 +49,7 @@ class Evaluation:
         price: USD an hour of what a run runs on; None: unknown.
         budget: USD for all runs together; None: no limit.
         folders: the words of :class:`~sdar_verl.config_folders.ConfigFolders`.
+        processes: of its runs.
     """
 
     plan: Plan
@@ -58,6 +58,7 @@ class Evaluation:
     price: float | None
     budget: float | None
     folders: Sequence[str] = ()
+    processes: OneByOne = field(default_factory=OneByOne)
 
     def words(self, arm: str, seed: int) -> list[str]:
         """The training command of one run."""
@@ -73,27 +74,34 @@ class Evaluation:
         return sum(self._spent(self.folder(arm, seed)) for arm in self.plan.arms for seed in self.plan.seeds)
 
     def run(self, runs: Sequence[Planned]) -> int:
-        """All runs in their order; the exit status: 0, or 1 when one failed or money was short."""
+        """All runs in their order.
+
+        Returns:
+            The exit status: 0; 1 when one failed or money was short; :attr:`OneByOne.status` after a signal.
+        """
         status = 0
-        for number, planned in enumerate(runs):
-            arm, folder = planned.arm, self.folder(planned.arm, planned.seed)
-            if (folder / FINISHED).is_file():
-                print(f"{folder} is finished already")
-                continue
-            why = self.given_up(arm)
-            if why is not None:
-                print(f"{folder} is left out: {arm} was given up: {why}")
-                continue
-            left = None if self.budget is None else self.budget - self.spent()
-            # A run goes on from its checkpoint, not from the last step of its ledger, and pays for the steps between.
-            needs = planned.usd_from(local_step(folder / "checkpoints"))
-            if left is not None and left < needs:
-                names = ", ".join(f"{one.arm}-{one.seed}" for one in runs[number:])
-                takes = f"{folder.name} takes about {needs:.2f}"
-                print(f"the budget has {left:.2f} USD left, and {takes}; not run: {names}")
-                status = 1
-                break
-            status |= self._one(arm, planned.seed, left)
+        with self.processes:
+            for number, planned in enumerate(runs):
+                arm, folder = planned.arm, self.folder(planned.arm, planned.seed)
+                if (folder / FINISHED).is_file():
+                    print(f"{folder} is finished already")
+                    continue
+                why = self.given_up(arm)
+                if why is not None:
+                    print(f"{folder} is left out: {arm} was given up: {why}")
+                    continue
+                left = None if self.budget is None else self.budget - self.spent()
+                # By the checkpoint that it goes on from: the steps of its ledger after that are made again.
+                needs = planned.usd_from(local_step(folder / "checkpoints"))
+                if left is not None and left < needs:
+                    names = ", ".join(f"{one.arm}-{one.seed}" for one in runs[number:])
+                    takes = f"{folder.name} takes about {needs:.2f}"
+                    print(f"the budget has {left:.2f} USD left, and {takes}; not run: {names}")
+                    status = 1
+                    break
+                status |= self._one(arm, planned.seed, left)
+                if self.processes.status:
+                    return self.processes.status
         return status
 
     def given_up(self, arm: str) -> str | None:
@@ -120,28 +128,19 @@ class Evaluation:
 
     def _one(self, arm: str, seed: int, left: float | None) -> int:
         folder = self.folder(arm, seed)
-        folder.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-m", "sdar_verl.cli", "guard"]
         if self.price is not None:
             guard += ["--price", str(self.price)]
             guard += ["--budget", str(left + self._spent(folder))] if left is not None else []
-        env = {**os.environ, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
-        print(f"{folder} (log: train.log)", flush=True)
         for _ in range(TRIES):
-            with (folder / "train.log").open("a") as log:
-                process = subprocess.Popen(
-                    [*guard, "--", *self.words(arm, seed)], stdout=log, stderr=subprocess.STDOUT, env=env
-                )
-            try:
-                why = self._watch(process, arm, folder)
-            except BaseException:  # Ctrl-C: the guard ends its run in order
-                process.terminate()
-                process.wait()
-                raise
-            if process.returncode != AGAIN:
+            process = self.processes.start([*guard, "--", *self.words(arm, seed)], folder)
+            why = self._watch(process, arm, folder)
+            if process.returncode != AGAIN or self.processes.status:
                 break
         if why is None and process.returncode == 0:
             return 0 if finish(folder) else 1
+        if why is None and self.processes.status:
+            return 1
         if why is None:
             made = attempts(folder)
             why = f"its run ended with status {process.returncode}: {made[-1].ended if made else 'see its log'}"
@@ -221,7 +220,7 @@ def run_plan(
     if price is not None:
         print(f"{evaluation.spent():.2f} USD spent")
     finished = evaluation.finished()
-    if finished:
+    if finished and not evaluation.processes.status:
         from sdar_verl.cli import main
 
         base = ["--baseline", plan.baseline] if any(one.startswith(f"{plan.baseline}=") for one in finished) else []

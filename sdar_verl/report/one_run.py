@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sdar_verl.cloud import ledger
-from sdar_verl.cloud.store import Store, StoreError
 from sdar_verl.config_folders import ConfigFolders
 from sdar_verl.errors import ConfigError, SdarError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from sdar_verl.cloud.ledger import Attempt
+
 FINISHED = "finished"
 """File in the folder of a run that has made its last step."""
 
+_ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+_OF_SIGNALS = 128
 _PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
 
 
@@ -102,8 +108,61 @@ def check_finished(words: list[str], folder: Path) -> None:
         )
 
 
-def attempts(folder: Path) -> list[ledger.Attempt]:
+class OneByOne:
+    """Starts the processes of runs, one after the other, and never leaves one behind.
+
+    A context manager, for the main thread. SIGTERM, SIGHUP and Ctrl-C are handed on to the run under way as SIGTERM: it
+    ends in order, after its step, and at a second one at once. An exception ends it in order, too.
+
+    Attributes:
+        status: exit status by the first signal that came, 128 and its number: no further run is to start. 0: none came.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> OneByOne:
+        # What is ignored stays so: SIGHUP below nohup.
+        heard = [number for number in _ENDS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._hand_on) for number in heard}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def start(self, words: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
+        """Start the run in ``folder``, which is made; it writes ``train.log`` and ``metrics.jsonl`` there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"{folder} (log: train.log)", flush=True)
+        env = {**os.environ, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
+        with (folder / "train.log").open("a") as log:
+            # In a session of its own a terminal's Ctrl-C or end reaches it once: from here, as SIGTERM.
+            self._process = subprocess.Popen(
+                list(words), stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
+        if self.status:  # the signal came before there was a process to hand it to
+            self._process.terminate()
+        return self._process
+
+    def _hand_on(self, number: int, frame: Any) -> None:
+        self.status = self.status or _OF_SIGNALS + number
+        if self._process is not None:
+            self._process.terminate()
+        text = f"{signal.Signals(number).name}: ending the run under way after its step (again: at once)\n"
+        with suppress(OSError):  # os.write, since print may be at work; there may be no terminal any more
+            os.write(2, text.encode())
+
+
+def attempts(folder: Path) -> list[Attempt]:
     """The ledger of the run in ``folder``; one that cannot be read is told, and counts as empty."""
+    from sdar_verl.cloud import ledger
+    from sdar_verl.cloud.store import Store, StoreError
+
     try:
         return ledger.read(Store(folder / "checkpoints"))
     except StoreError as error:

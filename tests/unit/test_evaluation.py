@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -321,3 +324,21 @@ def test_a_run_that_goes_on_takes_what_its_steps_from_the_checkpoint_take(script
         runs.run(listed)
     assert len(started) == 1
     assert replace(listed[0], steps=0).usd_from(80) == 10.0, "nobody knows how many steps it has"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_plan_that_is_to_end_ends_its_run_first(scripted, monkeypatch, capsys, handled, number):
+    """Its guard ends it. The arm is not given up for that, and nothing else starts."""
+    runs, listed = scripted(grpo=(0.08, 0), sdar=(0.075, 0))
+    pids = runs.out.parent / "pids"
+    code = (
+        f"import os, time; print(os.getpid(), file=open({str(pids)!r}, 'a'), flush=True); "
+        f"os.kill({os.getpid()}, {int(number)}); time.sleep(60)"
+    )
+    monkeypatch.setattr(evaluation_run.Evaluation, "words", lambda *_: [evaluation_run.sys.executable, "-c", code])
+    assert runs.run(listed) == 128 + number
+    (pid,) = map(int, pids.read_text().split())
+    assert not psutil.pid_exists(pid)
+    assert capsys.readouterr().out.count("(log: train.log)") == 1
+    assert [path.name for path in runs.out.iterdir()] == ["grpo-0"] and runs.given_up("grpo") is None
+    handled(number)
