@@ -30,7 +30,17 @@ from sdar_verl.report.evaluation import (
     validation_faults,
 )
 from sdar_verl.report.layout import RecordError
-from sdar_verl.report.one_run import FINISHED, OneByOne, attempts, check, check_finished, finish, run_command, tail
+from sdar_verl.report.one_run import (
+    FINISHED,
+    OneByOne,
+    attempts,
+    check,
+    check_finished,
+    check_overrides,
+    finish,
+    run_command,
+    tail,
+)
 from sdar_verl.report.read import RunData
 
 GIVEN_UP = "given_up.txt"
@@ -62,8 +72,8 @@ class Evaluation:
 
     def words(self, arm: str, seed: int) -> list[str]:
         """The training command of one run."""
-        own = [*self.plan.overrides, *self.plan.arms[arm], *self.overrides]
-        return run_command(self.plan.config, arm, seed, self.folder(arm, seed), own, self.folders)
+        own = [*self.plan.overrides, *self.plan.arms[arm]]
+        return run_command(self.plan.config, arm, seed, self.folder(arm, seed), own, self.overrides, self.folders)
 
     def folder(self, arm: str, seed: int) -> Path:
         """Of one run."""
@@ -197,6 +207,7 @@ def run_plan(
     plan = read_plan(file)
     evaluation = Evaluation(plan, out.resolve(), overrides, price, budget, folders)
     try:
+        check_overrides(plan.arms, overrides, "the plan's arms", first=plan.overrides)
         configs = {arm: check(evaluation.words(arm, plan.seeds[0]), whole=not dry) for arm in plan.arms}
         for arm, seed in itertools.product(plan.arms, plan.seeds):
             if (evaluation.folder(arm, seed) / FINISHED).is_file():

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,19 +30,75 @@ _PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
 
 
 def run_command(
-    config: str, name: str, seed: int, folder: Path, own: list[str], folders: Sequence[str] = ()
+    config: str,
+    name: str,
+    seed: int,
+    folder: Path,
+    own: Sequence[str],
+    overrides: Sequence[str],
+    folders: Sequence[str] = (),
 ) -> list[str]:
-    """What starts one run called ``name`` with its ``own`` overrides; ``folders`` are the words of ConfigFolders."""
-    return [
-        *(sys.executable, "-m", "verl.trainer.main_ppo", *folders, "--config-name", config),
-        *own,
-        f"data.seed={seed}",
-        f"sdar.rollout.seed={seed}",
-        f"actor_rollout_ref.actor.data_loader_seed={42 + seed}",
-        f"trainer.experiment_name={name}-{seed}",
-        f"trainer.default_local_dir={_quoted(folder / 'checkpoints')}",
-        f"hydra.run.dir={_quoted(folder / 'hydra')}",
-    ]
+    """What starts one run called ``name``: its ``own`` words, then the ``overrides`` of all runs, since in Hydra later
+    words win; ``folders`` are the words of ConfigFolders."""
+    of_it = [f"{option}={value}" for option, value in _of_a_run(name, seed, folder).items()]
+    main = [sys.executable, "-m", "verl.trainer.main_ppo", *folders, "--config-name", config]
+    return [*main, *own, *of_it, *overrides]
+
+
+def _of_a_run(name: str, seed: int, folder: Path) -> dict[str, str]:
+    """Option -> value of what no two runs share."""
+    return {
+        "data.seed": f"{seed}",
+        "sdar.rollout.seed": f"{seed}",
+        "actor_rollout_ref.actor.data_loader_seed": f"{42 + seed}",
+        "trainer.experiment_name": f"{name}-{seed}",
+        "trainer.default_local_dir": _quoted(folder / "checkpoints"),
+        "hydra.run.dir": _quoted(folder / "hydra"),
+    }
+
+
+def check_overrides(
+    arms: Mapping[str, Sequence[str]], overrides: Sequence[str], place: str, first: Sequence[str] = ()
+) -> None:
+    """No override undoes what makes the runs different.
+
+    Args:
+        arms: the own overrides of each arm's runs.
+        overrides: of all runs, after those.
+        place: where somebody changes the arms, for messages.
+        first: of all runs, before those; an arm may change them.
+
+    Raises:
+        ConfigError: names each such override and what to do instead.
+    """
+    faults = []
+    for word in dict.fromkeys([*first, *itertools.chain(*arms.values()), *overrides]):
+        for option in sorted(_options([word]) & _of_a_run("", 0, Path()).keys()):
+            faults.append(
+                f"{word}: each run has a {option} of its own, by its name, seed and folder; leave it out (seeds: "
+                "--seeds, or the plan's seeds; folders: --out)"
+            )
+    for word in overrides:
+        names = [arm for arm, own in arms.items() if _options([word]) & _options(own)]
+        if names:
+            faults.append(f"{word}: that is what makes {', '.join(names)} different; leave it out and change {place}")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _options(words: Sequence[str]) -> set[str]:
+    """The options that overrides set, but for what Hydra cannot read: it tells that itself."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    from sdar_verl.checks.options import flat
+
+    parser, found = OverridesParser.create(), set[str]()
+    for word in words:
+        with suppress(HydraException):
+            override = parser.parse_override(word)
+            found |= flat({override.key_or_group: override.value()}).keys()
+    return found
 
 
 def _quoted(path: Path) -> str:

@@ -17,7 +17,16 @@ from typing import Any
 from sdar_verl.arguments import check_above_zero, given_path
 from sdar_verl.config_folders import add_folder_options, folders_of
 from sdar_verl.errors import ConfigError
-from sdar_verl.report.one_run import FINISHED, OneByOne, check, check_finished, finish, run_command, tail
+from sdar_verl.report.one_run import (
+    FINISHED,
+    OneByOne,
+    check,
+    check_finished,
+    check_overrides,
+    finish,
+    run_command,
+    tail,
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -68,17 +77,21 @@ def _seeds(text: str) -> list[int]:
 def command(
     config: str, method: str, seed: int, folder: Path, overrides: list[str], folders: Sequence[str] = ()
 ) -> list[str]:
-    """What starts one run of ``method``, or ``method+control``. Later words win in Hydra: the user's stand last."""
+    """What starts one run of ``method``, or ``method+control``."""
+    return run_command(config, method, seed, folder, _own(method), overrides, folders)
+
+
+def _own(method: str) -> list[str]:
+    """What makes a run one of ``method``."""
     preset, plus, control = method.partition("+")
-    own = [f"method={preset}", *([f"sdar.context.control={control}"] if plus else [])]
-    return run_command(config, method, seed, folder, own, folders) + overrides
+    return [f"method={preset}", *([f"sdar.context.control={control}"] if plus else [])]
 
 
 def run(arguments: argparse.Namespace) -> int:
     """All runs, seed by seed; 1 when one of them did not finish, and :attr:`OneByOne.status` after a signal.
 
     Raises:
-        ConfigError: see :func:`check`.
+        ConfigError: see :func:`check` and :func:`check_overrides`.
     """
     _options(arguments)
     folders = folders_of(arguments).words
@@ -88,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         given = (arguments.price, arguments.budget, arguments.gpu, arguments.dry_run, folders)
         return run_plan(arguments.plan, arguments.out, arguments.overrides, *given)
     out: Path = arguments.out.resolve()
+    check_overrides({method: _own(method) for method in arguments.methods}, arguments.overrides, "--methods")
     commands = {}
     for seed, method in itertools.product(arguments.seeds, arguments.methods):
         folder = out / f"{method}-{seed}"

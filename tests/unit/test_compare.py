@@ -436,6 +436,27 @@ def test_what_a_sweep_cannot_use_is_told(tmp_path, capsys, words, told):
 @pytest.mark.parametrize(
     ("override", "told"),
     [
+        ("trainer.default_local_dir=here", "each run has a trainer.default_local_dir of its own"),
+        ("++data.seed=7", "++data.seed=7: each run has a data.seed of its own"),
+        ("trainer={experiment_name: x}", "a trainer.experiment_name of its own"),
+        ("~hydra.run.dir", "seeds: --seeds, or the plan's seeds; folders: --out"),
+        (
+            "method=rlsd",
+            "that is what makes sdar, grpo+shuffled different; leave it out and change --methods",
+        ),
+        ("sdar.context.control=wrong", "that is what makes grpo+shuffled different"),
+    ],
+)
+def test_an_override_does_not_undo_what_makes_runs_different(tmp_path, capsys, override, told):
+    words = ["sweep", "--config-name", "sdar_quickstart", "--methods", "sdar,grpo+shuffled", "--out", str(tmp_path)]
+    assert main([*words, "--dry-run", "trainer.test_freq=5", override]) == 2
+    said = capsys.readouterr().err
+    assert told in said and "test_freq" not in said
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
         ("sdar.loss.coef=9", " there, 9 here"),
         ("trainer.total_training_steps=40", "finished to let it go on from step 20 to trainer.total_training_steps=40"),
         ("nonsense=1", "nonsense"),

@@ -193,6 +193,37 @@ def test_what_a_plan_cannot_do_is_told_before_its_first_run(tmp_path, capsys, ch
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "words", "told"),
+    [
+        ({}, ["data.seed=7"], "data.seed=7: each run has a data.seed of its own"),
+        ({"overrides": ["trainer.default_local_dir=here"]}, [], "each run has a trainer.default_local_dir of its own"),
+        ({"arms": {"grpo": [], "sdar": ["sdar.rollout.seed=3"]}}, [], "each run has a sdar.rollout.seed of its own"),
+        (
+            {},
+            ["method=rlsd"],
+            "what makes grpo, sdar, revkl different; leave it out and change the plan's arms",
+        ),
+    ],
+)
+def test_an_override_does_not_undo_what_makes_arms_different(tmp_path, capsys, change, words, told):
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, **change}, sort_keys=False))
+    command = ["sweep", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--dry-run", *words]
+    assert main(command) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_words_of_the_command_line_come_last(tmp_path, capsys):
+    arms = {"grpo": ["method=grpo"], "sdar": ["method=sdar", "trainer.save_freq=4"]}
+    changes = {"arms": arms, "overrides": ["trainer.test_freq=5", "trainer.save_freq=5"], "seeds": [0]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, **changes}, sort_keys=False))
+    command = ["sweep", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--dry-run"]
+    assert main([*command, "trainer.test_freq=3"]) == 0
+    commands = [line.split() for line in capsys.readouterr().out.splitlines() if "main_ppo" in line]
+    assert [words[-1] for words in commands] == ["trainer.test_freq=3"] * 2
+    assert commands[1].index("trainer.save_freq=5") < commands[1].index("trainer.save_freq=4"), "an arm changes them"
+
+
 def test_verl_validates_after_the_last_step(tmp_path):
     overrides = ["trainer.total_training_steps=12", "trainer.test_freq=5"]
     below = {"kill": {"below": {"by": 0.1, "at": 12}}}
