@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -99,15 +100,23 @@ def read_plan(file: Path) -> Plan:
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a plan: an arm with a seed, its hours and, with a price, its cost."""
+    """One run of a plan: an arm with a seed, its hours and, with a price, its cost; its steps, 0 where unknown."""
 
     arm: str
     seed: int
     hours: float
     usd: float | None
+    steps: int = 0
+
+    def usd_from(self, step: int) -> float:
+        """USD that the steps after ``step`` take; all of them where nobody knows how many there are, or the price."""
+        share = max(1 - step / self.steps, 0.0) if self.steps else 1.0
+        return (self.usd or 0.0) * share
 
 
-def order(plan: Plan, hours: Mapping[str, float], price: float | None) -> list[Planned]:
+def order(
+    plan: Plan, hours: Mapping[str, float], price: float | None, steps: Mapping[str, int] = MappingProxyType({})
+) -> list[Planned]:
     """All runs, those that tell most per hour first.
 
     What is asked is each arm's difference to the baseline. With k runs of an arm its mean has the variance 1/k (in
@@ -126,7 +135,7 @@ def order(plan: Plan, hours: Mapping[str, float], price: float | None) -> list[P
     while len(runs) < len(plan.arms) * len(plan.seeds):
         arm = max((name for name in plan.arms if taken[name] < len(plan.seeds)), key=worth)
         usd = None if price is None else hours[arm] * price
-        runs.append(Planned(arm, plan.seeds[taken[arm]], hours[arm], usd))
+        runs.append(Planned(arm, plan.seeds[taken[arm]], hours[arm], usd, steps.get(arm, 0)))
         taken[arm] += 1
     return runs
 
@@ -182,10 +191,16 @@ def look(folder: Path) -> RunData | None:
     return read_run(folder)
 
 
-def validation_faults(plan: Plan, configs: Mapping[str, Any]) -> list[str]:
+def step_counts(configs: Mapping[str, Any]) -> dict[str, int]:
+    """Training steps of a run of each arm; 0 where nobody knows."""
+    from sdar_verl.planner.own_data import count_steps, train_rows
+
+    return {arm: count_steps(config, train_rows(config)) for arm, config in configs.items()}
+
+
+def validation_faults(plan: Plan, configs: Mapping[str, Any], steps: Mapping[str, int]) -> list[str]:
     """What of the plan's validation its runs do not make: the arm that counts, the step at which one is given up."""
     from sdar_verl.config import load_config
-    from sdar_verl.planner.own_data import count_steps, train_rows
     from sdar_verl.recipe import plays_environments
     from sdar_verl.report.recipe_metrics import arm_names
 
@@ -196,13 +211,13 @@ def validation_faults(plan: Plan, configs: Mapping[str, Any]) -> list[str]:
             faults.append(f"validation={plan.validation!r} is no arm of {arm}'s validations: {', '.join(known)}")
         if below is None:
             continue
-        frequency, steps = int(config.trainer.test_freq), count_steps(config, train_rows(config))
+        frequency, last = int(config.trainer.test_freq), steps[arm]
         # verl validates after the last step, too.
-        validates = frequency > 0 and (below.at % frequency == 0 or below.at == steps)
-        if not validates or 0 < steps < below.at:
+        validates = frequency > 0 and (below.at % frequency == 0 or below.at == last)
+        if not validates or 0 < last < below.at:
             faults.append(
                 f"kill.below.at={below.at}: {arm} does not validate then (trainer.test_freq={frequency}"
-                + (f", {steps} steps)" if steps else ")")
+                + (f", {last} steps)" if last else ")")
             )
     return faults
 

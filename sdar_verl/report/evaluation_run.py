@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdar_verl.atomic import write_text_atomically
 from sdar_verl.cloud import ledger, stop
 from sdar_verl.cloud.guard import AGAIN
-from sdar_verl.cloud.store import Store, StoreError
+from sdar_verl.cloud.mirror import local_step
+from sdar_verl.cloud.store import Store
 from sdar_verl.errors import ConfigError, SdarError
 from sdar_verl.planner.hardware import DEFAULT_GPU
 from sdar_verl.report.evaluation import (
@@ -26,10 +26,21 @@ from sdar_verl.report.evaluation import (
     order,
     planned_hours,
     read_plan,
+    step_counts,
     validation_faults,
 )
 from sdar_verl.report.layout import RecordError
-from sdar_verl.report.one_run import FINISHED, check, check_finished, run_command, tail
+from sdar_verl.report.one_run import (
+    FINISHED,
+    OneByOne,
+    attempts,
+    check,
+    check_finished,
+    check_overrides,
+    finish,
+    run_command,
+    tail,
+)
 from sdar_verl.report.read import RunData
 
 GIVEN_UP = "given_up.txt"
@@ -48,6 +59,7 @@ class Evaluation:
         price: USD an hour of what a run runs on; None: unknown.
         budget: USD for all runs together; None: no limit.
         folders: the words of :class:`~sdar_verl.config_folders.ConfigFolders`.
+        processes: of its runs.
     """
 
     plan: Plan
@@ -56,11 +68,12 @@ class Evaluation:
     price: float | None
     budget: float | None
     folders: Sequence[str] = ()
+    processes: OneByOne = field(default_factory=OneByOne)
 
     def words(self, arm: str, seed: int) -> list[str]:
         """The training command of one run."""
-        own = [*self.plan.overrides, *self.plan.arms[arm], *self.overrides]
-        return run_command(self.plan.config, arm, seed, self.folder(arm, seed), own, self.folders)
+        own = [*self.plan.overrides, *self.plan.arms[arm]]
+        return run_command(self.plan.config, arm, seed, self.folder(arm, seed), own, self.overrides, self.folders)
 
     def folder(self, arm: str, seed: int) -> Path:
         """Of one run."""
@@ -68,34 +81,37 @@ class Evaluation:
 
     def spent(self) -> float:
         """USD by the ledgers of all runs; an attempt without a price counts at this one's."""
-        found = 0.0
-        for arm in self.plan.arms:
-            for seed in self.plan.seeds:
-                for line in self._ledger(arm, seed):
-                    price = self.price if line.price is None else line.price
-                    found += (price or 0.0) * line.seconds / 3600
-        return found
+        return sum(self._spent(self.folder(arm, seed)) for arm in self.plan.arms for seed in self.plan.seeds)
 
     def run(self, runs: Sequence[Planned]) -> int:
-        """All runs in their order; the exit status: 0, or 1 when one failed or money was short."""
+        """All runs in their order.
+
+        Returns:
+            The exit status: 0; 1 when one failed or money was short; :attr:`OneByOne.status` after a signal.
+        """
         status = 0
-        for number, planned in enumerate(runs):
-            arm, folder = planned.arm, self.folder(planned.arm, planned.seed)
-            if (folder / FINISHED).is_file():
-                print(f"{folder} is finished already")
-                continue
-            why = self.given_up(arm)
-            if why is not None:
-                print(f"{folder} is left out: {arm} was given up: {why}")
-                continue
-            left = None if self.budget is None else self.budget - self.spent()
-            if left is not None and left < (planned.usd or 0.0):
-                names = ", ".join(f"{one.arm}-{one.seed}" for one in runs[number:])
-                needs = f"{folder.name} takes about {planned.usd or 0:.2f}"
-                print(f"the budget has {left:.2f} USD left, and {needs}; not run: {names}")
-                status = 1
-                break
-            status |= self._one(arm, planned.seed, left)
+        with self.processes:
+            for number, planned in enumerate(runs):
+                arm, folder = planned.arm, self.folder(planned.arm, planned.seed)
+                if (folder / FINISHED).is_file():
+                    print(f"{folder} is finished already")
+                    continue
+                why = self.given_up(arm)
+                if why is not None:
+                    print(f"{folder} is left out: {arm} was given up: {why}")
+                    continue
+                left = None if self.budget is None else self.budget - self.spent()
+                # By the checkpoint that it goes on from: the steps of its ledger after that are made again.
+                needs = planned.usd_from(local_step(folder / "checkpoints"))
+                if left is not None and left < needs:
+                    names = ", ".join(f"{one.arm}-{one.seed}" for one in runs[number:])
+                    takes = f"{folder.name} takes about {needs:.2f}"
+                    print(f"the budget has {left:.2f} USD left, and {takes}; not run: {names}")
+                    status = 1
+                    break
+                status |= self._one(arm, planned.seed, left)
+                if self.processes.status:
+                    return self.processes.status
         return status
 
     def given_up(self, arm: str) -> str | None:
@@ -115,39 +131,29 @@ class Evaluation:
             if (self.folder(arm, seed) / FINISHED).is_file()
         ]
 
+    def _spent(self, folder: Path) -> float:
+        """USD of one run, as its guard counts them."""
+        prices = [(self.price if line.price is None else line.price, line.seconds) for line in attempts(folder)]
+        return sum((price or 0.0) * seconds / 3600 for price, seconds in prices)
+
     def _one(self, arm: str, seed: int, left: float | None) -> int:
         folder = self.folder(arm, seed)
-        folder.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-m", "sdar_verl.cli", "guard"]
         if self.price is not None:
             guard += ["--price", str(self.price)]
-            own = sum(line.seconds * self.price / 3600 for line in self._ledger(arm, seed))
-            guard += ["--budget", str(left + own)] if left is not None else []
-        env = {**os.environ, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
-        print(f"{folder} (log: train.log)", flush=True)
+            guard += ["--budget", str(left + self._spent(folder))] if left is not None else []
         for _ in range(TRIES):
-            with (folder / "train.log").open("a") as log:
-                process = subprocess.Popen(
-                    [*guard, "--", *self.words(arm, seed)], stdout=log, stderr=subprocess.STDOUT, env=env
-                )
-            try:
-                why = self._watch(process, arm, folder)
-            except BaseException:  # Ctrl-C: the guard ends its run in order
-                process.terminate()
-                process.wait()
-                raise
-            if process.returncode != AGAIN:
+            process = self.processes.start([*guard, "--", *self.words(arm, seed)], folder)
+            why = self._watch(process, arm, folder)
+            if process.returncode != AGAIN or self.processes.status:
                 break
-        attempts = self._ledger(arm, seed)
-        done = attempts[-1].ended == "finished" if attempts else False
-        if why is None and process.returncode == 0 and done:
-            (folder / FINISHED).touch()
-            return 0
         if why is None and process.returncode == 0:
-            print(f"  ended before its last step: {attempts[-1].ended if attempts else 'unknown'}")
+            return 0 if finish(folder) else 1
+        if why is None and self.processes.status:
             return 1
         if why is None:
-            why = f"its run ended with status {process.returncode}: {attempts[-1].ended if attempts else 'see its log'}"
+            made = attempts(folder)
+            why = f"its run ended with status {process.returncode}: {made[-1].ended if made else 'see its log'}"
             print(*tail(folder / "train.log"), sep="\n  ")
         write_text_atomically(folder / GIVEN_UP, why + "\n")
         print(f"  {arm} is given up: {why}", flush=True)
@@ -180,13 +186,6 @@ class Evaluation:
         folders = [self.folder(self.plan.baseline, seed) for seed in self.plan.seeds]
         return [run for folder in folders if (folder / FINISHED).is_file() and (run := look(folder)) is not None]
 
-    def _ledger(self, arm: str, seed: int) -> list[ledger.Attempt]:
-        try:
-            return ledger.read(Store(self.folder(arm, seed) / "checkpoints"))
-        except StoreError as error:
-            print(f"  {error}")
-            return []
-
 
 def run_plan(
     file: Path,
@@ -208,18 +207,20 @@ def run_plan(
     plan = read_plan(file)
     evaluation = Evaluation(plan, out.resolve(), overrides, price, budget, folders)
     try:
+        check_overrides(plan.arms, overrides, "the plan's arms", first=plan.overrides)
         configs = {arm: check(evaluation.words(arm, plan.seeds[0]), whole=not dry) for arm in plan.arms}
         for arm, seed in itertools.product(plan.arms, plan.seeds):
             if (evaluation.folder(arm, seed) / FINISHED).is_file():
                 check_finished(evaluation.words(arm, seed), evaluation.folder(arm, seed))
     except SdarError as error:
         raise ConfigError(f"--plan {file}: {error}") from error
-    if faults := validation_faults(plan, configs):
+    steps = step_counts(configs)
+    if faults := validation_faults(plan, configs, steps):
         raise ConfigError(f"--plan {file}: " + "\n".join(faults))
     if gpu is not None and plan.hours is not None:
         raise ConfigError(f"--gpu {gpu} has no effect: the plan says how many hours a run takes (hours={plan.hours:g})")
     hours, notes = planned_hours(plan, configs, gpu or DEFAULT_GPU)
-    runs = order(plan, hours, price)
+    runs = order(plan, hours, price, steps)
     _announce(runs, budget, price)
     print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     if dry:
@@ -230,7 +231,7 @@ def run_plan(
     if price is not None:
         print(f"{evaluation.spent():.2f} USD spent")
     finished = evaluation.finished()
-    if finished:
+    if finished and not evaluation.processes.status:
         from sdar_verl.cli import main
 
         base = ["--baseline", plan.baseline] if any(one.startswith(f"{plan.baseline}=") for one in finished) else []

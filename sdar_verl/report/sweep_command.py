@@ -7,9 +7,8 @@ name in the last of them is told at once and not after a night.
 from __future__ import annotations
 
 import argparse
-import os
+import itertools
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,16 @@ from typing import Any
 from sdar_verl.arguments import check_above_zero, given_path
 from sdar_verl.config_folders import add_folder_options, folders_of
 from sdar_verl.errors import ConfigError
-from sdar_verl.report.one_run import FINISHED, check, check_finished, run_command, tail
+from sdar_verl.report.one_run import (
+    FINISHED,
+    OneByOne,
+    check,
+    check_finished,
+    check_overrides,
+    finish,
+    run_command,
+    tail,
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -69,17 +77,21 @@ def _seeds(text: str) -> list[int]:
 def command(
     config: str, method: str, seed: int, folder: Path, overrides: list[str], folders: Sequence[str] = ()
 ) -> list[str]:
-    """What starts one run of ``method``, or ``method+control``. Later words win in Hydra: the user's stand last."""
+    """What starts one run of ``method``, or ``method+control``."""
+    return run_command(config, method, seed, folder, _own(method), overrides, folders)
+
+
+def _own(method: str) -> list[str]:
+    """What makes a run one of ``method``."""
     preset, plus, control = method.partition("+")
-    own = [f"method={preset}", *([f"sdar.context.control={control}"] if plus else [])]
-    return run_command(config, method, seed, folder, own, folders) + overrides
+    return [f"method={preset}", *([f"sdar.context.control={control}"] if plus else [])]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """All runs, seed by seed; 1 when one of them failed.
+    """All runs, seed by seed; 1 when one of them did not finish, and :attr:`OneByOne.status` after a signal.
 
     Raises:
-        ConfigError: see :func:`check`.
+        ConfigError: see :func:`check` and :func:`check_overrides`.
     """
     _options(arguments)
     folders = folders_of(arguments).words
@@ -89,43 +101,41 @@ def run(arguments: argparse.Namespace) -> int:
         given = (arguments.price, arguments.budget, arguments.gpu, arguments.dry_run, folders)
         return run_plan(arguments.plan, arguments.out, arguments.overrides, *given)
     out: Path = arguments.out.resolve()
-    for method in arguments.methods:
-        for seed in arguments.seeds if not arguments.dry_run else arguments.seeds[:1]:
-            folder = out / f"{method}-{seed}"
-            words = command(arguments.config_name, method, seed, folder, arguments.overrides, folders)
-            if (folder / FINISHED).is_file():
-                check_finished(words, folder)
-            else:
-                check(words, whole=not arguments.dry_run)
-    failed = []
-    for seed in arguments.seeds:
-        for method in arguments.methods:
-            folder = out / f"{method}-{seed}"
-            words = command(arguments.config_name, method, seed, folder, arguments.overrides, folders)
-            if arguments.dry_run:
-                print(shlex.join(words))
-                continue
+    check_overrides({method: _own(method) for method in arguments.methods}, arguments.overrides, "--methods")
+    commands = {}
+    for seed, method in itertools.product(arguments.seeds, arguments.methods):
+        folder = out / f"{method}-{seed}"
+        commands[folder] = command(arguments.config_name, method, seed, folder, arguments.overrides, folders)
+    # Seeds do not change what composes, so a dry run looks at the first one's runs.
+    for folder, words in itertools.islice(commands.items(), len(arguments.methods) if arguments.dry_run else None):
+        if (folder / FINISHED).is_file():
+            check_finished(words, folder)
+        else:
+            check(words, whole=not arguments.dry_run)
+    if arguments.dry_run:
+        print(*map(shlex.join, commands.values()), sep="\n")
+        return 0
+    unfinished = []
+    with OneByOne() as processes:
+        for folder, words in commands.items():
             if (folder / FINISHED).is_file():
                 print(f"{folder} is finished already")
                 continue
-            folder.mkdir(parents=True, exist_ok=True)
-            print(f"{folder} (log: train.log)", flush=True)
-            env = {**os.environ, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
-            with (folder / "train.log").open("a") as log:
-                status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=env, check=False).returncode
+            status = processes.start(words, folder).wait()
             if status:
-                failed.append(folder)
                 print(f"  failed with status {status}; the end of its log:", *tail(folder / "train.log"), sep="\n  ")
-            else:
-                (folder / FINISHED).touch()
-    if arguments.dry_run:
-        return 0
+            if status or not finish(folder):
+                unfinished.append(folder)
+            if processes.status:
+                return processes.status
     # By name: a placebo may be an override of all runs, and a method without a teacher has none.
     runs = [f"{method}={out / f'{method}-{seed}'}" for method in arguments.methods for seed in arguments.seeds]
     print(f"sdar-verl compare {shlex.join(runs)} --baseline {arguments.methods[0]}")
-    if failed:
-        print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(map(str, failed))}", file=sys.stderr)
-    return 1 if failed else 0
+    if unfinished:
+        print(
+            f"{len(unfinished)} of {len(runs)} runs did not finish: {', '.join(map(str, unfinished))}", file=sys.stderr
+        )
+    return 1 if unfinished else 0
 
 
 def _options(arguments: argparse.Namespace) -> None:

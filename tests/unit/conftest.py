@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,20 @@ def configs_are_parsed_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OmegaConf, "load", from_text)
         yield
+
+
+@pytest.fixture
+def handled() -> Iterator[Callable[[int], None]]:
+    """Signals that would end this process are caught; calling it with a number shows that the test left that so."""
+    caught: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
+
+    def again(number: int) -> None:
+        assert caught == []
+        signal.raise_signal(number)
+        assert caught == [number]
+
+    yield again
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -190,11 +193,54 @@ def test_what_a_plan_cannot_do_is_told_before_its_first_run(tmp_path, capsys, ch
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "words", "told"),
+    [
+        ({}, ["data.seed=7"], "data.seed=7: each run has a data.seed of its own"),
+        ({"overrides": ["trainer.default_local_dir=here"]}, [], "each run has a trainer.default_local_dir of its own"),
+        ({"arms": {"grpo": [], "sdar": ["sdar.rollout.seed=3"]}}, [], "each run has a sdar.rollout.seed of its own"),
+        (
+            {},
+            ["method=rlsd"],
+            "what makes grpo, sdar, revkl different; leave it out and change the plan's arms",
+        ),
+    ],
+)
+def test_an_override_does_not_undo_what_makes_arms_different(tmp_path, capsys, change, words, told):
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, **change}, sort_keys=False))
+    command = ["sweep", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--dry-run", *words]
+    assert main(command) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_words_of_the_command_line_come_last(tmp_path, capsys):
+    arms = {"grpo": ["method=grpo"], "sdar": ["method=sdar", "trainer.save_freq=4"]}
+    changes = {"arms": arms, "overrides": ["trainer.test_freq=5", "trainer.save_freq=5"], "seeds": [0]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, **changes}, sort_keys=False))
+    command = ["sweep", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--dry-run"]
+    assert main([*command, "trainer.test_freq=3"]) == 0
+    commands = [line.split() for line in capsys.readouterr().out.splitlines() if "main_ppo" in line]
+    assert [words[-1] for words in commands] == ["trainer.test_freq=3"] * 2
+    assert commands[1].index("trainer.save_freq=5") < commands[1].index("trainer.save_freq=4"), "an arm changes them"
+
+
 def test_verl_validates_after_the_last_step(tmp_path):
     overrides = ["trainer.total_training_steps=12", "trainer.test_freq=5"]
     below = {"kill": {"below": {"by": 0.1, "at": 12}}}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, "overrides": overrides, **below}, sort_keys=False))
     assert main(["sweep", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+
+
+def test_a_plan_knows_how_many_steps_its_runs_have(tmp_path, monkeypatch):
+    listed = []
+    check = evaluation_run.check
+    monkeypatch.setattr(evaluation_run, "check", lambda words, *, whole: check(words, whole=False))
+    monkeypatch.setattr(evaluation_run.Evaluation, "run", lambda self, runs: listed.extend(runs) or 0)
+    arms = {"grpo": ["method=grpo"], "longer": ["method=grpo", "trainer.total_training_steps=24"]}
+    changes = {"arms": arms, "overrides": ["trainer.total_training_steps=12"], "seeds": [0]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, **changes}, sort_keys=False))
+    assert main(["sweep", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--price", "10"]) == 0
+    assert [(run.arm, run.usd_from(6)) for run in listed] == [("grpo", 2.5), ("longer", 3.75)]
 
 
 def test_a_dear_plan_is_told_before_its_first_run(tmp_path, capsys):
@@ -266,3 +312,64 @@ def test_a_plan_ends_when_its_budget_is_spent(scripted, capsys):
     assert runs.run(listed) == 1
     assert "not run: grpo-0, sdar-0, grpo-1, sdar-1" in capsys.readouterr().out
     assert json.loads((folder / "attempts" / "0001-aaaaaa.json").read_text())["seconds"] == 3600.0
+
+
+def not_started(monkeypatch) -> list[list[str]]:
+    """The commands that would be started; the first one ends the plan with KeyboardInterrupt."""
+    commands = []
+
+    def start(words, **_):
+        commands.append(words)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return commands
+
+
+def test_an_attempt_costs_what_it_cost_then(scripted, monkeypatch):
+    """A run of 10 USD at the old price; 5 of 20 USD are left for it and for all others, whatever the price is now."""
+    runs, listed = scripted(grpo=(0.08, 0), sdar=(0.075, 0))
+    started = not_started(monkeypatch)
+    for arm, usd in (("grpo", 10.0), ("sdar", 5.0)):
+        store = Store(runs.folder(arm, 0) / "checkpoints")
+        ledger.write(store, "0001-aaaaaa", {"seconds": 3600.0, "step": 1, "price": usd})
+    runs.price, runs.budget = 40.0, 20.0
+    assert runs.spent() == pytest.approx(15.0)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(listed)
+    assert float(started[0][started[0].index("--budget") + 1]) == pytest.approx(15.0), "its 10, and the 5 that are left"
+
+
+def test_a_run_that_goes_on_takes_what_its_steps_from_the_checkpoint_take(scripted, monkeypatch, capsys):
+    """Of 10 USD for 100 steps it needs 2 after 80. It was stopped, so its ledger calls 80 the total."""
+    runs, listed = scripted(grpo=(0.08, 0), sdar=(0.075, 0))
+    listed = [replace(run, usd=10.0, steps=100) for run in listed]
+    folder = runs.folder("grpo", 0) / "checkpoints"
+    ledger.write(Store(folder), "0001-aaaaaa", {"seconds": 3600.0, "step": 80, "total": 80, "price": 9.0})
+    runs.budget = 12.0
+    started = not_started(monkeypatch)
+    assert runs.run(listed) == 1
+    assert "3.00 USD left, and grpo-0 takes about 10.00" in capsys.readouterr().out, "without a checkpoint"
+    (folder / "latest_checkpointed_iteration.txt").write_text("80")
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(listed)
+    assert len(started) == 1
+    assert replace(listed[0], steps=0).usd_from(80) == 10.0, "nobody knows how many steps it has"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_plan_that_is_to_end_ends_its_run_first(scripted, monkeypatch, capsys, handled, number):
+    """Its guard ends it. The arm is not given up for that, and nothing else starts."""
+    runs, listed = scripted(grpo=(0.08, 0), sdar=(0.075, 0))
+    pids = runs.out.parent / "pids"
+    code = (
+        f"import os, time; print(os.getpid(), file=open({str(pids)!r}, 'a'), flush=True); "
+        f"os.kill({os.getpid()}, {int(number)}); time.sleep(60)"
+    )
+    monkeypatch.setattr(evaluation_run.Evaluation, "words", lambda *_: [evaluation_run.sys.executable, "-c", code])
+    assert runs.run(listed) == 128 + number
+    (pid,) = map(int, pids.read_text().split())
+    assert not psutil.pid_exists(pid)
+    assert capsys.readouterr().out.count("(log: train.log)") == 1
+    assert [path.name for path in runs.out.iterdir()] == ["grpo-0"] and runs.given_up("grpo") is None
+    handled(number)

@@ -29,7 +29,7 @@ MAY_START_PROCESSES = {
     "doctor/build_tools.py",
     "doctor/probe.py",
     "report/evaluation_run.py",
-    "report/sweep_command.py",
+    "report/one_run.py",
 }
 
 
