@@ -33,8 +33,14 @@ def sequence_parallel(node: DictConfig) -> tuple[str, int]:
 
 
 def engine_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    """Every fault of model, engine, device and attention, one message each."""
-    return [*_model(config), *_strategy(config), *_fused_kernels(config), *_device(config), *_attention(config)]
+    """Every fault of model, device and attention under one of the supported engines, one message each."""
+    return [*_model(config), *_fused_kernels(config), *_device(config), *_attention(config)]
+
+
+def strategy_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Engines of verl's other than FSDP, for which the gated loss, the teacher's weights and the distributions at the
+    head are written. Their options have other names: nothing that calculates with FSDP's can be checked under them."""
+    return list(_strategy(config))
 
 
 def _model(config: DictConfig) -> Iterator[str]:
@@ -68,7 +74,6 @@ def missing_model(option: str, path: str, file: str = "config.json") -> list[str
 
 
 def _strategy(config: DictConfig) -> Iterator[str]:
-    """verl's engines: the gated loss, the teacher's weights and the distributions at the head are written for FSDP."""
     engine = config.get("model_engine", "dp")
     if engine not in SUPPORTED_MODEL_ENGINES:
         yield (

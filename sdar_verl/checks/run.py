@@ -13,7 +13,7 @@ from sdar_verl.checks.chat_template import chat_template_faults
 from sdar_verl.checks.cloud import cloud_faults
 from sdar_verl.checks.context import context_faults
 from sdar_verl.checks.data import data_faults
-from sdar_verl.checks.engine import engine_faults, sequence_parallel
+from sdar_verl.checks.engine import engine_faults, sequence_parallel, strategy_faults
 from sdar_verl.checks.loss import loss_faults
 from sdar_verl.checks.modes import mode_faults, parts_of_a_step, verl_mode
 from sdar_verl.checks.options import (
@@ -50,13 +50,14 @@ def check_run(config: DictConfig, sdar: SdarConfig) -> None:
         ConfigError: with every fault that was found, one per line.
     """
     check_verl_version()
-    # The others calculate with these.
     checks = [check for check in _CHECKS if plays_environments(config) or check not in _OF_ENVIRONMENTS]
     shows_skills = sdar.teacher.source != "none" and "skills" in sdar.context.named and not names_no_context(sdar)
     if not plays_environments(config) and not shows_skills:
         checks.remove(skill_faults)
+    # Each of these calculates with what the ones before have found sound.
     faults = (
-        missing_faults(config)
+        strategy_faults(config, sdar)
+        or missing_faults(config)
         or type_faults(config, sdar)
         or [fault for check in checks for fault in check(config, sdar)]
     )

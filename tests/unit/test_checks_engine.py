@@ -12,8 +12,10 @@ import verl
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from sdar_verl.checks import engine
+from sdar_verl.checks import callback, engine
+from sdar_verl.checks.callback import CheckBeforeStart
 from sdar_verl.config import load_config
+from sdar_verl.errors import RolloutError
 
 ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
 ATTENTION = f"{MODEL}.override_config.attn_implementation"
@@ -21,9 +23,9 @@ CONTENTS = f"{ACTOR}.checkpoint.save_contents"
 GPU = {"trainer.device": "cuda", "actor_rollout_ref.rollout.name": "sglang"}
 
 
-def composed(*overrides: str) -> Any:
+def composed(*overrides: str, recipe: str = "sdar_quickstart") -> Any:
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("sdar_quickstart", overrides=list(overrides))
+        return compose(recipe, overrides=list(overrides))
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +33,24 @@ def recipe():
     return composed()
 
 
-def faults(recipe: Any, **options: Any) -> list[str]:
+def changed(recipe: Any, **options: Any) -> Any:
     config = copy.deepcopy(recipe)
     for option, value in options.items():
         OmegaConf.update(config, option, value, force_add=True)
+    return config
+
+
+def faults(recipe: Any, **options: Any) -> list[str]:
+    config = changed(recipe, **options)
     return engine.engine_faults(config, load_config(config.sdar))
+
+
+def refusal(config: Any, capsys: Any) -> str:
+    """What the whole check tells before Ray starts."""
+    with pytest.raises(SystemExit) as stopped:
+        CheckBeforeStart().on_job_start(config)
+    assert stopped.value.code == 2
+    return str(capsys.readouterr().err)
 
 
 def backends_of_verl() -> list[str]:
@@ -57,13 +72,19 @@ def test_verls_engines_are_found():
 
 @pytest.mark.parametrize("strategy", [*BACKENDS, "mindspeed_megatron", "their_engine"])
 def test_every_strategy_works_or_is_refused(recipe, strategy):
-    told = faults(recipe, **{f"{ACTOR}.strategy": strategy, CONTENTS: ["model"]})
+    config = changed(recipe, **{f"{ACTOR}.strategy": strategy})
+    told = engine.strategy_faults(config, load_config(config.sdar))
     if strategy in engine.SUPPORTED_STRATEGIES:
         assert told == []
     else:
         assert len(told) == 1
         for word in (f"{ACTOR}.strategy={strategy}", "fsdp2", "docs/engines.md"):
             assert word in told[0]
+
+
+def test_a_reference_on_another_engine_is_refused(recipe, capsys):
+    told = refusal(changed(recipe, **{"actor_rollout_ref.ref.strategy": "megatron"}), capsys)
+    assert "ref.strategy=megatron" in told and "actor.strategy=fsdp2" in told
 
 
 @pytest.mark.parametrize(
@@ -91,22 +112,25 @@ def test_fused_kernels_cannot_read_a_head_that_fsdp2_keeps_in_shards(recipe, mod
     assert faults(recipe, **{f"{MODEL}.path": model, CONTENTS: ["model"], **options}) == []
 
 
+@pytest.mark.parametrize("recipe_name", ["sdar_quickstart", "sdar_alfworld"])
 @pytest.mark.parametrize("name", ["megatron", "veomni", "torchtitan"])
-def test_another_model_engine_is_refused_even_where_the_recipe_names_fsdp(name):
-    """hardware=cpu sets the strategy to fsdp2; verl's group would still build the other engine."""
-    config = composed(f"model_engine={name}")
-    assert config.actor_rollout_ref.actor.strategy == "fsdp2"
-    told = engine.engine_faults(config, load_config(config.sdar))
-    assert len(told) == 1
-    assert f"model_engine={name}" in told[0]
-    assert "dp" in told[0]
+def test_another_model_engine_is_refused_even_where_the_recipe_names_fsdp(name, recipe_name, capsys):
+    """hardware=cpu sets the strategy to fsdp2; verl's group would still build the other engine, whose options are
+    others, too: nothing may calculate with FSDP's before the refusal."""
+    told = refusal(composed(f"model_engine={name}", recipe=recipe_name), capsys)
+    (fault,) = told.strip().splitlines()[1:]
+    assert fault.startswith(f"model_engine={name} ") and "leave it at dp" in fault
+
+
+def test_an_error_made_for_a_reader_comes_without_a_traceback(recipe, capsys, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise RolloutError("sdar.env.name=x: y; z")
+
+    monkeypatch.setattr(callback, "check_run", refuse)
+    assert refusal(recipe, capsys).strip() == "This run cannot start:\nsdar.env.name=x: y; z"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "a reference on another engine": (
-        {"actor_rollout_ref.ref.strategy": "megatron"},
-        ["ref.strategy=megatron", "actor.strategy=fsdp2"],
-    ),
     "pinned memory": (
         {f"{ACTOR}.fsdp_config.offload_policy": True},
         ["actor.fsdp_config.offload_policy=True", "trainer.device=cpu"],
