@@ -102,11 +102,10 @@ def _separate(config: DictConfig, sdar: SdarConfig, mode: str) -> list[str]:
             "devices of its own; set it to nccl (needs cupy), another engine of verl's, or gloo on a CPU"
         )
     if uses_lora(config) and not OmegaConf.select(config, "actor_rollout_ref.model.lora.merge"):
-        model = config.actor_rollout_ref.model
         faults.append(
-            f"actor_rollout_ref.model.lora_rank={model.lora_rank}, lora_adapter_path={model.lora_adapter_path}: "
-            f"{named} would send its rollout the frozen base without the adapter (verl's issue 7495), which never "
-            "learns; set actor_rollout_ref.model.lora.merge=True"
+            f"actor_rollout_ref.model.lora_rank={config.actor_rollout_ref.model.lora_rank}: {named} would send its "
+            "rollout the frozen base without the adapter (verl's issue 7495), which never learns; set "
+            "actor_rollout_ref.model.lora.merge=True"
         )
     if not uses_lora(config) and not config.actor_rollout_ref.hybrid_engine:
         own = (

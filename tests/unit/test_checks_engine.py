@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sdar_verl.errors import RolloutError
 ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
 ATTENTION = f"{MODEL}.override_config.attn_implementation"
 CONTENTS = f"{ACTOR}.checkpoint.save_contents"
+MERGED = {f"{MODEL}.lora_rank": 4, f"{MODEL}.lora.merge": True}
 GPU = {"trainer.device": "cuda", "actor_rollout_ref.rollout.name": "sglang"}
 
 
@@ -167,7 +169,39 @@ def test_a_fault_is_named(recipe, case):
 
 
 def test_a_merged_adapter_passes(recipe):
-    assert faults(recipe, **{f"{MODEL}.lora_rank": 4, f"{MODEL}.lora.merge": True}) == []
+    assert faults(recipe, **MERGED) == []
+
+
+@pytest.mark.parametrize(
+    ("rank", "adapter", "words"),
+    [
+        (4, {"r": 4}, []),
+        (
+            0,
+            {"r": 4},
+            ["is not loaded with", "lora_rank=0, and all weights are trained", "lora_rank to the adapter's: 4"],
+        ),
+        (8, {"r": 64}, ["lora_rank=8, but", "has r=64 in its adapter_config.json", "set lora_rank=64"]),
+        (8, None, ["lora_adapter_path=", "there is no adapter here (a folder with adapter_config.json)"]),
+    ],
+)
+def test_an_adapter_to_start_from_is_there_and_of_the_rank_that_verl_is_told(recipe, tmp_path, rank, adapter, words):
+    if adapter is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    options = {f"{MODEL}.lora_adapter_path": str(tmp_path), f"{MODEL}.lora_rank": rank, f"{MODEL}.lora.merge": True}
+    told = faults(recipe, **options)
+    assert len(told) == bool(words), told
+    for word in words:
+        assert word in told[0]
+
+
+def test_a_path_without_a_rank_is_refused_wherever_the_adapter_lies(recipe):
+    (told,) = faults(recipe, **{f"{MODEL}.lora_adapter_path": "somebody/adapter"})
+    assert (
+        "lora_adapter_path=somebody/adapter is not loaded with" in told
+        and "set lora_rank to the adapter's rank" in told
+    )
+    assert faults(recipe, **{f"{MODEL}.lora_adapter_path": "somebody/adapter", **MERGED}) == []
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
