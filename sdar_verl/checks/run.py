@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -281,19 +282,38 @@ def _devices(config: DictConfig, devices: int) -> list[str]:
                 f"actor_rollout_ref.{role}.fsdp_config.fsdp_size={size} does not divide the {devices} devices "
                 "(trainer.n_gpus_per_node * trainer.nnodes); choose a divisor, -1 for all of them"
             )
-    sizes = {name: rollout[f"{name}_parallel_size"] for name in ("tensor_model", "data", "pipeline_model")}
-    if verl_mode(config.trainer.v1.trainer_mode) != "separate_async" and devices % math.prod(sizes.values()):
-        named = " * ".join(f"{name}_parallel_size={size}" for name, size in sizes.items() if size > 1)
-        faults.append(
-            f"actor_rollout_ref.rollout.{named} does not divide the {devices} devices (trainer.n_gpus_per_node * "
-            "trainer.nnodes), which the rollout shares; choose a divisor"
-        )
+    faults += _servers(config, devices)
     if not rollout.log_prob_use_dynamic_bsz and rollout.log_prob_micro_batch_size_per_gpu is None:
         faults.append(
             "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=False needs "
             "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu, the rows of one pass; set it"
         )
     return faults
+
+
+def _servers(config: DictConfig, devices: int) -> Iterator[str]:
+    """Devices that do not divide among rollout servers: verl asserts it on those that train, and of a rollout's own it
+    makes as many servers as there are whole ones, or none."""
+    node, rollout = config.actor_rollout_ref, config.actor_rollout_ref.rollout
+    sizes = {name: rollout[f"{name}_parallel_size"] for name in ("tensor_model", "data", "pipeline_model")}
+    server, separate = math.prod(sizes.values()), verl_mode(config.trainer.v1.trainer_mode) == "separate_async"
+    named = " * ".join(f"{name}_parallel_size={size}" for name, size in sizes.items() if size > 1)
+    fault = f"actor_rollout_ref.rollout.{named} does not divide the"
+    if devices % server and (node.hybrid_engine or not separate):
+        yield (
+            f"{fault} {devices} devices (trainer.n_gpus_per_node * trainer.nnodes), which the rollout shares; choose a "
+            "divisor" + (", or actor_rollout_ref.hybrid_engine=False" if separate else "")
+        )
+    per_node, nodes = rollout.n_gpus_per_node, rollout.nnodes
+    if not separate or not per_node * nodes:
+        return
+    # A server lies on one node, or on whole ones.
+    small, large = sorted((server, per_node))
+    if large % small or per_node * nodes % server:
+        yield (
+            f"{fault} devices of the rollout, actor_rollout_ref.rollout.n_gpus_per_node={per_node} on each of "
+            f"nnodes={nodes}; choose a divisor of the devices of a node, or whole nodes"
+        )
 
 
 def _variant(config: DictConfig, sdar: SdarConfig) -> list[str]:

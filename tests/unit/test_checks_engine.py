@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 import pytest
 import verl
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
 from sdar_verl.checks import callback, engine
 from sdar_verl.checks.callback import CheckBeforeStart
 from sdar_verl.config import load_config
 from sdar_verl.errors import RolloutError
+from tests.support.checked_recipe import changed
 
 ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
 ATTENTION = f"{MODEL}.override_config.attn_implementation"
@@ -33,13 +32,6 @@ def composed(*overrides: str, recipe: str = "sdar_quickstart") -> Any:
 @pytest.fixture(scope="module")
 def recipe():
     return composed()
-
-
-def changed(recipe: Any, **options: Any) -> Any:
-    config = copy.deepcopy(recipe)
-    for option, value in options.items():
-        OmegaConf.update(config, option, value, force_add=True)
-    return config
 
 
 def faults(recipe: Any, **options: Any) -> list[str]:

@@ -178,6 +178,7 @@ FAULTS = {
     "trainer.del_local_ckpt_after_load": (True, "deletes what it resumes from"),
     "trainer.v1.separate_async.parameter_sync_step": (2, "without trainer.v1.trainer_mode=sdar_separate_async"),
     "trainer.v1.sampler.max_off_policy_threshold": (2, "sdar_colocate_async or sdar_separate_async"),
+    "actor_rollout_ref.hybrid_engine": (False, "without trainer.v1.trainer_mode=sdar_separate_async"),
     "skip.rollout.enable": (True, "is not supported"),
     "trainer.resume_from_path": ("/x/global_step_2", "has no effect without trainer.resume_mode=resume_path"),
     "trainer.sav_freq": (5, "; is trainer.save_freq meant?"),
@@ -221,6 +222,8 @@ CHOICES = {
     "actor_rollout_ref.actor.checkpoint.load_contents": [["modle"]],
     "actor_rollout_ref.actor.optim.lr_scheduler_type": ["linear"],
     "actor_rollout_ref.actor.kl_loss_type": ["k4"],
+    "trainer.v1.sampler.max_off_policy_strategy": ["dorp", None],
+    "algorithm.rollout_correction.loss_type": ["ppo_clp"],
 }
 
 
@@ -320,6 +323,9 @@ NUMBERS = {
     "algorithm.kl_ctrl.kl_coef": [-0.1],
     "transfer_queue.backend.SimpleStorage.num_data_storage_units": [0],
     "trainer.nnodes": [0],
+    "trainer.v1.sampler.max_off_policy_threshold": [0, -1, 1.5],
+    "actor_rollout_ref.rollout.nnodes": [-1, 0.5],
+    "actor_rollout_ref.rollout.n_gpus_per_node": [-1, 2.5],
     "trainer.save_freq": [None, 1.5],
     "trainer.test_freq": [None, "never"],
     "trainer.total_training_steps": [0, -1, "all"],
