@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.families import find_architecture
-from sdar_verl.teacher.sources import uses_lora
+from sdar_verl.teacher.sources import has_reference, uses_lora
 from sdar_verl.untrusted import parse_json
 
 SUPPORTED_STRATEGIES = ("fsdp", "fsdp2")
@@ -31,6 +31,24 @@ def sequence_parallel(node: DictConfig) -> tuple[str, int]:
     """
     size, inner = node.get(_ULYSSES, 1), (node.get("fsdp_config", None) or {}).get(_ULYSSES, 1)
     return (_ULYSSES, size) if size > 1 else (f"fsdp_config.{_ULYSSES}", inner)
+
+
+def trained_devices(config: DictConfig) -> tuple[int, str]:
+    """How many devices train, and the options that say so."""
+    return config.trainer.n_gpus_per_node * config.trainer.nnodes, "trainer.n_gpus_per_node * trainer.nnodes"
+
+
+def frozen_models(config: DictConfig, sdar: SdarConfig) -> Iterator[tuple[str, int, str]]:
+    """Models that run with the settings of ``actor_rollout_ref.ref``: path, devices, and the options that say those."""
+    own, teacher = str(config.actor_rollout_ref.model.path), sdar.teacher
+    if has_reference(config) and not uses_lora(config):
+        yield (own, *trained_devices(config))
+    if teacher.placement == "pool" and teacher.pool_gpus_per_node is not None:
+        nodes = teacher.pool_nodes or 1
+        where = f"sdar.teacher.placement=pool: pool_gpus_per_node={teacher.pool_gpus_per_node} on pool_nodes={nodes}"
+        yield teacher.path or own, teacher.pool_gpus_per_node * nodes, where
+    elif teacher.path is not None:
+        yield (teacher.path, *trained_devices(config))
 
 
 def engine_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:

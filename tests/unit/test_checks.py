@@ -296,6 +296,23 @@ CASES = {
         },
         ["sdar.teacher.placement=pool", "pool_gpus_per_node=1", "ref.fsdp_config.ulysses_sequence_parallel_size=2"],
     ),
+    "a pool that does not divide among copies of the teacher": (
+        {
+            "sdar.teacher.source": "reference",
+            "sdar.teacher.placement": "pool",
+            "sdar.teacher.pool_gpus_per_node": 3,
+            "actor_rollout_ref.ref.fsdp_config.fsdp_size": 2,
+        },
+        ["ref.fsdp_config.fsdp_size=2 does not divide the 3 devices (sdar.teacher.placement=pool", "per_node=3"],
+    ),
+    "a reference that cannot split its rows": (
+        {
+            "sdar.teacher.source": "actor",
+            "actor_rollout_ref.actor.use_kl_loss": True,
+            "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size": 2,
+        },
+        ["ref.fsdp_config.ulysses_sequence_parallel_size=2 does not divide the 1 devices (trainer.n_gpus"],
+    ),
     "group of one": ({"actor_rollout_ref.rollout.n": 1}, ["rollout.n=1", "at least 2"]),
     "micro-batch": (
         {
@@ -368,7 +385,8 @@ def test_servers_of_a_separate_rollout_fill_its_devices(recipe, hybrid, size, tr
             "actor_rollout_ref.rollout.nnodes": nodes,
         },
     )
-    told = [*servers(config, training)]
+    config.trainer.n_gpus_per_node = training
+    told = [*servers(config)]
     expected = {
         "training": f"tensor_model_parallel_size={size} does not divide the {training} devices (trainer.",
         "rollout": f"rollout.n_gpus_per_node={per_node} on each of nnodes={nodes}",
@@ -473,6 +491,14 @@ SOUND = {
     "Skill-GRPO": {"sdar.context.student": "skills", "sdar.teacher.source": "none", "sdar.loss.coef": 0},
     "a teacher that sees more": {"sdar.context.student": "skills", "sdar.context.sources": ["skills", "sibling"]},
     "a frozen teacher": {"sdar.context.student": "skills", "sdar.teacher.source": "reference"},
+    "a pool of another size than the trainer's devices": {
+        "trainer.n_gpus_per_node": 4,
+        "sdar.teacher.source": "reference",
+        "sdar.teacher.placement": "pool",
+        "sdar.teacher.pool_gpus_per_node": 6,
+        "actor_rollout_ref.actor.use_kl_loss": False,
+        "actor_rollout_ref.ref.fsdp_config.fsdp_size": 3,
+    },
     "a placebo": {"sdar.context.control": "random_text"},
     "skills against their placebo": {
         "sdar.context.contrast.sources": ["skills"],
