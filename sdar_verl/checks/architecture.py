@@ -1,4 +1,5 @@
-"""What a model's architecture does not work with, before Ray starts; of models that lie on this machine."""
+"""What a model's architecture does not work with, before Ray starts; of models that lie on this machine, and heads of
+the recipes' models too."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from sdar_verl.checks.engine import frozen_models, sequence_parallel
 from sdar_verl.config import SdarConfig
+from sdar_verl.errors import ConfigError
+from sdar_verl.planner.families import find_architecture
 from sdar_verl.requests import distribution_option, reads_distributions
 from sdar_verl.untrusted import parse_json
 
@@ -23,12 +27,39 @@ _AFTER_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 def architecture_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """Every fault, one text each, with the option that helps."""
-    described = _described(config)
+    faults, described = _heads(config, sdar), _described(config)
     if described is None:
-        return []
+        return faults
     text: Mapping[str, Any] = described.get("text_config") or described
     kind = str(described.get("model_type"))
-    return [*_rows(config, kind, text), *_attention(config, kind), *_logits(sdar, kind, text)]
+    return [*faults, *_rows(config, kind, text), *_attention(config, kind), *_logits(sdar, kind, text)]
+
+
+def _heads(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Ranks that share a row, and those of a server, each take some of the attention heads: verl asserts that they can,
+    and vLLM does. Fewer key-value heads than ranks are repeated."""
+    node, faults = config.actor_rollout_ref, dict[Any, str]()
+    own = str(node.model.path)
+    shares = [("actor", *sequence_parallel(node.actor), own)]
+    shares += [("ref", *sequence_parallel(node.ref), path) for path, *_ in frozen_models(config, sdar)]
+    if node.rollout.name == "vllm":
+        shares.append(("rollout", "tensor_model_parallel_size", node.rollout.tensor_model_parallel_size, own))
+    for role, option, size, path in shares:
+        if size == 1:
+            continue
+        try:
+            model = find_architecture(str(node.model.get("hf_config_path", None) or own) if path == own else path)
+        except ConfigError:
+            continue  # neither on this machine nor one of the recipes' models
+        heads, kv = model.heads, model.kv_heads
+        sound = [n for n in range(1, heads + 1) if heads % n == 0 and (kv % n == 0 or n % kv == 0)]
+        if size not in sound:
+            fault = (
+                f"actor_rollout_ref.{role}.{option}={size} cannot share out the {heads} attention heads ({kv} of keys "
+                f"and values) of {path}; use one of {', '.join(map(str, sound))}"
+            )
+            faults.setdefault((option, size, path), fault)  # the reference follows the actor's size
+    return [*faults.values()]
 
 
 def _described(config: DictConfig) -> Mapping[str, Any] | None:

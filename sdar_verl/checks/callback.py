@@ -13,7 +13,7 @@ from sdar_verl.checks.notes import run_notes
 from sdar_verl.checks.run import check_run
 from sdar_verl.cloud.driver import before_ray
 from sdar_verl.config import load_config
-from sdar_verl.errors import ConfigError
+from sdar_verl.errors import SdarError
 from sdar_verl.quiet import be_quiet
 
 
@@ -30,7 +30,7 @@ class CheckBeforeStart(Callback):
                 print(f"sdar note: {note}", file=sys.stderr, flush=True)
             stopped = before_ray(config)
         except Exception as error:
-            reason = str(error) if isinstance(error, ConfigError) else traceback.format_exc()
+            reason = str(error) if isinstance(error, SdarError) else traceback.format_exc()
             print(f"\nThis run cannot start:\n{reason}\n", file=sys.stderr, flush=True)
             # Hydra turns a callback's exception into a warning; only this ends the program.
             raise SystemExit(2) from None

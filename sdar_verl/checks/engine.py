@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from sdar_verl.config import SdarConfig
 from sdar_verl.errors import ConfigError
 from sdar_verl.planner.families import find_architecture
-from sdar_verl.teacher.sources import uses_lora
+from sdar_verl.teacher.sources import has_reference, uses_lora
+from sdar_verl.untrusted import parse_json
 
 SUPPORTED_STRATEGIES = ("fsdp", "fsdp2")
 SUPPORTED_MODEL_ENGINES = ("dp",)
@@ -32,9 +33,39 @@ def sequence_parallel(node: DictConfig) -> tuple[str, int]:
     return (_ULYSSES, size) if size > 1 else (f"fsdp_config.{_ULYSSES}", inner)
 
 
+def trained_devices(config: DictConfig) -> tuple[int, str]:
+    """How many devices train, and the options that say so."""
+    return config.trainer.n_gpus_per_node * config.trainer.nnodes, "trainer.n_gpus_per_node * trainer.nnodes"
+
+
+def frozen_models(config: DictConfig, sdar: SdarConfig) -> Iterator[tuple[str, int, str]]:
+    """Models that run with the settings of ``actor_rollout_ref.ref``: path, devices, and the options that say those."""
+    own, teacher = str(config.actor_rollout_ref.model.path), sdar.teacher
+    if has_reference(config) and not uses_lora(config):
+        yield (own, *trained_devices(config))
+    if teacher.placement == "pool" and teacher.pool_gpus_per_node is not None:
+        nodes = teacher.pool_nodes or 1
+        where = f"sdar.teacher.placement=pool: pool_gpus_per_node={teacher.pool_gpus_per_node} on pool_nodes={nodes}"
+        yield teacher.path or own, teacher.pool_gpus_per_node * nodes, where
+    elif teacher.path is not None:
+        yield (teacher.path, *trained_devices(config))
+
+
 def engine_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
-    """Every fault of model, engine, device and attention, one message each."""
-    return [*_model(config), *_strategy(config), *_fused_kernels(config), *_device(config), *_attention(config)]
+    """Every fault of model, device and attention under one of the supported engines, one message each."""
+    return [
+        *_model(config),
+        *_adapter(config),
+        *_fused_kernels(config),
+        *_device(config),
+        *_attention(config),
+    ]
+
+
+def strategy_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
+    """Engines of verl's other than FSDP, for which the gated loss, the teacher's weights and the distributions at the
+    head are written. Their options have other names: nothing that calculates with FSDP's can be checked under them."""
+    return list(_strategy(config))
 
 
 def _model(config: DictConfig) -> Iterator[str]:
@@ -56,19 +87,42 @@ def _model(config: DictConfig) -> Iterator[str]:
             )
 
 
-def missing_model(option: str, path: str, file: str = "config.json") -> list[str]:
+def _adapter(config: DictConfig) -> Iterator[str]:
+    """verl's trainer takes a path for LoRA, its FSDP engine the rank alone."""
+    model, option = config.actor_rollout_ref.model, "actor_rollout_ref.model"
+    path, rank = model.get("lora_adapter_path", None), model.get("lora_rank", 0)
+    if path is None:
+        return
+    file = "adapter_config.json"
+    yield from missing_model(f"{option}.lora_adapter_path", str(path), file, "adapter")
+    try:
+        own = parse_json((Path(path) / file).read_bytes()).get("r")
+    except (OSError, ValueError, AttributeError):
+        own = None  # not on this machine, or told above
+    if not uses_lora(config):
+        yield (
+            f"{option}.lora_adapter_path={path} is not loaded with {option}.lora_rank={rank}, and all weights are "
+            f"trained; set lora_rank to the adapter's{' rank' if own is None else f': {own}'}"
+        )
+    elif own not in (None, rank):
+        yield (
+            f"{option}.lora_rank={rank}, but {option}.lora_adapter_path={path} has r={own} in its {file}, which is "
+            f"what is trained; set lora_rank={own}"
+        )
+
+
+def missing_model(option: str, path: str, file: str = "config.json", kind: str = "model") -> list[str]:
     """A fault where ``path`` can only be a folder of this machine and holds no model; names of a hub are not asked."""
     local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if not local or "://" in path or (Path(path) / file).is_file():
         return []
     return [
-        f"{option}={path}: there is no model here (a folder with {file}); give the folder of one, or a name of "
-        "Hugging Face's hub such as Qwen/Qwen2.5-3B-Instruct"
+        f"{option}={path}: there is no {kind} here (a folder with {file}); give the folder of one, or a name of "
+        f"Hugging Face's hub{' such as Qwen/Qwen2.5-3B-Instruct' if kind == 'model' else ''}"
     ]
 
 
 def _strategy(config: DictConfig) -> Iterator[str]:
-    """verl's engines: the gated loss, the teacher's weights and the distributions at the head are written for FSDP."""
     engine = config.get("model_engine", "dp")
     if engine not in SUPPORTED_MODEL_ENGINES:
         yield (
@@ -158,9 +212,8 @@ def _accelerator_only(config: DictConfig) -> Iterator[str]:
     model = config.actor_rollout_ref.model
     if uses_lora(config) and not OmegaConf.select(model, "lora.merge"):
         yield (
-            f"actor_rollout_ref.model.lora_rank={model.lora_rank}, lora_adapter_path={model.lora_adapter_path}: "
-            "rollout.name=transformers, the CPU's rollout, takes whole weights; set "
-            "actor_rollout_ref.model.lora.merge=True"
+            f"actor_rollout_ref.model.lora_rank={model.lora_rank}: rollout.name=transformers, the CPU's rollout, takes "
+            "whole weights; set actor_rollout_ref.model.lora.merge=True"
         )
 
 

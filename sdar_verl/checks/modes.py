@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -11,6 +13,9 @@ from sdar_verl.teacher.sources import uses_lora
 
 MODES = {"sdar": "sync", "sdar_colocate_async": "colocate_async", "sdar_separate_async": "separate_async"}
 """Mode of ours -> mode of verl's that it stands on."""
+_BACKENDS = ("naive", "nccl", "nixl", "kimi_ckpt_engine", "mooncake", "delta_sharded")
+"""verl's checkpoint engines; its registry holds those alone whose packages are in this process."""
+_OURS = "sdar_verl.local.weights"
 
 
 def mode_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
@@ -24,7 +29,7 @@ def mode_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
             f"trainer.v1.trainer_mode={mode}: no trainer of that name is registered; use one of {', '.join(MODES)}, or "
             "name the module that registers yours in sdar.modules"
         ]
-    faults = _correction(config)
+    faults = [*_correction(config), *_backend(config)]
     base = verl_mode(mode)
     if base in ("colocate_async", "separate_async"):
         faults += _asynchronous(config, mode)
@@ -55,12 +60,42 @@ def parts_of_a_step(config: DictConfig) -> int:
 def _correction(config: DictConfig) -> list[str]:
     correction = config.algorithm.get("rollout_correction", None) or {}
     asked = [name for name in ("rollout_is", "rollout_rs", "bypass_mode") if correction.get(name, None)]
-    if not asked or config.actor_rollout_ref.rollout.calculate_log_probs:
+    if not asked:
         return []
+    if config.actor_rollout_ref.rollout.calculate_log_probs:
+        return _correcting(correction)
     named = ", ".join(f"algorithm.rollout_correction.{name}={correction[name]}" for name in asked)
     return [
         f"{named} has no effect with actor_rollout_ref.rollout.calculate_log_probs=False, which leaves the rollout's "
         "log-probs out; set it to True"
+    ]
+
+
+def _correcting(correction: Mapping[str, Any]) -> list[str]:
+    """Words and thresholds, tried on one token: verl reads them in the first step, when the rollout is done."""
+    from torch import ones, zeros
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
+
+    names = ("rollout_is", "rollout_is_threshold", "rollout_rs", "rollout_rs_threshold")
+    given = {name: correction[name] for name in names if correction.get(name, None) is not None}
+    try:
+        compute_rollout_correction_and_rejection_mask(zeros(1, 1), zeros(1, 1), ones(1, 1), **given)
+    except (ValueError, TypeError) as error:
+        named = ", ".join(f"algorithm.rollout_correction.{name}={value}" for name, value in given.items())
+        return [f"{named}: verl cannot correct with that: {error}"]
+    return []
+
+
+def _backend(config: DictConfig) -> list[str]:
+    """The name of the engine that sends weights to the rollout; verl makes it in every mode."""
+    engine, option = config.actor_rollout_ref.rollout.checkpoint_engine, "actor_rollout_ref.rollout.checkpoint_engine"
+    module = engine.get("custom_backend_module", None)
+    known = {None: _BACKENDS, _OURS: (*_BACKENDS, "gloo")}.get(module)
+    if known is None or engine.backend in known:
+        return []  # the module of somebody else may register any name
+    return [
+        f"{option}.backend={engine.backend}: verl knows {', '.join(known)}; use one of them, or name the module that "
+        f"registers yours in {option}.custom_backend_module"
     ]
 
 
@@ -102,11 +137,10 @@ def _separate(config: DictConfig, sdar: SdarConfig, mode: str) -> list[str]:
             "devices of its own; set it to nccl (needs cupy), another engine of verl's, or gloo on a CPU"
         )
     if uses_lora(config) and not OmegaConf.select(config, "actor_rollout_ref.model.lora.merge"):
-        model = config.actor_rollout_ref.model
         faults.append(
-            f"actor_rollout_ref.model.lora_rank={model.lora_rank}, lora_adapter_path={model.lora_adapter_path}: "
-            f"{named} would send its rollout the frozen base without the adapter (verl's issue 7495), which never "
-            "learns; set actor_rollout_ref.model.lora.merge=True"
+            f"actor_rollout_ref.model.lora_rank={config.actor_rollout_ref.model.lora_rank}: {named} would send its "
+            "rollout the frozen base without the adapter (verl's issue 7495), which never learns; set "
+            "actor_rollout_ref.model.lora.merge=True"
         )
     if not uses_lora(config) and not config.actor_rollout_ref.hybrid_engine:
         own = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,7 +14,13 @@ from sdar_verl.checks.chat_template import chat_template_faults
 from sdar_verl.checks.cloud import cloud_faults
 from sdar_verl.checks.context import context_faults
 from sdar_verl.checks.data import data_faults
-from sdar_verl.checks.engine import engine_faults, sequence_parallel
+from sdar_verl.checks.engine import (
+    engine_faults,
+    frozen_models,
+    sequence_parallel,
+    strategy_faults,
+    trained_devices,
+)
 from sdar_verl.checks.loss import loss_faults
 from sdar_verl.checks.modes import mode_faults, parts_of_a_step, verl_mode
 from sdar_verl.checks.options import (
@@ -50,13 +57,14 @@ def check_run(config: DictConfig, sdar: SdarConfig) -> None:
         ConfigError: with every fault that was found, one per line.
     """
     check_verl_version()
-    # The others calculate with these.
     checks = [check for check in _CHECKS if plays_environments(config) or check not in _OF_ENVIRONMENTS]
     shows_skills = sdar.teacher.source != "none" and "skills" in sdar.context.named and not names_no_context(sdar)
     if not plays_environments(config) and not shows_skills:
         checks.remove(skill_faults)
+    # Each of these calculates with what the ones before have found sound.
     faults = (
-        missing_faults(config)
+        strategy_faults(config, sdar)
+        or missing_faults(config)
         or type_faults(config, sdar)
         or [fault for check in checks for fault in check(config, sdar)]
     )
@@ -230,15 +238,12 @@ def _per_part(config: DictConfig) -> str:
 
 def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
     n, rows = config.actor_rollout_ref.rollout.n, sdar.update.mini_batch_rows
-    devices = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    option, together = sequence_parallel(config.actor_rollout_ref.actor)
+    devices, _ = trained_devices(config)
+    _, together = sequence_parallel(config.actor_rollout_ref.actor)
+    faults = _devices(config, sdar)
     if devices % together:
-        return [
-            f"actor_rollout_ref.actor.{option}={together} does not divide the {devices} devices "
-            "(trainer.n_gpus_per_node * trainer.nnodes); choose a divisor, 1 for none"
-        ]
+        return faults
     ranks = devices // together
-    faults = _devices(config, devices)
     if rows is not None and rows % n:
         faults.append(f"sdar.update.mini_batch_rows={rows} must be a multiple of actor_rollout_ref.rollout.n={n}")
     own = config.actor_rollout_ref.actor.ppo_mini_batch_size
@@ -270,29 +275,56 @@ def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
     return faults
 
 
-def _devices(config: DictConfig, devices: int) -> list[str]:
+def _devices(config: DictConfig, sdar: SdarConfig) -> list[str]:
     """What verl's workers assert or divide by when they are made."""
-    node, rollout, faults = config.actor_rollout_ref, config.actor_rollout_ref.rollout, []
-    for role in ("actor", "ref"):
-        size = node[role].fsdp_config.fsdp_size
-        if 0 < size < devices and devices % size:
-            faults.append(
-                f"actor_rollout_ref.{role}.fsdp_config.fsdp_size={size} does not divide the {devices} devices "
-                "(trainer.n_gpus_per_node * trainer.nnodes); choose a divisor, -1 for all of them"
-            )
-    sizes = {name: rollout[f"{name}_parallel_size"] for name in ("tensor_model", "data", "pipeline_model")}
-    if verl_mode(config.trainer.v1.trainer_mode) != "separate_async" and devices % math.prod(sizes.values()):
-        named = " * ".join(f"{name}_parallel_size={size}" for name, size in sizes.items() if size > 1)
-        faults.append(
-            f"actor_rollout_ref.rollout.{named} does not divide the {devices} devices (trainer.n_gpus_per_node * "
-            "trainer.nnodes), which the rollout shares; choose a divisor"
-        )
+    node, faults = config.actor_rollout_ref, dict[Any, str]()
+    engines = [("actor", *trained_devices(config))]
+    engines += [("ref", devices, where) for _, devices, where in frozen_models(config, sdar)]
+    for role, devices, where in engines:
+        sizes, shards = [sequence_parallel(node[role])], node[role].fsdp_config.fsdp_size
+        if 0 < shards < devices:  # any other stands for all of them
+            sizes.append(("fsdp_config.fsdp_size", shards))
+        for option, size in sizes:
+            if devices % size:
+                fault = f"actor_rollout_ref.{role}.{option}={size} does not divide the {devices} devices ({where})"
+                faults.setdefault(
+                    (option, size, where), f"{fault}; choose a divisor"
+                )  # the reference's may be the actor's
+    return [*faults.values(), *_servers(config), *_passes(config)]
+
+
+def _passes(config: DictConfig) -> Iterator[str]:
+    rollout = config.actor_rollout_ref.rollout
     if not rollout.log_prob_use_dynamic_bsz and rollout.log_prob_micro_batch_size_per_gpu is None:
-        faults.append(
+        yield (
             "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=False needs "
             "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu, the rows of one pass; set it"
         )
-    return faults
+
+
+def _servers(config: DictConfig) -> Iterator[str]:
+    """Devices that do not divide among rollout servers: verl asserts it on those that train, and of a rollout's own it
+    makes as many servers as there are whole ones, or none."""
+    node, rollout = config.actor_rollout_ref, config.actor_rollout_ref.rollout
+    sizes = {name: rollout[f"{name}_parallel_size"] for name in ("tensor_model", "data", "pipeline_model")}
+    server, separate = math.prod(sizes.values()), verl_mode(config.trainer.v1.trainer_mode) == "separate_async"
+    named = " * ".join(f"{name}_parallel_size={size}" for name, size in sizes.items() if size > 1)
+    fault, (devices, where) = f"actor_rollout_ref.rollout.{named} does not divide the", trained_devices(config)
+    if devices % server and (node.hybrid_engine or not separate):
+        yield (
+            f"{fault} {devices} devices ({where}), which the rollout shares; choose a divisor"
+            + (", or actor_rollout_ref.hybrid_engine=False" if separate else "")
+        )
+    per_node, nodes = rollout.n_gpus_per_node, rollout.nnodes
+    if not separate or not per_node * nodes:
+        return
+    # A server lies on one node, or on whole ones.
+    small, large = sorted((server, per_node))
+    if large % small or per_node * nodes % server:
+        yield (
+            f"{fault} devices of the rollout, actor_rollout_ref.rollout.n_gpus_per_node={per_node} on each of "
+            f"nnodes={nodes}; choose a divisor of the devices of a node, or whole nodes"
+        )
 
 
 def _variant(config: DictConfig, sdar: SdarConfig) -> list[str]:

@@ -38,7 +38,7 @@ def teacher_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
     except ValueError as error:
         return [f"sdar.teacher.source: {error}, none"]
     faults = _without_effect(settings, [name for name in _SOURCE_OPTIONS if name not in source.options])
-    faults += _placement(config, settings, source.placements)
+    faults += _placement(settings, source.placements)
     faults += source.faults(config, settings)
     if settings.path is not None and "path" in source.options:
         faults += _vocabulary(config, settings.path)
@@ -76,7 +76,7 @@ def _without_effect(settings: TeacherConfig, names: list[str]) -> list[str]:
     return faults
 
 
-def _placement(config: DictConfig, settings: TeacherConfig, placements: tuple[str, ...]) -> list[str]:
+def _placement(settings: TeacherConfig, placements: tuple[str, ...]) -> list[str]:
     if settings.placement not in placements:
         able = [source for source in list_sources() if settings.placement in get_source(source).placements]
         return [
@@ -86,15 +86,6 @@ def _placement(config: DictConfig, settings: TeacherConfig, placements: tuple[st
     if settings.placement == "pool":
         if settings.pool_gpus_per_node is None:
             return ["sdar.teacher.placement=pool needs devices of its own; set sdar.teacher.pool_gpus_per_node"]
-        option, size = sequence_parallel(config.actor_rollout_ref.ref)
-        per_node, nodes = settings.pool_gpus_per_node, settings.pool_nodes or 1
-        ranks = per_node * nodes
-        if ranks % size:
-            return [
-                f"sdar.teacher.placement=pool: the {ranks} devices of sdar.teacher.pool_gpus_per_node={per_node} on "
-                f"pool_nodes={nodes} do not divide by actor_rollout_ref.ref.{option}={size}, the devices of a row; set "
-                "that to 1, or give the pool more of them"
-            ]
         return []
     return [
         f"sdar.teacher.{name}={getattr(settings, name)} has no effect with "

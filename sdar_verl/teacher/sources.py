@@ -153,7 +153,8 @@ class ActorFresh(WeightSource):
 
 @register_source("reference")
 class Reference(WeightSource):
-    """Frozen weights: those training starts from, through verl's reference; or those of ``sdar.teacher.path``."""
+    """Frozen weights: those of ``model.path``, through verl's reference; or those of ``sdar.teacher.path``. An adapter
+    that training starts from is not in them."""
 
     options = frozenset({"path"})
     placements = ("colocated", "pool")
@@ -180,13 +181,14 @@ class Reference(WeightSource):
 
     @contextmanager
     def scoring(self) -> Iterator[dict[str, Any]]:
-        # Without an engine of its own, the start weights are the base under the adapter.
+        # Without an engine of its own, the frozen weights are the base under the adapter.
         yield {"no_lora_adapter": True} if self.worker is self.host.actor else {}
 
 
 @register_source("lora_base")
 class LoraBase(WeightSource):
-    """The model under the LoRA adapter: frozen start weights without a second copy."""
+    """The model under the LoRA adapter: frozen weights without a second copy, those training starts from unless it
+    starts from an adapter (``model.lora_adapter_path``)."""
 
     follows = False
 
@@ -299,10 +301,8 @@ class Ema(_OwnWeights):
 
 
 def uses_lora(config: DictConfig) -> bool:
-    """Whether verl trains a LoRA adapter; its base then serves as the reference, too."""
-    model = config.actor_rollout_ref.model
-    rank = (model.get("lora", None) or {}).get("rank", 0) or model.get("lora_rank", 0)
-    return rank > 0 or model.get("lora_adapter_path", None) is not None
+    """Whether verl trains a LoRA adapter; its base then serves as the reference, too. A path to one is not enough."""
+    return bool(config.actor_rollout_ref.model.get("lora_rank", 0) > 0)
 
 
 def has_reference(config: DictConfig) -> bool:

@@ -26,9 +26,15 @@ def checked_recipe(folder: Path) -> DictConfig:
         return compose("sdar_quickstart", overrides=[f"data.train_files={panels[0]}", f"data.val_files={panels[1]}"])
 
 
-def run_checks(recipe: DictConfig, **overrides: Any) -> None:
-    """The checks of a run with these options."""
+def changed(recipe: DictConfig, **overrides: Any) -> DictConfig:
+    """A copy of the recipe with these options."""
     config = copy.deepcopy(recipe)
     for option, value in overrides.items():
         OmegaConf.update(config, option, value, force_add=True)
+    return config
+
+
+def run_checks(recipe: DictConfig, **overrides: Any) -> None:
+    """The checks of a run with these options."""
+    config = changed(recipe, **overrides)
     check_run(config, load_config(config.sdar))

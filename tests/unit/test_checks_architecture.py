@@ -65,3 +65,45 @@ def test_what_cannot_work_is_refused(tmp_path: Path, described: dict, overrides:
 )
 def test_what_works_is_not(tmp_path: Path, described: dict, overrides: list[str]) -> None:
     assert faults(tmp_path / "model", described, *overrides) == ""
+
+
+def heads_of(*overrides: str) -> list[str]:
+    model = "actor_rollout_ref.model.path=Qwen/Qwen2.5-7B-Instruct"  # 28 heads, 4 of keys and values
+    config = compose_config("sdar_ppo", ["+hardware=8gpu", "sdar.context.sources=[answer]", model, *overrides])
+    return architecture_faults(config, load_config(config.sdar))
+
+
+TP = "actor_rollout_ref.rollout.tensor_model_parallel_size"
+ULYSSES = "fsdp_config.ulysses_sequence_parallel_size"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "option"),
+    [
+        ([f"actor_rollout_ref.actor.{ULYSSES}=8"], f"actor_rollout_ref.actor.{ULYSSES}=8"),
+        ([f"actor_rollout_ref.actor.{ULYSSES}=7"], f"actor_rollout_ref.actor.{ULYSSES}=7"),
+        (
+            ["actor_rollout_ref.actor.use_kl_loss=True", f"actor_rollout_ref.ref.{ULYSSES}=8"],
+            f"actor_rollout_ref.ref.{ULYSSES}=8",
+        ),
+        ([f"{TP}=8"], f"{TP}=8"),
+        ([f"{TP}=14"], f"{TP}=14"),
+    ],
+)
+def test_heads_that_cannot_be_shared_out_are_told(overrides: list[str], option: str) -> None:
+    (told,) = heads_of(*overrides)
+    assert told.startswith(f"{option} cannot share out the 28 attention heads (4 of keys and values)")
+    assert told.endswith("use one of 1, 2, 4, 28")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [f"actor_rollout_ref.actor.{ULYSSES}=4", f"{TP}=4"],
+        [f"{TP}=8", "actor_rollout_ref.rollout.name=sglang"],
+        [f"{TP}=8", f"actor_rollout_ref.actor.{ULYSSES}=8", "actor_rollout_ref.model.path=somebody/model"],
+        [f"actor_rollout_ref.ref.{ULYSSES}=8"],  # no reference is started
+    ],
+)
+def test_heads_that_can_or_that_nobody_knows_pass(overrides: list[str]) -> None:
+    assert heads_of(*overrides) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,20 +10,23 @@ from typing import Any
 import pytest
 import verl
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
-from sdar_verl.checks import engine
+from sdar_verl.checks import callback, engine
+from sdar_verl.checks.callback import CheckBeforeStart
 from sdar_verl.config import load_config
+from sdar_verl.errors import RolloutError
+from tests.support.checked_recipe import changed
 
 ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
 ATTENTION = f"{MODEL}.override_config.attn_implementation"
 CONTENTS = f"{ACTOR}.checkpoint.save_contents"
+MERGED = {f"{MODEL}.lora_rank": 4, f"{MODEL}.lora.merge": True}
 GPU = {"trainer.device": "cuda", "actor_rollout_ref.rollout.name": "sglang"}
 
 
-def composed(*overrides: str) -> Any:
+def composed(*overrides: str, recipe: str = "sdar_quickstart") -> Any:
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("sdar_quickstart", overrides=list(overrides))
+        return compose(recipe, overrides=list(overrides))
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +35,16 @@ def recipe():
 
 
 def faults(recipe: Any, **options: Any) -> list[str]:
-    config = copy.deepcopy(recipe)
-    for option, value in options.items():
-        OmegaConf.update(config, option, value, force_add=True)
+    config = changed(recipe, **options)
     return engine.engine_faults(config, load_config(config.sdar))
+
+
+def refusal(config: Any, capsys: Any) -> str:
+    """What the whole check tells before Ray starts."""
+    with pytest.raises(SystemExit) as stopped:
+        CheckBeforeStart().on_job_start(config)
+    assert stopped.value.code == 2
+    return str(capsys.readouterr().err)
 
 
 def backends_of_verl() -> list[str]:
@@ -57,13 +66,19 @@ def test_verls_engines_are_found():
 
 @pytest.mark.parametrize("strategy", [*BACKENDS, "mindspeed_megatron", "their_engine"])
 def test_every_strategy_works_or_is_refused(recipe, strategy):
-    told = faults(recipe, **{f"{ACTOR}.strategy": strategy, CONTENTS: ["model"]})
+    config = changed(recipe, **{f"{ACTOR}.strategy": strategy})
+    told = engine.strategy_faults(config, load_config(config.sdar))
     if strategy in engine.SUPPORTED_STRATEGIES:
         assert told == []
     else:
         assert len(told) == 1
         for word in (f"{ACTOR}.strategy={strategy}", "fsdp2", "docs/engines.md"):
             assert word in told[0]
+
+
+def test_a_reference_on_another_engine_is_refused(recipe, capsys):
+    told = refusal(changed(recipe, **{"actor_rollout_ref.ref.strategy": "megatron"}), capsys)
+    assert "ref.strategy=megatron" in told and "actor.strategy=fsdp2" in told
 
 
 @pytest.mark.parametrize(
@@ -91,22 +106,25 @@ def test_fused_kernels_cannot_read_a_head_that_fsdp2_keeps_in_shards(recipe, mod
     assert faults(recipe, **{f"{MODEL}.path": model, CONTENTS: ["model"], **options}) == []
 
 
+@pytest.mark.parametrize("recipe_name", ["sdar_quickstart", "sdar_alfworld"])
 @pytest.mark.parametrize("name", ["megatron", "veomni", "torchtitan"])
-def test_another_model_engine_is_refused_even_where_the_recipe_names_fsdp(name):
-    """hardware=cpu sets the strategy to fsdp2; verl's group would still build the other engine."""
-    config = composed(f"model_engine={name}")
-    assert config.actor_rollout_ref.actor.strategy == "fsdp2"
-    told = engine.engine_faults(config, load_config(config.sdar))
-    assert len(told) == 1
-    assert f"model_engine={name}" in told[0]
-    assert "dp" in told[0]
+def test_another_model_engine_is_refused_even_where_the_recipe_names_fsdp(name, recipe_name, capsys):
+    """hardware=cpu sets the strategy to fsdp2; verl's group would still build the other engine, whose options are
+    others, too: nothing may calculate with FSDP's before the refusal."""
+    told = refusal(composed(f"model_engine={name}", recipe=recipe_name), capsys)
+    (fault,) = told.strip().splitlines()[1:]
+    assert fault.startswith(f"model_engine={name} ") and "leave it at dp" in fault
+
+
+def test_an_error_made_for_a_reader_comes_without_a_traceback(recipe, capsys, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise RolloutError("sdar.env.name=x: y; z")
+
+    monkeypatch.setattr(callback, "check_run", refuse)
+    assert refusal(recipe, capsys).strip() == "This run cannot start:\nsdar.env.name=x: y; z"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "a reference on another engine": (
-        {"actor_rollout_ref.ref.strategy": "megatron"},
-        ["ref.strategy=megatron", "actor.strategy=fsdp2"],
-    ),
     "pinned memory": (
         {f"{ACTOR}.fsdp_config.offload_policy": True},
         ["actor.fsdp_config.offload_policy=True", "trainer.device=cpu"],
@@ -143,7 +161,39 @@ def test_a_fault_is_named(recipe, case):
 
 
 def test_a_merged_adapter_passes(recipe):
-    assert faults(recipe, **{f"{MODEL}.lora_rank": 4, f"{MODEL}.lora.merge": True}) == []
+    assert faults(recipe, **MERGED) == []
+
+
+@pytest.mark.parametrize(
+    ("rank", "adapter", "words"),
+    [
+        (4, {"r": 4}, []),
+        (
+            0,
+            {"r": 4},
+            ["is not loaded with", "lora_rank=0, and all weights are trained", "lora_rank to the adapter's: 4"],
+        ),
+        (8, {"r": 64}, ["lora_rank=8, but", "has r=64 in its adapter_config.json", "set lora_rank=64"]),
+        (8, None, ["lora_adapter_path=", "there is no adapter here (a folder with adapter_config.json)"]),
+    ],
+)
+def test_an_adapter_to_start_from_is_there_and_of_the_rank_that_verl_is_told(recipe, tmp_path, rank, adapter, words):
+    if adapter is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    options = {f"{MODEL}.lora_adapter_path": str(tmp_path), f"{MODEL}.lora_rank": rank, f"{MODEL}.lora.merge": True}
+    told = faults(recipe, **options)
+    assert len(told) == bool(words), told
+    for word in words:
+        assert word in told[0]
+
+
+def test_a_path_without_a_rank_is_refused_wherever_the_adapter_lies(recipe):
+    (told,) = faults(recipe, **{f"{MODEL}.lora_adapter_path": "somebody/adapter"})
+    assert (
+        "lora_adapter_path=somebody/adapter is not loaded with" in told
+        and "set lora_rank to the adapter's rank" in told
+    )
+    assert faults(recipe, **{f"{MODEL}.lora_adapter_path": "somebody/adapter", **MERGED}) == []
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])

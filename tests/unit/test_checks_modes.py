@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
-import verl  # noqa: F401  loads the plugin, which puts our configs on the search path
+import verl  # loads the plugin, which puts our configs on the search path
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from sdar_verl.checks.modes import mode_faults, parts_of_a_step, verl_mode
+from sdar_verl.checks.modes import _BACKENDS, mode_faults, parts_of_a_step, verl_mode
 from sdar_verl.config import load_config
 
 COLOCATE = "trainer.v1.trainer_mode=sdar_colocate_async"
+BACKEND = "actor_rollout_ref.rollout.checkpoint_engine"
 SEPARATE = [
     "trainer.v1.trainer_mode=sdar_separate_async",
     "trainer.v1.separate_async.parameter_sync_step=2",
@@ -64,6 +68,54 @@ CASES = {
         ["sdar.teacher.source=reference", "actor_rollout_ref.hybrid_engine=False", "sdar.teacher.path"],
     ),
 }
+
+
+CORRECTION = "algorithm.rollout_correction"
+LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs=True"
+CASES |= {
+    "a correction of no kind": (
+        [LOG_PROBS, f"{CORRECTION}.rollout_is=tokn"],
+        [f"{CORRECTION}.rollout_is=tokn", "verl cannot correct", "token", "sequence"],
+    ),
+    "a rejection without a threshold": (
+        [LOG_PROBS, f"{CORRECTION}.rollout_rs=token_k1"],
+        [f"{CORRECTION}.rollout_rs=token_k1: verl cannot", "rollout_rs_threshold"],
+    ),
+    "a threshold of no number": (
+        [LOG_PROBS, f"{CORRECTION}.rollout_is=token", f"{CORRECTION}.rollout_is_threshold=two"],
+        [f"{CORRECTION}.rollout_is=token, {CORRECTION}.rollout_is_threshold=two: verl cannot"],
+    ),
+    "a way to the rollout that nobody knows": (
+        [*SEPARATE, f"{BACKEND}.backend=ncll"],
+        [f"{BACKEND}.backend=ncll: verl knows naive, nccl", "gloo", f"{BACKEND}.custom_backend_module"],
+    ),
+    "one that verl does not know in a mode that needs none": (
+        [f"{BACKEND}.backend=gloo", f"{BACKEND}.custom_backend_module=null"],
+        [f"{BACKEND}.backend=gloo: verl knows naive, nccl"],
+    ),
+}
+PASSES = {
+    "a correction": [LOG_PROBS, f"{CORRECTION}.rollout_is=sequence"],
+    "chained rejections": [
+        LOG_PROBS,
+        f"{CORRECTION}.rollout_rs='token_k1,seq_mean_k3'",
+        f"{CORRECTION}.rollout_rs_threshold='0.5_2.0,3'",
+    ],
+    "another engine of verl's": [*SEPARATE, f"{BACKEND}.backend=nixl"],
+    "an engine of somebody's": [*SEPARATE, f"{BACKEND}.backend=mine", f"{BACKEND}.custom_backend_module=my.engine"],
+}
+
+
+@pytest.mark.parametrize("case", PASSES)
+def test_what_verl_takes_passes(case):
+    assert faults_of(*PASSES[case]) == []
+
+
+def test_the_checkpoint_engines_are_those_of_verls_sources():
+    named: set[str] = set()
+    for file in (Path(verl.__file__).parent / "checkpoint_engine").glob("*.py"):
+        named.update(re.findall(r'@CheckpointEngineRegistry\.register\("(\w+)"\)', file.read_text()))
+    assert named == {*_BACKENDS}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,7 +12,7 @@ from torch import nn
 
 from sdar_verl.config import TeacherConfig
 from sdar_verl.teacher import sources
-from sdar_verl.teacher.sources import Ema, get_source, list_sources, register_source
+from sdar_verl.teacher.sources import Ema, get_source, list_sources, register_source, uses_lora
 
 
 def host(**engines: nn.Module) -> Any:
@@ -155,3 +155,15 @@ def test_a_source_of_ones_own():
         assert run(TeacherConfig(source="halfway"), 3) == [0, 0.5, 1.25]
     finally:
         sources._SOURCES._entries.pop("halfway", None)
+
+
+@pytest.mark.parametrize(
+    ("model", "trained"),
+    [
+        ({"lora_rank": 8}, True),
+        ({"lora_rank": 0, "lora_adapter_path": "/adapter"}, False),
+        ({"lora": {"rank": 8}}, False),
+    ],
+)
+def test_lora_is_what_verls_engine_makes_of_the_options(model, trained):
+    assert uses_lora(OmegaConf.create({"actor_rollout_ref": {"model": model}})) is trained
