@@ -287,9 +287,8 @@ def _devices(config: DictConfig, sdar: SdarConfig) -> list[str]:
         for option, size in sizes:
             if devices % size:
                 fault = f"actor_rollout_ref.{role}.{option}={size} does not divide the {devices} devices ({where})"
-                faults.setdefault(
-                    (option, size, where), f"{fault}; choose a divisor"
-                )  # the reference's may be the actor's
+                # The reference's may be the actor's.
+                faults.setdefault((option, size, where), f"{fault}; choose a divisor")
     return [*faults.values(), *_servers(config), *_passes(config)]
 
 

@@ -220,7 +220,7 @@ def attempts(folder: Path) -> list[Attempt]:
     from sdar_verl.cloud.store import Store, StoreError
 
     try:
-        return ledger.read(Store(folder / "checkpoints"))
+        return ledger.read(Store(folder / "checkpoints"), lambda text: print(f"  {text}"))
     except StoreError as error:
         print(f"  {error}")
         return []
