@@ -239,10 +239,7 @@ def planned_hours(plan: Plan, configs: Mapping[str, Any], gpu: str) -> tuple[dic
     for arm, config in configs.items():
         layout, notes, stops = read_layout(config, load_config(config.sdar))
         if not layout.known:
-            raise ConfigError(
-                f"arm {arm}: how many steps it has is not known here: set trainer.total_training_steps, "
-                "trainer.total_epochs with data.train_files that lie here, or the plan's hours"
-            )
+            raise ConfigError(f"arm {arm}: {layout.unknown}, or the plan's hours")
         made = make_plan(layout, find_gpu(gpu))
         if not made.fits:
             raise ConfigError(f"arm {arm} does not fit on {made.cards} x {gpu}: {'; '.join(made.faults)}")

@@ -83,7 +83,7 @@ def test_planned_hours_count_the_steps_of_epochs(tmp_path, priced):
     here = f"data.train_files={games(tmp_path / 'train.parquet', 64)}"
     longer, _ = priced(here, *epochs)
     assert longer == pytest.approx(priced(here, "trainer.total_training_steps=12", "data.train_batch_size=16")[0])
-    with pytest.raises(ConfigError, match="arm one: how many steps it has is not known here"):
+    with pytest.raises(ConfigError, match="arm one: how many steps it has is not known"):
         priced(f"data.train_files={tmp_path / 'gone.parquet'}", *epochs)
 
 
