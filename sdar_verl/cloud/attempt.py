@@ -5,6 +5,7 @@ The trainer's process holds one :class:`CloudRun`, which is an observer of the r
 
 from __future__ import annotations
 
+import fcntl
 import platform
 import time
 from collections.abc import Mapping
@@ -12,9 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, open_dict
 
 from sdar_verl.cloud import ledger, stop
@@ -43,9 +43,9 @@ class CloudRun(Observer):
     it is newer (``trainer.resume_mode=auto``).
 
     Raises:
+        ConfigError: another process trains in the folder.
         MirrorError, StoreError: the mirror cannot be read, or does not fit on the disk; on leaving the context, the
             last checkpoint could not be mirrored.
-        ConfigError: on entering it, another process trains in the folder.
     """
 
     name = "cloud"
@@ -56,10 +56,14 @@ class CloudRun(Observer):
         place = settings.cloud.mirror
         self._keep = settings.cloud.keep
         self._mirror = Mirror(place) if place else None
-        if self._mirror is not None and config.trainer.resume_mode == "auto":
-            fill_every_node(self._mirror.store.place, self._folder)
+        self._lock = _alone(self._folder)
+        try:
+            if self._mirror is not None and config.trainer.resume_mode == "auto":
+                fill_every_node(self._mirror.store.place, self._folder)
+        except BaseException:
+            self._lock.close()
+            raise
         self._stores = [Store(self._folder), *([self._mirror.store] if self._mirror else [])]
-        self._lock = FileLock(self._folder / ".sdar_run.lock", thread_local=False)
         self._uploads = ThreadPoolExecutor(1, "sdar-mirror")
         self._notes = ThreadPoolExecutor(1, "sdar-notes")
         self._upload: tuple[int, Future[None]] | None = None
@@ -71,14 +75,6 @@ class CloudRun(Observer):
     # ---------------------------------------------------------------- around the training
 
     def __enter__(self) -> CloudRun:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=_ALONE_S)
-        except Timeout:
-            raise ConfigError(
-                f"trainer.default_local_dir={self._folder}: another process trains there, and two would mix their "
-                "checkpoints; wait for its end, or give this run a trainer.experiment_name of its own"
-            ) from None
         if self._mirror is not None:
             ledger.copy(self._mirror.store, self._stores[0])
         self._id = ledger.open_id(self._stores[0])
@@ -132,7 +128,7 @@ class CloudRun(Observer):
                 self._told(self._mirror.sync, self._folder)
         self._note()
         self._notes.shutdown(wait=True)
-        self._lock.release()
+        self._lock.close()
         if lost is not None and error is None:
             raise lost
 
@@ -245,6 +241,27 @@ class CloudRun(Observer):
             act(*arguments)
         except StoreError as error:
             print(f"sdar cloud: {error}", flush=True)
+
+
+def _alone(folder: Path) -> IO[str]:
+    """A lock on the run's folder, until the file is closed or this process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file, until = (folder / ".sdar_run.lock").open("a"), time.monotonic() + _ALONE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < until:
+                time.sleep(0.5)
+                continue
+            file.close()
+            raise ConfigError(
+                f"trainer.default_local_dir={folder}: another process trains there, and two would mix their "
+                "checkpoints; wait for its end, or give this run a trainer.experiment_name of its own"
+            ) from None
+        except OSError:  # a file system without locks: nobody is kept out
+            pass
+        return file
 
 
 class TakenOver(MirrorError):
