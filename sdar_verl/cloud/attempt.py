@@ -162,7 +162,7 @@ class CloudRun(Observer):
         with open_dict(self._config):
             self._config.trainer.save_freq = 1
         self._trainer.total_training_steps = step
-        self._told(stop.forget, self._stores)
+        self._told(stop.forget, self._stores, wish)
         return {}
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:

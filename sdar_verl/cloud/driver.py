@@ -49,7 +49,7 @@ def before_ray(config: DictConfig) -> str | None:
     for store in stores:
         wish = stop.asked(store)
         if wish is not None:
-            stop.forget(stores)
+            stop.forget(stores, wish)
             return wish.reason
     known = [name for store in stores for name in [ledger.newest(store)] if name is not None]
     step_s = planned_step_s(config, _card()) if os.environ.get(GUARD) else None

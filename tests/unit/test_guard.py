@@ -44,7 +44,7 @@ while step < steps:
     say()
     wish = stop.asked(store, own)
     if wish is not None:
-        stop.forget([store])
+        stop.forget([store], wish)
         say(f"stopped: {wish.reason}", wish.again)
         sys.exit(0)
 if status == 99:

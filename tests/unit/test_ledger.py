@@ -80,7 +80,9 @@ def test_a_wish_is_for_one_attempt_or_for_whoever_comes(tmp_path):
     assert stop.asked(store, "0002-bbbbbb") == stop.asked(store) == stop.Wish("enough")
     stop.ask([store], stop.Wish("SIGTERM", "0002-bbbbbb", again=True))
     assert stop.asked(store) == stop.Wish("enough"), "what somebody asked for by hand outlives the attempt"
-    stop.forget([store])
+    stop.forget([store], stop.Wish("SIGTERM", "0002-bbbbbb"))
+    assert stop.asked(store) == stop.Wish("enough"), "nor does the end that was asked of an attempt fulfil it"
+    stop.forget([store], stop.Wish("enough"))
     assert stop.asked(store) is None
 
 
