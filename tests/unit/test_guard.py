@@ -106,7 +106,9 @@ def test_three_attempts_without_a_step_are_enough(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
+def test_a_signal_ends_the_run_after_its_step(tmp_path, number, request):
+    before = signal.signal(number, signal.default_int_handler)  # whatever nohup or a shell has ignored
+    request.addfinalizer(lambda: signal.signal(number, before))
     signalled = threading.Thread(
         daemon=True, target=_signal_when, args=(lambda: attempts(tmp_path)[0].step > 2, number)
     )
