@@ -23,9 +23,12 @@ INSIDES = tuple(
 )
 ALLOWED = {
     # Registries that these only look names up in, and verl's documented base of agent loops.
-    # The optimizer is made once with the run's settings, to see whether it can be.
+    # An optimizer and a correction are made once with the run's settings, to see whether they can be.
     "checks/options.py": {"verl.workers.config.optimizer.build_optimizer"},
-    "checks/modes.py": {"verl.trainer.ppo.v1.trainer_base.TRAINER_REGISTRY"},
+    "checks/modes.py": {
+        "verl.trainer.ppo.v1.trainer_base.TRAINER_REGISTRY",
+        "verl.trainer.ppo.rollout_corr_helper.compute_rollout_correction_and_rejection_mask",
+    },
     "checks/run.py": {
         "verl.trainer.ppo.core_algos.ADV_ESTIMATOR_REGISTRY",
         "verl.trainer.ppo.core_algos.POLICY_LOSS_REGISTRY",
