@@ -50,7 +50,8 @@ def run_stop(arguments: argparse.Namespace) -> int:
             if arguments.again and attempt is None:
                 raise ConfigError(f"--again: {place.place} has no attempt that could end and go on elsewhere")
             stop.ask([place], stop.Wish(arguments.reason, attempt, arguments.again))
-            print(f"{place.place} is asked to stop; it ends after the step under way, with status 0")
+            status = "75 from its guard, if it has one" if arguments.again else "0"
+            print(f"{place.place} is asked to stop; it ends after the step under way, with status {status}")
             return 0
     raise ConfigError(
         f"{arguments.run_dir} holds no {RUN_FILE}, so it is no run's; give trainer.default_local_dir or "

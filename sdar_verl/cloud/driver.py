@@ -141,11 +141,13 @@ def answer_sigterm(act: Callable[[], bool]) -> None:
 
 
 def _guard() -> psutil.Process | None:
-    import psutil
+    if GUARD_PROCESS not in os.environ:
+        return None
+    import psutil  # the guard's, too; a run without one needs no such package
 
     try:
         return psutil.Process(int(os.environ[GUARD_PROCESS]))
-    except (KeyError, ValueError, psutil.NoSuchProcess):
+    except (ValueError, psutil.NoSuchProcess):
         return None
 
 

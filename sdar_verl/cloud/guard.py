@@ -28,7 +28,6 @@ DONE, CONFIGURATION, AGAIN = 0, 2, 75
 EVERY_S = 2.0
 NOTICE_EVERY_S = 5.0
 NOTE_EVERY_S = 30.0
-_FINISHED = "finished"
 _SIGNALS = 128
 SLOWER = 4.0
 """A step may take this many times the slowest one so far."""
@@ -85,7 +84,7 @@ class Guard:
         self._all_known = False  # whether every place of the run has told of its earlier attempts
         self._asked: tuple[str, int, float] | None = None  # why the run is to end, with which status, since when
         self._refused: str | None = None
-        self._terminated = 0
+        self._signals: list[str] = []  # that came, by name
         self._noted = self._looked = float("-inf")
         with tempfile.TemporaryDirectory(prefix="sdar-guard-") as folder:
             self._note = Path(folder) / "run.json"
@@ -130,8 +129,8 @@ class Guard:
         now = time.monotonic()
         if self._refused is not None:
             return DONE, self._refused
-        if self._terminated:
-            self._ask(self._signal, AGAIN)
+        if self._signals:
+            self._ask(self._signals[0], AGAIN)
         elif now - self._looked > NOTICE_EVERY_S:
             self._looked = now
             told = self.notice.asked()
@@ -142,7 +141,7 @@ class Guard:
             self._ask(f"the budget of {budget:g} USD over all attempts is spent", DONE)
         if self._asked is not None:
             reason, status, since = self._asked
-            if self._terminated > 1:
+            if len(self._signals) > 1:
                 return status, f"{reason}, twice: ended at once"
             if self._id is None:
                 return status, f"{reason}: ended before its first step"
@@ -212,8 +211,7 @@ class Guard:
         return len(last) == FRUITLESS - 1 and not any(made) and self._line.step <= self._line.first
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self._terminated += 1
-        self._signal = signal.Signals(number).name
+        self._signals.append(signal.Signals(number).name)
 
     # ---------------------------------------------------------------- the run
 

@@ -51,8 +51,7 @@ class Store:
         except (OSError, ValueError) as error:
             raise StoreError(f"{self.place}: {_explain(error)}") from error
         self._root = root.rstrip("/")
-        self._local = isinstance(self._fs, fs.LocalFileSystem)
-        self.folder = Path(self._root).resolve() if self._local else None
+        self.folder = Path(self._root).resolve() if isinstance(self._fs, fs.LocalFileSystem) else None
 
     def names(self, folder: str = "", *, unfinished: bool = False) -> dict[str, int]:
         """Name -> bytes of every file below ``folder``; empty when there is none.
@@ -153,7 +152,7 @@ class Store:
     @contextmanager
     def _output(self, name: str) -> Iterator[IO[bytes]]:
         path = self._path(name)
-        if not self._local:  # an object appears when its stream is closed; one that is broken off never does
+        if self.folder is None:  # an object appears when its stream is closed; one that is broken off never does
             with self._fs.open_output_stream(path) as stream:
                 yield stream
             return

@@ -265,6 +265,12 @@ def test_a_run_whose_guard_was_killed_asks_itself_to_end(monkeypatch):
     assert driver._guard() is None, "and without one nobody is missed"
 
 
+def test_a_run_without_a_guard_needs_no_package_of_the_guards(monkeypatch):
+    monkeypatch.delenv("SDAR_GUARD_PROCESS", raising=False)
+    monkeypatch.setitem(sys.modules, "psutil", None)  # an import of it fails
+    assert driver._guard() is None
+
+
 def test_what_a_step_takes_is_planned_for_cards_that_are_known():
     config = compose_config("sdar_alfworld", ["model=qwen2.5-7b"])
     a100, h100 = (planned_step_s(config, f"NVIDIA {name}") for name in ("A100-SXM4-80GB", "H100 80GB HBM3"))
