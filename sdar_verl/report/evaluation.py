@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -106,7 +105,7 @@ class Planned:
     seed: int
     hours: float
     usd: float | None
-    steps: int = 0
+    steps: int
 
     def usd_from(self, step: int) -> float:
         """USD that the steps after ``step`` take; all of them where nobody knows how many there are, or the price."""
@@ -114,9 +113,7 @@ class Planned:
         return (self.usd or 0.0) * share
 
 
-def order(
-    plan: Plan, hours: Mapping[str, float], price: float | None, steps: Mapping[str, int] = MappingProxyType({})
-) -> list[Planned]:
+def order(plan: Plan, hours: Mapping[str, float], price: float | None, steps: Mapping[str, int]) -> list[Planned]:
     """All runs, those that tell most per hour first.
 
     What is asked is each arm's difference to the baseline. With k runs of an arm its mean has the variance 1/k (in
@@ -135,7 +132,7 @@ def order(
     while len(runs) < len(plan.arms) * len(plan.seeds):
         arm = max((name for name in plan.arms if taken[name] < len(plan.seeds)), key=worth)
         usd = None if price is None else hours[arm] * price
-        runs.append(Planned(arm, plan.seeds[taken[arm]], hours[arm], usd, steps.get(arm, 0)))
+        runs.append(Planned(arm, plan.seeds[taken[arm]], hours[arm], usd, steps[arm]))
         taken[arm] += 1
     return runs
 

@@ -8,7 +8,6 @@ import sys
 import pytest
 import verl  # noqa: F401  loads the plugin, which puts our configs on the search path
 
-from sdar_verl.checks.run import _servers as servers
 from sdar_verl.checks.teacher import teacher_faults
 from sdar_verl.compat import check_verl_version
 from sdar_verl.config import load_config
@@ -16,7 +15,7 @@ from sdar_verl.envs import registry
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import ConfigError
 from sdar_verl.panels import write_panel
-from tests.support.checked_recipe import changed, checked_recipe, run_checks
+from tests.support.checked_recipe import checked_recipe, run_checks
 from tests.support.tiny_model import make_tiny_model
 
 
@@ -349,67 +348,6 @@ def test_a_fault_is_named(recipe, case):
         run_checks(recipe, **overrides)
     for word in words:
         assert word in str(error.value), str(error.value)
-
-
-SEPARATE = {
-    "trainer.v1.trainer_mode": "sdar_separate_async",
-    "trainer.v1.separate_async.parameter_sync_step": 1,
-    "actor_rollout_ref.rollout.checkpoint_engine.backend": "gloo",
-    "sdar.teacher.source": "actor",
-}
-
-
-@pytest.mark.parametrize("hybrid", [True, False])
-@pytest.mark.parametrize(
-    ("size", "training", "per_node", "nodes", "pools"),
-    [
-        (1, 1, 1, 1, []),
-        (2, 2, 8, 1, []),
-        (16, 16, 8, 2, []),
-        (16, 16, 8, 1, ["rollout"]),
-        (16, 8, 8, 1, ["training", "rollout"]),
-        (2, 1, 8, 1, ["training"]),
-        (3, 3, 8, 1, ["rollout"]),
-        (3, 3, 8, 3, ["rollout"]),
-        (12, 12, 8, 3, ["rollout"]),
-    ],
-)
-def test_servers_of_a_separate_rollout_fill_its_devices(recipe, hybrid, size, training, per_node, nodes, pools):
-    config = changed(
-        recipe,
-        **SEPARATE,
-        **{
-            "actor_rollout_ref.hybrid_engine": hybrid,
-            "actor_rollout_ref.rollout.tensor_model_parallel_size": size,
-            "actor_rollout_ref.rollout.n_gpus_per_node": per_node,
-            "actor_rollout_ref.rollout.nnodes": nodes,
-        },
-    )
-    config.trainer.n_gpus_per_node = training
-    told = [*servers(config)]
-    expected = {
-        "training": f"tensor_model_parallel_size={size} does not divide the {training} devices (trainer.",
-        "rollout": f"rollout.n_gpus_per_node={per_node} on each of nnodes={nodes}",
-    }
-    pools = [pool for pool in pools if hybrid or pool == "rollout"]
-    assert len(told) == len(pools), told
-    for pool, fault in zip(pools, told, strict=True):
-        assert fault.startswith("actor_rollout_ref.rollout.") and expected[pool] in fault
-
-
-def test_a_rollout_without_a_server_is_told_by_the_whole_check(recipe):
-    with pytest.raises(ConfigError, match="tensor_model_parallel_size=16 does not divide the devices of the rollout"):
-        run_checks(
-            recipe,
-            **SEPARATE,
-            **{
-                "data.train_batch_size": recipe.actor_rollout_ref.actor.ppo_mini_batch_size,
-                "actor_rollout_ref.hybrid_engine": False,
-                "actor_rollout_ref.rollout.tensor_model_parallel_size": 16,
-                "actor_rollout_ref.rollout.n_gpus_per_node": 8,
-                "actor_rollout_ref.rollout.nnodes": 1,
-            },
-        )
 
 
 @pytest.mark.parametrize(("limit", "told"), [(202, False), (201, True)])

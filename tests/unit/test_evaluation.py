@@ -49,7 +49,7 @@ def test_the_shipped_plans_are_plans_and_compose(name):
     assert found.kill.below is not None
     assert found.kill.below.at % configs[found.baseline].trainer.test_freq == 0
     if name == "quickstart":
-        assert sum(run.hours for run in order(found, hours, None)) < 1, "in under an hour"
+        assert sum(run.hours for run in order(found, hours, None, dict.fromkeys(found.arms, 0))) < 1, "in under an hour"
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_planned_hours_count_the_steps_of_epochs(tmp_path, priced):
 
 
 def test_first_seeds_come_first_then_what_tells_most_per_hour():
-    runs = order(plan(), {"grpo": 1.0, "sdar": 2.0, "revkl": 4.0}, 10.0)
+    runs = order(plan(), {"grpo": 1.0, "sdar": 2.0, "revkl": 4.0}, 10.0, dict.fromkeys(plan().arms, 0))
     assert [(run.arm, run.seed) for run in runs] == [
         ("grpo", 0),
         ("sdar", 0),
@@ -283,7 +283,7 @@ def scripted(tmp_path, monkeypatch):
 
         monkeypatch.setattr(evaluation_run.Evaluation, "words", words)
         monkeypatch.setattr(evaluation_run, "EVERY_S", 0.2)
-        return runs, order(found, dict.fromkeys(of_arm, 0.001), 7.2)
+        return runs, order(found, dict.fromkeys(of_arm, 0.001), 7.2, dict.fromkeys(of_arm, 0))
 
     return make
 
