@@ -61,6 +61,7 @@ def _learn(arguments: argparse.Namespace) -> int:
     run, bank = read_run(arguments.folder), SkillBank.load(arguments.bank)
     seen = learn.evidence(run, arguments.episodes, arguments.task_type)
     writing = _writing(arguments, _below(run.run.get("settings", {}), "data.apply_chat_template_kwargs."))
+    print(f"asking about {len(seen)} task types: {', '.join(one.task_type for one in seen)}", flush=True)
     made = learn.write_skills(bank, seen, writing, arguments.max_words)
     for line in _told(writing.metrics()):
         print(line)
