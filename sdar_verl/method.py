@@ -26,7 +26,7 @@ from sdar_verl.algorithm.gates import Ranges, gate_reads
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.masking import clean
 from sdar_verl.algorithm.schedules import Scheduled, make_schedule, measures_of
-from sdar_verl.algorithm.signals import SignalRows, get_signal, signal_reads
+from sdar_verl.algorithm.signals import SignalRows, shaped_advantages, shapes_advantages, signal_reads
 from sdar_verl.algorithm.terms import DistillationTerms
 from sdar_verl.config.loss import LossConfig, ScheduleConfig
 from sdar_verl.errors import ConfigError
@@ -81,6 +81,7 @@ class Method:
     def __init__(self, settings: LossConfig):
         self.settings = settings
         self.in_loss = signal_reads(settings.signal, "loss", settings.signal_options)
+        self.shapes = shapes_advantages(settings.signal)
         self.reads_entropy = gate_reads(settings.gate, "entropy")
         self.reads_advantages = gate_reads(settings.gate, "advantages")
         self._shape: dict[str, Any] = {name: getattr(settings, name) for name in ("granularity", "centre", "clamp")}
@@ -122,9 +123,9 @@ class Method:
         columns = {GAP_SHIFT: statistics.shift, GAP_POOLED: statistics.pooled, LOSS_SCALE: statistics.scale}
         columns |= {CONTRAST: against, **weighted}
         change = None
-        if not self.in_loss and coef == 0:
+        if self.shapes and coef == 0:
             change = 0.0  # plain GRPO, whatever the signal
-        elif not self.in_loss:
+        elif self.shapes:
             shaped = self._shape_advantages(table, advantages, old, teacher, terms, statistics, coef)
             change = _mean_change(shaped, advantages, table)
             columns["advantages"] = shaped
@@ -182,7 +183,7 @@ class Method:
             target_log_probs=target,
             distill_mask=rows[TEACHER_MASK].bool(),
             statistics=StepStatistics(shift, pooled, scale, Ranges(*values.ranges) if values.ranges else None),
-            signals=None if divergence is None else {"divergence": divergence},
+            divergence=divergence,
             **self._gate,
             **self._shape,
         )
@@ -216,12 +217,7 @@ class Method:
             turns=table.turns,
             scores=table.columns["rm_scores"].sum(dim=-1),
         )
-        shaped = get_signal(settings.signal)(rows, strength=strength, **settings.signal_options)
-        if shaped.shape != advantages.shape:
-            raise ValueError(
-                f"signal {settings.signal!r} returned shape {tuple(shaped.shape)}; expected {tuple(advantages.shape)}"
-            )
-        return clean(f"signal {settings.signal}", shaped, table.response).to(advantages.dtype)
+        return shaped_advantages(settings.signal, rows, strength, settings.signal_options)
 
 
 def _mean_change(shaped: torch.Tensor, base: torch.Tensor, table: StepTable) -> float:
@@ -290,7 +286,7 @@ class Strengths:
         """What the schedules follow, after the step's updates."""
         for value in self._values.values():
             names = measures_of(value.schedule)
-            if names and value.within(step) and all(metrics.get(name) is not None for name in names):
+            if names and value.learns(step) and all(metrics.get(name) is not None for name in names):
                 value.schedule.observe(value.value(step), *(float(metrics[name]) for name in names))
 
     def state_dict(self) -> dict[str, Any]:
