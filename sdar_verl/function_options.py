@@ -20,11 +20,9 @@ def options_of(function: Callable[..., Any], offered: Collection[str] = ()) -> d
         function: registered; a class has its fields.
         offered: keyword arguments that the caller gives to every entry; no options.
     """
-    kinds = [inspect.Parameter.KEYWORD_ONLY]
-    if isinstance(function, type):
-        kinds.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p for p in parameters if p.kind in kinds and p.name not in offered}
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in offered]
+    fields = isinstance(function, type)
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY or (fields and p.kind is p.POSITIONAL_OR_KEYWORD)}
 
 
 def check_function_options(

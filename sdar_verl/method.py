@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import torch
@@ -245,6 +246,7 @@ class Strengths:
 
     def __init__(self, settings: LossConfig):
         self._reference = settings.anchor.reference
+        self._told: set[str] = set()
         self._values = {
             "coef": scheduled(settings.coef, settings.coef_schedule),
             "beta": scheduled(settings.beta, settings.beta_schedule),
@@ -283,11 +285,18 @@ class Strengths:
         return {name for value in self._values.values() for name in measures_of(value.schedule)}
 
     def observe(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """What the schedules follow, after the step's updates."""
-        for value in self._values.values():
+        """What the schedules follow, after the step's updates; one that follows what nobody measures is told once."""
+        for option, value in self._values.items():
             names = measures_of(value.schedule)
-            if names and value.learns(step) and all(metrics.get(name) is not None for name in names):
+            if not names or not value.learns(step):
+                continue
+            missing = [name for name in names if metrics.get(name) is None]
+            if not missing:
                 value.schedule.observe(value.value(step), *(float(metrics[name]) for name in names))
+            for name in {*missing} - self._told:
+                near = ", ".join(get_close_matches(name, metrics, n=3, cutoff=0.5)) or "nothing like it"
+                print(f"sdar: the schedule of {option} follows {name}, not measured at step {step}; there is {near}")
+            self._told |= {*missing}
 
     def state_dict(self) -> dict[str, Any]:
         """What they have learned; empty where they learn nothing."""

@@ -29,10 +29,8 @@ from typing import Any
 
 import torch
 
-from sdar_verl.algorithm.divergences import DIVERGENCES, LN2, Tail, close_support, columns_of
+from sdar_verl.algorithm.divergences import ABSENT, DIVERGENCES, LN2, Tail, close_support, columns_of
 
-# Stands for -infinity, so that 0 * log 0 is 0 and not NaN; float32 has room for differences of two of them.
-ABSENT = -1e30
 # No two finite logits are that far apart: the divergence is infinite.
 INFINITE = 1e12
 

@@ -33,6 +33,9 @@ import torch
 Tail = Literal["bucket", "renormalise"]
 LN2 = math.log(2.0)
 
+# Stands for -infinity, so that 0 * log 0 is 0 and not NaN; float32 has room for differences of two of them.
+ABSENT = -1e30
+
 
 def _expectation(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """sum_v exp(weights_v) * values_v over the last dimension, 0 where the weight is 0 (whatever the value)."""

@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 import torch
 
-from sdar_verl.algorithm.divergences import DIVERGENCES, SUPPORT_OF, Divergence
+from sdar_verl.algorithm.divergences import ABSENT, DIVERGENCES, SUPPORT_OF, Divergence
 from sdar_verl.algorithm.masking import MAX_LOG_IMPORTANCE, MAX_LOG_RATIO, clean
 from sdar_verl.algorithm.registry import Registry
 
@@ -62,7 +62,7 @@ def register_divergence(name: str, *, support: Literal["student", "teacher"]) ->
 
     It is a function ``divergence(student, teacher, **options) -> value`` of two log-probs (tokens, support), float32,
     each summing to 1, to (tokens,) nats; the gradient goes to ``student``. The support is the vocabulary, or the k
-    tokens of ``sdar.loss.top_k`` and the rest of it. A token without probability is -infinity, or about -1e30.
+    tokens of ``sdar.loss.top_k`` and the rest of it. The logarithm of 0 is about -1e30, so that 0 log 0 is 0.
     It is evaluated in chunks of tokens where the logits are; its slope on the logits is made from autograd's on the
     log-probs. Keyword-only arguments are its options, set in ``sdar.loss.objective_options``.
 
@@ -78,7 +78,9 @@ def register_divergence(name: str, *, support: Literal["student", "teacher"]) ->
     put = _OBJECTIVES.register(name)
 
     def enter(divergence: Divergence) -> Divergence:
-        DIVERGENCES[name], SUPPORT_OF[name] = put(divergence), support
+        put(divergence)
+        SUPPORT_OF[name] = support
+        DIVERGENCES[name] = lambda p, q, **options: divergence(p.clamp(min=ABSENT), q.clamp(min=ABSENT), **options)
         return divergence
 
     return enter
@@ -239,7 +241,7 @@ def returns_to_go(values: torch.Tensor, mask: torch.Tensor, discount: float, blo
 
 
 for _kind, _divergence in DIVERGENCES.items():
-    register_divergence(_kind, support=SUPPORT_OF[_kind])(_divergence)
+    _OBJECTIVES.register(_kind)(_divergence)
 
 
 def _importance(student: torch.Tensor, old: torch.Tensor | None, objective: str) -> torch.Tensor:

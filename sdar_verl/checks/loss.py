@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from sdar_verl.algorithm.gates import check_gate_options, gate_reads, get_gate
 from sdar_verl.algorithm.objectives import check_objective_options, get_objective
 from sdar_verl.algorithm.schedules import (
-    GAP_MEAN,
     GAP_SIZE,
     GRAD_SHARE,
     GRAD_SHARE_WEIGHTS,
@@ -22,6 +21,9 @@ from sdar_verl.algorithm.signals import check_signal, get_signal, shapes_advanta
 from sdar_verl.checks.distributions import distribution_faults
 from sdar_verl.config import SdarConfig
 from sdar_verl.config.loss import LossConfig, ScheduleConfig
+
+_TEACHERS = ("sdar/gap", "sdar/gate", "sdar/loss", "sdar/grad_share", "sdar/teacher")
+"""Metrics that end with the teacher."""
 
 
 def loss_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
@@ -88,8 +90,8 @@ def _schedules(loss: LossConfig) -> Iterator[str]:
     by_itself = strength.ended(10**9) or (followed and type(strength).ended is not Schedule.ended)
     if loss.coef_schedule.stop_step is not None or by_itself:
         ends = "name" if by_itself else "stop_step"
-        of_gap = {GAP_SIZE, GAP_MEAN} & {*measures_of(make_schedule(loss.rl_schedule.name, loss.rl_schedule.options))}
-        for measure in sorted(of_gap):
+        also = measures_of(make_schedule(loss.rl_schedule.name, loss.rl_schedule.options))
+        for measure in (name for name in also if name.startswith(_TEACHERS)):
             yield (
                 f"sdar.loss.rl_schedule.name={loss.rl_schedule.name} follows {measure}, which nobody measures once "
                 f"sdar.loss.coef_schedule.{ends}={getattr(loss.coef_schedule, ends)} has ended the teacher: the policy "

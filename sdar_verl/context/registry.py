@@ -47,8 +47,7 @@ class Context:
             ContextError: the function fails, or gives something else than text.
         """
         with self.named_faults():
-            made = self.function(request, **options)
-        return self.passage(made)
+            return self.passage(self.function(request, **options))
 
     @contextmanager
     def named_faults(self) -> Iterator[None]:
@@ -61,10 +60,10 @@ class Context:
             raise ContextError(f"context {self.name!r}: {type(error).__name__}: {error}") from error
 
     def passage(self, made: Any) -> Passage:
-        """What a function gave, as a passage."""
+        """What a function gave, as a passage. TypeError when it is none."""
         passage = Passage(made or "") if made is None or isinstance(made, str) else made
         if not isinstance(passage, Passage):
-            raise ContextError(f"context {self.name!r} gave {type(made).__name__}; it must give text, Passage or None")
+            raise TypeError(f"it gave {type(made).__name__}; it must give text, Passage or None")
         return passage if passage.text.strip() else replace(passage, text="")
 
 
