@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sdar_verl.envs.alfworld.games import read_walkthrough
+from sdar_verl.envs.alfworld.games import game_digest, read_walkthrough
 from sdar_verl.envs.alfworld.spec import TASK_TYPE_ALIASES, TASK_TYPES
 from sdar_verl.envs.base import Step, Task, TextEnv
 from sdar_verl.envs.registry import register_env
@@ -59,7 +59,8 @@ class AlfworldEnv(TextEnv):
         """Load the game of ``task`` and start it.
 
         Raises:
-            ValueError: the task is not one of ALFWorld's, or the engine cannot load its game.
+            ValueError: the task is not one of ALFWorld's, its game is another one than it was made with, or the engine
+                cannot load it.
             FileNotFoundError: its game file is not there.
         """
         self._last = None
@@ -73,6 +74,12 @@ class AlfworldEnv(TextEnv):
             raise FileNotFoundError(
                 f"game file {game_file} of task {task.task_id!r} is not there (moved or deleted since the panel was "
                 "made, or not visible on this node); make the panel again with `sdar-verl prepare alfworld --out DIR`"
+            )
+        if task.data.get("sha256", digest := game_digest(game_file)) != digest:
+            raise ValueError(
+                f"game file {game_file} of task {task.task_id!r} is not the one that the panel was made with "
+                f"({digest[:16]} there, {str(task.data['sha256'])[:16]} in the panel); make the panel again with "
+                "`sdar-verl prepare alfworld --out DIR --force`"
             )
         if self._engine is None:
             self._engine = self._load_engine()
