@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from sdar_verl.envs.alfworld.games import game_digest, read_walkthrough
 from sdar_verl.envs.alfworld.spec import TASK_TYPE_ALIASES, TASK_TYPES
 from sdar_verl.envs.base import Step, Task, TextEnv
+from sdar_verl.envs.fields import success_reward_of
 from sdar_verl.envs.registry import register_env
 from sdar_verl.errors import SdarError
 
@@ -45,12 +46,10 @@ class AlfworldEnv(TextEnv):
             raise ValueError(
                 f"alfworld option hide_actions={hide_actions!r}: give a list of words, such as [help, look]"
             )
-        if isinstance(success_reward, bool) or not isinstance(success_reward, int | float) or success_reward <= 0:
-            raise ValueError(f"alfworld option success_reward={success_reward!r}: give a number above 0")
         if not isinstance(speedups, bool):
             raise ValueError(f"alfworld option speedups={speedups!r}: give true or false")
         self._hidden = tuple(_words(action) for action in hide_actions)
-        self._success_reward = float(success_reward)
+        self._success_reward = success_reward_of("alfworld", success_reward)
         self._speedups = speedups
         self._engine: Any = None
         self._last: Step | None = None
