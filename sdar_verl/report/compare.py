@@ -125,9 +125,9 @@ def load(
     for group in listed:
         _check_settings(group, arm, any_settings, notes)
     _check_methods(listed, arm, any_settings, notes)
-    if untold := [str(run.folder) for run in runs if run.run and "validation" not in run.run]:
+    if untold := sum("validation" not in run.run for run in runs if run.run):
         notes.append(
-            f"{len(untold)} of {len(runs)} runs were recorded by an earlier version, which does not tell how the arm "
+            f"{untold} of {len(runs)} runs were recorded by an earlier version, which does not tell how the arm "
             f"{arm} was sampled: it is taken as equal."
         )
     if len({str(group.seeds) for group in listed}) > 1:
@@ -241,7 +241,7 @@ def _differing_contents(one: RunData, other: RunData, arm: str) -> list[str]:
     for run in (one, other):
         hashes = {"data.train_files": run.run.get("panels", {}).get("train_files"), **run.run.get("contents", {})}
         contents = {
-            f"the content of {option}": [one[:12] for one in found] for option, found in hashes.items() if found
+            f"the content of {option}": [digest[:12] for digest in found] for option, found in hashes.items() if found
         }
         validation = {
             option: values
