@@ -17,8 +17,8 @@ for seed in 0 1 2; do
     mkdir -p "$run"
     VERL_FILE_LOGGER_PATH="$run/metrics.jsonl" "$python" -m verl.trainer.main_ppo --config-name sdar_quickstart \
       method="$method" \
-      data.train_files="$data/train.parquet" data.val_files="$data/test.parquet" \
-      trainer.default_local_dir="$run/checkpoints" hydra.run.dir="$run/hydra" \
+      data.train_files="'$data/train.parquet'" data.val_files="'$data/test.parquet'" \
+      trainer.default_local_dir="'$run/checkpoints'" hydra.run.dir="'$run/hydra'" \
       data.seed="$seed" sdar.rollout.seed="$seed" actor_rollout_ref.actor.data_loader_seed="$((42 + seed))" \
       > "$run/log.txt" 2>&1
     touch "$run/finished"

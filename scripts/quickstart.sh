@@ -26,10 +26,10 @@ training="$(date +%s)"
 status=0
 VERL_FILE_LOGGER_PATH="$out/metrics.jsonl" "$venv/bin/python" -m verl.trainer.main_ppo \
   --config-name sdar_quickstart \
-  data.train_files="$out/data/train.parquet" \
-  data.val_files="$out/data/test.parquet" \
-  trainer.default_local_dir="$out/checkpoints" \
-  hydra.run.dir="$out/hydra" \
+  data.train_files="'$out/data/train.parquet'" \
+  data.val_files="'$out/data/test.parquet'" \
+  trainer.default_local_dir="'$out/checkpoints'" \
+  hydra.run.dir="'$out/hydra'" \
   "$@" 2>&1 | tee "$out/train.log" | sed -un 's/.*\(sdar \(step\|validation\) .*\)/\1/p' || status=$?
 if [ "$status" -ne 0 ]; then
   echo "training stopped with status $status; the end of $out/train.log:" >&2

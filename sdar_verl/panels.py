@@ -11,7 +11,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -124,25 +124,18 @@ def _as_json(task: Task) -> str:
 
     Raises:
         PanelError: its data would not come back as they are: JSON has texts, numbers, True, False, None, lists, and
-            objects whose keys are texts; it would make texts of other keys.
+            objects whose keys are texts; it would make texts of other keys, and lists of tuples.
     """
     try:
-        if other := [key for key in _keys(task.data) if not isinstance(key, str)]:
-            raise TypeError(f"{shorten(other[0])} as a key, where only a text can be one")
-        return json.dumps(asdict(task), sort_keys=True)
+        text = json.dumps(asdict(task), sort_keys=True)
+        if (found := json.loads(text)["data"]) != task.data:
+            raise TypeError(f"they would come back as {shorten(found)}")
+        return text
     except (TypeError, ValueError, RecursionError) as error:
         raise PanelError(
             f"the data of task {shorten(task.task_id)} are no JSON ({error}): {shorten(task.data)}; use texts, "
             "numbers, True, False, None, lists and dicts with texts as keys; of numpy's, int(), float() or .tolist()"
         ) from error
-
-
-def _keys(value: Any) -> Iterator[Any]:
-    for key, inner in value.items() if isinstance(value, Mapping) else ():
-        yield key
-        yield from _keys(inner)
-    for inner in value if isinstance(value, list | tuple) else ():
-        yield from _keys(inner)
 
 
 def task_from_json(text: str) -> Task:

@@ -12,5 +12,5 @@ bin="$(cd "${SDAR_VENV:-.venv}/bin" && pwd)"
 source scripts/cpu_env.sh
 "$bin/sdar-verl" sweep --config-name sdar_quickstart --methods "${METHODS:-grpo,sdar_frozen,sdar_frozen+shuffled}" \
   --seeds "${SEEDS:-0,1,2}" --out "$out" \
-  data.train_files="$data/train.parquet" data.val_files="$data/test.parquet" trainer.test_freq=10 "$@"
+  data.train_files="'$data/train.parquet'" data.val_files="'$data/test.parquet'" trainer.test_freq=10 "$@"
 exec "$bin/sdar-verl" compare "$out"/*-[0-9]* --baseline grpo --out "$out/comparison"

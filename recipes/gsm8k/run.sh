@@ -7,8 +7,8 @@ set -euo pipefail
 data="${DATA:-$HOME/data/gsm8k}"
 model="${MODEL:-qwen2.5-3b}"
 exec python -m verl.trainer.main_ppo --config-name sdar_ppo +hardware=8gpu +model="$model" \
-  data.train_files="$data/train.parquet" \
-  data.val_files="$data/test.parquet" \
+  data.train_files="'$data/train.parquet'" \
+  data.val_files="'$data/test.parquet'" \
   data.train_batch_size=128 \
   data.max_prompt_length=512 \
   data.max_response_length=1024 \

@@ -12,6 +12,6 @@ exec bash recipes/gsm8k/small.sh \
   data.max_response_length=64 \
   actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent \
   actor_rollout_ref.rollout.multi_turn.enable=True \
-  actor_rollout_ref.rollout.multi_turn.function_tool_path="$PWD/recipes/gsm8k/calculator.py" \
+  actor_rollout_ref.rollout.multi_turn.function_tool_path="'$PWD/recipes/gsm8k/calculator.py'" \
   trainer.experiment_name=small-tool \
   "$@"

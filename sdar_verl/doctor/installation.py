@@ -12,16 +12,12 @@ from sdar_verl.compat import VERL_RANGE
 from sdar_verl.doctor.build_tools import BUILDING_EXTRAS, remedy
 from sdar_verl.doctor.findings import Finding
 from sdar_verl.doctor.machine import Machine
+from sdar_verl.envs.registry import packages_of_extras
 
 PYTHONS = ((3, 10), (3, 12))
 _REINSTALL = "pip install --force-reinstall sdar-verl, into the Python that starts verl"
 # Package -> range; the lower ends are those of setup.cfg.
 _REQUIRED = {"TransferQueue": ">=0.1.10", "transformers": "", "tensordict": "", "ray": ""}
-_EXTRAS = {
-    "alfworld": ("alfworld", "textworld"),
-    "search": ("bm25s", "urllib3"),
-    "webshop": ("bm25s", "rapidfuzz", "PyStemmer"),
-}
 _REGISTERED = {
     "trainer_modes": ("trainer mode", "sdar"),
     "estimators": ("advantage estimator", "sdar"),
@@ -141,7 +137,7 @@ def _gpu_stack(machine: Machine) -> Iterator[Finding]:
 
 
 def _environments(machine: Machine) -> Iterator[Finding]:
-    for extra, packages in _EXTRAS.items():
+    for extra, packages in packages_of_extras().items():
         missing = [package for package in packages if machine.versions.get(package) is None]
         if missing:
             text, install = f"needs {', '.join(missing)}, not installed here", f'pip install "sdar-verl[{extra}]"'

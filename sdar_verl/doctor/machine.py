@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from sdar_verl.doctor.build_tools import Missing, missing_build_tools, missing_python
 from sdar_verl.doctor.probe import probe_fresh_process, probe_ray_worker
+from sdar_verl.envs.registry import packages_of_extras
 
 PACKAGES = (
     "verl",
@@ -23,12 +24,7 @@ PACKAGES = (
     "tensordict",
     "ray",
     "TransferQueue",
-    "alfworld",
-    "textworld",
-    "bm25s",
-    "rapidfuzz",
-    "PyStemmer",
-    "urllib3",
+    *sorted({package for packages in packages_of_extras().values() for package in packages}),
     "sentence-transformers",
 )
 

@@ -137,7 +137,9 @@ def _devices(config: DictConfig, sdar: SdarConfig, machine: Machine) -> Iterator
             "fail",
             "resource pools",
             f"the run asks for {world + pool} GPUs ({text}), this machine has {machine.gpus}",
-            f"set trainer.n_gpus_per_node to at most {machine.gpus - pool}",
+            f"set trainer.n_gpus_per_node to at most {machine.gpus - pool}"
+            if machine.gpus > pool
+            else f"start it on a machine with {world + pool} GPUs",
         )
     elif elsewhere and machine.gpus < own:
         yield Finding(

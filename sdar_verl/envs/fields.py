@@ -72,6 +72,13 @@ def number_of(field: str, value: Any) -> float:
     return float(number)
 
 
+def success_reward_of(env: str, value: Any) -> float:
+    """The option ``success_reward`` of an environment. ValueError when it is no finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+        raise ValueError(f"{env} option success_reward={value!r}: give a number above 0")
+    return float(value)
+
+
 def share_of(field: str, value: Any) -> float | None:
     """``value`` as a float from 0 to 1; None stays None."""
     if value is None:

@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sdar_verl.atomic import remove
+from sdar_verl.envs.base import Task
 from sdar_verl.panels import PanelError, missing_files, read_panel, read_panels_file
 
 
@@ -51,7 +52,8 @@ def prepare_panels(
     make: Callable[[], Prepared],
     *,
     force: bool,
-    beside: Sequence[str] = (),
+    fits: Callable[[Sequence[Task]], bool] = lambda tasks: True,
+    places: Sequence[str] = (),
 ) -> Prepared:
     """The panels in ``out`` where they were made with these ``settings`` and nothing of them is missing, else new ones.
 
@@ -60,18 +62,20 @@ def prepare_panels(
         settings: what decides which tasks the panels hold.
         make: makes them; one call at a time works in a folder.
         force: make them anew in any case.
-        beside: files in ``out`` that the panels are nothing without.
+        fits: whether what lies beside the panels in ``out`` is there, and what these tasks were made with.
+        places: settings that say where the tasks come from, not what they are: where panels are not whole, these may
+            differ.
 
     Raises:
         PanelError: there are panels of other settings, ``out`` is no folder, or another call is at work there.
     """
     if out.exists() and not out.is_dir():
         raise PanelError(f"--out {out} is a file; name a folder, which is made when it is not there")
-    finished = None if force else _finished(out, settings, beside)
+    finished = None if force else _finished(out, settings, fits, places)
     if finished is not None:
         return finished
     with _alone(out):
-        finished = None if force else _finished(out, settings, beside)  # by the call that was at work until now
+        finished = None if force else _finished(out, settings, fits, places)  # by the call that was at work until now
         return finished or make()
 
 
@@ -92,21 +96,26 @@ def _alone(out: Path) -> Iterator[None]:
             remove(out)
 
 
-def _finished(out: Path, settings: Mapping[str, Any], beside: Sequence[str]) -> Prepared | None:
+def _finished(
+    out: Path, settings: Mapping[str, Any], fits: Callable[[Sequence[Task]], bool], places: Sequence[str]
+) -> Prepared | None:
     existing = read_panels_file(out)
     if existing is None:
         return None
-    if existing["settings"] == settings:
-        files = [out / panel["file"] for panel in existing["panels"].values()]
-        whole = all(file.is_file() for file in [*files, *(out / name for name in beside)])
-        # Moved since, or deleted: the same settings give the same tasks, where they lie now.
-        try:
-            whole = whole and not any(missing_files(read_panel(file)) for file in files)
-        except PanelError as error:
-            raise PanelError(f"{error}; --force makes all of {out} anew") from error
+    files = [out / panel["file"] for panel in existing["panels"].values()]
+    # Moved since, or deleted: the same settings give the same tasks, where they lie now.
+    try:
+        panels = [read_panel(file) for file in files if file.is_file()]
+        whole = len(panels) == len(files) and all(not missing_files(tasks) and fits(tasks) for tasks in panels)
+    except PanelError as error:
+        raise PanelError(f"{error}; --force makes all of {out} anew") from error
+    there = dict(existing["settings"])
+    if not whole:
+        there |= {name: settings[name] for name in places if name in there and name in settings}
+    if there == settings:
         return Prepared(existing, made=False, skipped={}) if whole else None
     raise PanelError(
-        f"{out} holds panels made with other settings ({_differences(existing['settings'], settings)}); "
+        f"{out} holds panels made with other settings ({_differences(there, settings)}); "
         "use another --out, or --force to replace them"
     )
 

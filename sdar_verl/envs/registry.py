@@ -40,6 +40,8 @@ _BUILTINS = {
     "search": _Builtin("sdar_verl.envs.search.env", "search", ("bm25s", "icu4py", "regex", "urllib3")),
     "webshop": _Builtin("sdar_verl.envs.webshop.env", "webshop", ("bm25s", "rapidfuzz", "Stemmer")),
 }
+_PACKAGES = {"Stemmer": "PyStemmer"}
+"""Module -> package, where that is called otherwise."""
 _registered: dict[str, Callable[..., TextEnv]] = {}
 
 
@@ -154,6 +156,14 @@ def tasks_fault(name: str, options: dict[str, Any], tasks: Sequence[Task]) -> st
         with _authors_faults(name, "raised in its close"):
             env.close()
     return None
+
+
+def packages_of_extras() -> dict[str, tuple[str, ...]]:
+    """pip extra of each environment of this package -> the packages that it needs."""
+    return {
+        builtin.extra: tuple(_PACKAGES.get(module, module) for module in builtin.requires)
+        for builtin in _BUILTINS.values()
+    }
 
 
 def check_installed(name: str) -> None:

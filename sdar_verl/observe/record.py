@@ -34,6 +34,7 @@ from sdar_verl.table import StepTable
 logger = logging.getLogger(__name__)
 
 _OUTCOMES = ("arm", "task_id", "task_type", "acc", "reward", "turns", "invalid_actions", "failed")
+_VALIDATION = ("sdar.validation.arms.", "actor_rollout_ref.rollout.val_kwargs.")
 _PACKAGES = ("sdar-verl", "verl", "torch", "transformers", "ray", "TransferQueue", "vllm", "alfworld")
 
 
@@ -75,9 +76,10 @@ class RunRecord(Observer):
     def after_validation(self, step: int, metrics: Mapping[str, float], outcomes: dict[str, list[Any]]) -> None:
         self._begin()
         self._lacks_validation = False
+        # The metrics come last: by them a resumed run knows that this validation is whole.
+        write_outcomes(outcomes, layout.step_file(self.folder / layout.OUTCOMES, step))
         if metrics:
             layout.append_line(self.folder / layout.METRICS_FILE, {"step": step, "data": plain(metrics)})
-        write_outcomes(outcomes, layout.step_file(self.folder / layout.OUTCOMES, step))
 
     @property
     def awaits_validation(self) -> bool:
@@ -133,7 +135,7 @@ class RunRecord(Observer):
         self._open = True
 
     def _describe(self) -> None:
-        """Write ``run.json``; after a resume with the panels of before, too, if they were others."""
+        """Write ``run.json``; after a resume with the arms, panels, ... of before, too, if they were others."""
         path, described = self.folder / layout.RUN_FILE, describe_run(self._config)
         try:
             earlier = read_run_file(path) if self._open else {}
@@ -141,8 +143,10 @@ class RunRecord(Observer):
             logger.warning("%s; it is written anew", error)
             earlier = {}
         described["started"] = earlier.get("started", described["started"])
-        for option, hashes in earlier.get("panels", {}).items():
-            described["panels"][option] = list(dict.fromkeys([*hashes, *described["panels"].get(option, [])]))
+        described["arms"] = sorted({*earlier.get("arms", []), *described["arms"]})
+        for part in layout.RUN_LISTS:
+            for option, values in earlier.get(part, {}).items():
+                described[part][option] = list(dict.fromkeys([*values, *described[part].get(option, [])]))
         layout.write_json(path, described)
 
     def _complete(self, lines: list[dict[str, Any]], state: Mapping[str, Any]) -> None:
@@ -290,8 +294,9 @@ def write_outcomes(outcomes: Mapping[str, list[Any]], path: Path) -> None:
 
 def describe_run(config: DictConfig) -> dict[str, Any]:
     """Content of ``run.json``: what makes this run comparable to another one, or not."""
+    from sdar_verl.checks.options import options_of
     from sdar_verl.checks.panel_tasks import panel_digests
-    from sdar_verl.verl.resume import fingerprint
+    from sdar_verl.verl.resume import content_digests, fingerprint
 
     versions = {}
     for name in _PACKAGES:
@@ -307,6 +312,10 @@ def describe_run(config: DictConfig) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "panels": {option: panel_digests(config, option) for option in ("train_files", "val_files")}
         | _deciding(config),
+        "contents": {option: [digest] for option, digest in content_digests(config).items()},
+        "validation": {
+            option: [plain(value)] for option, value in options_of(config).items() if option.startswith(_VALIDATION)
+        },
         "arms": sorted(OmegaConf.select(config, "sdar.validation.arms") or ()),
         "settings": plain(fingerprint(config)),
         "max_steps": config.sdar.env.max_steps,

@@ -119,14 +119,16 @@ def success_by_type(data: RunData) -> Chart | None:
         for key in sorted(key for key in last if key.startswith(prefix)):
             kind = key.removeprefix(prefix)
             n = counts.get(kind, 0)
-            low, high = wilson(last[key] * n, n) if n else (last[key], last[key])
-            rows.append({"category": kind.replace("_", " "), "name": arm, "value": last[key], "low": low, "high": high})
+            interval = dict(zip(("low", "high"), wilson(last[key] * n, n), strict=True)) if n else {}
+            rows.append({"category": kind.replace("_", " "), "name": arm, "value": last[key], **interval})
     if not rows:
         return None
     return {
         "kind": "dots",
         "title": "Success by type of task",
-        "note": "The last validation. Bars: 95% interval (Wilson).",
+        "note": "The last validation. "
+        + ("Bars: 95% interval (Wilson)" if any("low" in row for row in rows) else "No intervals")
+        + ("." if all("low" in row for row in rows) else "; without outcomes per task there is none."),
         "x": "success, share of episodes",
         "percent": True,
         "domain": [0, 1],

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from sdar_verl.report.distributions import GAP_EDGES, GATE_EDGES, QUANTILES
-from sdar_verl.report.layout import SCHEMA, RecordError
+from sdar_verl.report.layout import RUN_LISTS, SCHEMA, RecordError
 from sdar_verl.untrusted import parse_json, shorten
 
 MOST = 1e100
 """Larger numbers are none that a run measures, and their sums overflow."""
 MAX_BIN = 100_000
+
+_PLAIN = (str, bool, int, float, type(None))
+"""Infinite numbers among them, which are null in a record of ours."""
 
 _LENGTHS = {
     "gap_quantiles": len(QUANTILES),
@@ -37,8 +40,7 @@ def step_of(line: Mapping[str, Any]) -> int | None:
 def numbers_of(data: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """The metrics that are numbers, and how many are neither numbers nor null, text, true or false."""
     numbers = {key: value for key, value in data.items() if is_number(value)}
-    plain = (str, bool, int, float, type(None))  # infinite ones among them: null in a record of ours
-    return numbers, sum(not isinstance(value, plain) for value in data.values())
+    return numbers, sum(not isinstance(value, _PLAIN) for value in data.values())
 
 
 def sound_distributions(line: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -71,12 +73,16 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
 def _check_run(run: Mapping[str, Any], where: str) -> None:
     """Raise a RecordError when a part of ``run.json`` is of another kind."""
-    for name in ("settings", "versions", "panels"):
+    for name in ("settings", "versions", *RUN_LISTS):
         if not isinstance(run.get(name, {}), dict):
             raise RecordError(f"{where} is damaged: {name} is {shorten(run[name])}, not an object")
-    for name, hashes in run.get("panels", {}).items():
-        if not isinstance(hashes, list) or not all(isinstance(one, str) for one in hashes):
-            raise RecordError(f"{where} is damaged: panels.{shorten(name)} is {shorten(hashes)}, not a list of hashes")
+    for part in RUN_LISTS:
+        kinds, what = (_PLAIN, "plain values") if part == "validation" else ((str,), "hashes")
+        for name, values in run.get(part, {}).items():
+            if not isinstance(values, list) or not all(isinstance(one, kinds) for one in values):
+                raise RecordError(
+                    f"{where} is damaged: {part}.{shorten(name)} is {shorten(values)}, not a list of {what}"
+                )
     arms = run.get("arms", [])
     if not isinstance(arms, list) or not all(isinstance(one, str) for one in arms):
         raise RecordError(f"{where} is damaged: arms is {shorten(arms)}, not a list of names")

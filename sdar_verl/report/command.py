@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from sdar_verl.arguments import given_path
+from sdar_verl.untrusted import printable
 
 
 def add_parser(subparsers: Any) -> None:
@@ -33,6 +34,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--episodes {arguments.episodes} is negative; 0 leaves the episode viewer out")
     out, notes = write_report(arguments.run_dir, arguments.out, arguments.episodes)
     for note in notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     print(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0

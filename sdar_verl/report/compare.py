@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sdar_verl.errors import SdarError
+from sdar_verl.report import layout
 from sdar_verl.report.layout import RecordError
 from sdar_verl.report.read import RunData, read_run
 
@@ -20,6 +21,7 @@ SEED_OPTIONS = ("data.seed", "sdar.rollout.seed", "actor_rollout_ref.actor.data_
 TASK_OPTIONS = ("sdar.env.", "sdar.prompt.", "sdar.rollout.history")
 """Prefixes of options that change the task itself, not the method."""
 
+_ARMS = "sdar.validation.arms."
 _SEED_SUFFIX = re.compile(r"[-_.]?(?:seed|s)?[-_]?\d+$")
 
 
@@ -108,9 +110,10 @@ def load(
     seen: set[Path] = set()
     for spec in specs:
         name, run = _read(spec)
-        if (folder := run.folder.resolve()) in seen:
+        place = (layout.find_record(run.folder) or run.folder).resolve()
+        if place in seen:
             raise ComparisonError(f"{run.folder} is named twice; a run counts once")
-        seen.add(folder)
+        seen.add(place)
         groups.setdefault(name, Group(name, [])).runs.append(run)
     listed = list(groups.values())
     for group in listed:
@@ -118,15 +121,20 @@ def load(
     runs = [run for group in listed for run in group.runs]
     notes = [f"{run.folder}: {fault}" for run in runs for fault in run.faults]
     _check_panels(runs, any_panel, notes)
+    arm = _arm(runs, arm)
     for group in listed:
-        _check_settings(group, any_settings, notes)
-    _check_tasks_options(listed, any_settings, notes)
+        _check_settings(group, arm, any_settings, notes)
+    _check_methods(listed, arm, any_settings, notes)
+    if untold := sum("validation" not in run.run for run in runs if run.run):
+        notes.append(
+            f"{untold} of {len(runs)} runs were recorded by an earlier version, which does not tell how the arm "
+            f"{arm} was sampled: it is taken as equal."
+        )
     if len({str(group.seeds) for group in listed}) > 1:
         notes.append("Not all methods were run with the same seeds; differences between those are not paired by seed.")
     for text in dict.fromkeys(text for run in runs for text in run.success_notes):
         where = [str(run.folder) for run in runs if text in run.success_notes]
         notes.append(text if len(where) == len(runs) else f"{', '.join(where)}: {text}")
-    arm = _arm(runs, arm)
     comparison = Comparison(listed, arm, [], notes)
     _fill(comparison, any_panel)
     return comparison
@@ -187,10 +195,11 @@ def _settings(run: RunData) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in SEED_OPTIONS}
 
 
-def _check_settings(group: Group, any_settings: bool, notes: list[str]) -> None:
+def _check_settings(group: Group, arm: str, any_settings: bool, notes: list[str]) -> None:
     first = group.runs[0]
     for run in group.runs[1:]:
-        if run.run and first.run and (found := _differences(_settings(first), _settings(run))):
+        found = _differences(_settings(first), _settings(run)) if run.run and first.run else []
+        if found := [*found, *_differing_contents(first, run, arm)]:
             text = (
                 f"runs of {group.name} differ in more than their seeds: {', '.join(found)} in {first.folder} and "
                 f"{run.folder}"
@@ -209,7 +218,7 @@ def _check_settings(group: Group, any_settings: bool, notes: list[str]) -> None:
         notes.append(f"The seeds of {group.name} are unknown or equal; its runs are taken as different seeds.")
 
 
-def _check_tasks_options(groups: Sequence[Group], any_settings: bool, notes: list[str]) -> None:
+def _check_methods(groups: Sequence[Group], arm: str, any_settings: bool, notes: list[str]) -> None:
     first = groups[0].runs[0]
     for group in groups[1:]:
         run = group.runs[0]
@@ -221,6 +230,27 @@ def _check_tasks_options(groups: Sequence[Group], any_settings: bool, notes: lis
             if not any_settings:
                 raise ComparisonError(f"{text}. --any-settings compares them all the same")
             notes.append(f"{text[0].upper()}{text[1:]}.")
+        if found := _differing_contents(first, run, arm):
+            notes.append(f"{groups[0].name} and {group.name} differ in more than their settings: {', '.join(found)}.")
+
+
+def _differing_contents(one: RunData, other: RunData, arm: str) -> list[str]:
+    """What the settings do not tell: files that were read, how the arm was validated. What one run of an earlier
+    version does not tell is no difference."""
+    parts: list[dict[str, Any]] = []
+    for run in (one, other):
+        hashes = {"data.train_files": run.run.get("panels", {}).get("train_files"), **run.run.get("contents", {})}
+        contents = {
+            f"the content of {option}": [digest[:12] for digest in found] for option, found in hashes.items() if found
+        }
+        validation = {
+            option: values
+            for option, values in run.run.get("validation", {}).items()
+            if not option.startswith(_ARMS) or option.startswith(f"{_ARMS}{arm}.")
+        }
+        parts.append(contents | validation)
+    common = parts[0].keys() & parts[1].keys()
+    return _differences(*({name: part[name] for name in common} for part in parts))
 
 
 def _arm(runs: Sequence[RunData], arm: str | None) -> str:
@@ -259,17 +289,27 @@ def _fill(comparison: Comparison, any_panel: bool) -> None:
             f"Runs were validated at different steps; only the common ones count: {', '.join(map(str, steps))}."
         )
     tables = [[_by_task(run, step, comparison.arm) for step in steps] for run in runs]
-    sets = [set(table) for row in tables for table in row]
+    whole = [at for at in range(len(steps)) if all(row[at] for row in tables)]
+    if whole and len(whole) < len(steps):
+        lost = [
+            f"{run.folder} at step {steps[at]}"
+            for run, row in zip(runs, tables, strict=True)
+            for at in range(len(steps))
+            if not row[at]
+        ]
+        comparison.notes.append(f"Outcomes per task are missing, and these steps left out: {', '.join(lost)}.")
+        steps, tables = [steps[at] for at in whole], [[row[at] for at in whole] for row in tables]
+    sets = [set(table) for row in tables for table in row] if whole else []
     common = sorted(set.intersection(*sets)) if sets else []
-    if common and any(own != set(common) for own in sets):
+    if any(own != set(common) for own in sets):
         text = f"validations did not hold the same tasks: {len(common)} of up to {max(map(len, sets))} are common"
         if not any_panel:
             raise ComparisonError(f"{text}; --any-panel compares those")
-        comparison.notes.append(f"{text[0].upper()}{text[1:]}; only those count.")
+        comparison.notes.append(f"{text[0].upper()}{text[1:]}{'; only those count' if common else ''}.")
     if not common:
         comparison.notes.append(
-            "Outcomes per task are missing, or of several data sources, so that differences are not paired task by "
-            "task and intervals rest on the seeds alone."
+            "Outcomes per task are missing, or of several data sources, or of different tasks, so that differences are "
+            "not paired task by task and intervals rest on the seeds alone."
         )
     comparison.tasks = common
     rows = iter(tables)
@@ -298,7 +338,7 @@ def _by_task(run: RunData, step: int, arm: str) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for name, task, acc in zip(columns["arm"], columns["task_id"], columns["acc"], strict=True):
         if name == arm and task is not None:
-            found.setdefault(task, []).append(float(acc or 0.0))
+            found.setdefault(task, []).append(float(acc))
     return {task: sum(values) / len(values) for task, values in found.items()}
 
 

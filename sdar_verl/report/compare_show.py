@@ -11,8 +11,8 @@ import numpy as np
 
 from sdar_verl.report.charts import Chart, lines
 from sdar_verl.report.compare import Comparison, Group
+from sdar_verl.report.cost import UNKNOWN, rows_of_cost
 from sdar_verl.report.cost import as_json as cost_as_json
-from sdar_verl.report.cost import rows_of_cost
 from sdar_verl.report.estimates import Estimate, Measure, Row, measures
 from sdar_verl.report.page import page
 from sdar_verl.report.stats import bootstrap
@@ -24,7 +24,9 @@ NEVER = "∞"
 def cell(estimate: Estimate, measure: Measure, *, runs: int, difference: bool = False) -> str:
     """One number with its interval, in the units of its measure."""
     if not math.isfinite(estimate.value):
-        return "–" if difference or measure.share else f"{estimate.reached} of {runs} runs get there"
+        if difference or measure.share:
+            return "–"
+        return UNKNOWN if estimate.reached is None else f"{estimate.reached} of {runs} runs get there"
     if measure.share:
         number = f"{estimate.value * 100:+.1f}" if difference else f"{estimate.value * 100:.1f}%"
         bounds = [
@@ -95,12 +97,12 @@ def markdown(comparison: Comparison, rows: Sequence[Row], threshold: float, base
 
 
 def as_json(comparison: Comparison, rows: Sequence[Row], threshold: float, baseline: str | None) -> dict[str, Any]:
-    """Everything, as numbers; what does not exist, or is never reached, is null."""
+    """Everything, as numbers; what does not exist, is unknown, or is never reached, is null."""
+    times = {measure.key for measure in measures(threshold) if not measure.share}
 
     def plain(estimate: Estimate) -> dict[str, Any]:
         numbers = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-        found: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        return found if estimate.reached is None else {**found, "reached": estimate.reached}
+        return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
     return {
         "arm": comparison.arm,
@@ -113,7 +115,10 @@ def as_json(comparison: Comparison, rows: Sequence[Row], threshold: float, basel
                 "method": row.method,
                 "runs": [str(run.folder) for run in group.runs],
                 "cost": cost_as_json(row.cost),
-                "values": {key: plain(estimate) for key, estimate in row.values.items()},
+                "values": {
+                    key: {**plain(estimate), **({"reached": estimate.reached} if key in times else {})}
+                    for key, estimate in row.values.items()
+                },
                 "differences": {
                     key: {**plain(estimate), "within_noise": estimate.within_noise}
                     for key, estimate in row.differences.items()

@@ -17,12 +17,13 @@ Curve = Sequence[float]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % bootstrap interval; NaN where there is none, infinite what is never reached.
+    """A number with its 95 % bootstrap interval; NaN where there is none, or it is unknown, infinite what is never
+    reached.
 
     Attributes:
         value: the mean over runs.
         low, high: ends of the interval.
-        reached: for times to a threshold, the number of runs that reach it.
+        reached: for times to a threshold, the number of runs that reach it; None where that time of a run is unknown.
     """
 
     value: float
@@ -81,15 +82,17 @@ def measures(threshold: float) -> list[Measure]:
 
 
 def default_threshold(comparison: Comparison, baseline: str | None) -> float:
-    """The baseline's mean success at the end, or the lowest method's: how soon do the others get there?"""
-    groups = [comparison.group(baseline)] if baseline else comparison.groups
-    return min(float(group.success[:, -1].mean()) for group in groups)
+    """The baseline's mean success at the end, or the lowest method's: how soon do the others get there? A method that
+    ends at 0, where everybody begins, is no measure: then the lowest of the others."""
+    groups = [*([comparison.group(baseline)] if baseline else []), *comparison.groups]
+    ends = [float(group.success[:, -1].mean()) for group in groups]
+    return ends[0] if baseline and ends[0] else min(filter(None, ends), default=1.0)
 
 
 def estimate(group: Group, measure: Measure, draws: int = 2000) -> Estimate:
     """The method's mean over runs, runs and tasks drawn with replacement."""
     points = _per_run(group, measure, np.arange(group.success.shape[2]))
-    reached = None if measure.share else int(np.isfinite(points).sum())
+    reached = None if measure.share or np.isnan(points).any() else int(np.isfinite(points).sum())
     runs, tasks = group.success.shape[0], group.success.shape[2]
     if (tasks == 1 and runs == 1) or not np.isfinite(points).all():
         return Estimate(float(points.mean()), math.nan, math.nan, reached)

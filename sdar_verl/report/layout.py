@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 """Version of the record's files; a reader refuses another one."""
 
+RUN_LISTS = ("panels", "contents", "validation")
+"""Parts of ``run.json`` that hold, per option, every value that the run had: a resume may change them."""
+
 RECORD = "record"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"

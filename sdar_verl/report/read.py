@@ -173,14 +173,18 @@ def episodes(data: RunData, limit: int) -> Iterator[list[dict[str, Any]]]:
 
 def _from_tracker(folder: Path) -> RunData:
     files = [folder] if folder.is_file() else [folder / layout.METRICS_FILE, *sorted(folder.glob("*.jsonl"))]
-    file = next((path for path in files if path.is_file() and path.suffix == ".jsonl"), None)
-    if file is None:
+    files = [path for path in files if path.is_file() and path.suffix == ".jsonl"]
+    if not files:
         raise RecordError(
             f"{folder} holds no record of a run: neither {layout.RECORD}/{layout.RUN_FILE} (written by runs with "
             "trainer.v1.trainer_mode=sdar into trainer.default_local_dir) nor a .jsonl of verl's file tracker"
         )
     data = RunData(folder if folder.is_dir() else folder.parent)
-    data.metrics = _metrics(file, data.faults)
+    for file in files:  # others may lie beside the tracker's
+        data.faults = []
+        data.metrics = _metrics(file, data.faults)
+        if data.metrics:
+            break
     data.notes += data.faults
     _recipe(data)
     data.notes.append(
@@ -255,9 +259,12 @@ def _outcomes(folder: Path, notes: list[str]) -> dict[int, dict[str, list[Any]]]
             columns = pq.read_table(path).to_pydict()
             if missing := {"arm", "task_id", "acc"} - columns.keys():
                 raise RecordError(f"no column {', '.join(sorted(missing))}")
-            accurate = [float(value) if isinstance(value, bool) else value for value in columns["acc"]]
-            columns["acc"] = [value if is_number(value) else 0.0 for value in accurate]
-            found[step] = {"task_type": [None] * len(accurate), **columns}
+            columns = {"task_type": [None] * len(columns["acc"]), **columns}
+            columns["acc"] = [float(value) if isinstance(value, bool) else value for value in columns["acc"]]
+            kept = [row for row, value in enumerate(columns["acc"]) if is_number(value)]
+            if strange := len(columns["acc"]) - len(kept):
+                notes.append(f"{path.name} of the validation outcomes: {strange} rows have no acc and are left out.")
+            found[step] = {name: [values[row] for row in kept] for name, values in columns.items()}
         except (OSError, ValueError, pa.ArrowException, RecordError) as error:
             notes.append(f"{path.name} of the validation outcomes cannot be read ({error}).")
     return found

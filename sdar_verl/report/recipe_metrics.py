@@ -55,7 +55,7 @@ def recipe_success(
             those = [values[source + end] for source in own if source + end in values]
             if len(those) == len(own):
                 success.setdefault(step, {})[f"sdar-val/{arm}/success"] = sum(those) / len(those)
-            else:
+            elif those:
                 lacking.add(step)
     return success, _notes(own, names, lacking)
 
@@ -64,10 +64,13 @@ def _split(sources: Collection[str], arms: Collection[str] | None) -> tuple[list
     """The data sources of the panel, and the arms that stand behind them."""
     ends = {source: source.rpartition("/") for source in sources}
     roots = [source for source, (base, _, _) in ends.items() if base not in sources]
-    possible = {end for base, _, end in ends.values() if base in sources and (arms is None or end in arms)}
-    set_arms = sorted(end for end in possible if all(f"{root}/{end}" in sources for root in roots))
+    set_arms = {
+        end
+        for base, _, end in ends.values()
+        if base in sources and (all(f"{root}/{end}" in sources for root in roots) if arms is None else end in arms)
+    }
     own = sorted(source for source, (base, _, end) in ends.items() if base not in sources or end not in set_arms)
-    return own, set_arms
+    return own, sorted(set_arms)
 
 
 def _notes(own: Collection[str], names: Mapping[str, set[str]], lacking: Collection[int]) -> list[str]:

@@ -141,7 +141,7 @@ def split_tokens(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> 
 
 
 def thin(folder: Path, max_bytes: float, every: int) -> int:
-    """Drop every other trace when all together are larger than ``max_bytes``.
+    """Drop every other trace, never the newest, when all together are larger than ``max_bytes``.
 
     Args:
         folder: holds the traces.
@@ -153,7 +153,7 @@ def thin(folder: Path, max_bytes: float, every: int) -> int:
     """
     while len(files := step_files(folder)) > 1 and sum(path.stat().st_size for path in files.values()) > max_bytes:
         every *= 2
-        for step, path in files.items():
-            if step % every:
-                path.unlink()
+        # By their order, not their steps: before a resume, ``every`` may have been another.
+        for path in list(files.values())[-2::-2]:
+            path.unlink()
     return every

@@ -102,11 +102,13 @@ def experiment(config: DictConfig) -> dict[str, Any]:
         PanelError: a training panel is missing or not one of ours.
     """
     # Where the panel lies may change, but data.pt holds a place in it.
-    return {**fingerprint(config), **_hashes(config), _PANEL: panel_digests(config, "train_files")}
+    digests = {f"{option}{_HASH}": digest for option, digest in content_digests(config).items()}
+    return {**fingerprint(config), **digests, _PANEL: panel_digests(config, "train_files")}
 
 
-def _hashes(config: DictConfig) -> dict[str, str]:
-    """Of the skill bank and the templates of this run, where it has them; faults of theirs are told elsewhere."""
+def content_digests(config: DictConfig) -> dict[str, str]:
+    """Option -> hash of the skill bank and the templates of this run, where it has them; faults of theirs are told
+    elsewhere."""
     try:
         sdar = load_config(config.get("sdar"))
     except ConfigError:
@@ -125,7 +127,7 @@ def _hashes(config: DictConfig) -> dict[str, str]:
     elif sdar.context.place not in PLACES:
         with suppress(TextFileError):
             made["sdar.context.place"] = sha256(read_text(Path(sdar.context.place)).encode()).hexdigest()
-    return {f"{option}{_HASH}": digest for option, digest in made.items()}
+    return made
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any], config: DictConfig) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import astuple
@@ -188,6 +189,12 @@ def test_bad_game_files_are_named(tmp_path: Path, games: list[Path]) -> None:
         "keys.tw-pddl": json.dumps({"grammar": whole["grammar"]}),
         "problem.tw-pddl": json.dumps({**whole, "pddl_problem": whole["pddl_problem"].replace("(:goal", "(:gaol")}),
     }
+    changed = shutil.copy(games[0], tmp_path / "changed.tw-pddl")
+    task = Task("alfworld", "t", "", "", {"game_file": str(changed), "sha256": read_game_file(changed).digest})
+    assert env.reset(task).admissible_actions
+    changed.write_bytes(games[1].read_bytes())
+    with pytest.raises(ValueError, match=r"changed.tw-pddl .* not the one that the panel was made with .*--force"):
+        env.reset(task)
     for name, text in broken.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=rf"{name} cannot be played"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,13 @@ def write_run(
     rate: float = 0.06,
     tasks: int = 40,
     panel: str = "a" * 64,
+    described: Mapping[str, Any] = MappingProxyType({}),
     **settings: Any,
 ) -> Path:
-    """A run whose success rises by ``rate`` per step from 0.3; validated at the start, in the middle, at the end."""
+    """A run whose success rises by ``rate`` per step from 0.3; validated at the start, in the middle, at the end.
+
+    ``described`` are other parts of ``run.json``.
+    """
     rng = np.random.default_rng(seed)
     record = folder / "checkpoints" / layout.RECORD
     record.mkdir(parents=True)
@@ -39,7 +45,10 @@ def write_run(
         "started": "2026-01-02T03:04:05+0000",
         "panels": {"train_files": ["b" * 64], "val_files": [panel]},
         "settings": {"sdar.loss.coef": 0.01, "sdar.loss.beta": 5.0, "data.seed": seed, **settings},
+        "contents": {"sdar.skills.bank": ["b" * 64]},
+        "validation": {f"sdar.validation.arms.{arm}.temperature": [0.4] for arm in ("student", "told")},
         "versions": {"sdar-verl": "0.1.0", "verl": "0.9.1"},
+        **described,
     }
     (record / layout.RUN_FILE).write_text(json.dumps(run))
     for step in range(steps + 1):

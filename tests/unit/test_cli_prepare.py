@@ -89,6 +89,20 @@ def test_the_hash_depends_on_the_games_and_not_on_where_they_lie(data: Path, tmp
     assert third["test"] == first["test"]
 
 
+def test_a_download_that_was_moved_is_found_where_it_lies_now(data: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "a"
+    assert prepare("--out", out, "--data", data) == 0
+    before = json.loads((out / "panel.json").read_text())["panels"]
+    moved = shutil.copytree(data, tmp_path / "moved")
+    assert prepare("--out", out, "--data", moved) == 2, "both are there: it may be another data set"
+    assert f"data: {data} there, {moved} asked for" in capsys.readouterr().err
+    shutil.rmtree(data)
+    assert prepare("--out", out, "--data", moved) == 0
+    assert json.loads((out / "panel.json").read_text())["panels"] == before
+    (task, *_) = read_panel(out / "train.parquet")
+    assert Path(task.data["game_file"]).is_relative_to(moved)
+
+
 def test_unplayable_trajectories_are_left_out_and_counted(data: Path, tmp_path: Path, capsys) -> None:
     add_game(data, "train", "pick_and_place_with_movable_recep-Pen-Mug-Desk-1/trial_T1")
     add_game(data, "train", "pick_and_place_simple-AppleSliced-None-Desk-1/trial_T1")

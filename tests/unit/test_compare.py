@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sdar_verl.cli import main
@@ -174,6 +177,25 @@ def test_different_tasks_of_one_panel_are_refused(tmp_path):
     assert len(load([str(one), str(other)], any_panel=True).tasks) == 30
 
 
+def test_tasks_of_which_none_is_common_are_refused(runs, tmp_path):
+    other = shutil.copytree(runs[3], tmp_path / "other")
+    for file in other.rglob("outcomes/*.parquet"):
+        table = pq.read_table(file)
+        ids = pa.array([f"other/{task}" for task in table["task_id"].to_pylist()])
+        pq.write_table(table.set_column(table.schema.get_field_index("task_id"), "task_id", ids), file)
+    with pytest.raises(ComparisonError, match="0 of up to 40 are common"):
+        load([runs[0], str(other)])
+    assert load([runs[0], str(other)], any_panel=True).tasks == []
+
+
+def test_a_validation_without_outcomes_is_left_out_and_the_others_are_paired(runs, tmp_path):
+    other = shutil.copytree(runs[0], tmp_path / "other")
+    next(other.rglob("outcomes/step_00000004.parquet")).unlink()
+    comparison = load([str(other), runs[3]])
+    assert len(comparison.tasks) == 40 and comparison.groups[0].steps.tolist() == [0, 9]
+    assert any(f"these steps left out: {other} at step 4." in note for note in comparison.notes)
+
+
 def test_runs_without_a_record_are_of_an_unknown_panel(tmp_path):
     for name, value in (("a-0", 0.5), ("b-0", 0.7)):
         (tmp_path / name).mkdir()
@@ -196,6 +218,45 @@ def test_runs_of_one_method_with_other_settings_are_refused(tmp_path):
     assert len(load([str(one), str(other)], any_settings=True).groups[0].runs) == 2
 
 
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        (
+            {"panels": {"train_files": ["c" * 64], "val_files": ["a" * 64]}},
+            "the content of data.train_files (['bbbbbbbbbbbb'], ['cccccccccccc'])",
+        ),
+        ({"contents": {"sdar.skills.bank": ["c" * 64]}}, "the content of sdar.skills.bank (['bbb"),
+        (
+            {"validation": {"sdar.validation.arms.student.temperature": [0.4, 1.5]}},
+            "sdar.validation.arms.student.temperature ([0.4], [0.4, 1.5])",
+        ),
+        ({"validation": {"sdar.validation.arms.told.temperature": [1.5]}}, None),
+    ],
+)
+def test_other_files_and_another_validation_are_refused_within_a_method_and_noted_across(tmp_path, part, told):
+    one = write_run(tmp_path / "a-0", experiment="a-0")
+    other = write_run(tmp_path / "a-1", experiment="a-1", seed=1, described=part)
+    across = load([str(one), f"b={other}"]).notes
+    if told is None:
+        assert load([str(one), str(other)]).notes == []
+        assert not any("differ" in note and "seeds" not in note for note in across)
+        return
+    with pytest.raises(ComparisonError, match=re.escape(told)):
+        load([str(one), str(other)])
+    assert any(told in note for note in load([str(one), str(other)], any_settings=True).notes)
+    assert any(told in note for note in across)
+
+
+def test_runs_that_do_not_tell_how_they_were_validated_are_comparable_and_noted_once(runs, tmp_path):
+    copies = [shutil.copytree(run, tmp_path / str(number)) for number, run in enumerate(runs[:3])]
+    for copy in copies[:2]:
+        (file,) = copy.rglob("run.json")
+        described = json.loads(file.read_text())
+        file.write_text(json.dumps({key: described[key] for key in described.keys() - {"contents", "validation"}}))
+    (note,) = load([*map(str, copies)]).notes
+    assert note.startswith("2 of 3 runs were recorded by an earlier version")
+
+
 def test_methods_that_play_different_games_are_refused(tmp_path):
     one = write_run(tmp_path / "a-0", experiment="a-0", **{"sdar.env.max_steps": 12})
     other = write_run(tmp_path / "b-0", experiment="b-0", **{"sdar.env.max_steps": 50})
@@ -213,7 +274,21 @@ def test_an_unknown_arm_and_an_unknown_baseline_name_the_known(runs, capsys):
 def test_the_default_threshold_is_where_the_baseline_ends(runs):
     comparison = load(runs)
     assert default_threshold(comparison, "sdar") == pytest.approx(comparison.groups[0].success[:, -1].mean())
-    assert default_threshold(comparison, None) == pytest.approx(comparison.groups[1].success[:, -1].mean())
+    lowest = default_threshold(comparison, None)
+    assert lowest == pytest.approx(comparison.groups[1].success[:, -1].mean())
+    comparison.groups[0].success *= 0  # where everybody begins
+    assert default_threshold(comparison, "sdar") == default_threshold(comparison, None) == lowest
+    comparison.groups[1].success *= 0
+    assert default_threshold(comparison, "sdar") == 1.0
+
+
+def test_what_a_time_is_counted_in_may_be_unknown(runs):
+    comparison = load(runs)
+    comparison.groups[0].tokens *= math.nan
+    rows = table(comparison, "grpo", 0.35, 50)
+    assert cell(rows[0].values["tokens"], measure("tokens"), runs=3) == "unknown"
+    values = as_json(comparison, rows, 0.35, "grpo")["methods"][0]["values"]
+    assert values["tokens"]["reached"] is None and values["steps"]["reached"] == 3 and "reached" not in values["final"]
 
 
 def test_tables_say_which_difference_is_noise(runs):
@@ -242,6 +317,8 @@ def test_the_command_prints_a_table_and_writes_its_files(runs, tmp_path, capsys)
 def test_a_run_counts_once(runs):
     with pytest.raises(ComparisonError, match="sdar-0 is named twice"):
         load([runs[0], runs[1], runs[0]])
+    with pytest.raises(ComparisonError, match="record is named twice"):
+        load([runs[0], f"{runs[0]}/checkpoints/record"])
 
 
 def test_the_order_of_the_arguments_changes_nothing(runs):

@@ -93,6 +93,8 @@ INSTALLATION_FAULTS = {
     "another flash-attn": (without("flash-attn", "2.7.0"), "warn", ["tested with ==2.8.3"]),
     "another torch": (without("torch", "2.10.0+cu128"), "warn", ["tested with ==2.11.0"]),
     "no ALFWorld": (without("alfworld"), "warn", ["needs alfworld", 'pip install "sdar-verl[alfworld]"']),
+    "no ICU": (without("icu4py"), "warn", ["needs icu4py", 'pip install "sdar-verl[search]"']),
+    "no stemmer": (without("PyStemmer"), "warn", ["needs PyStemmer"]),
     "no ALFWorld, no compiler": (
         {
             **without("alfworld"),
@@ -199,7 +201,9 @@ def test_an_unknown_recipe_is_red() -> None:
 def test_too_few_gpus_are_red_and_a_cluster_is_not_judged(toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     wanted = [*toy, "trainer.device=cuda", "trainer.n_gpus_per_node=16"]
-    assert "this machine has 8" in as_text(diagnose(wanted, CLUSTER, 0))
+    assert "set trainer.n_gpus_per_node to at most 8" in as_text(diagnose(wanted, CLUSTER, 0))
+    pool = ["sdar.teacher.placement=pool", "sdar.teacher.pool_gpus_per_node=8", "trainer.n_gpus_per_node=1"]
+    assert "start it on a machine with 9 GPUs" in as_text(diagnose([*wanted, *pool], CLUSTER, 0))
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     found = [finding for finding in diagnose(wanted, CLUSTER, 0) if finding.check == "resource pools"]
     assert [finding.level for finding in found] == ["warn"] and "cluster not looked at" in found[0].text

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 
+from sdar_verl.cli import main
 from sdar_verl.report import layout
 from sdar_verl.report.document import render, write_report
 from sdar_verl.report.layout import RecordError
@@ -85,6 +86,14 @@ def test_a_run_full_of_markup_gives_the_elements_of_any_other(tmp_path: Path, so
     assert hostile.attributes == plain.attributes
     assert not [name for name in hostile.attributes if name.startswith("on")]
     assert hostile.tags.count("script") == len(hostile.scripts)
+
+
+def test_a_note_does_not_reach_the_terminal_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = {"step": 1, "data": {"val-core/\x1b[31mred\u202eevil\ud800/acc/mean@1": 0.5}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert main(["report", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "[31mred" in said and not {"\x1b", "\u202e", "\ud800"} & {*said}
 
 
 def test_the_page_may_run_its_own_scripts_only_and_load_nothing(sound: Path) -> None:

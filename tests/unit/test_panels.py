@@ -63,8 +63,10 @@ def test_the_rows_are_what_verl_reads(tmp_path: Path) -> None:
         ({"number": np.int64(3)}, "int64 is not JSON"),
         ({"grid": np.zeros(2)}, "ndarray is not JSON"),
         ({"day": date(2026, 1, 1)}, "date is not JSON"),
-        ({"rooms": {0: "kitchen"}}, "0 as a key, where only a text can be one"),  # would come back as "0"
-        ({"moves": [{("a", "b"): 1}]}, r"\('a', 'b'\) as a key"),
+        ({"rooms": {0: "kitchen"}}, "they would come back as {'rooms': {'0': 'kitchen'}}"),
+        ({"place": (1, 2)}, r"they would come back as {'place': \[1, 2\]}"),
+        ({"share": float("nan")}, "they would come back as {'share': nan}"),
+        ({"moves": [{("a", "b"): 1}]}, "keys must be str, int, float, bool or None, not tuple"),
     ],
 )
 def test_data_that_would_not_come_back_are_refused(tmp_path: Path, data: dict[str, Any], told: str) -> None:

@@ -101,6 +101,8 @@ def test_a_taken_name_is_refused_and_a_second_import_is_not() -> None:
         ({"success_reward": 0}, "success_reward=0: give a number above 0"),
         ({"success_reward": "ten"}, "success_reward='ten'"),
         ({"success_reward": True}, "success_reward=True"),
+        ({"success_reward": float("nan")}, "success_reward=nan"),
+        ({"success_reward": float("inf")}, "success_reward=inf"),
         ({"speedups": "no"}, "speedups='no': give true or false"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ import pytest
 
 from sdar_verl.cli import main
 from sdar_verl.report import layout
-from sdar_verl.report.charts import charts
+from sdar_verl.report.charts import charts, success_by_type
 from sdar_verl.report.document import render, write_report
 from sdar_verl.report.page import embed
 from sdar_verl.report.read import episodes, read_run
@@ -74,11 +75,22 @@ def test_outcomes_of_somebody_else_are_read_as_far_as_they_go(run):
     (file,) = run.rglob("outcomes/step_00000009.parquet")
     table = pq.read_table(file).drop_columns(["task_type"])
     solved = pa.array([bool(value) for value in table["acc"].to_pylist()])
-    before = read_run(run).outcomes[9]
+    before = read_run(shutil.copytree(run, run.parent / "whole")).outcomes[9]
     pq.write_table(table.set_column(table.schema.get_field_index("acc"), "acc", solved), file)
     found = read_run(run)
     assert found.outcomes[9]["acc"] == before["acc"] and set(found.outcomes[9]["task_type"]) == {None}
-    assert charts(found)
+    by_type = success_by_type(found)
+    assert by_type["note"] == "The last validation. No intervals; without outcomes per task there is none."
+    assert not any("low" in row or "high" in row for row in by_type["rows"])
+    assert (
+        success_by_type(read_run(run.parent / "whole"))["note"] == "The last validation. Bars: 95% interval (Wilson)."
+    )
+    texts = pa.array([None, "1.0", *map(str, before["acc"][2:])])
+    pq.write_table(table.set_column(table.schema.get_field_index("acc"), "acc", texts), file)
+    found = read_run(run)
+    assert found.outcomes[9]["acc"] == [] and any(
+        "40 rows have no acc and are left out" in note for note in found.notes
+    )
 
 
 def test_all_timers_of_a_step_are_in_the_chart_of_its_time(run):

@@ -61,6 +61,8 @@ def arms_of(values: dict[str, float], arms=None) -> dict[str, float]:
             ["student", "told"],
             {"student": 0.5, "told": 0.5},
         ),
+        # Of an arm that is known, no step may have all.
+        ({"m/acc": 0.2, "b/acc": 0.4, "m/told/acc": 1.0}, ["told"], {"student": 0.3}),
         ({}, None, {}),
     ],
 )
@@ -73,6 +75,13 @@ def test_a_validation_without_a_data_source_is_left_out_and_noted():
     found, notes = recipe_success(metrics)
     assert found == {1: {"sdar-val/student/success": pytest.approx(-0.4)}}
     assert "acc of a; reward of b" in notes[0] and "At steps 2" in notes[1]
+
+
+def test_an_arm_that_a_resume_left_out_stays_one():
+    told = {"val-core/openai/gsm8k/acc/mean@1": 0.3, "val-core/openai/gsm8k/told/acc/mean@1": 0.9}
+    found, notes = recipe_success({5: told, 10: {"val-core/openai/gsm8k/acc/mean@1": 0.4}}, ["told"])
+    student, arm = "sdar-val/student/success", "sdar-val/told/success"
+    assert found == {5: {student: 0.3, arm: 0.9}, 10: {student: 0.4}} and len(notes) == 1
 
 
 @pytest.fixture
@@ -128,7 +137,8 @@ def test_a_report_of_a_recipe_shows_its_validations_without_an_interval(runs):
 
 def test_verls_file_tracker_alone_is_read_alike(tmp_path):
     line = {"step": 5, "data": {"val-core/openai/gsm8k/acc/mean@1": 0.5}}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "one of somebody\'s own"}\n')
+    (tmp_path / "run.jsonl").write_text(json.dumps(line) + "\n")
     assert read_run(tmp_path).column("sdar-val/student/success") == [(5, 0.5)]
 
 

@@ -101,6 +101,14 @@ def test_thinning_keeps_the_limit_and_the_spacing(tmp_path):
     assert sorted(int(p.stem[5:]) for p in tmp_path.iterdir()) == [8, 16, 24, 32]
 
 
+@pytest.mark.parametrize(("steps", "every"), [([10, 20, 30, 35], 7), ([10, 20, 30, 40, 50, 54], 6), ([10, 30], 10)])
+def test_thinning_after_a_resume_with_another_interval_keeps_half_and_the_newest(tmp_path, steps, every):
+    for step in steps:
+        step_file(tmp_path, step).write_bytes(b"x" * 100)
+    assert thin(tmp_path, 100 * len(steps) - 1, every) == 2 * every
+    assert sorted(int(p.stem[5:]) for p in tmp_path.iterdir()) == steps[1::2]
+
+
 def test_thinning_always_keeps_one_trace(tmp_path):
     step_file(tmp_path, 5).write_bytes(b"x" * 100)
     assert thin(tmp_path, 1, 5) == 5

@@ -33,8 +33,10 @@ def config(tmp_path):
     write_toy_panels(tmp_path)
     return OmegaConf.create(
         {
-            "sdar": {"env": {"max_steps": 3}},
-            "actor_rollout_ref": {"rollout": {"agent": {"default_agent_loop": "sdar_agent"}}},
+            "sdar": {"env": {"max_steps": 3}, "validation": {"arms": {"told": {"temperature": 0.4}}}},
+            "actor_rollout_ref": {
+                "rollout": {"agent": {"default_agent_loop": "sdar_agent"}, "val_kwargs": {"n": 1, "top_p": 1.0}}
+            },
             "trainer": {
                 "default_local_dir": str(tmp_path / "checkpoints"),
                 "project_name": "p",
@@ -114,19 +116,34 @@ def test_a_trace_is_as_rare_as_it_was_unless_another_is_asked_for(config, asked,
     assert part.state_dict()["every"] == goes_on
 
 
-def test_a_run_that_goes_on_with_another_panel_has_both(config):
+def test_a_run_that_goes_on_with_another_panel_or_validation_has_both(config):
     first = record(config)
     first.after_step(1, {"a": 1.0})
     path = first.folder / layout.RUN_FILE
     before = json.loads(path.read_text())
     path.write_text(json.dumps({**before, "started": "2026-01-01"}))
     config.data.val_files, config.trainer.nnodes = config.data.train_files, 2
+    config.actor_rollout_ref.rollout.val_kwargs.n = 4
+    config.sdar.validation.arms = {"student": {"temperature": 0.4}}
     record(config).load_state_dict({"step": 1, "every": 0})
     after = json.loads(path.read_text())
     assert after["panels"]["val_files"] == [*before["panels"]["val_files"], *before["panels"]["train_files"]]
     assert after["panels"]["train_files"] == before["panels"]["train_files"]
-    assert (after["started"], after["gpus"]) == ("2026-01-01", 4)
-    for damaged in ('{"panels": null}', "[]", '{"panels": {"val_files": null}}', "{"):
+    assert (after["started"], after["gpus"], after["arms"]) == ("2026-01-01", 4, ["student", "told"])
+    assert after["validation"] == {
+        "actor_rollout_ref.rollout.val_kwargs.n": [1, 4],
+        "actor_rollout_ref.rollout.val_kwargs.top_p": [1.0],
+        "sdar.validation.arms.student.temperature": [0.4],
+        "sdar.validation.arms.told.temperature": [0.4],
+    }
+    assert before["contents"].keys() == {"sdar.skills.bank", "sdar.prompt.template"}
+    for damaged in (
+        '{"panels": null}',
+        '{"schema": 1, "validation": {"n": [[1]]}}',
+        "[]",
+        '{"panels": {"val_files": null}}',
+        "{",
+    ):
         path.write_text(damaged)
         record(config).load_state_dict({"step": 1, "every": 0})
         assert json.loads(path.read_text())["panels"]["val_files"] == before["panels"]["train_files"]
@@ -168,6 +185,18 @@ def test_a_validation_that_a_kill_took_is_made_when_the_run_goes_on(config, step
     assert resumed.awaits_validation == awaits
     resumed.after_validation(step, {}, {})
     assert not resumed.awaits_validation
+
+
+def test_a_kill_while_outcomes_are_written_takes_the_whole_validation(config, monkeypatch):
+    first = record(config)
+    first.after_step(1, {"sdar/success": 0.5})
+    first._step = 2
+    monkeypatch.setattr("sdar_verl.observe.record.write_outcomes", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        first.after_validation(2, VALIDATED, {})
+    resumed = record(config)
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.awaits_validation
 
 
 def test_a_damaged_line_does_not_keep_a_run_from_going_on(config, caplog):

@@ -120,6 +120,9 @@ def test_a_task_of_another_environment_or_corpus_is_refused(corpus):
         env.reset(Task("search", "t", "x", "q", {"answers": ["a"], "corpus": "0" * 64}))
 
 
+AWAY = {"retriever": "http://127.0.0.1:1"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -128,13 +131,17 @@ def test_a_task_of_another_environment_or_corpus_is_refused(corpus):
         ({"topk": True}, "topk=True"),
         ({"max_passage_words": "all"}, "max_passage_words='all'"),
         ({"success_reward": 0}, "success_reward=0"),
+        ({"success_reward": float("inf")}, "success_reward=inf"),
+        ({**AWAY, "timeout_s": float("nan")}, "timeout_s=nan: give a number of at least 0.001"),
+        ({**AWAY, "backoff_s": float("inf")}, "backoff_s=inf"),
+        ({**AWAY, "retries": 1.5}, "retries=1.5: give a whole number of at least 0"),
         ({"api": "skyrl"}, "retriever: api='skyrl' has no effect with a corpus file"),
         ({"colour": 1}, "no option 'colour'"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(corpus, options, message):
     with pytest.raises(ValueError, match=message):
-        make_env("search", **({"retriever": corpus} if options else {}), **options)
+        make_env("search", **({"retriever": corpus, **options} if options else {}))
 
 
 def test_what_the_options_point_to_is_looked_for_before_training(corpus, tmp_path):

@@ -81,13 +81,17 @@ def test_panels_do_not_depend_on_folder_or_process(made, tmp_path):
     assert (tmp_path / "again" / "corpus.jsonl").read_bytes() == (made / "corpus.jsonl").read_bytes()
 
 
-def test_a_corpus_that_was_removed_is_made_again(tmp_path):
+def test_a_corpus_that_was_removed_or_edited_is_made_again(tmp_path):
     options = ("--out", tmp_path, "--train", 4, "--validation", 4, "--test", 4)
     assert prepare(*options) == 0
     corpus = (tmp_path / "corpus.jsonl").read_bytes()
     (tmp_path / "corpus.jsonl").unlink()
     assert prepare(*options) == 0
     assert (tmp_path / "corpus.jsonl").read_bytes() == corpus
+    for edited in (corpus[: corpus[:-1].rindex(b"\n") + 1], corpus[:-9], corpus.replace(b"the", b"no", 1)):
+        (tmp_path / "corpus.jsonl").write_bytes(edited)
+        assert prepare(*options) == 0
+        assert (tmp_path / "corpus.jsonl").read_bytes() == corpus
 
 
 def test_what_is_to_be_replaced_stays_until_the_new_is_whole(tmp_path, monkeypatch):
@@ -378,7 +382,9 @@ def test_a_port_that_is_taken_is_named_before_the_corpus_is_read(tmp_path, capsy
     ("found", "answers"),
     [
         ('["Paris", "City of Light"]', ["Paris", "City of Light"]),
-        (['["Paris", "City of Light"]'], ["Paris", "City of Light"]),
+        (["['Til Tuesday]", "[0, 1]", "('x')"], ["['Til Tuesday]", "[0, 1]", "('x')"]),
+        ('["[2] people"]', ["[2] people"]),
+        (b'["Paris"]', ["Paris"]),
         ("['Paris', 'City of Light']", ["Paris", "City of Light"]),
         ('  ["Paris"]\n', ["Paris"]),
         ('[["Paris"], ["Lutetia"]]', ["Paris", "Lutetia"]),

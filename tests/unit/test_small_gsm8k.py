@@ -124,13 +124,14 @@ def test_a_call_is_learnt_in_the_tokens_that_verls_tool_agent_makes(small: Modul
 def test_the_scripts_pass_all_checks(
     small: ModuleType, script: str, tool: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, tokenizer = tmp_path / "data", small.make_tokenizer(tool)
-    data.mkdir()
+    out = tmp_path / "my runs #1 (a=b), [x]"
+    data, tokenizer = out / "data", small.make_tokenizer(tool)
+    data.mkdir(parents=True)
     for split in ("train", "test"):
         write_data(data, small.problems(16, 0, split), split)
     small.warm_start(tokenizer, 1, 2, 0, tool).save_pretrained(data / "policy")
     tokenizer.save_pretrained(data / "policy")
-    monkeypatch.setenv("SDAR_OUT", str(tmp_path))
+    monkeypatch.setenv("SDAR_OUT", str(out))
     monkeypatch.setenv("SDAR_VENV", str(tmp_path / "none"))
     command = command_of(ROOT / "recipes" / "gsm8k" / script, tmp_path, "method=revkl_frozen")
     assert command[:4] == ["-m", "verl.trainer.main_ppo", "--config-name", "sdar_ppo"]

@@ -22,7 +22,7 @@ LAMP = product(
     bullets=("easy install", "warm light"),
     prices=(20.0, 30.0),
 )
-CHAIR = product(asin="B0CHAIR001", title="Wooden Chair", query="chairs", product_category="Home › Seats › Chairs")
+CHAIR = product(asin="b0Chair001", title="Wooden Chair", query="chairs", product_category="Home › Seats › Chairs")
 GOAL = Goal(
     asin=LAMP.asin,
     title=LAMP.title,
@@ -81,6 +81,11 @@ def test_a_partial_purchase_earns_its_score_and_no_reward(env, task):
 def test_the_wrong_kind_of_product_earns_nothing(env, task):
     end = play(env, task, "search[wooden chair]", "click[b0chair001]", "click[buy now]")[-1]
     assert (end.score, end.done) == (0.0, True)
+
+
+def test_a_product_is_opened_whatever_the_case_of_its_id(env, task):
+    item = play(env, task, "search[wooden chair]", "click[B0CHAIR001]")[-1]
+    assert "Wooden Chair" in item.observation and "click[buy now]" in item.admissible_actions
 
 
 def test_only_the_search_page_offers_a_search(env, task):
@@ -165,7 +170,14 @@ def test_a_missing_catalogue_is_named(env, task, tmp_path):
 
 @pytest.mark.parametrize(
     "option",
-    [{"success_reward": 0}, {"graded_reward": 1}, {"nouns": "nltk"}, {"max_characters": 10}, {"no_such": 1}],
+    [
+        {"success_reward": 0},
+        {"success_reward": float("nan")},
+        {"graded_reward": 1},
+        {"nouns": "nltk"},
+        {"max_characters": 10},
+        {"no_such": 1},
+    ],
     ids=str,
 )
 def test_bad_options_are_named(option):

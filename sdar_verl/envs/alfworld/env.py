@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sdar_verl.envs.alfworld.games import read_walkthrough
+from sdar_verl.envs.alfworld.games import game_digest, read_walkthrough
 from sdar_verl.envs.alfworld.spec import TASK_TYPE_ALIASES, TASK_TYPES
 from sdar_verl.envs.base import Step, Task, TextEnv
+from sdar_verl.envs.fields import success_reward_of
 from sdar_verl.envs.registry import register_env
 from sdar_verl.errors import SdarError
 
@@ -45,12 +46,10 @@ class AlfworldEnv(TextEnv):
             raise ValueError(
                 f"alfworld option hide_actions={hide_actions!r}: give a list of words, such as [help, look]"
             )
-        if isinstance(success_reward, bool) or not isinstance(success_reward, int | float) or success_reward <= 0:
-            raise ValueError(f"alfworld option success_reward={success_reward!r}: give a number above 0")
         if not isinstance(speedups, bool):
             raise ValueError(f"alfworld option speedups={speedups!r}: give true or false")
         self._hidden = tuple(_words(action) for action in hide_actions)
-        self._success_reward = float(success_reward)
+        self._success_reward = success_reward_of("alfworld", success_reward)
         self._speedups = speedups
         self._engine: Any = None
         self._last: Step | None = None
@@ -59,7 +58,8 @@ class AlfworldEnv(TextEnv):
         """Load the game of ``task`` and start it.
 
         Raises:
-            ValueError: the task is not one of ALFWorld's, or the engine cannot load its game.
+            ValueError: the task is not one of ALFWorld's, its game is another one than it was made with, or the engine
+                cannot load it.
             FileNotFoundError: its game file is not there.
         """
         self._last = None
@@ -73,6 +73,12 @@ class AlfworldEnv(TextEnv):
             raise FileNotFoundError(
                 f"game file {game_file} of task {task.task_id!r} is not there (moved or deleted since the panel was "
                 "made, or not visible on this node); make the panel again with `sdar-verl prepare alfworld --out DIR`"
+            )
+        if task.data.get("sha256", digest := game_digest(game_file)) != digest:
+            raise ValueError(
+                f"game file {game_file} of task {task.task_id!r} is not the one that the panel was made with "
+                f"({digest[:16]} there, {str(task.data['sha256'])[:16]} in the panel); make the panel again with "
+                "`sdar-verl prepare alfworld --out DIR --force`"
             )
         if self._engine is None:
             self._engine = self._load_engine()

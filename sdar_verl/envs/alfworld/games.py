@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -58,6 +59,16 @@ def read_game_file(path: str | Path) -> GameFile:
     except ValueError as error:
         raise GameFileError(f"{path}: its task {line.group(1)!r} is no JSON text ({error})") from error
     return GameFile(" ".join(description.split()).rstrip(" ."), solvable, sha256(content).hexdigest())
+
+
+def game_digest(path: str | Path) -> str:
+    """SHA-256 (hex) of a game file's bytes; remembered until it is written again."""
+    return _digest(str(path), Path(path).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8192)
+def _digest(path: str, written: int) -> str:
+    return sha256(Path(path).read_bytes()).hexdigest()
 
 
 def read_walkthrough(path: str | Path) -> list[str]:

@@ -98,7 +98,7 @@ def prepare(
         remove(new)
         return Prepared(written, made=True, skipped=skipped, notes=tuple(notes))
 
-    return prepare_panels(out, settings, make, force=force)
+    return prepare_panels(out, settings, make, force=force, places=["data"])
 
 
 def _downloaded(source: Source, data: str, skipped: dict[str, Counter[str]], notes: list[str]) -> dict[str, list[Task]]:

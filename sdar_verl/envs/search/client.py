@@ -7,6 +7,7 @@ sends ``{"queries": [...], "topk", "return_scores"}``, SkyRL (and the released S
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import threading
 import time
@@ -73,18 +74,19 @@ class HttpRetriever:
 
         if api not in _BODIES:
             raise ValueError(f"api={api!r}: use one of {', '.join(APIS)}")
-        for name, value, least in (
-            ("timeout_s", timeout_s, 0.001),
-            ("retries", retries, 0),
-            ("backoff_s", backoff_s, 0),
+        for name, value, kinds, least in (
+            ("timeout_s", timeout_s, (int, float), 0.001),
+            ("retries", retries, (int,), 0),
+            ("backoff_s", backoff_s, (int, float), 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
-                raise ValueError(f"{name}={value!r}: give a number of at least {least}")
+            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
+                whole = "" if float in kinds else "whole "
+                raise ValueError(f"{name}={value!r}: give a {whole}number of at least {least}")
         self.urls = tuple(_address(url) for url in urls)
         if not self.urls:
             raise ValueError("give the address of at least one retrieval server")
         self.api = api
-        self._attempts = int(retries) + 1
+        self._attempts = retries + 1
         self._timeout_s = float(timeout_s)
         self._backoff_s = float(backoff_s)
         self._turns = itertools.count(random.randrange(len(self.urls)))

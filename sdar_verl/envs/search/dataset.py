@@ -155,7 +155,7 @@ def _answers(row: Mapping[str, Any]) -> list[str]:
         holder = _parsed(row.get(name))
         if found is None and isinstance(holder, Mapping):
             found = holder.get("ground_truth")
-    answers = list(dict.fromkeys(_texts(found)))
+    answers = list(dict.fromkeys(_texts(_parsed(found))))
     told = [answer for answer in answers if has_content(answer)]  # the others would be met by an answer of nothing
     if answers and not told:
         raise ValueError("golden answers of which the scorer leaves nothing (articles, punctuation)")
@@ -163,17 +163,16 @@ def _answers(row: Mapping[str, Any]) -> list[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Answers in a value of a published file, which may hold a list as its JSON text or as Python prints it.
+    """Answers in a value of a published file that is no text of a list any more; the texts in it stay as they are:
+    "[0, 1]" may be an answer.
 
     Raises:
-        ValueError: it looks like a list, but which answers it holds cannot be told.
+        ValueError: an object without a target, or one whose target looks like a list that cannot be read.
     """
-    value = _parsed(value)
     if isinstance(value, Mapping):
         if "target" not in value:
             raise ValueError("golden answers are an object without a `target`")
-        value = value["target"]
-        yield from _texts(value)
+        yield from _texts(_parsed(value["target"]))
     elif isinstance(value, set | frozenset):
         yield from _texts(sorted(value, key=str))
     elif isinstance(value, list | tuple):
@@ -188,11 +187,13 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _parsed(value: Any) -> Any:
-    """``value``, or the list or object that it is the text of.
+    """``value``, or the list or object that it is the text of: its JSON, or as Python prints it.
 
     Raises:
-        ValueError: see :func:`_texts`.
+        ValueError: it looks like a list, but which answers it holds cannot be told.
     """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
     text = value.strip().lstrip("\ufeff") if isinstance(value, str) else ""
     if text.startswith('"[') and text.endswith(']"'):  # encoded twice
         with contextlib.suppress(ValueError):

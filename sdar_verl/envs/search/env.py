@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from sdar_verl.envs.base import Step, Task, TextEnv
+from sdar_verl.envs.fields import success_reward_of
 from sdar_verl.envs.registry import register_env
 from sdar_verl.envs.search.bm25 import MAX_QUERY_CHARACTERS, Bm25Retriever, Hit
 from sdar_verl.envs.search.client import HttpRetriever
@@ -61,8 +62,6 @@ class SearchEnv(TextEnv):
         for name, value in (("topk", topk), ("max_passage_words", max_passage_words)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"search option {name}={value!r}: give a whole number above 0")
-        if isinstance(success_reward, bool) or not isinstance(success_reward, int | float) or success_reward <= 0:
-            raise ValueError(f"search option success_reward={success_reward!r}: give a number above 0")
         try:
             self._settings = RetrieverSettings.of(
                 retriever, api=api, timeout_s=timeout_s, retries=retries, backoff_s=backoff_s
@@ -71,7 +70,7 @@ class SearchEnv(TextEnv):
             raise ValueError(f"search option retriever: {error}") from error
         self._topk = topk
         self._max_words = max_passage_words
-        self._success_reward = float(success_reward)
+        self._success_reward = success_reward_of("search", success_reward)
         self._golden: tuple[str, ...] = ()
         self._last: Step | None = None
 

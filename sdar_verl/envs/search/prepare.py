@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from sdar_verl.envs.base import Task
 from sdar_verl.envs.prepared import Prepared, check_counts, prepare_panels, versions
 from sdar_verl.envs.search.bm25 import Bm25Retriever
 from sdar_verl.envs.search.dataset import PANELS, QuestionFile, read_questions
-from sdar_verl.envs.search.passages import CheckedCorpus, corpus_digest, read_corpus, write_corpus
+from sdar_verl.envs.search.passages import CheckedCorpus, CorpusError, corpus_digest, read_corpus, write_corpus
 from sdar_verl.envs.search.questions import make_questions, make_tasks
 from sdar_verl.envs.search.world import make_world
 from sdar_verl.panels import PANEL_FILE, PanelError, choose, write_panels
@@ -70,8 +70,17 @@ def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared
     out = Path(out)
     check_counts(source.counts)
     settings = source.settings()
-    beside = () if source.files else (CORPUS_FILE,)
-    return prepare_panels(out, settings, lambda: _make(source, settings, out), force=force, beside=beside)
+
+    def fits(tasks: Sequence[Task]) -> bool:
+        if source.files:
+            return True
+        try:
+            found = corpus_digest(read_corpus(out / CORPUS_FILE))
+        except CorpusError:
+            return False
+        return all(task.data.get("corpus") == found for task in tasks)
+
+    return prepare_panels(out, settings, lambda: _make(source, settings, out), force=force, fits=fits)
 
 
 def _make(source: Source, settings: Mapping[str, Any], out: Path) -> Prepared:

@@ -56,7 +56,7 @@ class Product:
     """One product.
 
     Attributes:
-        asin: id, at most ten characters, in upper case.
+        asin: id, at most ten characters.
         title: as listed.
         category: ``beauty``, ``electronics``, ``fashion``, ``garden`` or ``grocery`` in WebShop's data.
         query: kind of product, lower case: the search that it was found with.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from sdar_verl.envs.base import Step, Task, TextEnv
+from sdar_verl.envs.fields import success_reward_of
 from sdar_verl.envs.registry import register_env
 from sdar_verl.envs.webshop import pages
 from sdar_verl.envs.webshop.goals import Goal, product_price
@@ -47,15 +48,13 @@ class WebShopEnv(TextEnv):
         nouns: str = "catalogue",
         max_characters: int = 6000,
     ) -> None:
-        if isinstance(success_reward, bool) or not isinstance(success_reward, int | float) or success_reward <= 0:
-            raise ValueError(f"webshop option success_reward={success_reward!r}: give a number above 0")
         if not isinstance(graded_reward, bool):
             raise ValueError(f"webshop option graded_reward={graded_reward!r}: give true or false")
         if nouns not in ("catalogue", "rules", "spacy"):
             raise ValueError(f"webshop option nouns={nouns!r}: choose catalogue, rules or spacy")
         if isinstance(max_characters, bool) or not isinstance(max_characters, int) or max_characters < 500:
             raise ValueError(f"webshop option max_characters={max_characters!r}: give a whole number of at least 500")
-        self._success_reward = float(success_reward)
+        self._success_reward = success_reward_of("webshop", success_reward)
         self._graded = graded_reward
         self._rule = nouns
         self._max_characters = max_characters

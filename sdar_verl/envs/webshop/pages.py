@@ -26,14 +26,14 @@ class Page:
     Attributes:
         parts: its texts, in order.
         clickables: what can be clicked, lower case, in the page's order.
-        products: among them, product ids.
+        products: among them, lower-case product ids -> the ids as they are.
         options: among them, values of options -> name of the option.
         has_search: whether there is a search bar.
     """
 
     parts: tuple[str, ...]
     clickables: tuple[str, ...] = ()
-    products: frozenset[str] = frozenset()
+    products: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
     has_search: bool = False
 
@@ -52,11 +52,11 @@ def results_page(products: Sequence[Product], number: int, total: int) -> Page:
     """Page ``number`` (from 1) of ``total`` search results, of which it shows ``products``."""
     buttons = [BACK, *([PREVIOUS] if number > 1 else []), NEXT]
     listed = [text for product in products for text in (product.asin, product.title, product.price_tag)]
-    ids = [product.asin.lower() for product in products]
+    ids = {product.asin.lower(): product.asin for product in products}
     return Page(
         parts=_visible([BACK, f"Page {number} (Total results: {total})", *buttons[1:], *listed]),
         clickables=_unique(buttons, ids),
-        products=frozenset(ids),
+        products=ids,
     )
 
 

@@ -112,7 +112,11 @@ def prepare(source: Source, out: str | Path, *, force: bool = False) -> Prepared
         raise PanelError(f"--{unknown[0]} has no effect with --split {source.split}, which has no such panel")
     settings = source.settings()
     prepared = prepare_panels(
-        out, settings, lambda: _make(source, settings, out), force=force, beside=[f"{CATALOGUE}/{META_FILE}"]
+        out,
+        settings,
+        lambda: _make(source, settings, out),
+        force=force,
+        fits=lambda _: (out / CATALOGUE / META_FILE).is_file(),
     )
     read_meta(out / CATALOGUE)  # of this version
     return prepared

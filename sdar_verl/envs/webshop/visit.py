@@ -43,7 +43,7 @@ class Visit:
             True when this bought the product.
         """
         wanted = _squeeze(text.lower())
-        clicked = next((one for one in self.page.clickables if _squeeze(one) == wanted), None)
+        clicked = next((one for one in self.page.clickables if _squeeze(one) == wanted), "")
         if clicked == _BUY:
             return True
         if clicked == _BACK:
@@ -53,9 +53,9 @@ class Visit:
         elif clicked == _PREVIOUS:
             self._to_previous()
         elif clicked in self.page.products:
-            self.product = self._catalogue.product(clicked.upper())
+            self.product = self._catalogue.product(self.page.products[clicked])
             self.page = pages.item_page(self.product)
-        elif clicked is not None and self.product is not None:
+        elif clicked and self.product is not None:
             if clicked in _SUB_PAGES:
                 self.page = pages.sub_page(self.product, _SUB_PAGES[clicked])
             else:

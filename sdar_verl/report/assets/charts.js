@@ -158,9 +158,9 @@
       fy: { label: null, axis: null, domain: categories, padding: 0.34 },
       marks: [
         Plot.text(categories.map((category) => ({ category })), { fy: "category", text: "category", frameAnchor: "top-left", dy: -9, textAnchor: "start", fontWeight: 600 }),
-        Plot.ruleY(rows, { fy: "category", y: "slot", x1: "low", x2: "high", stroke: colour, strokeOpacity: 0.55, strokeWidth: 2 }),
+        Plot.ruleY(rows.filter((row) => "low" in row), { fy: "category", y: "slot", x1: "low", x2: "high", stroke: colour, strokeOpacity: 0.55, strokeWidth: 2 }),
         Plot.dot(rows, { fy: "category", y: "slot", x: "value", fill: colour, r: 3.5 }),
-        Plot.tip(rows, Plot.pointer({ fy: "category", y: "slot", x: "value", title: (row) => `${row.category}\n${row.name} ${percent(row.value)}\n95% ${percent(row.low)} to ${percent(row.high)}` })),
+        Plot.tip(rows, Plot.pointer({ fy: "category", y: "slot", x: "value", title: (row) => `${row.category}\n${row.name} ${percent(row.value)}\n${"low" in row ? `95% ${percent(row.low)} to ${percent(row.high)}` : "no interval"}` })),
       ],
     });
     return [legend(palette, chart), node];
