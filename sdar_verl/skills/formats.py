@@ -162,6 +162,21 @@ def _read_skill(path: Path, folder: Path | None, unknown: Counter[str]) -> Skill
         raise SkillBankError(
             f"{path} is missing; every folder of a skill bank holds a {SKILL_FILE}{_meant(path.parent)}"
         )
+    front, text = read_skill_file(path, folder)
+    unknown.update(str(key) for key in front if key not in KNOWN_KEYS)
+    return build_skill(path, front, text)
+
+
+def read_skill_file(path: Path, folder: Path | None) -> tuple[dict[str, Any], str]:
+    """Front matter and text.
+
+    Args:
+        path: a ``SKILL.md``.
+        folder: in which it must lie, None: anywhere.
+
+    Raises:
+        SkillBankError: it cannot be read, or has no front matter, or one that is no YAML.
+    """
     content = read_text(path, MAX_FILE_BYTES, folder, SkillBankError)
     match = _FRONT_MATTER.fullmatch(content)
     if match is None:
@@ -179,11 +194,15 @@ def _read_skill(path: Path, folder: Path | None, unknown: Counter[str]) -> Skill
         raise SkillBankError(f"{path}: front matter is not valid YAML: {told}") from error
     if not isinstance(front, dict):
         raise SkillBankError(f"{path}: front matter must be 'key: value' lines, not {shorten(front)}")
-    unknown.update(str(key) for key in front if key not in KNOWN_KEYS)
-    return _build_skill(path, front, match["text"].strip())
+    return front, match["text"].strip()
 
 
-def _build_skill(path: Path, front: Mapping[str, Any], text: str) -> Skill:
+def build_skill(path: Path, front: Mapping[str, Any], text: str) -> Skill:
+    """What :func:`read_skill_file` found, as a skill.
+
+    Raises:
+        SkillBankError: everything that is wrong with it.
+    """
     faults = [
         f"{path}: {key!r} must be text, not {shorten(front.get(key))}; add '{key}: ...' to the front matter"
         for key in REQUIRED_KEYS

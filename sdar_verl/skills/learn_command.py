@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdar_verl.arguments import given_path
-from sdar_verl.untrusted import printable
+from sdar_verl.untrusted import is_inside, printable
 
 if TYPE_CHECKING:
+    from sdar_verl.report.read import RunData
     from sdar_verl.skills.bank import SkillBank
     from sdar_verl.writer.step import StepWriting
 
@@ -49,18 +51,21 @@ def add_actions(actions: Any) -> None:
 
 def _learn(arguments: argparse.Namespace) -> int:
     from sdar_verl.errors import ConfigError
+    from sdar_verl.report.one_run import quoted
     from sdar_verl.report.read import read_run
     from sdar_verl.skills import learn
     from sdar_verl.skills.bank import SkillBank
+    from sdar_verl.skills.loading import bank_settings, load_as_recorded
 
     for option, value in (("--episodes", arguments.episodes), ("--max-words", arguments.max_words)):
         if value < 1:
             raise ConfigError(f"{option} {value}: give a number of at least 1")
-    if (arguments.out / learn.NOTE).exists():
-        raise ConfigError(f"--out {arguments.out} holds a candidate already; name a new folder")
-    run, bank = read_run(arguments.folder), SkillBank.load(arguments.bank)
+    run = read_run(arguments.folder)
+    settings = run.run.get("settings", {})
+    bank = load_as_recorded(arguments.bank, bank_settings(settings))
+    _check_out(arguments.out, bank)
     seen = learn.evidence(run, arguments.episodes, arguments.task_type)
-    writing = _writing(arguments, _below(run.run.get("settings", {}), "data.apply_chat_template_kwargs."))
+    writing = _writing(arguments, _below(settings, "data.apply_chat_template_kwargs."))
     made = learn.write_skills(bank, seen, writing, arguments.max_words)
     for line in _told(writing.metrics()):
         print(line)
@@ -73,6 +78,7 @@ def _learn(arguments: argparse.Namespace) -> int:
     shown = {one.task_type: len(one.played) for one in seen}
     provenance = {skill.name: {**about, "episodes": shown[task_type]} for task_type, skill in made.items()}
     learn.write_bank(bank.with_skills(learned), arguments.out, provenance)
+    SkillBank.load(arguments.out)  # the note, last, makes a candidate of what can be read
     panels = [digest for digests in run.run.get("panels", {}).values() for digest in digests]
     origin = bank.origin if bank.origin is not None else Path(arguments.bank)
     learn.write_note(
@@ -82,7 +88,8 @@ def _learn(arguments: argparse.Namespace) -> int:
             "digest": bank.digest,
             "skills": sorted(skill.name for skill in learned),
             "panels": panels,
-            "tasks": sorted({task.task_id for one in seen for task in one.tasks}),
+            "settings": bank_settings(settings),
+            "tasks": sorted({task.task_id for one in seen for task in one.tasks} | _validated(run)),
         },
     )
     old = {skill.name: skill for skill in bank}
@@ -92,11 +99,32 @@ def _learn(arguments: argparse.Namespace) -> int:
     for name, where in (("before", arguments.bank), ("after", arguments.out.resolve())):
         print(
             "  python -m verl.trainer.main_ppo --config-name ... method=skill_prompt "
-            f"actor_rollout_ref.model.path=POLICY data.val_files=PANEL sdar.skills.bank={where} "
-            f"trainer.experiment_name={name}"
+            "actor_rollout_ref.model.path=POLICY data.val_files=PANEL",
+            shlex.quote(f"sdar.skills.bank={quoted(Path(where))}"),
+            f"trainer.experiment_name={name}",
         )
-    print(f"  sdar-verl skills take {arguments.out} --before RUN --after RUN --out NEW_BANK")
+    print("  sdar-verl skills take", shlex.quote(str(arguments.out)), "--before RUN --after RUN --out NEW_BANK")
     return 0
+
+
+def _check_out(out: Path, bank: SkillBank) -> None:
+    """ConfigError unless a candidate can be written there without touching anything else."""
+    from sdar_verl.errors import ConfigError
+    from sdar_verl.report.layout import WRITTEN_FILE
+
+    if bank.origin is not None and bank.origin.is_dir() and is_inside(out, bank.origin):
+        raise ConfigError(f"--out {out} lies in the bank {bank.origin}, which stays as it is; name another folder")
+    held = sorted(entry.name for entry in out.iterdir() if entry.name != WRITTEN_FILE) if out.exists() else []
+    if held:
+        raise ConfigError(
+            f"--out {out} holds {held[0]}; name a new folder, or leave nothing in it but {WRITTEN_FILE}, the answers "
+            "that were paid for"
+        )
+
+
+def _validated(run: RunData) -> set[str]:
+    """The tasks that a run has validated on."""
+    return {str(task) for columns in run.outcomes.values() for task in columns["task_id"] if task is not None}
 
 
 def _below(settings: Mapping[str, Any], node: str) -> dict[str, Any]:
@@ -146,6 +174,7 @@ def _take(arguments: argparse.Namespace) -> int:
     from sdar_verl.errors import ConfigError
     from sdar_verl.skills import learn
     from sdar_verl.skills.bank import SkillBank
+    from sdar_verl.skills.loading import load_as_recorded
     from sdar_verl.skills.take import as_json, judge, read_note
 
     if arguments.out.exists():
@@ -162,12 +191,13 @@ def _take(arguments: argparse.Namespace) -> int:
             print("no skill is taken; no bank is written")
         return 1
     note = read_note(arguments.candidate)
-    base: SkillBank = SkillBank.load(note["bank"])
+    base = load_as_recorded(note["bank"], note["settings"])
     measured = {v.skill.name: {"gain": round(v.gain, 4), "tasks": v.tasks} for v in verdicts}
     provenance = {
         skill.name: {"learned-as": str(arguments.candidate.resolve().name), **measured[skill.name]} for skill in taken
     }
     learn.write_bank(base.with_skills(taken), arguments.out, provenance)
+    SkillBank.load(arguments.out)
     if not arguments.json:
         print(f"{arguments.out} is the bank {base.name} with them")
     return 0
