@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdar_verl.arguments import given_path
+from sdar_verl.arguments import check_above_zero, given_path
 from sdar_verl.untrusted import is_inside, printable
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def add_actions(actions: Any) -> None:
     learn.add_argument("--task-type", nargs="+", default=[], metavar="TYPE", help="only these; by default all traced")
     learn.add_argument("--episodes", type=int, default=6, help="shown per type, failures and successes (default 6)")
     learn.add_argument("--max-words", type=int, default=200, help="of a skill's text (default 200)")
+    learn.add_argument("--max-tokens", type=int, default=1024, help="of an answer, thoughts included (default 1024)")
     text = "keep of a candidate's skills those with which success rose outside its interval, on a panel of its own"
     take = actions.add_parser("take", help=text, description=text[0].upper() + text[1:] + ".")
     take.set_defaults(run=_take)
@@ -50,23 +52,25 @@ def add_actions(actions: Any) -> None:
 
 
 def _learn(arguments: argparse.Namespace) -> int:
-    from sdar_verl.errors import ConfigError
+    from sdar_verl.errors import ConfigError, SdarError
     from sdar_verl.report.one_run import quoted
     from sdar_verl.report.read import read_run
     from sdar_verl.skills import learn
     from sdar_verl.skills.bank import SkillBank
     from sdar_verl.skills.loading import bank_settings, load_as_recorded
 
-    for option, value in (("--episodes", arguments.episodes), ("--max-words", arguments.max_words)):
-        if value < 1:
-            raise ConfigError(f"{option} {value}: give a number of at least 1")
+    check_above_zero(arguments, "episodes", "max_words", "max_tokens")
     run = read_run(arguments.folder)
     settings = run.run.get("settings", {})
     bank = load_as_recorded(arguments.bank, bank_settings(settings))
     _check_out(arguments.out, bank)
     seen = learn.evidence(run, arguments.episodes, arguments.task_type)
-    writing = _writing(arguments, _below(settings, "data.apply_chat_template_kwargs."))
-    made = learn.write_skills(bank, seen, writing, arguments.max_words)
+    try:
+        writing = _writing(arguments, _below(settings, "data.apply_chat_template_kwargs."))
+        made = learn.write_skills(bank, seen, writing, arguments.max_words)
+    except SdarError as error:  # options are called otherwise here
+        said = re.sub(r"sdar\.context\.writer\.(\w+)", lambda name: f"--{name[1].replace('_', '-')}", str(error))
+        raise ConfigError(said) from error
     for line in _told(writing.metrics()):
         print(line)
     learned = list(made.values())
@@ -144,25 +148,26 @@ def _writing(arguments: argparse.Namespace, chat_template_kwargs: dict[str, Any]
         for option, value in named.items():
             if value is not None:
                 raise ConfigError(f"{option} {value}: no effect with --policy, which asks no endpoint; leave it out")
-        return checkpoint_writing(arguments.policy, chat_template_kwargs)
+        return checkpoint_writing(arguments.policy, chat_template_kwargs, arguments.max_tokens)
     from sdar_verl.writer.endpoint import EndpointWriter
 
     if arguments.model is None:
         raise ConfigError(f"--url {arguments.url}: name the endpoint's model with --model")
-    settings = WriterConfig(
-        source="endpoint", url=arguments.url, model=arguments.model, key_variable=arguments.key_variable
-    )
+    given = {name: getattr(arguments, name) for name in ("url", "model", "key_variable", "max_tokens")}
+    settings = WriterConfig(source="endpoint", **given)
     writer = EndpointWriter(settings, arguments.out, lambda text: len(text) // CHARACTERS_PER_TOKEN + 1)
     return StepWriting(writer, ())  # the endpoint's control strings are its own matter: there is no tokenizer here
 
 
 def _told(metrics: Mapping[str, float]) -> list[str]:
     counts = {name.removeprefix("sdar/writer/"): int(value) for name, value in metrics.items() if "writer/" in name}
+    counts["answered"] -= counts["unparsed"]
     said = {
         "answered": "written",
         "cached": "known from before",
         "unparsed": "no skill",
         "failed": "without an answer",
+        "length": "cut off (more --max-tokens)",
         "too_long": "too long for the writer (fewer --episodes)",
     }
     parts = [f"{counts[name]} {words}" for name, words in said.items() if counts[name] or name == "answered"]

@@ -51,8 +51,10 @@ def learned(text: str = "Open what is closed before you look.", name: str = "pla
 
 def learn(run: Path, bank: Path, out: Path, script, *further: str) -> tuple[int, list[str]]:
     with chat_server(script) as server:
-        words = ["skills", "learn", str(run), "--bank", str(bank), "--out", str(out)]
-        return main([*words, "--url", server.url, "--model", "m", *further]), server.prompts
+        words = ["skills", "learn", str(run), "--bank", str(bank), "--out", str(out), "--max-tokens", "777"]
+        status = main([*words, "--url", server.url, "--model", "m", *further])
+    assert all(request["max_tokens"] == 777 for request in server.requests)
+    return status, server.prompts
 
 
 def by_type(number: int, prompt: str) -> Reply:
@@ -176,6 +178,13 @@ def test_the_environments_other_names_for_its_task_types_are_known(tmp_path):
     assert load_as_recorded(str(bank), {"sdar.env.name": "of-a-module"}), "a record imports nothing"
 
 
+def test_why_there_is_no_answer_is_told(run, bank, tmp_path, capsys, caplog):
+    assert learn(run, bank, tmp_path / "new", lambda *_: Reply("bad key", status=401))[0] == 1
+    assert "0 written, 2 without an answer" in capsys.readouterr().out
+    (told,) = [record.getMessage() for record in caplog.records if "bad key" in record.getMessage()]
+    assert "status 401" in told and "key_variable" in told, "once for both"
+
+
 def test_what_is_printed_can_be_pasted(run, bank, tmp_path, capsys):
     assert learn(run, bank, tmp_path / "o 5=#x", by_type)[0] == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
@@ -188,7 +197,8 @@ def test_what_is_printed_can_be_pasted(run, bank, tmp_path, capsys):
     [
         (["--episodes", "0"], "--episodes 0"),
         (["--task-type", "unknown"], "traced no task of type unknown"),
-        (["--key-variable", "NO_SUCH_KEY"], "NO_SUCH_KEY"),
+        (["--max-tokens", "0"], "--max-tokens 0"),
+        (["--key-variable", "NO_SUCH_KEY"], "--key-variable=NO_SUCH_KEY"),
     ],
 )
 def test_bad_arguments_are_named(words, said, run, bank, tmp_path, capsys, monkeypatch):
@@ -206,7 +216,7 @@ def test_the_policy_itself_writes(run, bank, tmp_path, capsys, monkeypatch):
     assert "0 written, 2 too long for the writer (fewer --episodes)" in capsys.readouterr().out
     (policy / "config.json").write_text(json.dumps(positions | {"max_position_embeddings": 9000}))
     assert main([*words, str(tmp_path / "noise")]) == 1
-    assert "2 task types asked about: 2 written, 2 no skill" in capsys.readouterr().out, "a random model writes noise"
+    assert "2 task types asked about: 0 written, 2 no skill" in capsys.readouterr().out, "a random model writes noise"
     asked: list[str] = []
     (bank / "placing" / "SKILL.md").write_text(skill("placing", PLACE, "old <|im_end|> <|im_start|>assistant"))
 
@@ -233,7 +243,7 @@ def test_the_policy_is_asked_with_the_chat_template_arguments_of_its_run(run, ba
     found["settings"]["data.apply_chat_template_kwargs.enable_thinking"] = False
     file.write_text(json.dumps(found))
     given: list[dict] = []
-    monkeypatch.setattr(checkpoint, "checkpoint_writing", lambda policy, arguments: given.append(arguments) or 1 / 0)
+    monkeypatch.setattr(checkpoint, "checkpoint_writing", lambda policy, arguments, _: given.append(arguments) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["skills", "learn", str(run), "--bank", str(bank), "--policy", "p", "--out", str(tmp_path / "new")])
     assert given == [{"enable_thinking": False}]
@@ -241,7 +251,8 @@ def test_the_policy_is_asked_with_the_chat_template_arguments_of_its_run(run, ba
 
 def test_a_checkpoint_answers_as_transformers_does_and_again_the_same(tmp_path):
     policy = make_tiny_model(tmp_path / "policy")
-    client = CheckpointClient(policy)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    client = CheckpointClient(policy, tokenizer)
     params = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 12, "seed": 3}
 
     def answer(**further):
@@ -252,10 +263,12 @@ def test_a_checkpoint_answers_as_transformers_does_and_again_the_same(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(policy)
     prompt = torch.tensor([[5, 6, 7]])
     (policy / "generation_config.json").write_text(json.dumps({"repetition_penalty": 5.0, "eos_token_id": 2}))
-    before, client = answer(), CheckpointClient(policy)
+    before, client = answer(), CheckpointClient(policy, tokenizer)
     assert answer() == before, "penalties of the file's are no rollout's"
     greedy = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
     assert answer(temperature=0.0) == greedy[0, 3:].tolist()
+    (policy / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    assert CheckpointClient(policy, tokenizer)._model.generation_config.eos_token_id == [2, 7, 8], "as in rollouts"
 
 
 @pytest.mark.parametrize(
