@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, get_type_hints
-
-from pydantic import PydanticUserError, TypeAdapter, ValidationError
+from typing import Any, TypeVar
 
 from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.errors import SdarError, origin, require_free, require_name
+from sdar_verl.keyword_options import check_values
 
 ContextFunction = TypeVar("ContextFunction", bound=Callable[..., "Passage | str | Generator[Any, Any, Any] | None"])
 
@@ -163,29 +162,4 @@ def _check_options(context: Context, options: Mapping[str, Any], node: str) -> N
     for option, parameter in known.items():
         if parameter.default is parameter.empty and option not in options:
             raise ContextError(f"context {context.name!r} needs +{node}.options.{context.name}.{option}=...")
-    for option, kind in _kinds(context.function).items():
-        if option not in options:
-            continue
-        value = options[option]
-        try:
-            # "3" is no number; a list may stand for a tuple.
-            kind.validate_python(value, strict=not isinstance(value, list | dict))
-        except ValidationError as error:
-            said = error.errors()[0]["msg"]
-            raise ContextError(
-                f"{node}.options.{context.name}.{option}={value!r}: {said[0].lower()}{said[1:]}"
-            ) from None
-
-
-def _kinds(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
-    """Options that are annotated, and what they may be."""
-    try:
-        hints = get_type_hints(function, include_extras=True)
-    except Exception:  # a third party's annotation may name what is imported for type checkers alone
-        return {}
-    kinds = {}
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name in hints:
-            with suppress(PydanticUserError):  # a class of a third party's
-                kinds[parameter.name] = TypeAdapter(hints[parameter.name])
-    return kinds
+    check_values(context.function, options, f"{node}.options.{context.name}", ContextError)

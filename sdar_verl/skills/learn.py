@@ -29,6 +29,7 @@ from sdar_verl.skills.formats import OUR_KEYS, SKILL_FILE, build_skill, is_skill
 from sdar_verl.skills.skill import Skill, SkillBankError
 from sdar_verl.text_files import read_text as read_text_file
 from sdar_verl.untrusted import whole_characters
+from sdar_verl.words import first_words
 
 if TYPE_CHECKING:
     from sdar_verl.writer.step import StepWriting
@@ -169,8 +170,8 @@ def ask(
     name, description, text = (_plain(read_text(found.get(key), key)) for key in ("name", "description", "text"))
     if not is_skill_name(name):
         raise UnreadableAnswer(f"{name!r} is no name of a skill")
-    if len(text.split()) > max_words:
-        raise UnreadableAnswer(f"the text has {len(text.split())} words, more than {max_words}")
+    if first_words(text, max_words) is not None:
+        raise UnreadableAnswer(f"the text has more than {max_words} words")
     if name in taken:
         raise UnreadableAnswer(f"{name} is the name of a skill for other tasks")
     old = next((skill for skill in known if skill.name == name), None)

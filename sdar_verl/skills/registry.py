@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sdar_verl.errors import origin, require_free, require_name
+from sdar_verl.keyword_options import check_values
 from sdar_verl.skills.skill import Skill
 
 Function = TypeVar("Function", bound=Callable[..., list[Skill]])
@@ -97,7 +98,7 @@ def check_rules(rules: str | Sequence[str], options: Mapping[str, Mapping[str, A
         options: rule -> its keyword arguments (``sdar.skills.options``).
     Raises:
         RetrievalError: an unknown rule, or none at all; `none` among others, which would have no effect; an option
-            that its rule does not have, or of a rule that is not used.
+            that its rule does not have, or of a rule that is not used; a value that its annotation does not allow.
     """
     names = [rules] if isinstance(rules, str) else list(rules)
     unknown = [name for name in names if name not in _rules]
@@ -110,10 +111,12 @@ def check_rules(rules: str | Sequence[str], options: Mapping[str, Mapping[str, A
             raise RetrievalError(
                 f"sdar.skills.options.{name} has no effect: sdar.skills.retrieval={names} does not name that rule"
             )
-        known = get_rule(name).options
+        rule = get_rule(name)
+        known = rule.options
         if known is not None and (foreign := sorted(set(given) - set(known))):
             raise RetrievalError(
                 f"retrieval rule {name!r} has no option {', '.join(map(repr, foreign))}; known: "
                 f"{', '.join(known) or 'none'}"
             )
+        check_values(rule.function, given, f"sdar.skills.options.{name}", RetrievalError)
     return names

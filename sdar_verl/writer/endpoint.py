@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -298,14 +299,10 @@ def _text(message: dict[str, Any]) -> str | None:
 
 def _seconds(text: str | None) -> float | None:
     """How long a ``Retry-After`` asks to wait: it is a number of seconds, or a date."""
-    try:
-        return max(0.0, float(text)) if text else None
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return None
+    for read in (float, lambda date: parsedate_to_datetime(date).timestamp() - time.time()):
+        with suppress(ValueError):
+            return max(0.0, read(text or ""))
+    return None
 
 
 def _start_of(data: bytes) -> str:

@@ -97,7 +97,15 @@ def test_the_latest_episodes_are_shown_failures_and_successes_in_turn(run):
 
 @pytest.mark.parametrize(
     "answer",
-    ["no", learned(" "), learned("word " * 9), learned(name="Bad Name"), learned(name="looking"), '{"name": "x"}'],
+    [
+        "no",
+        learned(" "),
+        learned("word " * 9),
+        learned("\u5148\u68c0\u67e5\u51b0\u7bb1\u518d\u53bb\u6c34\u69fd\u3002" * 9),
+        learned(name="Bad Name"),
+        learned(name="looking"),
+        '{"name": "x"}',
+    ],
 )
 def test_what_is_no_skill_is_not_taken_up(answer, run, bank, tmp_path, capsys):
     words = ["--task-type", PLACE, "--max-words", "8"]
