@@ -272,13 +272,14 @@ def _answer(data: bytes) -> Answer:
     if error:
         code = str(error.get("code")) if isinstance(error, dict) else ""
         kind = _Again if code.isdecimal() and int(code) in _TRANSIENT else _Refused
-        raise kind(f"an error ({_start_of(data)})")
+        raise kind(f"an error ({shorten(error.get('message', error) if isinstance(error, dict) else error)})")
     usage = found.get("usage")
     tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
     tokens = tokens if isinstance(tokens, int) and not isinstance(tokens, bool) and tokens > 0 else 0
     reason = choice.get("finish_reason")
     if text is None:
-        why = "max_tokens went before its first word" if reason == "length" else f"a refusal ({_start_of(data)})"
+        said = choice["message"].get("refusal") or reason
+        why = "max_tokens went before its first word" if reason == "length" else f"a refusal ({shorten(said)})"
         return Answer(None, tokens, failure=f"no text: {why}", length=reason == "length")
     return Answer(without_thought(whole_characters(text)), tokens, length=reason == "length")
 
@@ -289,7 +290,7 @@ def _text(message: dict[str, Any]) -> str | None:
     Raises:
         TypeError: its content is something else.
     """
-    content = message["content"] or None
+    content = message.get("content") or None
     if isinstance(content, list):  # thoughts are parts of a kind of their own
         content = "".join(part["text"] for part in content if part.get("type") == "text") or None
     if not isinstance(content, str | None):

@@ -158,7 +158,7 @@ def test_a_candidate_that_cannot_be_read_is_none(run, tmp_path, capsys):
 def in_its_own_words(folder: Path) -> Path:
     """A bank whose names of task types are its own."""
     folder.mkdir()
-    (folder / "p.md").write_text("# Placing\nold text")
+    (folder / "p.md").write_text("#\n\nold text")  # a heading without words
     names = {"skill_files": {"placing": "p.md"}, "task_to_skill": {"warm": "placing"}}
     (folder / "skill_mapping.json").write_text(json.dumps(names))
     return folder

@@ -156,6 +156,7 @@ def test_what_was_paid_for_and_is_of_no_use_counts_and_is_not_kept(tmp_path):
     whole, cut, refused = says("whole"), says("cut o"), says(None)
     cut.body = cut.body.replace('"stop"', '"length"')
     thought = Reply(refused.body.replace('"stop"', '"length"'))
+    refused.body = refused.body.replace('"content": null', '"refusal": "I will not"')
     by_text = {"a": whole, "b": cut, "c": refused, "d": thought}
     with chat_server(lambda _, prompt: by_text[prompt]) as server:
         answers = writer(server, tmp_path, budget=7).write(list(by_text), step=1)
@@ -163,7 +164,7 @@ def test_what_was_paid_for_and_is_of_no_use_counts_and_is_not_kept(tmp_path):
         assert [answer.text for answer in answers] == ["whole", "cut o", None, None]
         assert [answer.length for answer in answers] == [False, True, False, True]
         assert all(answer.tokens == 7 for answer in answers)
-        assert "a refusal" in answers[2].failure and "max_tokens" in answers[3].failure
+        assert "I will not" in answers[2].failure and "max_tokens" in answers[3].failure
         again = writer(server, tmp_path, budget=7).write(list(by_text), step=2)
         assert [answer.cached for answer in again] == [True, False, False, False]
         assert writer(server, tmp_path, budget=7).write(["b"], step=3) == [NOT_PAID]
