@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from sdar_verl.algorithm.gates import Ranges, gate_reads
 from sdar_verl.algorithm.loss import distillation_terms
 from sdar_verl.algorithm.masking import clean
 from sdar_verl.algorithm.schedules import Scheduled, make_schedule, measures_of
-from sdar_verl.algorithm.signals import SignalRows, get_signal, signal_reads
+from sdar_verl.algorithm.signals import SignalRows, shaped_advantages, shapes_advantages, signal_reads
 from sdar_verl.algorithm.terms import DistillationTerms
 from sdar_verl.config.loss import LossConfig, ScheduleConfig
 from sdar_verl.errors import ConfigError
@@ -81,6 +82,7 @@ class Method:
     def __init__(self, settings: LossConfig):
         self.settings = settings
         self.in_loss = signal_reads(settings.signal, "loss", settings.signal_options)
+        self.shapes = shapes_advantages(settings.signal)
         self.reads_entropy = gate_reads(settings.gate, "entropy")
         self.reads_advantages = gate_reads(settings.gate, "advantages")
         self._shape: dict[str, Any] = {name: getattr(settings, name) for name in ("granularity", "centre", "clamp")}
@@ -122,9 +124,9 @@ class Method:
         columns = {GAP_SHIFT: statistics.shift, GAP_POOLED: statistics.pooled, LOSS_SCALE: statistics.scale}
         columns |= {CONTRAST: against, **weighted}
         change = None
-        if not self.in_loss and coef == 0:
+        if self.shapes and coef == 0:
             change = 0.0  # plain GRPO, whatever the signal
-        elif not self.in_loss:
+        elif self.shapes:
             shaped = self._shape_advantages(table, advantages, old, teacher, terms, statistics, coef)
             change = _mean_change(shaped, advantages, table)
             columns["advantages"] = shaped
@@ -182,7 +184,7 @@ class Method:
             target_log_probs=target,
             distill_mask=rows[TEACHER_MASK].bool(),
             statistics=StepStatistics(shift, pooled, scale, Ranges(*values.ranges) if values.ranges else None),
-            signals=None if divergence is None else {"divergence": divergence},
+            divergence=divergence,
             **self._gate,
             **self._shape,
         )
@@ -216,12 +218,7 @@ class Method:
             turns=table.turns,
             scores=table.columns["rm_scores"].sum(dim=-1),
         )
-        shaped = get_signal(settings.signal)(rows, strength=strength, **settings.signal_options)
-        if shaped.shape != advantages.shape:
-            raise ValueError(
-                f"signal {settings.signal!r} returned shape {tuple(shaped.shape)}; expected {tuple(advantages.shape)}"
-            )
-        return clean(f"signal {settings.signal}", shaped, table.response).to(advantages.dtype)
+        return shaped_advantages(settings.signal, rows, strength, settings.signal_options)
 
 
 def _mean_change(shaped: torch.Tensor, base: torch.Tensor, table: StepTable) -> float:
@@ -249,6 +246,7 @@ class Strengths:
 
     def __init__(self, settings: LossConfig):
         self._reference = settings.anchor.reference
+        self._told: set[str] = set()
         self._values = {
             "coef": scheduled(settings.coef, settings.coef_schedule),
             "beta": scheduled(settings.beta, settings.beta_schedule),
@@ -287,11 +285,18 @@ class Strengths:
         return {name for value in self._values.values() for name in measures_of(value.schedule)}
 
     def observe(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """What the schedules follow, after the step's updates."""
-        for value in self._values.values():
+        """What the schedules follow, after the step's updates; one that follows what nobody measures is told once."""
+        for option, value in self._values.items():
             names = measures_of(value.schedule)
-            if names and value.within(step) and all(metrics.get(name) is not None for name in names):
+            if not names or not value.learns(step):
+                continue
+            missing = [name for name in names if metrics.get(name) is None]
+            if not missing:
                 value.schedule.observe(value.value(step), *(float(metrics[name]) for name in names))
+            for name in {*missing} - self._told:
+                near = ", ".join(get_close_matches(name, metrics, n=3, cutoff=0.5)) or "nothing like it"
+                print(f"sdar: the schedule of {option} follows {name}, not measured at step {step}; there is {near}")
+            self._told |= {*missing}
 
     def state_dict(self) -> dict[str, Any]:
         """What they have learned; empty where they learn nothing."""

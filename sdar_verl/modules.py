@@ -24,10 +24,12 @@ def import_modules(modules: Iterable[str]) -> None:
         try:
             importlib.import_module(module)
         except (Exception, SystemExit) as error:  # a script's parser of the command line ends the process
+            remedy = ""
+            if isinstance(error, ImportError):
+                remedy = "; it must be importable in every process of the run (install its package, or put its folder "
+                remedy += "on PYTHONPATH)"
             raise ConfigError(
-                f"sdar.modules: {module} cannot be imported here: {type(error).__name__}: {error}; "
-                "it must be importable in every process of the run (install its package, or put its folder on "
-                "PYTHONPATH)"
+                f"sdar.modules: {module} cannot be imported here: {type(error).__name__}: {error}{remedy}"
             ) from error
 
 

@@ -71,6 +71,7 @@ class HeadRequest:
         tail: what becomes of the rest of the vocabulary.
         reference: weight of the start policy in the target of a divergence, or of the sampled token.
         student: weight of the student itself there.
+        options: of the divergence.
     """
 
     what: Literal["log_probs", "top_k_ids", "top_k", "on_support", "hidden", "divergence", "target"] = "log_probs"
@@ -81,6 +82,7 @@ class HeadRequest:
     tail: Literal["bucket", "renormalise"] = "bucket"
     reference: float = 0.0
     student: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The form that travels with a batch."""
@@ -172,13 +174,15 @@ class StepRequests:
             return cls(teacher=ScoringPass(mask=mask))
         chunk = CHUNK_TOKENS if loss.chunk_tokens is None else loss.chunk_tokens
         drawn = loss.anchor.reference > 0
-        weights: dict[str, Any] = {"reference": loss.anchor.reference, "student": loss.anchor.student}
+        compared: dict[str, Any] = {"reference": loss.anchor.reference, "student": loss.anchor.student}
+        if loss.objective in DIVERGENCES:
+            compared["options"] = loss.objective_options
         if loss.support != "top_k":
             hidden = HeadRequest("hidden", True, chunk)
             what: Literal["divergence", "target"] = "divergence" if loss.objective in DIVERGENCES else "target"
             return cls(
                 teacher=ScoringPass(hidden, mask=mask),
-                update=HeadRequest(what, False, chunk, 0, loss.objective, **weights),
+                update=HeadRequest(what, False, chunk, 0, loss.objective, **compared),
                 anchor=ScoringPass.anchor(hidden) if drawn else None,
             )
         k, ids = top_k(loss), (SUPPORT_IDS,)
@@ -189,7 +193,7 @@ class StepRequests:
             teacher=ScoringPass(HeadRequest("top_k", True, chunk, k), mask=mask)
             if own
             else ScoringPass(on_support, mask=mask, reads=ids),
-            update=HeadRequest("divergence", False, chunk, k, loss.objective, loss.tail or "bucket", **weights),
+            update=HeadRequest("divergence", False, chunk, k, loss.objective, loss.tail or "bucket", **compared),
             anchor=ScoringPass.anchor(on_support, ids) if drawn else None,
         )
 

@@ -6,6 +6,7 @@ derivatives in closed form, P the student and Q the teacher, at one position:
     reverse_kl   P_v (log P_v - log Q_v - KL(P||Q))
     forward_kl   P_v - Q_v
     jsd          1/2 P_v (log P_v - log M_v - KL(P||M))
+    others       c_v - P_v sum(c), with c_v = d value / d log P_v by autograd
     top-k        with c_i = d value / d log P_i of the k tokens and the tail (small tensors, by autograd):
                  c_i - P_i sum(c) on the k tokens, R_v (c_tail - P_tail sum(c)) on the others, R = P given the tail
 
@@ -22,14 +23,14 @@ alone reverse_kl has 1 - b times the slope that it has without.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 
-from sdar_verl.algorithm.divergences import LN2, Tail, close_support, columns_of
+from sdar_verl.algorithm.divergences import ABSENT, DIVERGENCES, LN2, Tail, close_support, columns_of
 
-# Stands for -infinity, so that 0 * log 0 is 0 and not NaN; float32 has room for differences of two of them.
-ABSENT = -1e30
 # No two finite logits are that far apart: the divergence is infinite.
 INFINITE = 1e12
 
@@ -62,10 +63,18 @@ class FullDivergence:
         kind: key of :data:`sdar_verl.algorithm.divergences.DIVERGENCES`.
         teacher_logits: rows -> (chunk, V) float32, divided by the temperature; overwritten.
         anchor: of the teacher; None: the teacher as it is.
+        options: of the divergence.
     """
 
-    def __init__(self, kind: str, teacher_logits: Callable[[slice], torch.Tensor], anchor: Anchor | None = None):
+    def __init__(
+        self,
+        kind: str,
+        teacher_logits: Callable[[slice], torch.Tensor],
+        anchor: Anchor | None = None,
+        options: Mapping[str, Any] | None = None,
+    ):
         self._kind, self._teacher, self._anchor = kind, teacher_logits, anchor
+        self._function = partial(DIVERGENCES[kind], **(options or {}))
 
     def columns(self, logits: torch.Tensor, rows: slice) -> torch.Tensor:
         """(chunk, 5), see :data:`sdar_verl.algorithm.divergences.COLUMNS`; overwrites ``logits``."""
@@ -78,8 +87,10 @@ class FullDivergence:
             value = (student.sub_(mixture).mul_(p).sum(-1) + teacher.sub_(mixture).mul_(q).sum(-1)) / 2
         elif self._kind == "reverse_kl":
             value = student.sub_(teacher).mul_(p).sum(-1)
-        else:
+        elif self._kind == "forward_kl":
             value = teacher.sub_(student).mul_(q).sum(-1)
+        else:
+            value = self._function(student, teacher)
         value = value.masked_fill(value > INFINITE, math.inf)
         nothing = torch.zeros_like(value)
         return torch.stack([value, student_entropy, teacher_entropy, nothing, nothing], dim=-1)
@@ -90,6 +101,11 @@ class FullDivergence:
         teacher = self._target(rows, student)
         if self._kind == "forward_kl":
             return student.exp_().sub_(teacher.exp_()).mul_(upstream.unsqueeze(-1))
+        if self._kind not in ("reverse_kl", "jsd"):
+            with torch.enable_grad():
+                value = self._function(student.requires_grad_(), teacher)
+            (inner,) = torch.autograd.grad(value, student, upstream)
+            return inner.sub_(student.detach().exp() * inner.sum(-1, keepdim=True))
         if self._kind == "jsd":
             teacher = torch.logaddexp(student, teacher, out=teacher).sub_(LN2)
             upstream = upstream / 2
@@ -131,13 +147,20 @@ class TopKDivergence:
         teacher_log_probs: (tokens, k + 1), see :func:`sdar_verl.algorithm.divergences.on_support`.
         tail: see :func:`sdar_verl.algorithm.divergences.close_support`.
         anchor: of the teacher; None: the teacher as it is. "Any other token" is one event to all of them.
+        options: of the divergence.
     """
 
     def __init__(
-        self, kind: str, ids: torch.Tensor, teacher_log_probs: torch.Tensor, tail: Tail, anchor: Anchor | None = None
+        self,
+        kind: str,
+        ids: torch.Tensor,
+        teacher_log_probs: torch.Tensor,
+        tail: Tail,
+        anchor: Anchor | None = None,
+        options: Mapping[str, Any] | None = None,
     ):
         self._kind, self._ids, self._teacher, self._tail = kind, ids, teacher_log_probs, tail
-        self._anchor = anchor
+        self._anchor, self._options = anchor, options
 
     def columns(self, logits: torch.Tensor, rows: slice) -> torch.Tensor:
         """(chunk, 5), see :data:`sdar_verl.algorithm.divergences.COLUMNS`; overwrites ``logits``."""
@@ -179,6 +202,7 @@ class TopKDivergence:
             close_support(teacher, self._tail),
             student[..., -1].detach(),
             teacher[..., -1],
+            self._options,
         )
 
 

@@ -25,13 +25,16 @@ tokens that matter are those the teacher expects and the student may lack.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 
 Tail = Literal["bucket", "renormalise"]
 LN2 = math.log(2.0)
+
+# Stands for -infinity, so that 0 * log 0 is 0 and not NaN; float32 has room for differences of two of them.
+ABSENT = -1e30
 
 
 def _expectation(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -66,11 +69,14 @@ def _present(log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return log_probs.masked_fill(absent, 0.0), absent
 
 
-DIVERGENCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+Divergence = Callable[..., torch.Tensor]
+
+DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
 }
+"""By name; :func:`sdar_verl.algorithm.objectives.register_divergence` adds to them."""
 
 SUPPORT_OF: dict[str, Literal["student", "teacher"]] = {
     "forward_kl": "teacher",
@@ -183,9 +189,11 @@ def columns_of(
     teacher: torch.Tensor,
     student_tail: torch.Tensor | None,
     teacher_tail: torch.Tensor | None,
+    options: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
-    """The columns of two distributions, log-probs (tokens, support), and of their log-probs outside it (tokens,)."""
-    value = DIVERGENCES[kind](student, teacher)
+    """The columns of two distributions, log-probs (tokens, support), and of their log-probs outside it (tokens,);
+    ``options`` of the divergence."""
+    value = DIVERGENCES[kind](student, teacher, **(options or {}))
     with torch.no_grad():
         rest = [entropy(student), entropy(teacher)]
         rest += [torch.zeros_like(value) if mass is None else mass.exp() for mass in (student_tail, teacher_tail)]

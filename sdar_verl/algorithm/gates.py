@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sdar_verl.algorithm.masking import MAX_LOG_IMPORTANCE
+from sdar_verl.algorithm.masking import MAX_LOG_IMPORTANCE, clean
 from sdar_verl.algorithm.registry import Registry
 from sdar_verl.algorithm.turns import row_turns, turn_medians, turn_sums
 
@@ -81,10 +81,28 @@ def gate_reads(name: str, signal: str) -> bool:
 
 
 def check_gate_options(name: str, options: dict[str, Any]) -> None:
-    """Raise ValueError for an option that the gate does not take, one that is missing, or a value that it refuses."""
+    """Try the gate on two rows.
+
+    Raises:
+        ValueError: an option that the gate does not take, one that is missing, a value that it refuses; weights of
+            another shape, negative, or not finite; a row's weights change with the rows beside it.
+    """
     _GATES.check_options(name, options)
-    token, on = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
-    gate_weight(name, token, beta=1.0, mask=on, response_mask=on, entropy=token, advantages=token, options=options)
+    gap = torch.tensor([[0.0, -1.5, 0.3], [2.0, -0.2, 0.0]])
+    entropy, advantages = gap.abs().flip(-1), torch.tensor([[1.0] * 3, [-0.5] * 3])
+    on = torch.ones_like(gap, dtype=torch.bool)
+    ranges = value_ranges(entropy, gap, on)
+
+    def weights(rows: slice) -> torch.Tensor:
+        known = {"mask": on[rows], "response_mask": on[rows], "entropy": entropy[rows], "advantages": advantages[rows]}
+        return gate_weight(name, gap[rows], beta=1.0, ranges=ranges, options=options, **known)
+
+    apart = torch.cat([weights(slice(row, row + 1)) for row in range(len(gap))])
+    if not torch.allclose(weights(slice(None)), apart, rtol=1e-4, atol=1e-6):
+        raise ValueError(
+            f"gate {name!r} gives a row other weights when it stands alone; rows are dealt to micro-batches and ranks "
+            "at random, so it may look at its own row and at `ranges` alone"
+        )
 
 
 def gate_weight(
@@ -111,6 +129,9 @@ def gate_weight(
         entropy, ranges, advantages: see the module.
         log_ratio: log pi_theta - log pi_old of the sampled tokens, nats; None: on-policy, all 0.
         options: of the gate.
+
+    Raises:
+        ValueError: the gate gives another shape, or weights below 0 or not finite where ``mask`` is on.
     """
     signals: dict[str, Any] = {"beta": beta, "entropy": entropy, "mask": mask, "ranges": ranges}
     signals["advantages"] = advantages
@@ -118,7 +139,14 @@ def gate_weight(
         signals["ratio"] = torch.ones_like(gap) if log_ratio is None else log_ratio.clamp(max=MAX_LOG_IMPORTANCE).exp()
     if gate_reads(gate, "turn"):
         signals["turn"] = row_turns(response_mask)
-    return get_gate(gate)(gap, **signals, **(options or {}))
+    weight = get_gate(gate)(gap, **signals, **(options or {}))
+    if not isinstance(weight, torch.Tensor) or weight.shape != gap.shape:
+        given = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
+        raise ValueError(f"gate {gate!r} returned shape {given}; expected {tuple(gap.shape)}")
+    weight = clean(f"what gate {gate!r} returned", weight.detach(), mask)
+    if (weight < 0).any():
+        raise ValueError(f"gate {gate!r} returned {weight.min().item():g}; a weight must be at least 0")
+    return weight
 
 
 @register_gate("gap")

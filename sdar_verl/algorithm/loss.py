@@ -24,7 +24,7 @@ import torch
 from sdar_verl.algorithm.gap import StepStatistics, gate_gap
 from sdar_verl.algorithm.gates import gate_weight, get_gate
 from sdar_verl.algorithm.masking import MAX_LOG_RATIO, active_mask, clean
-from sdar_verl.algorithm.objectives import get_objective
+from sdar_verl.algorithm.objectives import get_objective, loss_per_token
 from sdar_verl.algorithm.terms import DistillationTerms
 
 
@@ -49,7 +49,7 @@ def distillation_terms(
     centre: str = "none",
     clamp: float | None = None,
     statistics: StepStatistics | None = None,
-    signals: Mapping[str, torch.Tensor] | None = None,
+    divergence: torch.Tensor | None = None,
 ) -> DistillationTerms:
     """Gap, gate and gated objective per token.
 
@@ -79,8 +79,8 @@ def distillation_terms(
         objective_options: keyword arguments of the objective beyond its signals.
         granularity, centre, clamp: what becomes of the gap before the gate, :func:`sdar_verl.algorithm.gap.gate_gap`.
         statistics: what these rows must know of the others, :func:`sdar_verl.algorithm.gap.step_statistics`.
-        signals: further tensors (batch, response_length) for an objective that names them, such as a divergence
-            between the two distributions; they may carry gradient and are passed on with 0 at masked positions.
+        divergence: (batch, response_length), between the two distributions, for an objective that is one; with
+            gradient.
 
     Returns:
         :class:`~sdar_verl.algorithm.terms.DistillationTerms`. Masked positions of the inputs may hold anything, NaN
@@ -94,7 +94,7 @@ def distillation_terms(
     if not (math.isfinite(beta) and beta >= 0.0):
         raise ValueError(f"beta is {beta}; it must be finite and >= 0 (the paper uses 5)")
     get_gate(gate)
-    objective_fn = get_objective(objective)
+    get_objective(objective)
 
     response, mask = response_mask.bool(), active_mask(response_mask, distill_mask)
     student = clean("student_log_probs", student_log_probs, mask)
@@ -127,12 +127,9 @@ def distillation_terms(
             log_ratio=log_ratio,
             options=gate_options,
         )
-    further = {name: clean(name, values, mask) for name, values in (signals or {}).items()}
     target = teacher if target_log_probs is None else clean("target_log_probs", target_log_probs, mask).detach()
-    per_token = objective_fn(student, target, old_log_probs=old, mask=mask, **further, **(objective_options or {}))
-    for kind, name, result in (("gate", gate, weight), ("objective", objective, per_token)):
-        if result.shape != mask.shape:
-            raise ValueError(f"{kind} {name!r} returned shape {tuple(result.shape)}; expected {tuple(mask.shape)}")
+    options = objective_options or {}
+    per_token = loss_per_token(objective, student, target, options, old_log_probs=old, mask=mask, divergence=divergence)
 
     zero = torch.zeros_like(gap)
     weighted = torch.where(mask, weight * per_token, zero)

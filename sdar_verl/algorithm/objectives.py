@@ -6,11 +6,12 @@ An objective is a pure function ``objective(student_log_probs, teacher_log_probs
   gradient;
 - ``teacher_log_probs``: same shape, of the very same tokens: log pi_T(y_t | s_t+), or the anchored target's
   (``sdar.loss.anchor``); detached by the caller;
-- ``signals``: what else is known per token: ``old_log_probs`` (log pi_old(y_t | s_t), detached, or None), ``mask``
-  (bool, tokens that have a teacher) and, for objectives over distributions, ``divergence`` (with gradient). An
-  objective names those it reads and takes the rest as ``**_``. A keyword that is no signal is an option of the
-  objective, set in ``sdar.loss.objective_options``;
+- ``signals``: what else is known per token: ``old_log_probs`` (log pi_old(y_t | s_t), detached, or None) and ``mask``
+  (bool, tokens that have a teacher). An objective names those it reads and takes the rest as ``**_``. A keyword that
+  is no signal is an option of the objective, set in ``sdar.loss.objective_options``;
 - ``loss``: same shape, minimised.
+
+One that compares whole distributions is a divergence (:func:`register_divergence`), computed where the logits are.
 
 Values are finite; at masked positions both log-probs are 0.
 
@@ -25,19 +26,18 @@ are (KL is the reverse KL(student || teacher) of the position):
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 
-from sdar_verl.algorithm.divergences import DIVERGENCES
-from sdar_verl.algorithm.masking import MAX_LOG_IMPORTANCE, MAX_LOG_RATIO
+from sdar_verl.algorithm.divergences import ABSENT, DIVERGENCES, SUPPORT_OF, Divergence
+from sdar_verl.algorithm.masking import MAX_LOG_IMPORTANCE, MAX_LOG_RATIO, clean
 from sdar_verl.algorithm.registry import Registry
 
 Objective = Callable[..., torch.Tensor]
 
-SIGNALS = ("old_log_probs", "divergence", "mask")
-
+SIGNALS = ("old_log_probs", "mask")
 
 _OBJECTIVES: Registry[Objective] = Registry("objective", SIGNALS)
 
@@ -57,13 +57,93 @@ def list_objectives() -> list[str]:
     return _OBJECTIVES.names()
 
 
+def register_divergence(name: str, *, support: Literal["student", "teacher"]) -> Callable[[Divergence], Divergence]:
+    """Decorator: make a divergence between next-token distributions selectable as the objective ``name``.
+
+    It is a function ``divergence(student, teacher, **options) -> value`` of two log-probs (tokens, support), float32,
+    each summing to 1, to (tokens,) nats; the gradient goes to ``student``. The support is the vocabulary, or the k
+    tokens of ``sdar.loss.top_k`` and the rest of it. The logarithm of 0 is about -1e30, so that 0 log 0 is 0.
+    It is evaluated in chunks of tokens where the logits are; its slope on the logits is made from autograd's on the
+    log-probs. Keyword-only arguments are its options, set in ``sdar.loss.objective_options``.
+
+    Args:
+        name: what ``sdar.loss.objective`` is set to.
+        support: whose k most likely tokens it is taken over (:mod:`sdar_verl.algorithm.divergences` says why).
+
+    Raises:
+        ValueError: the name is taken, or ``support`` is something else.
+    """
+    if support not in ("student", "teacher"):
+        raise ValueError(f"register_divergence({name!r}) has support={support!r}; known: student, teacher")
+    put = _OBJECTIVES.register(name)
+
+    def enter(divergence: Divergence) -> Divergence:
+        put(divergence)
+        SUPPORT_OF[name] = support
+        DIVERGENCES[name] = lambda p, q, **options: divergence(p.clamp(min=ABSENT), q.clamp(min=ABSENT), **options)
+        return divergence
+
+    return enter
+
+
 def check_objective_options(name: str, options: dict[str, Any]) -> None:
-    """Raise ValueError for an option that the objective does not take, one that is missing, or a value that it refuses;
-    TypeError where it does not take what the loss hands it."""
+    """Try the objective on three tokens.
+
+    Raises:
+        ValueError: an option that it does not take, one that is missing, a value that it refuses; or see
+            :func:`loss_per_token`; or its loss has no gradient.
+        TypeError: it does not take what the loss hands it.
+    """
     _OBJECTIVES.check_options(name, options)
-    token = torch.zeros(1, 1)
-    signals = dict.fromkeys(SIGNALS, token) | {"mask": token == 0}
-    get_objective(name)(token, token, **signals, **options)
+    teacher = torch.tensor([[-0.5, -1.0, -2.0]])
+    student = (teacher - 0.25).requires_grad_()
+    divergence = None
+    if name in DIVERGENCES:
+        logits = torch.arange(12.0).sin().view(3, 4).requires_grad_()
+        divergence = DIVERGENCES[name](logits.log_softmax(-1), logits.detach().flip(-1).log_softmax(-1), **options)
+        if not isinstance(divergence, torch.Tensor) or divergence.shape != (3,):
+            given = tuple(divergence.shape) if isinstance(divergence, torch.Tensor) else type(divergence).__name__
+            raise ValueError(f"divergence {name!r} of (3, 4) log-probs returned shape {given}; expected (3,)")
+        divergence = divergence.unsqueeze(0)
+    loss = loss_per_token(
+        name, student, teacher, options, old_log_probs=teacher - 0.2, mask=teacher < 0, divergence=divergence
+    )
+    if not loss.requires_grad:
+        raise ValueError(f"objective {name!r} returned a loss without gradient; nothing could be learned from it")
+
+
+def loss_per_token(
+    objective: str,
+    student_log_probs: torch.Tensor,
+    teacher_log_probs: torch.Tensor,
+    options: Mapping[str, Any],
+    *,
+    old_log_probs: torch.Tensor | None,
+    mask: torch.Tensor,
+    divergence: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the objective gives, (rows, response_length), 0 where ``mask`` is off.
+
+    Args:
+        objective: registered name.
+        student_log_probs, teacher_log_probs, old_log_probs: see the module.
+        options: of the objective; those of a divergence are in its values.
+        mask: bool, tokens that have a teacher.
+        divergence: (rows, response_length), for an objective that is one.
+
+    Raises:
+        ValueError: unknown objective, another shape, NaN or infinity where ``mask`` is on, or a divergence is missing.
+    """
+    if objective in DIVERGENCES:
+        if divergence is None:
+            raise ValueError(f"objective {objective!r} reads the divergence of two distributions, which is not given")
+        return clean("divergence", divergence, mask)
+    function = get_objective(objective)
+    loss = function(student_log_probs, teacher_log_probs, old_log_probs=old_log_probs, mask=mask, **options)
+    if not isinstance(loss, torch.Tensor) or loss.shape != mask.shape:
+        given = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise ValueError(f"objective {objective!r} returned shape {given}; expected {tuple(mask.shape)}")
+    return clean(f"what objective {objective!r} returned", loss, mask)
 
 
 @register_objective("sampled")
@@ -160,24 +240,8 @@ def returns_to_go(values: torch.Tensor, mask: torch.Tensor, discount: float, blo
     return torch.zeros_like(values).scatter(-1, order, summed).masked_fill(~mask, 0.0)
 
 
-def _over_distributions(kind: str) -> Objective:
-    def objective(
-        student_log_probs: torch.Tensor,
-        teacher_log_probs: torch.Tensor,
-        *,
-        divergence: torch.Tensor | None = None,
-        **_: Any,
-    ) -> torch.Tensor:
-        if divergence is None:
-            raise ValueError(f"objective {kind!r} reads the divergence of two distributions, which is not given")
-        return divergence
-
-    objective.__doc__ = f"""``{kind}`` of :mod:`sdar_verl.algorithm.divergences`, computed where the logits are."""
-    return objective
-
-
-for _kind in DIVERGENCES:
-    register_objective(_kind)(_over_distributions(_kind))
+for _kind, _divergence in DIVERGENCES.items():
+    _OBJECTIVES.register(_kind)(_divergence)
 
 
 def _importance(student: torch.Tensor, old: torch.Tensor | None, objective: str) -> torch.Tensor:

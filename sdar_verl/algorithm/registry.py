@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 from sdar_verl.errors import origin, require_free, require_name
+from sdar_verl.function_options import check_function_options
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -60,7 +61,10 @@ class Registry(Generic[F]):
         try:
             return self._entries[name]
         except KeyError:
-            raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}") from None
+            raise ValueError(
+                f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}. One of another package must be "
+                "imported first: name its module in sdar.modules"
+            ) from None
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
@@ -75,25 +79,6 @@ class Registry(Generic[F]):
         """Whether the entry names ``signal`` in its signature; ValueError when the name is unknown."""
         return signal in inspect.signature(self.get(name)).parameters
 
-    def options(self, name: str) -> dict[str, Any]:
-        """The entry's options and their defaults (``inspect.Parameter.empty``: must be given), in their order."""
-        parameters = inspect.signature(self.get(name)).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in self.signals}
-
     def check_options(self, name: str, options: Mapping[str, Any]) -> None:
-        """Compare what a user set with what the entry takes.
-
-        Raises:
-            ValueError: unknown name, unknown option, or an option that must be given and is not.
-        """
-        known = self.options(name)
-        unknown = sorted(options.keys() - known.keys())
-        if unknown:
-            raise ValueError(
-                f"{self.kind} {name!r} has no option {', '.join(map(repr, unknown))}; "
-                f"known: {', '.join(known) or 'none'}"
-            )
-        missing = [option for option, default in known.items() if default is inspect.Parameter.empty]
-        missing = [option for option in missing if option not in options]
-        if missing:
-            raise ValueError(f"{self.kind} {name!r} needs the option {', '.join(map(repr, missing))}")
+        """See :func:`~sdar_verl.function_options.check_function_options`; ValueError, too, when the name is unknown."""
+        check_function_options(f"{self.kind} {name!r}", self.get(name), options, offered=self.signals)

@@ -23,7 +23,6 @@ checkpoint. One whose factor is 0 from some step on for good says so in ``ended`
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -85,7 +84,8 @@ def register_schedule(name: str) -> Callable[[type], type]:
 
     Raises:
         ValueError: the name is taken.
-        TypeError: it is another class, or a function; or ``name`` is no text.
+        TypeError: it is another class, or a function; it learns (``observe``) and has no ``state``; or ``name`` is no
+            text.
     """
     put = _SCHEDULES.register(name)
 
@@ -95,6 +95,11 @@ def register_schedule(name: str) -> Callable[[type], type]:
                 f"schedule {name!r} is {schedule!r}; it must be a subclass of "
                 "sdar_verl.algorithm.schedules.Schedule, whose method factor(step) gives the factor, and whose fields "
                 "are its options"
+            )
+        if schedule.observe is not Schedule.observe and schedule.state is Schedule.state:
+            raise TypeError(
+                f"schedule {name!r} overrides observe and not the property state: a run that resumes would have lost "
+                "what it learned"
             )
         put(schedule)
         return schedule
@@ -145,6 +150,10 @@ class Scheduled:
         """Whether ``step`` lies in the window."""
         return step >= self.start_step and (self.stop_step is None or step < self.stop_step)
 
+    def learns(self, step: int) -> bool:
+        """Whether what is measured at ``step`` is of the value that the schedule gives, and not of one on its rise."""
+        return self.within(step) and step - self.start_step + 1 >= self.warmup_steps
+
     def ended(self, step: int) -> bool:
         """Whether the schedule or its window has taken the value to 0 for good; a base of 0 is no schedule's doing."""
         over = self.stop_step is not None and step >= self.stop_step
@@ -163,20 +172,8 @@ def make_schedule(name: str, options: Mapping[str, Any]) -> Schedule:
     Raises:
         ValueError: unknown name, unknown or missing option, or a value that the schedule refuses.
     """
-    factory = get_schedule(name)
-    parameters = inspect.signature(factory).parameters
-    unknown = sorted(options.keys() - parameters.keys())
-    if unknown:
-        raise ValueError(
-            f"schedule {name!r} has no option {', '.join(map(repr, unknown))}; known: {', '.join(parameters) or 'none'}"
-        )
-    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in options]
-    if missing:
-        raise ValueError(f"schedule {name!r} needs the option {', '.join(map(repr, missing))}")
-    for option, value in options.items():
-        if parameters[option].annotation in (int, "int") and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ValueError(f"schedule {name!r} has {option}={value}; it must be a whole number")
-    return factory(**options)
+    _SCHEDULES.check_options(name, options)
+    return get_schedule(name)(**options)
 
 
 @register_schedule("linear_decay")

@@ -12,7 +12,8 @@ A signal is a pure function ``signal(rows, *, strength, **options) -> advantages
 - keywords of its own are its options, set in ``sdar.loss.signal_options``;
 - ``advantages``: (rows, response_length), no gradient.
 
-``loss`` leaves the advantages as they are: its lambda goes to the auxiliary loss in the actor's workers.
+``loss`` leaves the advantages as they are: its lambda goes to the auxiliary loss in the actor's workers. A signal that
+reads ``loss`` has both.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from typing import Any
 import torch
 
 from sdar_verl.algorithm.advantages import rlsd_advantages
+from sdar_verl.algorithm.masking import clean
 from sdar_verl.algorithm.registry import Registry
 from sdar_verl.algorithm.turns import episode_means, turn_means
 
 Signal = Callable[..., torch.Tensor]
+
+READS = ("gap", "gate", "loss", "advantages", "turns", "token_mean")
 
 Reads = Iterable[str] | Callable[[Mapping[str, Any]], Iterable[str]]
 
@@ -71,12 +75,17 @@ def register_signal(name: str, *, reads: Reads = ("gap", "gate")) -> Callable[[S
 
     Args:
         name: what ``sdar.loss.signal`` is set to.
-        reads: what it looks at, of ``gap``, ``gate``, ``loss`` (the auxiliary loss with its objective and divisor),
-            ``advantages`` (it does nothing where all of them are 0), ``turns`` and ``token_mean`` (its factors mean
-            what they say under ``loss_agg_mode=token-mean`` alone), or a function of its options that says so. Options
-            that shape anything else are errors, and so are those that take away what it reads.
+        reads: of :data:`READS`, or a function of its options that says so: ``gap``, ``gate``, ``advantages`` (it does
+            nothing where all of them are 0), ``turns``, ``token_mean`` (its factors mean what they say under
+            ``loss_agg_mode=token-mean`` alone), and ``loss``: the auxiliary loss is there beside it, with the same
+            lambda. Options that shape anything else are errors, and so are those that take away what it reads.
     """
     return _SIGNALS.register(name, reads=reads)
+
+
+def shapes_advantages(name: str) -> bool:
+    """Whether the signal makes other advantages: all but ``loss``."""
+    return get_signal(name) is not auxiliary_loss
 
 
 def get_signal(name: str) -> Signal:
@@ -96,12 +105,38 @@ def signal_reads(name: str, what: str, options: Mapping[str, Any]) -> bool:
 
 
 def check_signal(name: str, strength: float, options: dict[str, Any]) -> None:
-    """Raise ValueError for an option the signal does not take, one that is missing, or a value that it refuses."""
+    """Try the signal on two rows.
+
+    Raises:
+        ValueError: an option the signal does not take, one that is missing, a value that it refuses, something else
+            in its ``reads``; or see :func:`shaped_advantages`.
+    """
     _SIGNALS.check_options(name, options)
-    token = torch.zeros(1, 1)
-    on = torch.ones(1, 1, dtype=torch.bool)
-    rows = SignalRows(token, on, on, token, token, token, token, ["e"], ["g"], [0], torch.zeros(1))
-    get_signal(name)(rows, strength=strength, **options)
+    reads = _SIGNALS.fact(name, "reads")
+    named = reads(options) if callable(reads) else reads
+    if isinstance(named, str) or not {*named} <= {*READS}:
+        raise ValueError(f"signal {name!r} is registered with reads={named!r}; known: {', '.join(READS)}")
+    on = torch.ones(2, 3, dtype=torch.bool)
+    gap = torch.tensor([[0.0, -1.5, 0.3], [2.0, -0.2, 0.0]])
+    advantages = torch.tensor([[1.0] * 3, [-1.0] * 3])
+    old = torch.full_like(gap, -2.5)
+    rows = SignalRows(
+        advantages, on, on, old, old + gap, gap, torch.sigmoid(gap), ["a", "b"], ["g", "g"], [0, 0], advantages[:, 0]
+    )
+    shaped_advantages(name, rows, strength, options)
+
+
+def shaped_advantages(name: str, rows: SignalRows, strength: float, options: Mapping[str, Any]) -> torch.Tensor:
+    """What the signal makes of the advantages, 0 where ``rows.response_mask`` is off.
+
+    Raises:
+        ValueError: it gives another shape, NaN or infinity.
+    """
+    shaped = get_signal(name)(rows, strength=strength, **options)
+    if not isinstance(shaped, torch.Tensor) or shaped.shape != rows.advantages.shape:
+        given = tuple(shaped.shape) if isinstance(shaped, torch.Tensor) else type(shaped).__name__
+        raise ValueError(f"signal {name!r} returned shape {given}; expected {tuple(rows.advantages.shape)}")
+    return clean(f"signal {name}", shaped, rows.response_mask).to(rows.advantages.dtype)
 
 
 @register_signal("loss", reads=("gap", "gate", "loss"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from inspect import signature
 from itertools import product
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,9 +18,10 @@ from sdar_verl.checks.skills import PROBED_TASKS as SKILL_TASKS
 from sdar_verl.checks.skills import retrieve_for_run, spread
 from sdar_verl.config import SdarConfig
 from sdar_verl.config.context import ContextConfig, ContrastConfig
-from sdar_verl.context.base import ContextRequest, Passage
+from sdar_verl.context.base import ContextRequest, Passage, PlayedEpisode, PlayedTurn
 from sdar_verl.context.builder import chosen_source, is_late, late_options
-from sdar_verl.context.registry import ContextError, check_contexts, get_context
+from sdar_verl.context.registry import Context, ContextError, check_contexts, get_context
+from sdar_verl.context.writing import written_passages
 from sdar_verl.envs.base import Task
 from sdar_verl.errors import SdarError
 from sdar_verl.panels import PanelError
@@ -220,7 +222,8 @@ def _probe_slot(
     shown: Callable[[Task], Sequence[str]],
     panels: Sequence[str],
 ) -> list[str]:
-    names = [name for name in slot.sources if name != "skills" and not get_context(name).late]
+    contexts = [get_context(name) for name in slot.sources if name != "skills"]
+    names = [context.name for context in contexts if not context.late]
     for option, name in product(panels if names else (), names):
         tasks = [task for task in panel_tasks(config, option) if name in shown(task)]
         # An environment's may take long to make; of a recipe's data, few rows may have one.
@@ -240,7 +243,31 @@ def _probe_slot(
                 f"data.{option} (environment {tasks[0].env!r}){_set(node, slot, name)}; their data are "
                 f"{', '.join(sorted(flat(tasks[0].data))) or 'empty'}. Use {_other(node, name)}another context"
             ]
+    late = [context for context in contexts if context.late]
+    tasks = panel_tasks(config, "train_files")[:1] if late else []
+    for context, task in product(late, tasks):
+        try:
+            _try_late(context, task, seed, slot.options.get(context.name, {}))
+        except ContextError as error:
+            # What it cannot read of invented observations is its own matter; these are mistakes with real ones, too.
+            if isinstance(error.__cause__, AttributeError | TypeError | NameError):
+                return [f"{node}.sources: {error}; tried on an invented group of two episodes"]
     return []
+
+
+def _try_late(context: Context, task: Task, seed: int, options: Mapping[str, Any]) -> None:
+    """Make it for both episodes of an invented group; there need not be one. ContextError when the function fails."""
+    turns = tuple(PlayedTurn(f"This is place {number}.", f"go to place {number + 1}", True) for number in range(2))
+    solved = PlayedEpisode("0", turns, success=True, reward=1.0, last_observation="You are there.")
+    failed = PlayedEpisode("1", (turns[0], PlayedTurn("Nothing happens.", None, False)), False, 0.0, "")
+    for own, sibling in ((failed, solved), (solved, failed)):
+        request = ContextRequest(task, seed, lambda: Passage("A skill."), episode=own, siblings=(sibling,))
+        if context.writes:
+            written_passages(
+                {own.name: (context, request, options)}, lambda prompts: [None] * len(prompts), lambda _: None
+            )
+        else:
+            context.make(request, options)
 
 
 def _set(node: str, slot: ContextConfig | ContrastConfig, name: str) -> str:

@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from sdar_verl.algorithm.gates import check_gate_options, gate_reads, get_gate
 from sdar_verl.algorithm.objectives import check_objective_options, get_objective
 from sdar_verl.algorithm.schedules import (
-    GAP_MEAN,
     GAP_SIZE,
     GRAD_SHARE,
     GRAD_SHARE_WEIGHTS,
@@ -18,10 +17,13 @@ from sdar_verl.algorithm.schedules import (
     make_schedule,
     measures_of,
 )
-from sdar_verl.algorithm.signals import check_signal, get_signal, signal_reads
+from sdar_verl.algorithm.signals import check_signal, get_signal, shapes_advantages, signal_reads
 from sdar_verl.checks.distributions import distribution_faults
 from sdar_verl.config import SdarConfig
 from sdar_verl.config.loss import LossConfig, ScheduleConfig
+
+_TEACHERS = ("sdar/gap", "sdar/gate", "sdar/loss", "sdar/grad_share", "sdar/teacher")
+"""Metrics that end with the teacher."""
 
 
 def loss_faults(config: DictConfig, sdar: SdarConfig) -> list[str]:
@@ -88,8 +90,8 @@ def _schedules(loss: LossConfig) -> Iterator[str]:
     by_itself = strength.ended(10**9) or (followed and type(strength).ended is not Schedule.ended)
     if loss.coef_schedule.stop_step is not None or by_itself:
         ends = "name" if by_itself else "stop_step"
-        of_gap = {GAP_SIZE, GAP_MEAN} & {*measures_of(make_schedule(loss.rl_schedule.name, loss.rl_schedule.options))}
-        for measure in sorted(of_gap):
+        also = measures_of(make_schedule(loss.rl_schedule.name, loss.rl_schedule.options))
+        for measure in (name for name in also if name.startswith(_TEACHERS)):
             yield (
                 f"sdar.loss.rl_schedule.name={loss.rl_schedule.name} follows {measure}, which nobody measures once "
                 f"sdar.loss.coef_schedule.{ends}={getattr(loss.coef_schedule, ends)} has ended the teacher: the policy "
@@ -136,6 +138,7 @@ def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
     in_loss = signal_reads(loss.signal, "loss", loss.signal_options)
     gated = signal_reads(loss.signal, "gate", loss.signal_options)
     gate_sees_gap = gated and gate_reads(loss.gate, "gap")
+    signal_sees_gap = shapes_advantages(loss.signal) and signal_reads(loss.signal, "gap", loss.signal_options)
     if sdar.teacher.source == "none" or loss.coef == 0:
         return  # the whole signal is off: a baseline of some recipe, whose other options may stay as they are
     if not in_loss:
@@ -148,14 +151,12 @@ def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
         yield from _unused(loss, ["beta", "beta_schedule"], gate if gated else signal)
     if not gate_sees_gap:
         yield from _unused(loss, ["granularity"], gate if gated else signal)
-        if not gated and not signal_reads(loss.signal, "gap", loss.signal_options):
-            yield from _unused(loss, ["centre", "clamp"], signal)
-        elif gated and in_loss:
-            yield from _unused(loss, ["centre", "clamp"], gate)
+        if not signal_sees_gap:
+            yield from _unused(loss, ["centre", "clamp"], gate if gated else signal)
     if loss.beta == 0 and loss.beta_schedule != ScheduleConfig():
         yield "sdar.loss.beta_schedule has no effect with sdar.loss.beta=0; set that above 0"
     divisor_sees_gap = in_loss and loss.divide_by == "gap_bearing"
-    seen = gate_sees_gap or divisor_sees_gap or _signal_sees_gap(loss, in_loss)
+    seen = gate_sees_gap or divisor_sees_gap or signal_sees_gap
     if sdar.context.contrast.sources and not seen:
         unread = gate if gated else signal
         yield (
@@ -169,10 +170,6 @@ def _without_effect(loss: LossConfig, sdar: SdarConfig) -> Iterator[str]:
             "sdar.loss.centre=trajectory takes off what sdar.loss.granularity=trajectory keeps: every gap would be 0; "
             "use centre=batch or granularity=turn"
         )
-
-
-def _signal_sees_gap(loss: LossConfig, in_loss: bool) -> bool:
-    return not in_loss and signal_reads(loss.signal, "gap", loss.signal_options)
 
 
 def _unused(loss: LossConfig, names: list[str], reason: str) -> Iterator[str]:
@@ -214,7 +211,8 @@ def _run(loss: LossConfig, config: DictConfig, sdar: SdarConfig) -> Iterator[str
             f"sdar.loss.policy_gradient=False leaves the distillation loss alone in charge, but with {off} there is "
             "none; set sdar.loss.coef above 0 and sdar.loss.signal=loss"
         )
-    if not in_loss and loss.coef > 0 and sdar.teacher.source != "none" and gate_reads(loss.gate, "advantages"):
+    shapes = shapes_advantages(loss.signal)
+    if shapes and loss.coef > 0 and sdar.teacher.source != "none" and gate_reads(loss.gate, "advantages"):
         yield (
             f"sdar.loss.gate={loss.gate} reads the advantages, which sdar.loss.signal={loss.signal} changes; use "
             "sdar.loss.signal=loss, or another gate"
@@ -268,11 +266,7 @@ def _by_turn(loss: LossConfig) -> Iterator[str]:
 
 def _wants_entropy_early(loss: LossConfig) -> bool:
     """Whether the trainer itself must evaluate the gate, from the log-probs before the update."""
-    return (
-        gate_reads(loss.gate, "ranges")
-        or loss.divide_by == "weights"
-        or not signal_reads(loss.signal, "loss", loss.signal_options)
-    )
+    return gate_reads(loss.gate, "ranges") or loss.divide_by == "weights" or shapes_advantages(loss.signal)
 
 
 def needs_step_statistics(loss: LossConfig) -> list[str]:
@@ -281,7 +275,7 @@ def needs_step_statistics(loss: LossConfig) -> list[str]:
         "granularity": loss.granularity == "trajectory",
         "centre": loss.centre != "none",
         "divide_by": loss.divide_by in ("weights", "gap_bearing"),
-        "signal": not signal_reads(loss.signal, "loss", loss.signal_options),
+        "signal": shapes_advantages(loss.signal),
         "gate": gate_reads(loss.gate, "ranges") and loss.gate_options.get("norm") == "batch_minmax",
     }
     found = [f"sdar.loss.{name}={getattr(loss, name)}" for name, asked in asks.items() if asked]

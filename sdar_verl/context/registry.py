@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from sdar_verl.context.base import ContextRequest, Passage
 from sdar_verl.errors import SdarError, origin, require_free, require_name
-from sdar_verl.keyword_options import check_values
+from sdar_verl.function_options import check_function_options
 
 ContextFunction = TypeVar("ContextFunction", bound=Callable[..., "Passage | str | Generator[Any, Any, Any] | None"])
 
@@ -47,8 +47,7 @@ class Context:
             ContextError: the function fails, or gives something else than text.
         """
         with self.named_faults():
-            made = self.function(request, **options)
-        return self.passage(made)
+            return self.passage(self.function(request, **options))
 
     @contextmanager
     def named_faults(self) -> Iterator[None]:
@@ -61,10 +60,10 @@ class Context:
             raise ContextError(f"context {self.name!r}: {type(error).__name__}: {error}") from error
 
     def passage(self, made: Any) -> Passage:
-        """What a function gave, as a passage."""
+        """What a function gave, as a passage. TypeError when it is none."""
         passage = Passage(made or "") if made is None or isinstance(made, str) else made
         if not isinstance(passage, Passage):
-            raise ContextError(f"context {self.name!r} gave {type(made).__name__}; it must give text, Passage or None")
+            raise TypeError(f"it gave {type(made).__name__}; it must give text, Passage or None")
         return passage if passage.text.strip() else replace(passage, text="")
 
 
@@ -151,15 +150,9 @@ def check_contexts(
 
 
 def _check_options(context: Context, options: Mapping[str, Any], node: str) -> None:
-    parameters = inspect.signature(context.function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return
-    known = {parameter.name: parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        names = ", ".join(map(repr, unknown))
-        raise ContextError(f"context {context.name!r} has no option {names}; known: {', '.join(known) or 'none'}")
-    for option, parameter in known.items():
-        if parameter.default is parameter.empty and option not in options:
-            raise ContextError(f"context {context.name!r} needs +{node}.options.{context.name}.{option}=...")
-    check_values(context.function, options, f"{node}.options.{context.name}", ContextError)
+    try:
+        check_function_options(
+            f"context {context.name!r}", context.function, options, node=f"{node}.options.{context.name}"
+        )
+    except ValueError as error:
+        raise ContextError(str(error)) from None

@@ -67,6 +67,7 @@ def _learn(arguments: argparse.Namespace) -> int:
     seen = learn.evidence(run, arguments.episodes, arguments.task_type)
     try:
         writing = _writing(arguments, _below(settings, "data.apply_chat_template_kwargs."))
+        print(f"asking about {len(seen)} task types: {', '.join(one.task_type for one in seen)}", flush=True)
         made = learn.write_skills(bank, seen, writing, arguments.max_words)
     except SdarError as error:  # options are called otherwise here
         said = re.sub(r"sdar\.context\.writer\.(\w+)", lambda name: f"--{name[1].replace('_', '-')}", str(error))

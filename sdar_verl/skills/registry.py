@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sdar_verl.errors import origin, require_free, require_name
-from sdar_verl.keyword_options import check_values
+from sdar_verl.function_options import check_function_options
 from sdar_verl.skills.skill import Skill
 
 Function = TypeVar("Function", bound=Callable[..., list[Skill]])
@@ -39,12 +39,9 @@ class Rule:
         return EVIDENCE in inspect.signature(self.function).parameters
 
     @property
-    def options(self) -> dict[str, Any] | None:
-        """Option -> default; None when it takes any."""
-        parameters = inspect.signature(self.function).parameters.values()
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return None
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != EVIDENCE}
+    def takes_any(self) -> bool:
+        """Whether it takes any option."""
+        return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self.function).parameters.values())
 
 
 _rules: dict[str, Rule] = {}
@@ -112,11 +109,11 @@ def check_rules(rules: str | Sequence[str], options: Mapping[str, Mapping[str, A
                 f"sdar.skills.options.{name} has no effect: sdar.skills.retrieval={names} does not name that rule"
             )
         rule = get_rule(name)
-        known = rule.options
-        if known is not None and (foreign := sorted(set(given) - set(known))):
-            raise RetrievalError(
-                f"retrieval rule {name!r} has no option {', '.join(map(repr, foreign))}; known: "
-                f"{', '.join(known) or 'none'}"
-            )
-        check_values(rule.function, given, f"sdar.skills.options.{name}", RetrievalError)
+        if rule.takes_any:
+            continue
+        node = f"sdar.skills.options.{name}"
+        try:
+            check_function_options(f"retrieval rule {name!r}", rule.function, given, offered=[EVIDENCE], node=node)
+        except ValueError as error:
+            raise RetrievalError(str(error)) from None
     return names

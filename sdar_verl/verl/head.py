@@ -230,8 +230,8 @@ class HeadPass:
                 anchor = Anchor(request.reference, request.student, lambda rows: there[rows])
             elif request.student:
                 anchor = Anchor(0.0, request.student)
-            return TopKDivergence(request.kind, ids.long(), teacher, request.tail, anchor)
-        return FullDivergence(request.kind, *self._over_all(vocabulary))
+            return TopKDivergence(request.kind, ids.long(), teacher, request.tail, anchor, request.options)
+        return FullDivergence(request.kind, *self._over_all(vocabulary), request.options)
 
     def _target(self, vocabulary: int) -> TargetLogProbs:
         return TargetLogProbs(self._column("responses")[self._chosen], *self._over_all(vocabulary))

@@ -294,7 +294,7 @@ def test_the_policy_gradients_weight_needs_a_policy_gradient_and_a_teachers_run(
         ),
         (
             {"coef_schedule": {"name": "hand_off", "options": {"window": 10.5}}},
-            "sdar.loss.coef_schedule: schedule 'hand_off' has window=10.5; it must be a whole number",
+            "sdar.loss.coef_schedule: schedule 'hand_off' has window=10.5: input should be a valid integer",
         ),
     ],
 )

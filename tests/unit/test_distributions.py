@@ -90,7 +90,7 @@ def test_the_objective_is_the_gated_divergence():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     for objective in ("forward_kl", "reverse_kl", "jsd"):
         terms = distillation_terms(
-            student, teacher, mask, gate="gap", beta=2.0, objective=objective, signals={"divergence": divergence}
+            student, teacher, mask, gate="gap", beta=2.0, objective=objective, divergence=divergence
         )
         gate = torch.sigmoid(2.0 * (teacher - student)) * mask
         torch.testing.assert_close(terms.loss, gate * divergence)
@@ -104,7 +104,7 @@ def test_a_divergence_that_is_missing_or_broken_is_named():
         distillation_terms(ones, ones, torch.ones(2, 3), objective="jsd")
     broken = torch.full((2, 3), float("inf"))
     with pytest.raises(ValueError, match="divergence holds NaN or infinity"):
-        distillation_terms(ones, ones, torch.ones(2, 3), objective="jsd", signals={"divergence": broken})
+        distillation_terms(ones, ones, torch.ones(2, 3), objective="jsd", divergence=broken)
 
 
 def test_columns_are_means_over_all_distilled_tokens():

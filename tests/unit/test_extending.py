@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from sdar_verl.algorithm import gates, objectives, schedules, signals
+from sdar_verl.algorithm.divergence_rows import Anchor, FullDivergence, TopKDivergence
+from sdar_verl.algorithm.divergences import DIVERGENCES, SUPPORT_OF, on_support, top_k_ids
 from sdar_verl.context import registry
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
@@ -23,9 +25,9 @@ def blocks(language: str) -> list[str]:
 
 
 def overrides() -> list[str]:
-    """The page's lines of options for an objective, a signal and a schedule."""
+    """The page's lines of options for objectives, a signal and a schedule."""
     lines = re.findall(r"^    (sdar\.loss\..*)$", PAGE, re.MULTILINE)
-    assert len(lines) == 3
+    assert len(lines) == 4
     return lines
 
 
@@ -38,9 +40,12 @@ def page(tmp_path_factory):
     yield importlib.import_module("extending_page")
     sys.path.remove(str(folder))
     gates._GATES._entries.pop("endorse")  # other tests list what the package itself has
-    objectives._OBJECTIVES._entries.pop("huber")
+    for name in ("huber", "skewed_kl"):
+        objectives._OBJECTIVES._entries.pop(name)
+    del DIVERGENCES["skewed_kl"], SUPPORT_OF["skewed_kl"]
     signals._SIGNALS._entries.pop("damp")
-    schedules._SCHEDULES._entries.pop("inverse")
+    for name in ("inverse", "calm"):
+        schedules._SCHEDULES._entries.pop(name)
     registry._contexts.pop("failures")
     registry._contexts.pop("question")
 
@@ -102,6 +107,39 @@ def test_the_objective_is_quadratic_and_then_linear(page):
     assert torch.allclose(student.grad, torch.tensor([[0.0, 0.5, -1.0]]))
 
 
+@pytest.mark.parametrize("k", [0, 3, 6], ids=["full", "top_k", "all"])
+@pytest.mark.parametrize("anchored", [False, True])
+def test_the_divergence_has_autograds_slope_on_the_logits(page, k, anchored):
+    """Value and slope as the package makes them in chunks, against the definition and one autograd over all of it."""
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(4, 6, generator=draw) for _ in range(2))
+    student[0, 1] = teacher[1, 2] = -float("inf")
+    options = {"skew": 0.3}
+    ids = top_k_ids(student, k or 1)
+    there = on_support(teacher, ids) if k else teacher.log_softmax(-1)
+
+    def value(logits):
+        p = on_support(logits, ids) if k else logits.log_softmax(-1)
+        q = there
+        if anchored:
+            q = (0.75 * q.clamp(min=-1e30) + 0.25 * p.detach().clamp(min=-1e30)).log_softmax(-1)
+        p, q = p.clamp(min=-1e30), q.clamp(min=-1e30)
+        return (p.exp() * (p - (0.7 * q.exp() + 0.3 * p.exp()).clamp(min=1e-38).log())).sum(-1)
+
+    anchor = Anchor(0.0, 0.25, None) if anchored else None
+    if k:
+        rows = TopKDivergence("skewed_kl", ids, there, "bucket", anchor, options)
+    else:
+        rows = FullDivergence("skewed_kl", lambda part: teacher[part].clone(), anchor, options)
+    leaf = student.clone().requires_grad_()
+    expected = value(leaf)
+    upstream = torch.tensor([1.0, -2.0, 0.5, 1.0])
+    (slope,) = torch.autograd.grad(expected, leaf, upstream)
+    for part in (slice(0, 1), slice(1, 4)):
+        torch.testing.assert_close(rows.columns(student[part].clone(), part)[:, 0], expected[part].detach())
+        torch.testing.assert_close(rows.slope(student[part].clone(), part, upstream[part]), slope[part])
+
+
 def test_the_signal_damps_where_there_is_a_teacher(page):
     on, mask = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[True, True, False]])
     zero, gap = torch.zeros(1, 3), torch.tensor([[0.0, -2.0, 0.0]])
@@ -113,6 +151,15 @@ def test_the_signal_damps_where_there_is_a_teacher(page):
 def test_the_schedule_is_one_half_at_its_half(page):
     schedule = schedules.make_schedule("inverse", {"half": 4})
     assert schedules.Scheduled(0.5, schedule).value(4) == 0.25
+
+
+def test_the_schedule_that_learns_takes_back_what_it_learned(page):
+    schedule = schedules.make_schedule("calm", {"rate": 0.5})
+    for gap in (0.6, 0.4, 0.7):
+        schedule.observe(1.0, gap)
+    again = schedules.make_schedule("calm", {"rate": 0.5})
+    again.state = schedule.state
+    assert schedules.measures_of(again) == ("sdar/gap_mean",) and again.factor(4) == 0.25
 
 
 def test_the_preset_and_its_options_pass_the_checks_of_a_run(tmp_path):
