@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from functools import cache
 from typing import Any, get_type_hints
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
@@ -71,6 +72,7 @@ def check_function_options(
             raise ValueError(f"{where}: {said[0].lower()}{said[1:]}") from None
 
 
+@cache
 def _kinds(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
     """Arguments that are annotated, and what they may be."""
     try:

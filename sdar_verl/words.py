@@ -6,12 +6,16 @@ Where a script writes no spaces (Chinese, Japanese, Thai, ...), ICU's dictionari
 from __future__ import annotations
 
 import functools
+import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 REQUIRED = ("bm25s", "icu4py", "regex")
 """Modules of the extras ``search`` and ``embedding``."""
+
+_SPACED = re.compile(r"\S+\s*")
 
 
 def search_words(text: str) -> list[str]:
@@ -49,21 +53,19 @@ def _hangul_pairs(word: str) -> list[str]:
 
 def first_words(text: str, limit: int) -> str | None:
     """The first ``limit`` words of ``text``, single spaces between those that are apart; None when it has no more."""
-    kept: list[str] = []
-    left = limit
-    for piece in text.split():
-        parts = [piece] if piece.isascii() else _without_spaces(piece)
-        if len(parts) > left:
-            kept += ["".join(parts[:left])] if left else []
-            return " ".join(kept)
-        kept.append(piece)
-        left -= len(parts)
-    return None
+    parts = list(islice(pieces(text), limit + 1))
+    return " ".join("".join(parts[:limit]).split()) if len(parts) > limit else None
+
+
+def pieces(text: str) -> Iterator[str]:
+    """The words of ``text``, each with the punctuation and the white space behind it; that before the first is lost."""
+    for piece in _SPACED.finditer(text):
+        yield from _without_spaces(piece[0])
 
 
 def _without_spaces(piece: str) -> list[str]:
-    """The words of a text without spaces, each with the punctuation behind it; one word in most scripts."""
-    if not any(unicodedata.category(letter) == "Lo" for letter in piece):
+    """The words of a text without spaces but at its end; one word in most scripts."""
+    if piece.isascii() or not any(unicodedata.category(letter) == "Lo" for letter in piece):
         return [piece]
     parts: list[str] = []
     for part in segments(piece):
@@ -75,8 +77,9 @@ def _without_spaces(piece: str) -> list[str]:
 
 
 def segments(text: str) -> list[str]:
-    """``text`` cut where ICU sees the boundaries of words; nothing is lost."""
-    return list(_breaker()(text, "en"))
+    """``text`` cut where ICU sees the boundaries of words, or without ICU into letters; nothing is lost."""
+    breaker = _breaker()
+    return list(text if breaker is None else breaker(text, "en"))
 
 
 @functools.cache
@@ -96,8 +99,10 @@ def _ideographs() -> Callable[[str], list[str]]:
 
 @functools.cache
 def _breaker() -> Any:
-    from icu4py.breakers import WordBreaker
-
+    try:
+        from icu4py.breakers import WordBreaker
+    except ImportError:
+        return None
     return WordBreaker
 
 

@@ -36,11 +36,11 @@ def answer(request: ContextRequest, *, field: str | None = None) -> str | None:
 
     Args:
         request: ``task`` is read.
-        field: key of the task's data; None: verl's ``reward_model.ground_truth``, or ``answers`` of a text environment.
+        field: of the task's data, with dots into it; None: verl's ``reward_model.ground_truth``, or ``answers`` of a
+            text environment.
     """
-    data = request.task.data
-    graded = data.get("reward_model") if field is None else None
-    truth = graded.get("ground_truth") if isinstance(graded, Mapping) else data.get(field or "answers")
+    graded = isinstance(request.task.data.get("reward_model"), Mapping)
+    truth = request.task.at(field or ("reward_model.ground_truth" if graded else "answers"))
     answers = _texts(truth, "the ground truth" if field is None else field)
     if not answers:
         return None
@@ -86,14 +86,19 @@ def _texts(value: Any, name: str) -> list[str]:
     """
     if isinstance(value, Mapping) and "target" in value:
         return _texts(value["target"], name)
-    items = value if isinstance(value, list | tuple) else [value]
-    for item in items:
+    for item in value if isinstance(value, list | tuple) else [value]:
         if isinstance(item, Mapping | list | tuple | bytes):
             keys = f" with {', '.join(map(str, item))}" if isinstance(item, Mapping) else ""
             raise ContextError(
                 f"{name} holds {type(item).__name__}{keys}, not a text; use the context column with "
                 "sdar.context.options.column.path down to the text, with dots (reward_model.ground_truth.solution)"
             )
+    return _said(value)
+
+
+def _said(value: Any) -> list[str]:
+    """The texts of a value, or of a list of them; None, NaN and blanks are gaps."""
+    items = value if isinstance(value, list | tuple) else [value]
     return [text for item in items if item is not None and item == item and (text := str(item)).strip()]
 
 
@@ -188,7 +193,7 @@ def feedback(request: ContextRequest, *, field: str | None = None) -> str | None
                 "right key in sdar.context.options.feedback.field, and have the function give it an empty text where "
                 "it has nothing to say"
             )
-        text = str(episode.said.get(field) or "").strip()
+        text = "\n".join(_said(episode.said.get(field))).strip()
         return f"What was said about this attempt:\n{text}" if text else None
     lines = [
         f"This attempt {'solved' if episode.success else 'did not solve'} the task; "
@@ -216,20 +221,22 @@ def _shown(
 ) -> str | None:
     if choice not in get_args(SiblingChoice):
         raise ContextError(f"sibling has choice={choice!r}; use one of {', '.join(get_args(SiblingChoice))}")
-    if len(episodes) <= request.number:
-        return None
     if choice == "shortest":
         episodes = sorted(episodes, key=lambda episode: len(episode.turns))  # the first of several stays the first
     elif choice == "random":
         own = "" if request.episode is None else request.episode.name
         Random(f"{request.seed}:{request.task.task_id}:{own}").shuffle(episodes)
-    best = episodes[request.number]
+    told = list(dict.fromkeys(_told(episode, observations, thinking) for episode in episodes))
+    return f"{title}\n{told[request.number]}" if request.number < len(told) else None
+
+
+def _told(episode: PlayedEpisode, observations: bool, thinking: bool) -> str:
     if not thinking:
-        turns = [replace(turn, action=turn.action and without_thought(turn.action)) for turn in best.turns]
-        best = replace(best, turns=tuple(turns))
-    if len(best.turns) == 1 and best.said:  # a recipe's row of one turn: its question is known, its answer is all
-        return f"{title}\n{best.turns[0].action or ''}"
-    return f"{title}\n" + "\n".join(_story(best, observations))
+        turns = [replace(turn, action=turn.action and without_thought(turn.action)) for turn in episode.turns]
+        episode = replace(episode, turns=tuple(turns))
+    if len(episode.turns) == 1 and episode.said:  # a recipe's row of one turn: its question is known, its answer is all
+        return episode.turns[0].action or ""
+    return "\n".join(_story(episode, observations))
 
 
 def _story(episode: PlayedEpisode, observations: bool) -> Iterable[str]:

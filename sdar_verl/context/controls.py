@@ -12,16 +12,15 @@ placebo of the same length measures that part. Every draw is seeded per task, so
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sdar_verl.context.base import Passage
 from sdar_verl.context.registry import ContextError
 from sdar_verl.context.words import WORDS
+from sdar_verl.words import pieces
 
 CONTROLS = ("none", "empty", "shuffled", "wrong", "random_text")
-_PIECE = re.compile(r"\S+\s*")
 
 CountTokens = Callable[[str], int]
 """Number of tokens of a text, without special tokens."""
@@ -48,7 +47,7 @@ def placebo(
         vocabulary: words for ``random_text``.
 
     Returns:
-        The placebo; None when there is none (``wrong`` without ``other``).
+        The placebo; None when there is none (``wrong`` without ``other``, ``shuffled`` of a text that has one order).
 
     Raises:
         ContextError: unknown control.
@@ -58,7 +57,8 @@ def placebo(
     if control == "empty":
         return replace(real, text="")
     if control == "shuffled":
-        return replace(real, text=shuffle_words(real.text, random.Random(seed)))
+        mixed = shuffle_words(real.text, random.Random(seed))
+        return None if mixed == real.text else replace(real, text=mixed)
     if control == "wrong":
         if other is None:
             return None
@@ -72,11 +72,14 @@ def placebo(
 
 
 def shuffle_words(text: str, rng: random.Random) -> str:
-    """``text`` with its words permuted; the white space between them stays."""
-    words = re.findall(r"\S+", text)
-    rng.shuffle(words)
-    order = iter(words)
-    return re.sub(r"\S+", lambda _: next(order), text)
+    """``text`` with its words permuted; the white space between them stays. It differs where another order does."""
+    before = list(pieces(text))
+    words = [piece.rstrip() for piece in before]
+    mixed = list(words)
+    while len(set(words)) > 1 and mixed == words:
+        rng.shuffle(mixed)
+    spaced = (new + old[len(word) :] for new, old, word in zip(mixed, before, words, strict=True))
+    return text[: len(text) - len(text.lstrip())] + "".join(spaced)
 
 
 def fit_text(text: str, tokens: int, count_tokens: CountTokens) -> str:
@@ -84,16 +87,16 @@ def fit_text(text: str, tokens: int, count_tokens: CountTokens) -> str:
 
     At least one word is kept.
     """
-    pieces = _PIECE.findall(text.strip())
-    if not pieces:
+    words = list(pieces(text.strip()))
+    if not words:
         return ""
-    pieces[-1] = pieces[-1] + "\n"
-    pieces = pieces * (tokens // len(pieces) + 1)
-    fits, too_many = 1, min(len(pieces), tokens) + 1
+    words[-1] = words[-1] + "\n"
+    words = words * (tokens // len(words) + 1)
+    fits, too_many = 1, min(len(words), tokens) + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        if count_tokens("".join(pieces[:middle]).strip()) <= tokens:
+        if count_tokens("".join(words[:middle]).strip()) <= tokens:
             fits = middle
         else:
             too_many = middle
-    return "".join(pieces[:fits]).strip()
+    return "".join(words[:fits]).strip()

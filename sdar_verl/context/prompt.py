@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from json import JSONDecoder
 from typing import Any
 
-from sdar_verl.untrusted import parse_json, shorten
+from sdar_verl.untrusted import shorten
 
 LEFT_OUT = "(earlier ones are left out)"
 """Stands where entries of a list were."""
 
 Piece = str | Sequence[str]
+
+_DECODER = JSONDecoder(strict=False)
 
 
 class UnreadableAnswer(ValueError):
@@ -74,19 +78,20 @@ class Prompt:
 
 
 def read_object(answer: str) -> dict[str, Any]:
-    """The JSON object in an answer, whatever stands around it.
+    """The first JSON object in an answer, whatever stands around it; line breaks may stand in its texts as they are.
 
     Raises:
         UnreadableAnswer: there is none.
     """
-    start, stop = answer.find("{"), answer.rfind("}")
-    try:
-        found = parse_json(answer[start : stop + 1]) if 0 <= start < stop else None
-    except ValueError as error:
-        raise UnreadableAnswer(f"no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UnreadableAnswer(f"no JSON object: {shorten(answer)}")
-    return found
+    for brace in re.finditer("{", answer):
+        try:
+            found: dict[str, Any] = _DECODER.raw_decode(answer, brace.start())[0]
+            return found
+        except ValueError:
+            continue
+        except RecursionError:  # nested deeply, and so from the next brace on
+            break
+    raise UnreadableAnswer(f"no JSON object: {shorten(answer)}")
 
 
 def read_text(value: Any, what: str) -> str:

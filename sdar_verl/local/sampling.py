@@ -26,6 +26,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stop_token_ids": (None, [], ()),
 }
 
+# What a request may name beside these: type, and value where it does not.
+_TYPED = (
+    ("temperature", float, 1.0),
+    ("top_p", float, 1.0),
+    ("top_k", int, -1),
+    ("ignore_eos", bool, False),
+    ("logprobs", bool, False),
+)
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -38,7 +47,7 @@ class SamplingParams:
         top_k: number of most probable tokens kept; -1 or 0 keeps all.
         ignore_eos: go on after an end-of-sequence token.
         logprobs: whether the caller wants log-probs.
-        seed: seed of this request's own random stream; None lets the server draw one.
+        seed: seed of this request's own random stream; None (in a request also -1) lets the server draw one.
         prompt_logprobs: 0: the caller wants the log-probs of the prompt's tokens; k: those of the k likeliest tokens at
             each place of it. At ``temperature`` (vLLM's and SGLang's are at 1), without top-k and top-p.
     """
@@ -87,30 +96,33 @@ class SamplingParams:
             room: tokens left in the model's context after the prompt; ``max_tokens`` is cut to it.
 
         Raises:
-            ValueError: for a parameter this backend does not have, unless its value changes nothing.
+            ValueError: for a value out of range, and for a parameter this backend does not have, unless its value
+                changes nothing.
         """
         given = dict(params)
         max_tokens = given.pop("max_tokens", None)
         alias = given.pop("max_new_tokens", None)  # SGLang's name for the same limit
-        max_tokens = next(limit for limit in (max_tokens, alias, default_max_tokens) if limit is not None)
+        max_tokens = next(int(limit) for limit in (max_tokens, alias, default_max_tokens) if limit is not None)
         if given.get("prompt_logprobs") is False:
             given["prompt_logprobs"] = None
-        known = {
-            "temperature": float(given.pop("temperature", 1.0)),
-            "top_p": float(given.pop("top_p", 1.0)),
-            "top_k": int(given.pop("top_k", -1)),
-            "ignore_eos": bool(given.pop("ignore_eos", False)),
-            "logprobs": bool(given.pop("logprobs", False)),
-            "seed": given.pop("seed", None),
-            "prompt_logprobs": given.pop("prompt_logprobs", None),
-        }
+        if given.get("seed") == -1:  # as vLLM reads it
+            given["seed"] = None
+        known: dict[str, Any] = {name: given.pop(name, None) for name in ("seed", "prompt_logprobs")}
+        for name, kind, default in _TYPED:
+            value = given.pop(name, default)
+            try:
+                known[name] = kind(value)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"sampling parameter {name}={value!r}: must be a number (leave it out for {default})"
+                ) from None
         for name, value in given.items():
             if name not in _NEUTRAL or value not in _NEUTRAL[name]:
                 raise ValueError(
                     f"sampling parameter {name}={value!r} is not supported by rollout.name=transformers (the CPU "
                     "default): leave it out, or use rollout.name=vllm on a GPU"
                 )
-        return cls(max_tokens=max(1, min(int(max_tokens), room)), **known)
+        return cls(max_tokens=max(1, min(max_tokens, room)), **known)
 
 
 def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:

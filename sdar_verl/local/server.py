@@ -22,6 +22,7 @@ from sdar_verl.local.requests import Completion
 from sdar_verl.local.sampling import SamplingParams
 from sdar_verl.local.scheduler import BatchScheduler
 from sdar_verl.local.slot_cache import attends_fully, verify_slot_cache
+from sdar_verl.rollout.answers import eos_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +63,9 @@ class TransformersServer:
         ).eval()
         self._scheduler = BatchScheduler(
             self._model,
-            eos_token_ids=_eos_token_ids(self.model_config),
+            eos_token_ids=eos_token_ids(
+                self.model_config.path, self.model_config.tokenizer, self.model_config.generation_config
+            ),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             seed=config.seed + replica_rank,
@@ -108,6 +111,9 @@ class TransformersServer:
             given = sorted(name for name, value in extra.items() if value is not None)
             raise ValueError(f"rollout.name=transformers serves text only, but the request carries {given}")
         prompt = normalize_token_ids(prompt_ids)
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        if foreign := [token for token in prompt if not 0 <= token < vocabulary]:
+            raise ValueError(f"a prompt has token {foreign[0]}, the model {vocabulary} of them; check the tokenizer")
         room = self._context - len(prompt)
         if room < 1:
             raise ValueError(
@@ -216,19 +222,6 @@ class TransformersServer:
     async def get_stats(self) -> dict[str, float]:
         """Work done so far (``scheduler.Counters``), requests running and waiting."""
         return self._scheduler.counters()
-
-
-def _eos_token_ids(model_config: HFModelConfig) -> list[int]:
-    """The tokenizer's end-of-sequence token and those of the generation config, as vLLM takes them."""
-    found: set[int] = set()
-    for source in (model_config.tokenizer, model_config.generation_config):
-        eos = getattr(source, "eos_token_id", None)
-        found.update([eos] if isinstance(eos, int) else eos or [])
-    if not found:
-        raise ValueError(
-            f"model {model_config.path} names no end-of-sequence token: set eos_token in its tokenizer_config.json"
-        )
-    return sorted(found)
 
 
 def load_weights(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> tuple[set[str], set[str]]:

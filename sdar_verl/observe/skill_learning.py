@@ -8,7 +8,6 @@ with which success rose outside its interval go with every prompt that is sent o
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -187,7 +186,6 @@ class SkillLearning(Observer):
 
     def _line(self, step: int, verdict: Verdict, known: Iterable[str]) -> dict[str, Any]:
         skill = verdict.skill
-        numbers = {"gain": verdict.gain, "low": verdict.low, "high": verdict.high}
         return {
             "step": step,
             "version": self._version,
@@ -198,7 +196,7 @@ class SkillLearning(Observer):
             "revised": skill.name in known,
             "taken": verdict.taken,
             "tasks": verdict.tasks,
-            **{name: None if math.isnan(value) else value for name, value in numbers.items()},
+            **verdict.numbers,
         }
 
     # ---------------------------------------------------------------- checkpoints

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdar_verl.config import SdarConfig
@@ -32,8 +32,9 @@ def learns(settings: SdarConfig) -> bool:
 class SkillStatistics(Observer):
     """Statistics per task type: each task gets them as a column of its prompt, each step's rewards are added.
 
-    One observation is one task of a step: the mean reward of its episodes, for each skill that it was supplied. Tasks
-    none of whose episodes could be played are not counted.
+    One observation is one task of a step: the mean reward of its episodes, whichever of them the teacher looks at
+    (``sdar.context.episodes``), for each skill that it was supplied. Tasks none of whose episodes could be played are
+    not counted.
 
     Args:
         settings: the ``sdar`` node.
@@ -42,6 +43,7 @@ class SkillStatistics(Observer):
     name: ClassVar[str] = "skill_statistics"
 
     def __init__(self, settings: SdarConfig) -> None:
+        self._sources = settings.context.sources
         self._by_type: dict[str, TypeStatistics] = {}
 
     def before_rollout(self, prompts: TensorDict) -> None:
@@ -76,11 +78,17 @@ class SkillStatistics(Observer):
         for uid in sorted(groups):
             episodes = groups[uid]
             first = episodes[0]
-            if not first.skills:
+            skills = self._supplied(first)
+            if not skills:
                 continue
             reward = sum(info.episode.reward for info in episodes if info.episode is not None) / len(episodes)
-            self._by_type.setdefault(first.task_type, TypeStatistics()).add(first.skills, reward)
+            self._by_type.setdefault(first.task_type, TypeStatistics()).add(skills, reward)
         return statistics_metrics(self._by_type)
+
+    def _supplied(self, first: RowInfo) -> Sequence[str]:
+        """What was found for a task; its rows have none of it where the teacher does not look at the episode."""
+        early = first.episode.passages if first.episode is not None else {}
+        return first.skills or [skill for name in self._sources for skill in early.get(name, {}).get("skills", ())]
 
     def state_dict(self) -> dict[str, Any]:
         """All statistics."""

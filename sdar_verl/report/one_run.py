@@ -52,8 +52,8 @@ def _of_a_run(name: str, seed: int, folder: Path) -> dict[str, str]:
         "sdar.rollout.seed": f"{seed}",
         "actor_rollout_ref.actor.data_loader_seed": f"{42 + seed}",
         "trainer.experiment_name": f"{name}-{seed}",
-        "trainer.default_local_dir": _quoted(folder / "checkpoints"),
-        "hydra.run.dir": _quoted(folder / "hydra"),
+        "trainer.default_local_dir": quoted(folder / "checkpoints"),
+        "hydra.run.dir": quoted(folder / "hydra"),
     }
 
 
@@ -101,7 +101,7 @@ def _options(words: Sequence[str]) -> set[str]:
     return found
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
     """A path as the value of an override; Hydra's grammar reads few characters without quotes."""
     from hydra.core.override_parser.types import Quote, QuotedString
 

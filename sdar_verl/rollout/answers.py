@@ -48,3 +48,22 @@ def shows(tokenizer: Any, ids: Sequence[int], line: str) -> bool:
 
 def _bare(text: str) -> str:
     return "".join(text.split()).casefold()
+
+
+def eos_token_ids(model: Any, *sources: Any) -> list[int]:
+    """The tokens that end an answer: of a tokenizer and a generation config together, as vLLM takes them.
+
+    Args:
+        model: its path, for the message.
+        sources: objects with an ``eos_token_id``: a token, several, or None.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: set[int] = set()
+    for source in sources:
+        eos = getattr(source, "eos_token_id", None)
+        found.update([eos] if isinstance(eos, int) else eos or [])
+    if not found:
+        raise ValueError(f"model {model} names no end-of-sequence token: set eos_token in its tokenizer_config.json")
+    return sorted(found)

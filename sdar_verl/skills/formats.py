@@ -28,6 +28,7 @@ REQUIRED_KEYS = ("name", "description")
 OUR_KEYS = ("task-types", "keywords")
 # The last four belong to the Agent Skills format, and mean nothing here; others that are found are told.
 KNOWN_KEYS = (*REQUIRED_KEYS, *OUR_KEYS, "license", "compatibility", "metadata", "allowed-tools")
+_QUOTE = "quote numbers, yes, no, on, off"
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(?P<yaml>.*?)^---[ \t]*(\n|\Z)(?P<text>.*)", re.DOTALL | re.MULTILINE)
 
@@ -162,6 +163,21 @@ def _read_skill(path: Path, folder: Path | None, unknown: Counter[str]) -> Skill
         raise SkillBankError(
             f"{path} is missing; every folder of a skill bank holds a {SKILL_FILE}{_meant(path.parent)}"
         )
+    front, text = read_skill_file(path, folder)
+    unknown.update(str(key) for key in front if key not in KNOWN_KEYS)
+    return build_skill(path, front, text)
+
+
+def read_skill_file(path: Path, folder: Path | None) -> tuple[dict[str, Any], str]:
+    """Front matter and text.
+
+    Args:
+        path: a ``SKILL.md``.
+        folder: in which it must lie, None: anywhere.
+
+    Raises:
+        SkillBankError: it cannot be read, or has no front matter, or one that is no YAML.
+    """
     content = read_text(path, MAX_FILE_BYTES, folder, SkillBankError)
     match = _FRONT_MATTER.fullmatch(content)
     if match is None:
@@ -179,13 +195,18 @@ def _read_skill(path: Path, folder: Path | None, unknown: Counter[str]) -> Skill
         raise SkillBankError(f"{path}: front matter is not valid YAML: {told}") from error
     if not isinstance(front, dict):
         raise SkillBankError(f"{path}: front matter must be 'key: value' lines, not {shorten(front)}")
-    unknown.update(str(key) for key in front if key not in KNOWN_KEYS)
-    return _build_skill(path, front, match["text"].strip())
+    return front, match["text"].strip()
 
 
-def _build_skill(path: Path, front: Mapping[str, Any], text: str) -> Skill:
+def build_skill(path: Path, front: Mapping[str, Any], text: str) -> Skill:
+    """What :func:`read_skill_file` found, as a skill.
+
+    Raises:
+        SkillBankError: everything that is wrong with it.
+    """
     faults = [
-        f"{path}: {key!r} must be text, not {shorten(front.get(key))}; add '{key}: ...' to the front matter"
+        f"{path}: {key!r} must be text, not {shorten(front.get(key))}; "
+        + (f"add '{key}: ...' to the front matter" if isinstance(front.get(key), str | None) else _QUOTE)
         for key in REQUIRED_KEYS
         if not isinstance(front.get(key), str) or not front[key].strip()
     ]
@@ -198,7 +219,7 @@ def _build_skill(path: Path, front: Mapping[str, Any], text: str) -> Skill:
     lists: dict[str, tuple[str, ...]] = dict.fromkeys(OUR_KEYS, ())
     for key in OUR_KEYS:
         with collecting(faults):
-            lists[key] = _strings(path, key, front.get(key) or [])
+            lists[key] = _strings(path, key, front.get(key))
     if faults:
         raise SkillBankError(*faults)
     return Skill(
@@ -216,10 +237,10 @@ def is_skill_name(text: str) -> bool:
 
 
 def _strings(path: Path, key: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) and value.strip():  # as others write it
-        value = value.split(",")
+    if value is None:
+        return ()
+    if isinstance(value, str):  # as others write it
+        value = value.split(",") if value.strip() else []
     if not isinstance(value, list) or not all(isinstance(item, str) and re.search(r"[^\W_]", item) for item in value):
-        raise SkillBankError(
-            f"{path}: {key!r} must be a list of words, not {shorten(value)}; quote numbers, yes, no, on, off"
-        )
+        raise SkillBankError(f"{path}: {key!r} must be a list of words, not {shorten(value)}; {_QUOTE}")
     return tuple(item.strip() for item in value)

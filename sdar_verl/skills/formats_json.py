@@ -104,7 +104,7 @@ def _read_mapping(path: Path, content: Mapping[str, Any], skills: list[tuple[Ski
             if not text:
                 raise SkillBankError(f"{source} has no text; a teacher would learn nothing from it")
             first = text.splitlines()[0].lstrip("# ").strip()
-            skills.append((Skill(name, first, text, types, tuple(dict.fromkeys(words))), source))
+            skills.append((Skill(name, first or name, text, types, tuple(dict.fromkeys(words))), source))
 
 
 # ---------------------------------------------------------------- SkillRL

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shutil
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,15 +25,20 @@ from sdar_verl.context.registry import Context
 from sdar_verl.envs.base import Task
 from sdar_verl.report.read import RunData, episodes
 from sdar_verl.skills.bank import SkillBank
-from sdar_verl.skills.formats import SKILL_FILE, is_skill_name
+from sdar_verl.skills.formats import OUR_KEYS, SKILL_FILE, build_skill, is_skill_name, read_skill_file
 from sdar_verl.skills.skill import Skill, SkillBankError
+from sdar_verl.text_files import read_text as read_text_file
 from sdar_verl.untrusted import whole_characters
+from sdar_verl.words import first_words
 
 if TYPE_CHECKING:
     from sdar_verl.writer.step import StepWriting
 
 NOTE = "learned.json"
 """Beside a candidate's skills: of what it was made."""
+
+PROVENANCE = ("learned-from", "writer", "revises", "episodes", "learned-as", "learned-at-step", "gain", "tasks")
+"""What we write into a skill's ``metadata``; of a text that is revised, the earlier is no longer true."""
 
 _READ = 10_000
 """Episodes of a run that are looked at, at most."""
@@ -164,8 +170,8 @@ def ask(
     name, description, text = (_plain(read_text(found.get(key), key)) for key in ("name", "description", "text"))
     if not is_skill_name(name):
         raise UnreadableAnswer(f"{name!r} is no name of a skill")
-    if len(text.split()) > max_words:
-        raise UnreadableAnswer(f"the text has {len(text.split())} words, more than {max_words}")
+    if first_words(text, max_words) is not None:
+        raise UnreadableAnswer(f"the text has more than {max_words} words")
     if name in taken:
         raise UnreadableAnswer(f"{name} is the name of a skill for other tasks")
     old = next((skill for skill in known if skill.name == name), None)
@@ -179,19 +185,35 @@ def _plain(text: str) -> str:
     return "\n".join("".join(filter(str.isprintable, line)) for line in lines)
 
 
-def write_bank(skills: Iterable[Skill], folder: Path, provenance: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write skills as a folder of Agent Skills.
+def write_bank(bank: SkillBank, folder: Path, provenance: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a bank as a folder of Agent Skills.
+
+    Of a bank that is one already, the files beside a skill's own are copied, and so is that where it is as it was; else
+    it keeps the keys of its front matter that say nothing to us.
 
     Args:
-        skills: all of the bank.
+        bank: its skills, and where it was read.
         folder: a skill's file is ``<name>/SKILL.md`` in it.
-        provenance: name -> plain values for the front matter's ``metadata``.
+        provenance: name -> plain values for the front matter's ``metadata``, in the place of earlier ones.
     """
-    for skill in skills:
-        front: dict[str, Any] = {"name": skill.name, "description": skill.description}
+    for skill in bank:
+        old = (bank.origin or folder) / skill.name / SKILL_FILE
+        front: dict[str, Any] = {}
+        if old.is_file():
+            shutil.copytree(old.parent, folder / skill.name, symlinks=True, dirs_exist_ok=True)
+            front, text = read_skill_file(old, None)
+            if skill.name not in provenance and replace(build_skill(old, front, text), name=skill.name) == skill:
+                write_text_atomically(folder / skill.name / SKILL_FILE, read_text_file(old))  # of a link, what it shows
+                continue
+        front = {key: value for key, value in front.items() if key not in OUR_KEYS}
+        front |= {"name": skill.name, "description": skill.description}
         front |= {"task-types": list(skill.task_types)} if skill.task_types else {}
         front |= {"keywords": list(skill.keywords)} if skill.keywords else {}
-        front |= {"metadata": dict(provenance[skill.name])} if skill.name in provenance else {}
+        if skill.name in provenance:
+            known = front.get("metadata")
+            notes = known.items() if isinstance(known, dict) else ()
+            front["metadata"] = {key: value for key, value in notes if key not in PROVENANCE}
+            front["metadata"] |= provenance[skill.name]
         head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=110)
         write_text_atomically(folder / skill.name / SKILL_FILE, f"---\n{head}---\n{skill.text}\n")
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdar_verl.arguments import given_path
-from sdar_verl.untrusted import printable
+from sdar_verl.arguments import check_above_zero, given_path
+from sdar_verl.untrusted import is_inside, printable
 
 if TYPE_CHECKING:
+    from sdar_verl.report.read import RunData
     from sdar_verl.skills.bank import SkillBank
     from sdar_verl.writer.step import StepWriting
 
@@ -36,6 +39,7 @@ def add_actions(actions: Any) -> None:
     learn.add_argument("--task-type", nargs="+", default=[], metavar="TYPE", help="only these; by default all traced")
     learn.add_argument("--episodes", type=int, default=6, help="shown per type, failures and successes (default 6)")
     learn.add_argument("--max-words", type=int, default=200, help="of a skill's text (default 200)")
+    learn.add_argument("--max-tokens", type=int, default=1024, help="of an answer, thoughts included (default 1024)")
     text = "keep of a candidate's skills those with which success rose outside its interval, on a panel of its own"
     take = actions.add_parser("take", help=text, description=text[0].upper() + text[1:] + ".")
     take.set_defaults(run=_take)
@@ -48,21 +52,26 @@ def add_actions(actions: Any) -> None:
 
 
 def _learn(arguments: argparse.Namespace) -> int:
-    from sdar_verl.errors import ConfigError
+    from sdar_verl.errors import ConfigError, SdarError
+    from sdar_verl.report.one_run import quoted
     from sdar_verl.report.read import read_run
     from sdar_verl.skills import learn
     from sdar_verl.skills.bank import SkillBank
+    from sdar_verl.skills.loading import bank_settings, load_as_recorded
 
-    for option, value in (("--episodes", arguments.episodes), ("--max-words", arguments.max_words)):
-        if value < 1:
-            raise ConfigError(f"{option} {value}: give a number of at least 1")
-    if (arguments.out / learn.NOTE).exists():
-        raise ConfigError(f"--out {arguments.out} holds a candidate already; name a new folder")
-    run, bank = read_run(arguments.folder), SkillBank.load(arguments.bank)
+    check_above_zero(arguments, "episodes", "max_words", "max_tokens")
+    run = read_run(arguments.folder)
+    settings = run.run.get("settings", {})
+    bank = load_as_recorded(arguments.bank, bank_settings(settings))
+    _check_out(arguments.out, bank)
     seen = learn.evidence(run, arguments.episodes, arguments.task_type)
-    writing = _writing(arguments, _below(run.run.get("settings", {}), "data.apply_chat_template_kwargs."))
-    print(f"asking about {len(seen)} task types: {', '.join(one.task_type for one in seen)}", flush=True)
-    made = learn.write_skills(bank, seen, writing, arguments.max_words)
+    try:
+        writing = _writing(arguments, _below(settings, "data.apply_chat_template_kwargs."))
+        print(f"asking about {len(seen)} task types: {', '.join(one.task_type for one in seen)}", flush=True)
+        made = learn.write_skills(bank, seen, writing, arguments.max_words)
+    except SdarError as error:  # options are called otherwise here
+        said = re.sub(r"sdar\.context\.writer\.(\w+)", lambda name: f"--{name[1].replace('_', '-')}", str(error))
+        raise ConfigError(said) from error
     for line in _told(writing.metrics()):
         print(line)
     learned = list(made.values())
@@ -74,6 +83,7 @@ def _learn(arguments: argparse.Namespace) -> int:
     shown = {one.task_type: len(one.played) for one in seen}
     provenance = {skill.name: {**about, "episodes": shown[task_type]} for task_type, skill in made.items()}
     learn.write_bank(bank.with_skills(learned), arguments.out, provenance)
+    SkillBank.load(arguments.out)  # the note, last, makes a candidate of what can be read
     panels = [digest for digests in run.run.get("panels", {}).values() for digest in digests]
     origin = bank.origin if bank.origin is not None else Path(arguments.bank)
     learn.write_note(
@@ -83,7 +93,8 @@ def _learn(arguments: argparse.Namespace) -> int:
             "digest": bank.digest,
             "skills": sorted(skill.name for skill in learned),
             "panels": panels,
-            "tasks": sorted({task.task_id for one in seen for task in one.tasks}),
+            "settings": bank_settings(settings),
+            "tasks": sorted({task.task_id for one in seen for task in one.tasks} | _validated(run)),
         },
     )
     old = {skill.name: skill for skill in bank}
@@ -93,11 +104,32 @@ def _learn(arguments: argparse.Namespace) -> int:
     for name, where in (("before", arguments.bank), ("after", arguments.out.resolve())):
         print(
             "  python -m verl.trainer.main_ppo --config-name ... method=skill_prompt "
-            f"actor_rollout_ref.model.path=POLICY data.val_files=PANEL sdar.skills.bank={where} "
-            f"trainer.experiment_name={name}"
+            "actor_rollout_ref.model.path=POLICY data.val_files=PANEL",
+            shlex.quote(f"sdar.skills.bank={quoted(Path(where))}"),
+            f"trainer.experiment_name={name}",
         )
-    print(f"  sdar-verl skills take {arguments.out} --before RUN --after RUN --out NEW_BANK")
+    print("  sdar-verl skills take", shlex.quote(str(arguments.out)), "--before RUN --after RUN --out NEW_BANK")
     return 0
+
+
+def _check_out(out: Path, bank: SkillBank) -> None:
+    """ConfigError unless a candidate can be written there without touching anything else."""
+    from sdar_verl.errors import ConfigError
+    from sdar_verl.report.layout import WRITTEN_FILE
+
+    if bank.origin is not None and bank.origin.is_dir() and is_inside(out, bank.origin):
+        raise ConfigError(f"--out {out} lies in the bank {bank.origin}, which stays as it is; name another folder")
+    held = sorted(entry.name for entry in out.iterdir() if entry.name != WRITTEN_FILE) if out.exists() else []
+    if held:
+        raise ConfigError(
+            f"--out {out} holds {held[0]}; name a new folder, or leave nothing in it but {WRITTEN_FILE}, the answers "
+            "that were paid for"
+        )
+
+
+def _validated(run: RunData) -> set[str]:
+    """The tasks that a run has validated on."""
+    return {str(task) for columns in run.outcomes.values() for task in columns["task_id"] if task is not None}
 
 
 def _below(settings: Mapping[str, Any], node: str) -> dict[str, Any]:
@@ -117,25 +149,26 @@ def _writing(arguments: argparse.Namespace, chat_template_kwargs: dict[str, Any]
         for option, value in named.items():
             if value is not None:
                 raise ConfigError(f"{option} {value}: no effect with --policy, which asks no endpoint; leave it out")
-        return checkpoint_writing(arguments.policy, chat_template_kwargs)
+        return checkpoint_writing(arguments.policy, chat_template_kwargs, arguments.max_tokens)
     from sdar_verl.writer.endpoint import EndpointWriter
 
     if arguments.model is None:
         raise ConfigError(f"--url {arguments.url}: name the endpoint's model with --model")
-    settings = WriterConfig(
-        source="endpoint", url=arguments.url, model=arguments.model, key_variable=arguments.key_variable
-    )
+    given = {name: getattr(arguments, name) for name in ("url", "model", "key_variable", "max_tokens")}
+    settings = WriterConfig(source="endpoint", **given)
     writer = EndpointWriter(settings, arguments.out, lambda text: len(text) // CHARACTERS_PER_TOKEN + 1)
     return StepWriting(writer, ())  # the endpoint's control strings are its own matter: there is no tokenizer here
 
 
 def _told(metrics: Mapping[str, float]) -> list[str]:
     counts = {name.removeprefix("sdar/writer/"): int(value) for name, value in metrics.items() if "writer/" in name}
+    counts["answered"] -= counts["unparsed"]
     said = {
         "answered": "written",
         "cached": "known from before",
         "unparsed": "no skill",
         "failed": "without an answer",
+        "length": "cut off (more --max-tokens)",
         "too_long": "too long for the writer (fewer --episodes)",
     }
     parts = [f"{counts[name]} {words}" for name, words in said.items() if counts[name] or name == "answered"]
@@ -147,6 +180,7 @@ def _take(arguments: argparse.Namespace) -> int:
     from sdar_verl.errors import ConfigError
     from sdar_verl.skills import learn
     from sdar_verl.skills.bank import SkillBank
+    from sdar_verl.skills.loading import load_as_recorded
     from sdar_verl.skills.take import as_json, judge, read_note
 
     if arguments.out.exists():
@@ -163,12 +197,13 @@ def _take(arguments: argparse.Namespace) -> int:
             print("no skill is taken; no bank is written")
         return 1
     note = read_note(arguments.candidate)
-    base: SkillBank = SkillBank.load(note["bank"])
+    base = load_as_recorded(note["bank"], note["settings"])
     measured = {v.skill.name: {"gain": round(v.gain, 4), "tasks": v.tasks} for v in verdicts}
     provenance = {
         skill.name: {"learned-as": str(arguments.candidate.resolve().name), **measured[skill.name]} for skill in taken
     }
     learn.write_bank(base.with_skills(taken), arguments.out, provenance)
+    SkillBank.load(arguments.out)
     if not arguments.json:
         print(f"{arguments.out} is the bank {base.name} with them")
     return 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sdar_verl.errors import origin, require_free, require_name
+from sdar_verl.function_options import check_function_options
 from sdar_verl.skills.skill import Skill
 
 Function = TypeVar("Function", bound=Callable[..., list[Skill]])
@@ -38,12 +39,9 @@ class Rule:
         return EVIDENCE in inspect.signature(self.function).parameters
 
     @property
-    def options(self) -> dict[str, Any] | None:
-        """Option -> default; None when it takes any."""
-        parameters = inspect.signature(self.function).parameters.values()
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return None
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != EVIDENCE}
+    def takes_any(self) -> bool:
+        """Whether it takes any option."""
+        return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self.function).parameters.values())
 
 
 _rules: dict[str, Rule] = {}
@@ -97,7 +95,7 @@ def check_rules(rules: str | Sequence[str], options: Mapping[str, Mapping[str, A
         options: rule -> its keyword arguments (``sdar.skills.options``).
     Raises:
         RetrievalError: an unknown rule, or none at all; `none` among others, which would have no effect; an option
-            that its rule does not have, or of a rule that is not used.
+            that its rule does not have, or of a rule that is not used; a value that its annotation does not allow.
     """
     names = [rules] if isinstance(rules, str) else list(rules)
     unknown = [name for name in names if name not in _rules]
@@ -110,10 +108,12 @@ def check_rules(rules: str | Sequence[str], options: Mapping[str, Mapping[str, A
             raise RetrievalError(
                 f"sdar.skills.options.{name} has no effect: sdar.skills.retrieval={names} does not name that rule"
             )
-        known = get_rule(name).options
-        if known is not None and (foreign := sorted(set(given) - set(known))):
-            raise RetrievalError(
-                f"retrieval rule {name!r} has no option {', '.join(map(repr, foreign))}; known: "
-                f"{', '.join(known) or 'none'}"
-            )
+        rule = get_rule(name)
+        if rule.takes_any:
+            continue
+        node = f"sdar.skills.options.{name}"
+        try:
+            check_function_options(f"retrieval rule {name!r}", rule.function, given, offered=[EVIDENCE], node=node)
+        except ValueError as error:
+            raise RetrievalError(str(error)) from None
     return names

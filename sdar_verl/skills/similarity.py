@@ -6,7 +6,9 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from importlib import util
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from sdar_verl.envs.base import Task
 from sdar_verl.skills.bank import SkillBank
@@ -27,7 +29,13 @@ _lock = threading.Lock()
 
 @register_retriever("embedding")
 def embedding(
-    bank: SkillBank, task: Task, seed: int, *, model: str = BM25, top: int = 3, min_score: float | None = None
+    bank: SkillBank,
+    task: Task,
+    seed: int,
+    *,
+    model: str = BM25,
+    top: Annotated[int, Field(ge=1)] = 3,
+    min_score: float | None = None,
 ) -> list[Skill]:
     """The specific skills nearest to the task's description, best first, and the general ones.
 
@@ -42,10 +50,8 @@ def embedding(
             (models).
 
     Raises:
-        RetrievalError: ``top`` below 1, or the library or the model is not there.
+        RetrievalError: the library or the model is not there.
     """
-    if top < 1:
-        raise RetrievalError(f"sdar.skills.options.embedding.top={top}: at least 1")
     if not bank.specific:
         return general_skills(bank)
     scores = _scorer(bank, model)(task.description)

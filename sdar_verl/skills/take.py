@@ -3,7 +3,7 @@
 Two evaluations are compared that differ in nothing but the bank: one with the bank that the candidate was made of, one
 with the candidate, task by task. A skill is judged by the tasks of its types that no other learned skill is for, and
 taken when the whole 95 % interval of the difference lies above 0. A panel that the run had trained or validated on, or
-that shares a task with what the writer was shown, is refused.
+that shares a task with what the writer was shown or the run validated on, is refused.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sdar_verl.report.compare import Comparison, load
 from sdar_verl.report.read import RunData
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.learn import NOTE
+from sdar_verl.skills.loading import RENAMED, bank_settings, load_as_recorded
 from sdar_verl.skills.skill import SkillBankError
 from sdar_verl.skills.verdict import Verdict, judge_skill
 from sdar_verl.untrusted import parse_json, shorten
@@ -40,7 +41,7 @@ def read_note(candidate: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise SkillBankError(f"{file} is damaged ({error}); make the candidate again") from error
-    kinds = {"bank": str, "digest": str, "skills": list, "panels": list, "tasks": list}
+    kinds = {"bank": str, "digest": str, "settings": dict, "skills": list, "panels": list, "tasks": list}
     if not isinstance(note, dict) or any(not isinstance(note.get(key), kind) for key, kind in kinds.items()):
         raise SkillBankError(f"{file} is damaged (it holds {shorten(note)}); make the candidate again")
     return note
@@ -60,7 +61,7 @@ def judge(candidate: Path, before: str, after: str, arm: str) -> list[Verdict]:
         ComparisonError, RecordError: they cannot be compared at all.
     """
     note = read_note(candidate)
-    learned, base = SkillBank.load(candidate), SkillBank.load(note["bank"])
+    learned, base = SkillBank.load(candidate), load_as_recorded(note["bank"], note["settings"])
     if base.digest != note["digest"]:
         raise SkillBankError(f"the bank {note['bank']} has changed since {candidate} was made of it; make it again")
     comparison = load([f"without={before}", f"with={after}"], arm=arm)
@@ -84,11 +85,13 @@ def _by_task(comparison: Comparison, name: str) -> dict[str, float]:
 
 
 def _check_runs(candidate: Path, base: SkillBank, without: RunData, with_it: RunData) -> None:
-    one, other = (dict(run.run.get("settings", {})) for run in (without, with_it))
+    recorded, other = (dict(run.run.get("settings", {})) for run in (without, with_it))
+    # A candidate's task types are translated already; the digest below says what they were to the other run.
+    one, other = ({k: v for k, v in found.items() if not k.startswith(RENAMED)} for found in (recorded, other))
     banks = [settings.pop(_BANK, "") for settings in (one, other)]
     if not str(banks[1]) or Path(str(banks[1])).resolve() != candidate.resolve():
         raise SkillBankError(f"{with_it.folder} was run with {_BANK}={banks[1]}, not with the candidate {candidate}")
-    if SkillBank.load(str(banks[0])).digest != base.digest:
+    if load_as_recorded(str(banks[0]), bank_settings(recorded)).digest != base.digest:
         raise SkillBankError(
             f"{without.folder} was run with {_BANK}={banks[0]}, not with the bank that {candidate} was made of"
         )
@@ -110,8 +113,8 @@ def _check_panel(note: Mapping[str, Any], run: RunData, comparison: Comparison) 
     shared = sorted(set(comparison.tasks) & set(note["tasks"]))
     if shared:
         raise SkillBankError(
-            f"{len(shared)} tasks of the panel of {run.folder} are among those that the writer was shown, "
-            f"{shared[0]} for one; use a panel without them"
+            f"{len(shared)} tasks of the panel of {run.folder} are among those that the writer was shown or that its "
+            f"run validated on, {shared[0]} for one; use a panel without them"
         )
     if not comparison.tasks:
         raise SkillBankError(f"{run.folder} kept no outcomes per task; evaluate with trainer.v1.trainer_mode=sdar")
@@ -133,9 +136,7 @@ def as_json(verdicts: list[Verdict]) -> str:
         {
             "skill": verdict.skill.name,
             "tasks": verdict.tasks,
-            "gain": verdict.gain,
-            "low": verdict.low,
-            "high": verdict.high,
+            **verdict.numbers,
             "taken": verdict.taken,
         }
         for verdict in verdicts

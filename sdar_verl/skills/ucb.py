@@ -13,16 +13,15 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from sdar_verl.envs.base import Task
 from sdar_verl.skills.bank import SkillBank
 from sdar_verl.skills.registry import RetrievalError, register_retriever
 from sdar_verl.skills.rules import by_keyword, for_task_type, general_skills
 from sdar_verl.skills.skill import Skill
-
-COLD_STARTS = ("first", "prior")
-CANDIDATES = ("all", "matching")
 
 
 @dataclass
@@ -86,11 +85,11 @@ def ucb(
     task: Task,
     seed: int,
     *,
-    c: float = 1.0,
-    top: int = 1,
-    cold_start: str = "first",
-    prior: float = 0.0,
-    candidates: str = "all",
+    c: Annotated[float, Field(ge=0)] = 1.0,
+    top: Annotated[int, Field(ge=1)] = 1,
+    cold_start: Literal["first", "prior"] = "first",
+    prior: Annotated[float, Field(allow_inf_nan=False)] = 0.0,
+    candidates: Literal["all", "matching"] = "all",
     evidence: Evidence | None = None,
 ) -> list[Skill]:
     """The specific skills with the highest upper confidence bound, best first, and the general ones.
@@ -101,16 +100,19 @@ def ucb(
         seed: of the order in which skills that were never supplied are tried.
         c: weight of exploration, in units of the reward (the paper does not say its value).
         top: how many skills.
-        cold_start: a skill that was never supplied: ``first`` comes before all others, ``prior`` counts as if it had
-            been supplied once with the reward ``prior`` (the paper does not say which).
+        cold_start: ``first``: a skill that was never supplied comes before all others; ``prior``: each counts as
+            supplied once more, with the reward ``prior`` (the paper does not say which).
         prior: see ``cold_start``.
         candidates: ``all`` specific skills, or those ``matching`` the task by type or keyword.
         evidence: what earlier steps told; nothing when None.
 
     Raises:
-        RetrievalError: an option out of range.
+        RetrievalError: an option without effect.
     """
-    _check(c, top, cold_start, prior, candidates)
+    if prior and cold_start != "prior":
+        raise RetrievalError(
+            f"sdar.skills.options.ucb.prior={prior} has no effect with cold_start={cold_start}; use cold_start=prior"
+        )
     evidence = evidence or Evidence()
     pool = {skill.name: skill for skill in bank.specific}
     if candidates == "matching":
@@ -123,25 +125,24 @@ def ucb(
     if not evidence.explore and means:
         best = sorted(means, key=lambda name: (-means[name], names.index(name)))[:top]
         return [pool[name] for name in best] + general_skills(bank)
+    if cold_start == "prior":
+        queries += len(names)
+        supplied = {name: count + 1 for name, count in supplied.items()}
+        means = {name: (known.reward.get(name, 0.0) + prior) / supplied[name] for name in names}
     chosen: list[str] = []
     for _ in range(evidence.ahead + 1):
-        scores = {
-            name: _score(means.get(name), supplied[name], queries, c, prior if cold_start == "prior" else None)
-            for name in names
-        }
+        scores = {name: _score(means.get(name), supplied[name], queries, c) for name in names}
         chosen = sorted(names, key=lambda name: (-scores[name], names.index(name)))[:top]
         queries += 1
         for name in chosen:
             supplied[name] += 1
-            means.setdefault(name, prior if cold_start == "prior" else fallback)
+            means.setdefault(name, fallback)
     return [pool[name] for name in chosen] + general_skills(bank)
 
 
-def _score(mean: float | None, supplied: int, queries: int, c: float, prior: float | None) -> float:
-    if not supplied or mean is None:
-        if prior is None:
-            return math.inf
-        mean, supplied = prior, 1
+def _score(mean: float | None, supplied: int, queries: int, c: float) -> float:
+    if mean is None:
+        return math.inf
     return mean + c * math.sqrt(math.log(max(1, queries)) / supplied)
 
 
@@ -149,17 +150,3 @@ def _shuffled(names: Sequence[str], seed: str) -> list[str]:
     order = list(names)
     random.Random(seed).shuffle(order)
     return order
-
-
-def _check(c: float, top: int, cold_start: str, prior: float, candidates: str) -> None:
-    option = "sdar.skills.options.ucb"
-    if c < 0:
-        raise RetrievalError(f"{option}.c={c}: at least 0")
-    if top < 1:
-        raise RetrievalError(f"{option}.top={top}: at least 1")
-    if cold_start not in COLD_STARTS:
-        raise RetrievalError(f"{option}.cold_start={cold_start!r}; use one of {', '.join(COLD_STARTS)}")
-    if candidates not in CANDIDATES:
-        raise RetrievalError(f"{option}.candidates={candidates!r}; use one of {', '.join(CANDIDATES)}")
-    if prior and cold_start != "prior":
-        raise RetrievalError(f"{option}.prior={prior} has no effect with cold_start={cold_start}; use cold_start=prior")

@@ -38,6 +38,12 @@ class Verdict:
         """Success rose outside the interval, over enough tasks."""
         return self.tasks >= LEAST_TASKS and self.low > 0
 
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """For JSON, which has no NaN."""
+        numbers = {"gain": self.gain, "low": self.low, "high": self.high}
+        return {name: None if math.isnan(value) else value for name, value in numbers.items()}
+
     def __str__(self) -> str:
         word = "taken" if self.taken else "left"
         gain = f"{self.gain:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
+from itertools import accumulate
 
-# A run of letters and digits: what counts as a word of a description or a keyword.
-_WORD = re.compile(r"[^\W_]+")
+# In a name such as AlarmClock, where a word begins.
+_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 # Scripts that put no space between words: Thai to Burmese, Khmer, kana, ideographs.
 _UNSPACED = re.compile(
@@ -15,16 +17,23 @@ _UNSPACED = re.compile(
 
 
 def split_words(text: str) -> list[str]:
-    """The words of ``text``, in order."""
-    return _WORD.findall(text)
+    """The words of ``text``, in order: runs of letters and digits, however accents are encoded."""
+    composed = unicodedata.normalize("NFC", text)
+    return "".join(letter if _of_a_word(letter) else " " for letter in composed).split()
+
+
+def _of_a_word(letter: str) -> bool:
+    return letter.isalnum() or unicodedata.category(letter).startswith("M")  # the vowels of Hindi or Thai
 
 
 def find_keyword(keyword: str, words: Sequence[str]) -> int | None:
     """Index in ``words`` where ``keyword`` begins; None when it is not there.
 
-    AlarmClock, alarmclock, alarm clock and alarm-clock are one keyword; so are singular and plural.
+    The keyword AlarmClock, alarm clock or alarm-clock is found in each of these forms, alarmclock in one word alone;
+    singular and plural are one.
     """
-    keyword = "".join(split_words(keyword))
+    parts = split_words(_CAPITAL.sub(" ", keyword))
+    keyword, ends = "".join(parts), set(accumulate(map(len, parts)))
     wanted = _forms(keyword)
     if _UNSPACED.search(keyword):
         return next((at for at, word in enumerate(words) if keyword.lower() in word.lower()), None)
@@ -34,7 +43,7 @@ def find_keyword(keyword: str, words: Sequence[str]) -> int | None:
             compound += word
             if wanted & _forms(compound):
                 return start
-            if len(compound) > len(keyword) + 3:  # longer than any plural of the keyword
+            if len(compound) not in ends:  # "to get her" is not together
                 break
     return None
 

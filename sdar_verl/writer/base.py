@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from sdar_verl.errors import RolloutError
@@ -20,12 +20,14 @@ class Answer:
         tokens: read and written, as far as the writer says.
         cached: it was known before, and cost nothing.
         failure: why there is none although it was asked for.
+        length: it ended where ``max_tokens`` were reached.
     """
 
     text: str | None = None
     tokens: int = 0
     cached: bool = False
     failure: str | None = None
+    length: bool = False
 
 
 LEAST = 8
@@ -67,6 +69,7 @@ class WriterCounts:
         answered: got a text.
         cached: of the answered ones known before.
         failed: got none.
+        length: ended at the endpoint's ``max_tokens``.
         over_budget: not sent, since the budget is spent.
         unparsed: of the answered ones not what was asked for.
         tokens: read and written.
@@ -79,6 +82,7 @@ class WriterCounts:
     answered: int = 0
     cached: int = 0
     failed: int = 0
+    length: int = 0
     over_budget: int = 0
     unparsed: int = 0
     tokens: int = 0
@@ -91,11 +95,12 @@ class WriterCounts:
         self.over_budget += sum(answer == NOT_PAID for answer in answers)
         self.tokens += sum(answer.tokens for answer in answers)
         self.failed += sum(answer.failure is not None for answer in answers)
+        self.length += sum(answer.length for answer in answers)
 
     def metrics(self) -> dict[str, float]:
         """Under the names of docs/metrics.md."""
-        names = ("asked", "too_long", "cut", "answered", "cached", "failed", "over_budget", "unparsed", "tokens")
-        return {f"sdar/writer/{name}": getattr(self, name) for name in names} | {"timing_s/writer": self.seconds}
+        counts = asdict(self)
+        return {"timing_s/writer": counts.pop("seconds"), **{f"sdar/writer/{name}": n for name, n in counts.items()}}
 
 
 class FailureWatch:

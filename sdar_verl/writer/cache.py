@@ -1,4 +1,5 @@
-"""Answers of an endpoint that were paid for, in a file of the run's folder: asked again, they cost nothing."""
+"""Answers of an endpoint that were paid for, in a file of the run's folder: asked again, they cost nothing, but for
+those that are of no use (cut off, refused), which only count."""
 
 from __future__ import annotations
 
@@ -25,24 +26,30 @@ class AnswerCache:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._paid = 0
         self._known: dict[str, Answer] | None = None
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._read())
+        """All that were paid for."""
+        self._read()
+        return self._paid
 
     def get(self, request: Mapping[str, Any]) -> Answer | None:
         """What this request's body was answered with, if it ever was."""
         return self._read().get(_key(request))
 
     def put(self, request: Mapping[str, Any], answer: Answer) -> None:
-        """Keep an answer."""
+        """Keep an answer; of one that is of no use, that it was paid for."""
         key, known = _key(request), self._read()
-        line = json.dumps({"request": key, "text": answer.text, "tokens": answer.tokens})
+        text = None if answer.length else answer.text
+        line = json.dumps({"request": key, "text": text, "tokens": answer.tokens})
         with self._lock:
             if key in known:
                 return
-            known[key] = Answer(answer.text, cached=True)
+            self._paid += 1
+            if text is not None:
+                known[key] = Answer(text, cached=True)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
@@ -67,14 +74,16 @@ class AnswerCache:
                 entry = parse_json(line)
                 if not isinstance(entry, dict) or not isinstance(entry.get("request"), str):
                     raise ValueError(f"it holds {shorten(entry)}")
-                if not isinstance(entry.get("text"), str):
+                if not isinstance(entry.get("text", 0), str | None):
                     raise ValueError(f"its text is {shorten(entry.get('text'))}")
             except ValueError as error:
                 raise ConfigError(
                     f"{self._path}, line {number}, is damaged ({error}); remove the line, and the answer is asked for "
                     "again, or the file, and all are"
                 ) from error
-            known[entry["request"]] = Answer(entry["text"], cached=True)
+            self._paid += 1
+            if entry["text"] is not None:
+                known[entry["request"]] = Answer(entry["text"], cached=True)
         return known
 
 

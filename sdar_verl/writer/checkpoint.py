@@ -8,6 +8,7 @@ from typing import Any
 
 from sdar_verl.config.context import WriterConfig
 from sdar_verl.errors import ConfigError
+from sdar_verl.rollout.answers import eos_token_ids
 from sdar_verl.rollout.control import control_strings_of
 from sdar_verl.writer.policy import PolicyWriter
 from sdar_verl.writer.step import StepWriting
@@ -22,20 +23,22 @@ class CheckpointClient:
 
     Args:
         folder: of a model, as transformers reads it.
+        tokenizer: its own.
 
     Attributes:
         positions: of the model; None where it names no limit.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tokenizer: Any) -> None:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
         self._model = model.to(device)
-        ends = {name: getattr(model.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
-        model.generation_config = GenerationConfig(**ends)  # no penalties of the file's, which rollouts do not have
+        ends, pad = eos_token_ids(folder, tokenizer, model.generation_config), model.generation_config.pad_token_id
+        # No penalties of the file's, which rollouts do not have.
+        model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
         self.positions: int | None = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
     async def generate(self, *, request_id: str, prompt_ids: list[int], sampling_params: dict[str, Any]) -> Any:
@@ -57,14 +60,17 @@ class CheckpointClient:
         return SimpleNamespace(token_ids=row[0, len(prompt_ids) :].tolist())
 
 
-def checkpoint_writing(folder: Path, chat_template_kwargs: dict[str, Any] | None) -> StepWriting:
+def checkpoint_writing(
+    folder: Path, chat_template_kwargs: dict[str, Any] | None, max_tokens: int | None = None
+) -> StepWriting:
     """A way to a writer that is the policy of a checkpoint.
 
-    Prompts have up to 8,192 tokens and answers 1,024, less where the model has fewer positions.
+    Prompts have up to 8,192 tokens, less where the model has fewer positions.
 
     Args:
         folder: a checkpoint's ``actor/huggingface``, or any model that transformers reads.
         chat_template_kwargs: of the run that made it (``data.apply_chat_template_kwargs``).
+        max_tokens: of an answer, at most half of the model's positions; None: 1,024.
 
     Raises:
         ConfigError: the folder holds no model, or no weights.
@@ -79,9 +85,10 @@ def checkpoint_writing(folder: Path, chat_template_kwargs: dict[str, Any] | None
             "(actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]), or merge them: "
             f"python -m verl.model_merger merge --backend fsdp --local_dir {folder.parent} --target_dir DIR"
         )
-    client, tokenizer = CheckpointClient(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    positions = client.positions or PROMPT_TOKENS + ANSWER_TOKENS
-    answer = min(ANSWER_TOKENS, positions // 2)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    client, answer = CheckpointClient(folder, tokenizer), max_tokens or ANSWER_TOKENS
+    positions = client.positions or PROMPT_TOKENS + answer
+    answer = min(answer, positions // 2)
     writer = PolicyWriter(
         lambda: client,
         tokenizer,

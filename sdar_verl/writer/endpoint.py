@@ -8,8 +8,12 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from sdar_verl.config.context import WriterConfig
 from sdar_verl.errors import ConfigError
@@ -22,7 +26,7 @@ from sdar_verl.writer.base import LEAST, NOT_PAID, Answer
 from sdar_verl.writer.cache import AnswerCache
 
 if TYPE_CHECKING:
-    from urllib3 import BaseHTTPResponse
+    from urllib3 import BaseHTTPResponse, PoolManager
 
 PROMPT_TOKENS = 8192
 ANSWER_TOKENS = 1024
@@ -32,8 +36,8 @@ MAX_ANSWER_BYTES = 4 << 20
 PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 
-# Worth another attempt: too slow, too many requests, and a server or proxy that is down or starting.
-_TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+# Worth another attempt: too slow, too many requests, and a server or proxy (520 and up) that is down or starting.
+_TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
 
 
 class _Again(Exception):
@@ -52,7 +56,8 @@ class EndpointWriter:
     """The model behind ``sdar.context.writer.url``.
 
     Answers are kept in the run's folder (:class:`AnswerCache`), so that a resumed run, or the same text at a later
-    step, costs nothing; ``budget`` counts those. With ``sdar.rollout.seed`` every request carries a seed of its own.
+    step, costs nothing; ``budget`` counts what was paid for. With ``sdar.rollout.seed`` every request carries a seed of
+    its own.
 
     Args:
         settings: the ``sdar.context.writer`` node; url and model are set.
@@ -87,9 +92,8 @@ class EndpointWriter:
         self._key = endpoint_key(settings.key_variable)
         self._cache = AnswerCache(folder / WRITTEN_FILE)
         self._enough, self._failed = 0.0, 0
-        self._pool = urllib3.PoolManager(
-            maxsize=settings.in_flight, retries=False, timeout=urllib3.Timeout(total=settings.timeout_s)
-        )
+        timeout = urllib3.Timeout(total=settings.timeout_s)
+        self._pool = _pool(self._url, maxsize=settings.in_flight, retries=False, timeout=timeout)
 
     def write(self, texts: Sequence[str], step: int) -> list[Answer]:
         """Of :class:`~sdar_verl.writer.base.Writer`; at most ``in_flight`` requests at a time."""
@@ -163,6 +167,11 @@ class EndpointWriter:
         except (urllib3.exceptions.TimeoutError, TimeoutError):
             raise _Again(late) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
+            if "certificate verify failed" in str(error).lower():
+                raise _Refused(
+                    f"its certificate is not trusted ({error}); name the file of its authority in the environment "
+                    "variable SSL_CERT_FILE"
+                ) from None
             raise _Again(f"the connection broke ({type(error).__name__})") from None
         if response.status in _TRANSIENT:
             raise _Again(f"status {response.status} ({_start_of(data)})", _seconds(response.headers.get("Retry-After")))
@@ -191,11 +200,24 @@ class EndpointWriter:
 
 
 _HINTS = {
-    400: "; check model, max_tokens and body of sdar.context.writer",
-    401: "; check the key in sdar.context.writer.key_variable",
-    403: "; check the key in sdar.context.writer.key_variable",
-    404: "; check url (it ends in /v1 with most servers) and model of sdar.context.writer",
+    400: "; check model, max_tokens and body",
+    401: "; check the key in key_variable",
+    403: "; check the key in key_variable",
+    404: "; check url (it ends in /v1 with most servers) and model",
 }
+
+
+def _pool(url: str, **settings: Any) -> PoolManager:
+    """Connections to ``url``, by way of the environment's proxy if it names one (HTTPS_PROXY, HTTP_PROXY, NO_PROXY)."""
+    import urllib3
+
+    parts = urlsplit(url)
+    proxy = getproxies().get(parts.scheme)
+    if proxy is None or proxy_bypass(parts.netloc):
+        return urllib3.PoolManager(**settings)
+    user = urllib3.util.parse_url(proxy).auth
+    headers = urllib3.make_headers(proxy_basic_auth=unquote(user)) if user else None
+    return urllib3.ProxyManager(proxy, proxy_headers=headers, **settings)
 
 
 def endpoint_address(url: str) -> str:
@@ -205,7 +227,7 @@ def endpoint_address(url: str) -> str:
         ConfigError: ``url`` is no address, or holds a password.
     """
     try:
-        parts = http_address(url)
+        parts = http_address(url.strip())
     except ValueError as error:
         raise ConfigError(
             f"sdar.context.writer.url: {error}; give one such as http://127.0.0.1:8000/v1, and a key by an environment "
@@ -234,32 +256,54 @@ def endpoint_key(variable: str | None) -> str | None:
 
 
 def _answer(data: bytes) -> Answer:
-    """The text in a chat completion.
+    """The text in a chat completion; a completion without one is a failure that was paid for.
 
     Raises:
-        _Again: it is none, as a proxy's page or an answer that was cut off.
+        _Again: it is none, as a proxy's page or an answer that was cut off, or an error that another attempt may mend.
+        _Refused: it is another error.
     """
     try:
         found = parse_json(data)
-        message = found["choices"][0]["message"]
-        text = message["content"] or ""  # null where thinking took all tokens
-        if not isinstance(text, str):
-            raise TypeError(f"the content is {shorten(text)}")
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise _Again(f"no chat completion but {_start_of(data)} ({type(error).__name__}: {error})") from None
+        error = found.get("error")
+        choice = {} if error else found["choices"][0]
+        text = None if error else _text(choice["message"])
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as fault:
+        raise _Again(f"no chat completion but {_start_of(data)} ({type(fault).__name__}: {fault})") from None
+    if error:
+        code = str(error.get("code")) if isinstance(error, dict) else ""
+        kind = _Again if code.isdecimal() and int(code) in _TRANSIENT else _Refused
+        raise kind(f"an error ({shorten(error.get('message', error) if isinstance(error, dict) else error)})")
     usage = found.get("usage")
     tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-    return Answer(
-        without_thought(whole_characters(text)),
-        tokens if isinstance(tokens, int) and not isinstance(tokens, bool) and tokens > 0 else 0,
-    )
+    tokens = tokens if isinstance(tokens, int) and not isinstance(tokens, bool) and tokens > 0 else 0
+    reason = choice.get("finish_reason")
+    if text is None:
+        said = choice["message"].get("refusal") or reason
+        why = "max_tokens went before its first word" if reason == "length" else f"a refusal ({shorten(said)})"
+        return Answer(None, tokens, failure=f"no text: {why}", length=reason == "length")
+    return Answer(without_thought(whole_characters(text)), tokens, length=reason == "length")
+
+
+def _text(message: dict[str, Any]) -> str | None:
+    """What a message says: its content, or the text among its parts; None where it has none.
+
+    Raises:
+        TypeError: its content is something else.
+    """
+    content = message.get("content") or None
+    if isinstance(content, list):  # thoughts are parts of a kind of their own
+        content = "".join(part["text"] for part in content if part.get("type") == "text") or None
+    if not isinstance(content, str | None):
+        raise TypeError(f"the content is {shorten(content)}")
+    return content
 
 
 def _seconds(text: str | None) -> float | None:
-    try:
-        return max(0.0, float(text)) if text else None
-    except ValueError:  # a date
-        return None
+    """How long a ``Retry-After`` asks to wait: it is a number of seconds, or a date."""
+    for read in (float, lambda date: parsedate_to_datetime(date).timestamp() - time.time()):
+        with suppress(ValueError):
+            return max(0.0, read(text or ""))
+    return None
 
 
 def _start_of(data: bytes) -> str:

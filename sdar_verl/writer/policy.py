@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,8 +13,6 @@ from sdar_verl.rollout.actions import leaves_thought_open, without_thought
 from sdar_verl.rollout.answers import AnswerReader
 from sdar_verl.rollout.uids import request_seed
 from sdar_verl.writer.base import Answer
-
-logger = logging.getLogger(__name__)
 
 PAUSE_S = 1.0
 """Before the second attempt, seconds; doubled before each further one."""
@@ -96,7 +93,6 @@ class PolicyWriter:
                 break
             except Exception as error:
                 failure = f"{type(error).__name__}: {error}"
-                logger.warning("the policy wrote nothing: %s", failure)
         else:
             return Answer(failure=failure)
         ids = list(output.token_ids)

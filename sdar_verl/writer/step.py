@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
@@ -11,6 +12,8 @@ from sdar_verl.context.prompt import Prompt
 from sdar_verl.context.writing import Job, written_passages
 from sdar_verl.rollout.control import neutralise
 from sdar_verl.writer.base import FailureWatch, Writer, WriterCounts
+
+logger = logging.getLogger(__name__)
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -44,6 +47,7 @@ class StepWriting:
         fitted: dict[Prompt, str | None] = {}
         answers: dict[str, str | None] = {}
         unreadable: set[str] = set()
+        causes: set[str] = set()
 
         def ask(prompts: Sequence[Prompt]) -> list[str | None]:
             for prompt in dict.fromkeys(prompts):
@@ -53,6 +57,10 @@ class StepWriting:
             if new:
                 found = self._writer.write(new, step)
                 self._counts.add(found)
+                for cause in dict.fromkeys(answer.failure for answer in found):
+                    if cause is not None and cause not in causes:
+                        causes.add(cause)
+                        logger.warning("the writer left prompts without an answer: %s", cause)
                 self._watch.add(found)
                 answers.update({text: answer.text for text, answer in zip(new, found, strict=True)})
             texts = [fitted[prompt] for prompt in prompts]

@@ -67,6 +67,8 @@ def test_answer_is_the_tasks_ground_truth():
     row = replace(TASK, data={"answers": ["7", "9"], "reward_model": {"ground_truth": "13"}})
     assert answer.make(ContextRequest(row), {}).text == "The right answer is: 13"
     assert "9" in answer.make(ContextRequest(row), {"field": "answers"}).text
+    assert answer.make(ContextRequest(row), {"field": "reward_model.ground_truth"}).text.endswith(" 13")
+    assert answer.make(ContextRequest(replace(row, data={**row.data, "reward_model": {}})), {}).text == ""
 
 
 @pytest.mark.parametrize("held", [{"solution": "13", "kind": "int"}, [["13"]], b"13"])
@@ -148,6 +150,15 @@ def test_sibling_shows_the_shortest_success_or_the_first():
         sibling.make(request, {"choice": "best"})
 
 
+def test_of_equal_siblings_one_is_shown():
+    siblings = tuple(episode(f"u_{number}", False, [action]) for number, action in enumerate("aab"))
+    shown = [
+        get_context("failed_sibling").make(ContextRequest(TASK, siblings=siblings, number=number), {}).text
+        for number in range(3)
+    ]
+    assert [text[-1:] for text in shown] == ["a", "b", ""]
+
+
 def test_feedback_tells_outcome_invalid_actions_and_the_last_answer():
     feedback = get_context("feedback")
     assert feedback.late
@@ -164,7 +175,16 @@ def test_feedback_of_a_reward_function_is_what_it_says_of_the_row():
         replace(episode(f"u_{n}", False, ["x"]), said=said) for n, said in enumerate(({"judge": " No. "}, {}))
     )
     assert feedback.make(ContextRequest(TASK, episode=told), options).text.splitlines()[1:] == ["No."]
-    for nothing in ({}, {"judge": None}, {"judge": " "}):  # a judge who speaks of some rows alone
+    for said in (0.0, False, 1):
+        scored = replace(silent, said={"judge": said})
+        assert feedback.make(ContextRequest(TASK, episode=scored), options).text.splitlines()[1:] == [str(said)]
+    for nothing in (
+        {},
+        {"judge": None},
+        {"judge": " "},
+        {"judge": float("nan")},
+        {"judge": []},
+    ):  # a judge who speaks of some rows alone
         one = replace(silent, said=nothing)
         assert feedback.make(ContextRequest(TASK, episode=one, siblings=(told,)), options).text == ""
     with pytest.raises(ContextError, match=r"reads 'judge' from .* which says: score; name the right key"):
@@ -327,6 +347,27 @@ def test_a_text_is_fitted_to_the_last_word_that_fits(words, tokens):
     assert kept == endless[: len(kept)]
     assert len(kept) == 1 or count(fitted) <= tokens
     assert count(" ".join(endless[: len(kept) + 1])) > tokens
+
+
+UNSPACED = "\u6253\u5f00\u51b0\u7bb1,\u62ff\u51fa\u82f9\u679c,\u653e\u8fdb\u6c34\u69fd\u91cc\u6d17\u5e72\u51c0\u3002"
+
+
+@pytest.mark.parametrize("icu", [True, False])
+def test_placebos_in_a_script_without_spaces(icu, monkeypatch):
+    if not icu:
+        monkeypatch.setattr("sdar_verl.words._breaker", lambda: None)
+    mixed = placebo("shuffled", Passage(UNSPACED), seed="0:t", count_tokens=len).text
+    assert mixed != UNSPACED and sorted(mixed) == sorted(UNSPACED)
+    other = Passage(UNSPACED[::-1] * 20)
+    wrong = placebo("wrong", Passage(UNSPACED), seed="0:t", count_tokens=len, other=other).text
+    assert len(UNSPACED) - 4 <= len(wrong) <= len(UNSPACED) and other.text.startswith(wrong)
+
+
+def test_a_text_that_no_order_changes_has_no_shuffled_placebo():
+    for text in ("72", "no no no"):
+        assert placebo("shuffled", Passage(text), seed="0:t", count_tokens=len) is None
+    for seed in range(8):
+        assert placebo("shuffled", Passage("go there"), seed=str(seed), count_tokens=len).text == "there go"
 
 
 def test_random_text_takes_words_that_the_tokenizer_knows(tokenizer):

@@ -133,6 +133,7 @@ def test_a_request_is_read_with_its_limits():
     assert read({"max_tokens": 12}, default_max_tokens=30, room=5).max_tokens == 5
     assert read({"max_tokens": 0}, default_max_tokens=30, room=5).max_tokens == 1  # as verl's vLLM server
     assert read({"stop": [], "n": 1}, default_max_tokens=30, room=100).logprobs is False
+    assert read({"seed": -1}, default_max_tokens=30, room=100).seed is None  # as vLLM
     asks = [read({"prompt_logprobs": value}, default_max_tokens=30, room=100) for value in (None, False, 0)]
     assert [asked.prompt_logprobs for asked in asks] == [None, None, 0]
 
@@ -143,6 +144,8 @@ def test_a_request_is_read_with_its_limits():
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
         ({"stop": ["</action>"]}, "stop="),
         ({"n": 4}, "n=4"),
+        ({"temperature": None}, "temperature=None: must be a number"),
+        ({"top_k": "many"}, "top_k='many': must be a number"),
         ({"prompt_logprobs": -1}, "prompt_logprobs=-1: must be a whole number, at least 0"),
         ({"prompt_logprobs": True}, "prompt_logprobs=True: must be a whole number"),
         ({"min_p": 0.1}, "min_p=0.1"),

@@ -137,6 +137,11 @@ def test_input_it_cannot_serve_is_an_error(model_path, weights):
             await server.generate(PROMPT, {}, "a", image_data=["picture"])
         with pytest.raises(ValueError, match="min_p="):
             await server.generate(PROMPT, {"min_p": 0.2}, "a")
+        for foreign in (-1, 10**6):
+            good = asyncio.ensure_future(server.generate(PROMPT, {"max_tokens": 2, "ignore_eos": True}, "b"))
+            with pytest.raises(ValueError, match=f"a prompt has token {foreign}, the model"):
+                await server.generate([5, foreign], {}, "a")
+            assert len((await good).token_ids) == 2, "others go on"
         full = await server.generate(list(range(10, 39)), {"ignore_eos": True}, "a")
         assert len(full.token_ids) == 1
 

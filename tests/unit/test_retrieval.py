@@ -17,6 +17,7 @@ from sdar_verl.skills.retrieval import (
     retrieve,
     retriever_names,
 )
+from sdar_verl.skills.words import find_keyword, split_words
 
 BANK = SkillBank(
     [
@@ -81,6 +82,22 @@ def test_plurals_both_ways(keyword: str, word: str) -> None:
 def test_what_is_not_a_plural(keyword: str, word: str) -> None:
     bank = SkillBank([Skill("s", "", "text", keywords=(keyword,))])
     assert retrieve(bank, task(f"take the {word} away"), "keyword").no_match
+
+
+@pytest.mark.parametrize(
+    ("keyword", "words", "found"),
+    [
+        ("together", "go to get her cup", False),
+        ("alarmclock", "the alarm clock", False),
+        ("AlarmClock", "the alarm clocks", True),
+        ("fl oz", "12 fl oz of it", True),
+        ("caf\u00e9", "a cafe\u0301 nearby", True),
+        ("\u0915\u093f\u0924\u093e\u092c", "\u0915\u0924\u092c", False),
+        ("\u0915\u093f\u0924\u093e\u092c", "\u0915\u093f\u0924\u093e\u092c \u0915\u093e", True),
+    ],
+)
+def test_words_are_whole_and_however_their_accents_are_encoded(keyword: str, words: str, found: bool) -> None:
+    assert (find_keyword(keyword, split_words(words)) is not None) == found
 
 
 def test_the_other_rules() -> None:

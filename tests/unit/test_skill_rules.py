@@ -63,6 +63,8 @@ def test_options_are_checked_by_rule_and_name() -> None:
         check_rules(["keyword"], {"keyword": {"c": 1}})
     with pytest.raises(RetrievalError, match=r"sdar\.skills\.options\.ucb has no effect"):
         check_rules(["keyword"], {"ucb": {"c": 1}})
+    with pytest.raises(RetrievalError, match=r"embedding\.top='3': input should be a valid integer"):
+        check_rules(["embedding"], {"embedding": {"top": "3"}})
     with pytest.raises(RetrievalError, match="has no option 'evidence'"):
         check_rules(["ucb"], {"ucb": {"evidence": 1}})
     assert check_rules(["ucb"], {"ucb": {"c": 1}}) == ["ucb"]
@@ -73,7 +75,10 @@ def test_options_are_checked_by_rule_and_name() -> None:
     [
         ({"c": -1}, r"ucb\.c=-1"),
         ({"top": 0}, r"ucb\.top=0"),
-        ({"cold_start": "last"}, "cold_start='last'; use one of first, prior"),
+        ({"c": "2"}, r"ucb\.c='2': input should be a valid number"),
+        ({"c": math.nan}, r"ucb\.c=nan"),
+        ({"top": True}, r"ucb\.top=True"),
+        ({"cold_start": "last"}, "cold_start='last': input should be 'first' or 'prior'"),
         ({"candidates": "few"}, "candidates='few'"),
         ({"prior": 1.0}, "prior=1.0 has no effect with cold_start=first"),
     ],
@@ -214,8 +219,17 @@ def test_skills_that_were_never_supplied_come_first_in_an_order_that_the_seed_de
     assert picked(Evidence(known(5, lamp=(5, 50.0), tap=(1, 0.0)))) == ("oven", "manners")
 
 
-def test_or_count_as_supplied_once_with_the_prior() -> None:
+def test_with_a_prior_the_choices_of_a_first_step_are_spread() -> None:
+    chosen = [picked(Evidence(ahead=ahead), cold_start="prior")[0] for ahead in range(9)]
+    assert all(len(set(chosen[at : at + 3])) == 3 for at in (0, 3, 6))
+
+
+def test_or_have_one_observation_more_of_the_prior() -> None:
+    # Of the prior 3: lamp (2 + 3) / 3, oven 3 / 3, tap 3; of 0: lamp 2 / 3.
     statistics = known(4, lamp=(2, 2.0), oven=(2, 0.0))
+    scores = {"lamp": (5 / 3, 3), "oven": (1.0, 3), "tap": (3.0, 1)}
+    best = max(scores, key=lambda name: scores[name][0] + math.sqrt(math.log(4 + 3) / scores[name][1]))
+    assert picked(Evidence(statistics), cold_start="prior", prior=3.0)[0] == best == "tap"
     assert picked(Evidence(statistics), c=0.0, cold_start="prior") == ("lamp", "manners")
     assert picked(Evidence(statistics), c=0.0, cold_start="prior", prior=1.5) == ("tap", "manners")
 
@@ -281,6 +295,18 @@ def test_a_task_counts_once_with_its_episodes_mean_reward() -> None:
     state = part.state_dict()["by_type"]
     assert state == {"bake": {"queries": 3, "supplied": {"oven": 2, "manners": 2, "tap": 1},
                               "reward": {"oven": 1.5, "manners": 1.5, "tap": 0.0}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("shown", [(), (0,), (2,)])
+def test_a_task_counts_whichever_of_its_episodes_the_teacher_looks_at(shown) -> None:
+    rows = step_rows({"a": [1.0, 0.0]}, ())
+    for at, info in enumerate(rows.infos[:4]):
+        if info.episode is not None:
+            info.episode.passages = {"skills": {"skills": ["oven"]}, "contrast/skills": {"skills": ["tap"]}}
+        info.skills = ("oven",) if at in shown else ()
+    part = SkillStatistics(settings())
+    part.after_updates(rows, {})
+    assert part.state_dict()["by_type"]["bake"] == {"queries": 1, "supplied": {"oven": 1}, "reward": {"oven": 0.5}}
 
 
 def test_failed_episodes_do_not_count() -> None:

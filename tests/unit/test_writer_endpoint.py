@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from base64 import b64encode
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 
 import pytest
 
@@ -11,7 +14,7 @@ from sdar_verl.config.context import WriterConfig
 from sdar_verl.errors import ConfigError, RolloutError
 from sdar_verl.report.layout import WRITTEN_FILE
 from sdar_verl.writer.base import NOT_PAID, Answer, FailureWatch, WriterCounts
-from sdar_verl.writer.endpoint import EndpointWriter, endpoint_address, endpoint_key
+from sdar_verl.writer.endpoint import EndpointWriter, _seconds, endpoint_address, endpoint_key
 from tests.support.chat_server import Reply, chat_server, says
 
 
@@ -64,6 +67,8 @@ def test_a_request_holds_what_the_options_say_and_nothing_that_is_null(tmp_path,
         Reply("[" * 100_000),
         says("never arrives", cut=True),
         says("too late", seconds=1.0),
+        Reply("a proxy's", status=522),
+        Reply('{"error": {"code": 429, "message": "busy"}}'),
     ],
 )
 def test_what_another_attempt_may_mend_is_tried_again(bad, tmp_path):
@@ -147,13 +152,76 @@ def test_the_budget_counts_what_was_paid_for_in_the_folder(tmp_path):
     assert len(server.requests) == 3
 
 
+def test_what_was_paid_for_and_is_of_no_use_counts_and_is_not_kept(tmp_path):
+    whole, cut, refused = says("whole"), says("cut o"), says(None)
+    cut.body = cut.body.replace('"stop"', '"length"')
+    thought = Reply(refused.body.replace('"stop"', '"length"'))
+    refused.body = refused.body.replace('"content": null', '"refusal": "I will not"')
+    by_text = {"a": whole, "b": cut, "c": refused, "d": thought}
+    with chat_server(lambda _, prompt: by_text[prompt]) as server:
+        answers = writer(server, tmp_path, budget=7).write(list(by_text), step=1)
+        assert len(server.requests) == 4, "none is tried again"
+        assert [answer.text for answer in answers] == ["whole", "cut o", None, None]
+        assert [answer.length for answer in answers] == [False, True, False, True]
+        assert all(answer.tokens == 7 for answer in answers)
+        assert "I will not" in answers[2].failure and "max_tokens" in answers[3].failure
+        again = writer(server, tmp_path, budget=7).write(list(by_text), step=2)
+        assert [answer.cached for answer in again] == [True, False, False, False]
+        assert writer(server, tmp_path, budget=7).write(["b"], step=3) == [NOT_PAID]
+    counts = WriterCounts()
+    counts.add(answers)
+    assert counts.metrics()["sdar/writer/length"] == 2 and counts.metrics()["sdar/writer/failed"] == 2
+
+
+def test_an_error_in_the_place_of_a_completion_is_told(tmp_path):
+    with chat_server(lambda *_: Reply('{"error": {"code": "model_not_found", "message": "no model m"}}')) as server:
+        (answer,) = writer(server, tmp_path).write(["a"], step=1)
+    assert "no model m" in answer.failure and len(server.requests) == 1 and not (tmp_path / WRITTEN_FILE).exists()
+
+
+def test_a_certificate_that_is_not_trusted_is_told_at_once(tmp_path, monkeypatch):
+    import urllib3
+
+    def request(*_, **__):
+        asked.append(1)
+        raise urllib3.exceptions.SSLError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed")
+
+    asked: list[int] = []
+    with chat_server(lambda *_: says("x")) as server:
+        one = writer(server, tmp_path)
+    monkeypatch.setattr(one._pool, "request", request)
+    (answer,) = one.write(["a"], step=1)
+    assert "SSL_CERT_FILE" in answer.failure and len(asked) == 1
+
+
+def test_a_date_says_how_long_to_wait():
+    assert _seconds("2.5") == 2.5 and _seconds(None) is None and _seconds("soon") is None
+    assert 25 < _seconds(format_datetime(datetime.now(timezone.utc) + timedelta(seconds=30), usegmt=True)) <= 30
+    assert _seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+
+
+def test_the_environments_proxy_is_used(tmp_path, monkeypatch):
+    with chat_server(lambda *_: says("x")) as server:
+        proxy = server.url.removesuffix("/v1").replace("http://", "http://me:a%20word@")
+        monkeypatch.setenv("http_proxy", proxy)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        far = "http://no-such-host.invalid/v1"
+        assert writer(server, tmp_path / "far", url=far).write(["a"], step=1)[0].text == "x"
+        assert writer(server, tmp_path / "near").write(["a"], step=1)[0].text == "x"
+    assert server.paths == [f"{far}/chat/completions", "/v1/chat/completions"]
+    assert server.headers[0]["proxy-authorization"] == "Basic " + b64encode(b"me:a word").decode()
+
+
 @pytest.mark.parametrize(
     ("said", "text"),
     [
+        (
+            [{"type": "thinking", "thinking": []}, {"type": "text", "text": "in "}, {"type": "text", "text": "parts"}],
+            "in parts",
+        ),
         ("<think>hm { } </think>\n\n{}", "{}"),
         ("<think>never ends", ""),
         ("  plain ", "plain"),
-        (None, ""),
         ("a \ud800 half", "a \ufffd half"),
     ],
 )
@@ -163,7 +231,7 @@ def test_thoughts_are_no_part_of_an_answer(said, text, tmp_path):
 
 
 def test_the_address_is_the_base_or_the_whole():
-    for url in ("http://h:1/v1", "http://h:1/v1/", "http://h:1/v1/chat/completions"):
+    for url in ("http://h:1/v1", " http://h:1/v1/ ", "http://h:1/v1/chat/completions"):
         assert endpoint_address(url) == "http://h:1/v1/chat/completions"
     assert endpoint_address("https://h") == "https://h/chat/completions"
     for url, word in (("h:1/v1", "no address"), ("ftp://h", "no address"), ("http://h:99999", "Port")):

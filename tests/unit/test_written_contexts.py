@@ -147,6 +147,32 @@ def test_what_cannot_be_read_is_counted_and_no_context(monkeypatch):
     assert (counts["asked"], counts["answered"], counts["unparsed"], counts["failed"]) == (3, 2, 1, 1)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"lesson": "look\nthere"}',
+        'Here {sure}:\n```json\n{"lesson": "look\nthere"}\n```',
+        '{"lesson": "look\nthere"}\nI used {lesson}.',
+        '{"lesson": "look\nthere"} {"lesson": "or not"}',
+    ],
+)
+def test_the_first_object_of_an_answer_is_read_with_its_line_breaks(answer):
+    assert made("lesson", [request()], lambda _: answer)[0] == [f"{LESSON}\nlook\nthere"]
+
+
+@pytest.mark.parametrize("answer", ["", "{", "[1]", '{"a": ' * 50_000, '{"a": ' + "9" * 5000 + "}"])
+def test_an_answer_without_an_object_is_unreadable(answer):
+    assert made("lesson", [request()], lambda _: answer)[2]["unparsed"] == 1
+
+
+def test_each_cause_of_a_failure_is_told_once_a_step(caplog):
+    causes = iter(["down", "busy", "down"])
+    group = (GROUP[0], *(replace(GROUP[1], last_observation=f"end {i}") for i in range(2)))
+    made("lesson", [request(i, group=group) for i in range(3)], lambda _: Answer(failure=next(causes)))
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.rpartition(": ")[2] for text in told] == ["down", "busy"]
+
+
 def test_most_prompts_failing_stops_the_step_with_the_causes():
     def answer(text):
         return Answer(failure="down") if "did not succeed" in text else '{"lesson": "x"}'
