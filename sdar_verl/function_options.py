@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 
-def options_of(function: Callable[..., Any], offered: Collection[str] = ()) -> dict[str, inspect.Parameter]:
+def own_options(function: Callable[..., Any], offered: Collection[str] = ()) -> dict[str, inspect.Parameter]:
     """Option -> parameter, in their order.
 
     Args:
@@ -38,7 +38,7 @@ def check_function_options(
 
     Args:
         what: kind and name of the entry, for messages.
-        function, offered: see :func:`options_of`.
+        function, offered: see :func:`own_options`.
         options: as set.
         node: of the configuration that holds them, for messages.
 
@@ -46,7 +46,7 @@ def check_function_options(
         ValueError: an unknown option, one that must be given and is not, a value of another type than the annotation;
             or an argument that looks like a misspelled one of ``offered``.
     """
-    known = options_of(function, offered)
+    known = own_options(function, offered)
     for name, parameter in known.items():
         if offered and parameter.default is None and parameter.annotation is parameter.empty:
             raise ValueError(
@@ -80,7 +80,7 @@ def _kinds(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
     except Exception:  # a third party's annotation may name what is imported for type checkers alone
         return {}
     kinds = {}
-    for name in options_of(function):
+    for name in own_options(function):
         if name in hints:
             with suppress(PydanticUserError):  # a class of a third party's
                 kinds[name] = TypeAdapter(hints[name])
