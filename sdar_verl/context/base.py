@@ -80,6 +80,7 @@ class ContextRequest:
         turn: which turn of the episode the row is, from 0; for contexts that differ by turn.
         number: which of several different texts is asked for, from 0 (``sdar.context.contrast.texts``). A function that
             has no more gives None, or the text that it gave before.
+        count_tokens: of a text, by the policy's tokenizer; in the checks before the start, its words.
     """
 
     task: Task
@@ -89,3 +90,4 @@ class ContextRequest:
     siblings: tuple[PlayedEpisode, ...] = ()
     turn: int = 0
     number: int = 0
+    count_tokens: Callable[[str], int] = lambda text: len(text.split())

@@ -248,6 +248,7 @@ class LateContexts:
             siblings=tuple(other.played for other in group.episodes if other is not episode),
             turn=turn,
             number=number,
+            count_tokens=self._contexts.count_tokens,
         )
 
     def _other(

@@ -54,7 +54,12 @@ class Runtime:
 
     def request(self, task: Task, columns: Mapping[str, str] | None = None) -> ContextRequest:
         """What a context may read before the episode begins; ``columns``: see :meth:`SkillFinder.find`."""
-        return ContextRequest(task, seed=self.sdar.context.seed, skills=lambda: self.skills(task, columns))
+        return ContextRequest(
+            task,
+            seed=self.sdar.context.seed,
+            skills=lambda: self.skills(task, columns),
+            count_tokens=self.contexts.count_tokens,
+        )
 
     def arm(self, name: str) -> ValidationArm:
         """The validation arm called ``name``, or one of the two that judge learned skills."""

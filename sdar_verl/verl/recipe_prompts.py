@@ -211,7 +211,10 @@ class RecipeRuntime:
         """What contexts may read before an episode ends."""
         skills = self.skills
         return ContextRequest(
-            task, self.sdar.context.seed, skills=None if skills is None else lambda: skills.find(task)
+            task,
+            seed=self.sdar.context.seed,
+            skills=None if skills is None else lambda: skills.find(task),
+            count_tokens=self.contexts.count_tokens,
         )
 
     def shown(self, task: Task, context: str) -> str:

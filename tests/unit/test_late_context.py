@@ -84,6 +84,15 @@ def test_the_late_path_gives_the_very_tokens_of_the_early_one(step, monkeypatch)
     assert early["u0_0_0"].episode.context == late["u0_0_0"].episode.context
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_context_can_count_its_tokens(step, tokenizer, monkeypatch, late):
+    monkeypatch.setattr(registry, "_contexts", dict(registry._contexts))
+    register_context("counted", late=late)(lambda request: f"{request.count_tokens('mug in shelf .')} tokens")
+    rows = step({("u0", 0): (TASK, [GOOD])}, context__sources=["counted"])
+    expected = len(tokenizer.encode("mug in shelf .", add_special_tokens=False))
+    assert rows["u0_0_0"].episode.context == f"{expected} tokens"
+
+
 def test_dropped_history_is_dropped_for_the_late_teacher_too(step, tokenizer):
     whole = step({("u0", 0): (TASK, [LOST, LOST, GOOD])})
     limit = whole["u0_0_2"].prompt_tokens - 1
