@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sdar_verl.algorithm.masking import MAX_LOG_IMPORTANCE, clean
+from sdar_verl.algorithm.masking import MAX_LOG_IMPORTANCE, clean, returned
 from sdar_verl.algorithm.registry import Registry
 from sdar_verl.algorithm.turns import row_turns, turn_medians, turn_sums
 
@@ -118,7 +118,8 @@ def gate_weight(
     log_ratio: torch.Tensor | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
-    """What the gate gives, with those of the signals that it reads; tensors (rows, response_length).
+    """What the gate gives, 0 where ``mask`` is off, with those of the signals that it reads; tensors (rows,
+    response_length).
 
     Args:
         gate: registered name.
@@ -139,10 +140,7 @@ def gate_weight(
         signals["ratio"] = torch.ones_like(gap) if log_ratio is None else log_ratio.clamp(max=MAX_LOG_IMPORTANCE).exp()
     if gate_reads(gate, "turn"):
         signals["turn"] = row_turns(response_mask)
-    weight = get_gate(gate)(gap, **signals, **(options or {}))
-    if not isinstance(weight, torch.Tensor) or weight.shape != gap.shape:
-        given = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
-        raise ValueError(f"gate {gate!r} returned shape {given}; expected {tuple(gap.shape)}")
+    weight = returned(f"gate {gate!r}", get_gate(gate)(gap, **signals, **(options or {})), gap.shape)
     weight = clean(f"what gate {gate!r} returned", weight.detach(), mask)
     if (weight < 0).any():
         raise ValueError(f"gate {gate!r} returned {weight.min().item():g}; a weight must be at least 0")

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from sdar_verl.algorithm.gap import StepStatistics, gate_gap
-from sdar_verl.algorithm.gates import gate_weight, get_gate
+from sdar_verl.algorithm.gates import gate_weight
 from sdar_verl.algorithm.masking import MAX_LOG_RATIO, active_mask, clean
-from sdar_verl.algorithm.objectives import get_objective, loss_per_token
+from sdar_verl.algorithm.objectives import loss_per_token
 from sdar_verl.algorithm.terms import DistillationTerms
 
 
@@ -93,9 +93,6 @@ def distillation_terms(
     """
     if not (math.isfinite(beta) and beta >= 0.0):
         raise ValueError(f"beta is {beta}; it must be finite and >= 0 (the paper uses 5)")
-    get_gate(gate)
-    get_objective(objective)
-
     response, mask = response_mask.bool(), active_mask(response_mask, distill_mask)
     student = clean("student_log_probs", student_log_probs, mask)
     teacher = clean("teacher_log_probs", teacher_log_probs, mask).detach()
@@ -131,15 +128,14 @@ def distillation_terms(
     options = objective_options or {}
     per_token = loss_per_token(objective, student, target, options, old_log_probs=old, mask=mask, divergence=divergence)
 
-    zero = torch.zeros_like(gap)
-    weighted = torch.where(mask, weight * per_token, zero)
+    weighted = weight * per_token
     if importance_clip is not None and log_ratio is not None:
         weighted = weighted * log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=importance_clip)
     if statistics is not None and statistics.scale is not None:
         weighted = weighted * statistics.scale.to(gap)
     return DistillationTerms(
         loss=weighted,
-        gate=torch.where(mask, weight, zero),
+        gate=weight,
         gap=gap,
         mask=mask,
         response_mask=response,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -53,6 +54,14 @@ def active_mask(response_mask: torch.Tensor, distill_mask: torch.Tensor | None) 
         f"distill_mask has shape {tuple(distill_mask.shape)}; expected (batch,) or (batch, response_length) "
         f"for a response_mask of shape {tuple(mask.shape)}"
     )
+
+
+def returned(what: str, values: Any, shape: Sequence[int]) -> torch.Tensor:
+    """What a registered function returned. ValueError unless it is a tensor of this shape."""
+    if not isinstance(values, torch.Tensor) or values.shape != torch.Size(shape):
+        given = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+        raise ValueError(f"{what} returned shape {given}; expected {tuple(shape)}")
+    return values
 
 
 def clean(name: str, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from typing import Any, Literal
 import torch
 
 from sdar_verl.algorithm.divergences import ABSENT, DIVERGENCES, SUPPORT_OF, Divergence
-from sdar_verl.algorithm.masking import MAX_LOG_IMPORTANCE, MAX_LOG_RATIO, clean
+from sdar_verl.algorithm.masking import MAX_LOG_IMPORTANCE, MAX_LOG_RATIO, clean, returned
 from sdar_verl.algorithm.registry import Registry
 
 Objective = Callable[..., torch.Tensor]
@@ -101,10 +101,7 @@ def check_objective_options(name: str, options: dict[str, Any]) -> None:
     if name in DIVERGENCES:
         logits = torch.arange(12.0).sin().view(3, 4).requires_grad_()
         divergence = DIVERGENCES[name](logits.log_softmax(-1), logits.detach().flip(-1).log_softmax(-1), **options)
-        if not isinstance(divergence, torch.Tensor) or divergence.shape != (3,):
-            given = tuple(divergence.shape) if isinstance(divergence, torch.Tensor) else type(divergence).__name__
-            raise ValueError(f"divergence {name!r} of (3, 4) log-probs returned shape {given}; expected (3,)")
-        divergence = divergence.unsqueeze(0)
+        divergence = returned(f"divergence {name!r} of (3, 4) log-probs", divergence, (3,)).unsqueeze(0)
     loss = loss_per_token(
         name, student, teacher, options, old_log_probs=teacher - 0.2, mask=teacher < 0, divergence=divergence
     )
@@ -140,10 +137,7 @@ def loss_per_token(
         return clean("divergence", divergence, mask)
     function = get_objective(objective)
     loss = function(student_log_probs, teacher_log_probs, old_log_probs=old_log_probs, mask=mask, **options)
-    if not isinstance(loss, torch.Tensor) or loss.shape != mask.shape:
-        given = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise ValueError(f"objective {objective!r} returned shape {given}; expected {tuple(mask.shape)}")
-    return clean(f"what objective {objective!r} returned", loss, mask)
+    return clean(f"what objective {objective!r} returned", returned(f"objective {objective!r}", loss, mask.shape), mask)
 
 
 @register_objective("sampled")

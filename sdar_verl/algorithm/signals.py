@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from sdar_verl.algorithm.advantages import rlsd_advantages
-from sdar_verl.algorithm.masking import clean
+from sdar_verl.algorithm.masking import clean, returned
 from sdar_verl.algorithm.registry import Registry
 from sdar_verl.algorithm.turns import episode_means, turn_means
 
@@ -100,8 +100,12 @@ def list_signals() -> list[str]:
 
 def signal_reads(name: str, what: str, options: Mapping[str, Any]) -> bool:
     """Whether the signal, with these options, looks at ``what`` (:func:`register_signal`)."""
-    reads = _SIGNALS.fact(name, "reads", ("gap", "gate"))
-    return what in (reads(options) if callable(reads) else reads)
+    return what in _reads(name, options)
+
+
+def _reads(name: str, options: Mapping[str, Any]) -> Iterable[str]:
+    reads = _SIGNALS.fact(name, "reads")
+    return reads(options) if callable(reads) else reads
 
 
 def check_signal(name: str, strength: float, options: dict[str, Any]) -> None:
@@ -112,8 +116,7 @@ def check_signal(name: str, strength: float, options: dict[str, Any]) -> None:
             in its ``reads``; or see :func:`shaped_advantages`.
     """
     _SIGNALS.check_options(name, options)
-    reads = _SIGNALS.fact(name, "reads")
-    named = reads(options) if callable(reads) else reads
+    named = _reads(name, options)
     if isinstance(named, str) or not {*named} <= {*READS}:
         raise ValueError(f"signal {name!r} is registered with reads={named!r}; known: {', '.join(READS)}")
     on = torch.ones(2, 3, dtype=torch.bool)
@@ -132,10 +135,8 @@ def shaped_advantages(name: str, rows: SignalRows, strength: float, options: Map
     Raises:
         ValueError: it gives another shape, NaN or infinity.
     """
-    shaped = get_signal(name)(rows, strength=strength, **options)
-    if not isinstance(shaped, torch.Tensor) or shaped.shape != rows.advantages.shape:
-        given = tuple(shaped.shape) if isinstance(shaped, torch.Tensor) else type(shaped).__name__
-        raise ValueError(f"signal {name!r} returned shape {given}; expected {tuple(rows.advantages.shape)}")
+    made = get_signal(name)(rows, strength=strength, **options)
+    shaped = returned(f"signal {name!r}", made, rows.advantages.shape)
     return clean(f"signal {name}", shaped, rows.response_mask).to(rows.advantages.dtype)
 
 

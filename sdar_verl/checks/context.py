@@ -261,7 +261,7 @@ def _try_late(context: Context, task: Task, seed: int, options: Mapping[str, Any
     solved = PlayedEpisode("0", turns, success=True, reward=1.0, last_observation="You are there.")
     failed = PlayedEpisode("1", (turns[0], PlayedTurn("Nothing happens.", None, False)), False, 0.0, "")
     for own, sibling in ((failed, solved), (solved, failed)):
-        request = ContextRequest(task, seed, lambda: Passage("A skill."), episode=own, siblings=(sibling,))
+        request = ContextRequest(task, seed, episode=own, siblings=(sibling,))
         if context.writes:
             written_passages(
                 {own.name: (context, request, options)}, lambda prompts: [None] * len(prompts), lambda _: None

@@ -106,7 +106,8 @@ def _finished(
     # Moved since, or deleted: the same settings give the same tasks, where they lie now.
     try:
         panels = [read_panel(file) for file in files if file.is_file()]
-        whole = len(panels) == len(files) and all(not missing_files(tasks) and fits(tasks) for tasks in panels)
+        tasks = [task for panel in panels for task in panel]
+        whole = len(panels) == len(files) and not missing_files(tasks) and fits(tasks)
     except PanelError as error:
         raise PanelError(f"{error}; --force makes all of {out} anew") from error
     there = dict(existing["settings"])

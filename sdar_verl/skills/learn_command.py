@@ -70,7 +70,8 @@ def _learn(arguments: argparse.Namespace) -> int:
         print(f"asking about {len(seen)} task types: {', '.join(one.task_type for one in seen)}", flush=True)
         made = learn.write_skills(bank, seen, writing, arguments.max_words)
     except SdarError as error:  # options are called otherwise here
-        said = re.sub(r"sdar\.context\.writer\.(\w+)", lambda name: f"--{name[1].replace('_', '-')}", str(error))
+        names = r"sdar\.context\.writer\.(url|model|key_variable|max_tokens)"
+        said = re.sub(names, lambda name: f"--{name[1].replace('_', '-')}", str(error))
         raise ConfigError(said) from error
     for line in _told(writing.metrics()):
         print(line)
@@ -203,7 +204,7 @@ def _take(arguments: argparse.Namespace) -> int:
         skill.name: {"learned-as": str(arguments.candidate.resolve().name), **measured[skill.name]} for skill in taken
     }
     learn.write_bank(base.with_skills(taken), arguments.out, provenance)
-    SkillBank.load(arguments.out)
+    SkillBank.load(arguments.out)  # told now, not by the run that is to use it
     if not arguments.json:
         print(f"{arguments.out} is the bank {base.name} with them")
     return 0

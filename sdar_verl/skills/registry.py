@@ -38,11 +38,6 @@ class Rule:
         """Whether it reads rewards of earlier steps."""
         return EVIDENCE in inspect.signature(self.function).parameters
 
-    @property
-    def takes_any(self) -> bool:
-        """Whether it takes any option."""
-        return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self.function).parameters.values())
-
 
 _rules: dict[str, Rule] = {}
 
@@ -108,12 +103,9 @@ def check_rules(rules: str | Sequence[str], options: Mapping[str, Mapping[str, A
             raise RetrievalError(
                 f"sdar.skills.options.{name} has no effect: sdar.skills.retrieval={names} does not name that rule"
             )
-        rule = get_rule(name)
-        if rule.takes_any:
-            continue
-        node = f"sdar.skills.options.{name}"
+        node, rule = f"sdar.skills.options.{name}", get_rule(name).function
         try:
-            check_function_options(f"retrieval rule {name!r}", rule.function, given, offered=[EVIDENCE], node=node)
+            check_function_options(f"retrieval rule {name!r}", rule, given, offered=[EVIDENCE], node=node)
         except ValueError as error:
             raise RetrievalError(str(error)) from None
     return names

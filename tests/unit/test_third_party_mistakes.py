@@ -181,6 +181,7 @@ def tried(name: str, **options: object) -> Iterator[None]:
     [
         (lambda request: ["a list"], "gave list; it must give text, Passage or None"),
         (lambda request: request.episod.name, "AttributeError.*episod"),
+        (lambda request: request.skills().text, "'NoneType' object is not callable"),
         (lambda request: request.siblings[0].turns[0].action + 1, "TypeError"),
     ],
 )

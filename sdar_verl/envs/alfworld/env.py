@@ -74,11 +74,11 @@ class AlfworldEnv(TextEnv):
                 f"game file {game_file} of task {task.task_id!r} is not there (moved or deleted since the panel was "
                 "made, or not visible on this node); make the panel again with `sdar-verl prepare alfworld --out DIR`"
             )
-        if task.data.get("sha256", digest := game_digest(game_file)) != digest:
+        made_with = task.data.get("sha256")
+        if made_with is not None and made_with != game_digest(game_file):
             raise ValueError(
-                f"game file {game_file} of task {task.task_id!r} is not the one that the panel was made with "
-                f"({digest[:16]} there, {str(task.data['sha256'])[:16]} in the panel); make the panel again with "
-                "`sdar-verl prepare alfworld --out DIR --force`"
+                f"game file {game_file} of task {task.task_id!r} is not the one that the panel was made with (another "
+                "SHA-256); make the panel again with `sdar-verl prepare alfworld --out DIR --force`"
             )
         if self._engine is None:
             self._engine = self._load_engine()
