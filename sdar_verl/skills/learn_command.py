@@ -57,6 +57,7 @@ def _learn(arguments: argparse.Namespace) -> int:
     from sdar_verl.report.read import read_run
     from sdar_verl.skills import learn
     from sdar_verl.skills.bank import SkillBank
+    from sdar_verl.skills.formats import is_skill_name
     from sdar_verl.skills.loading import bank_settings, load_as_recorded
 
     check_above_zero(arguments, "episodes", "max_words", "max_tokens")
@@ -64,6 +65,12 @@ def _learn(arguments: argparse.Namespace) -> int:
     settings = run.run.get("settings", {})
     bank = load_as_recorded(arguments.bank, bank_settings(settings))
     _check_out(arguments.out, bank)
+    unwritable = next((skill.name for skill in bank if not is_skill_name(skill.name)), None)
+    if unwritable is not None:
+        raise ConfigError(
+            f"--bank {arguments.bank}: {unwritable} cannot be the name of a skill's folder (at most 64 lower-case "
+            "letters, digits and single hyphens); rename it in the bank"
+        )
     seen = learn.evidence(run, arguments.episodes, arguments.task_type)
     try:
         writing = _writing(arguments, _below(settings, "data.apply_chat_template_kwargs."))

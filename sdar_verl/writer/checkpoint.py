@@ -73,7 +73,7 @@ def checkpoint_writing(
         max_tokens: of an answer, at most half of the model's positions; None: 1,024.
 
     Raises:
-        ConfigError: the folder holds no model, or no weights.
+        ConfigError: the folder holds no model, no weights, or no chat template.
     """
     from transformers import AutoTokenizer
 
@@ -86,6 +86,11 @@ def checkpoint_writing(
             f"python -m verl.model_merger merge --backend fsdp --local_dir {folder.parent} --target_dir DIR"
         )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"--policy {folder} has no chat template, so it cannot be asked; put the run's own beside it as "
+            "chat_template.jinja (actor_rollout_ref.model.custom_chat_template), or name a model that has one"
+        )
     client, answer = CheckpointClient(folder, tokenizer), max_tokens or ANSWER_TOKENS
     positions = client.positions or PROMPT_TOKENS + answer
     answer = min(answer, positions // 2)

@@ -147,11 +147,11 @@ def test_what_a_bank_holds_beyond_our_keys_stays(run, bank, tmp_path):
     assert "gain" not in revised, "that of the text before"
 
 
-def test_a_candidate_that_cannot_be_read_is_none(run, tmp_path, capsys):
+def test_a_bank_whose_skills_cannot_be_folders_is_told_before_the_writer_is_asked(run, tmp_path, capsys):
     long = "very_long_identifier_" * 4
     file = tmp_path / "bank.json"
     file.write_text(json.dumps({"general_skills": [{"skill_id": long, "title": "t", "principle": "p"}]}))
-    assert learn(run, file, tmp_path / "new", by_type)[0] == 2
+    assert learn(run, file, tmp_path / "new", by_type) == (2, [])
     assert long.replace("_", "-")[:40] in capsys.readouterr().err and not (tmp_path / "new" / NOTE).exists()
 
 
@@ -284,6 +284,7 @@ def test_a_checkpoint_answers_as_transformers_does_and_again_the_same(tmp_path):
     [
         (["--policy", "{}/none"], "holds no model"),
         (["--policy", "{}/bare"], "has no weights beside its configuration"),
+        (["--policy", "{}/base"], "has no chat template"),
         (["--policy", "{}/none", "--model", "m"], "--model m: no effect with --policy"),
         (["--url", "http://127.0.0.1:9/v1"], "name the endpoint's model with --model"),
     ],
@@ -291,6 +292,7 @@ def test_a_checkpoint_answers_as_transformers_does_and_again_the_same(tmp_path):
 def test_a_writer_that_cannot_be_is_told(further, said, run, bank, tmp_path, capsys):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text("{}")
+    (make_tiny_model(tmp_path / "base") / "chat_template.jinja").unlink()
     words = ["skills", "learn", str(run), "--bank", str(bank), "--out", str(tmp_path / "new")]
     assert main([*words, *(word.format(tmp_path) for word in further)]) == 2
     assert said in capsys.readouterr().err
