@@ -65,6 +65,7 @@ CASES: dict[str, list[str]] = {
     "grsd": ["method=grsd", *SIBLINGS],
     "opid": ["method=opid", *FEEDBACK],
     "ahead": ["method=ahead", *NEXT_AND_FEEDBACK],
+    "hero": ["method=hero", *NEXT_AND_FEEDBACK, "~sdar.context.options.hint"],
     "grsd-written": ["method=grsd"],
     "seed": ["method=seed", *LESSON_IN_WORDS],
     "skill_prompt": ["method=skill_prompt", "trainer.val_before_train=True"],

@@ -7,12 +7,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
+from pathlib import Path
 
 from hydra.conf import HydraConf
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+CHECKOUT_CONFIGS = Path(__file__).resolve().parents[1] / "hydra_configs"
 
 _folder: ContextVar[str | None] = ContextVar("sdar_verl_config_dir", default=None)
 
@@ -22,9 +26,12 @@ class SdarSearchPath(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Hydra's hook."""
-        search_path.append(provider="sdar_verl", path="pkg://sdar_verl.hydra_configs")
-        if folder := _folder.get():  # last, where Hydra's main function has it
-            search_path.append(provider="command-line", path=f"file://{os.path.abspath(folder)}")
+        # Of a checkout on Python's path, where they lie at the root, before an installed package.
+        installed = find_spec("sdar_verl.hydra_configs") is not None
+        folder = "pkg://sdar_verl.hydra_configs" if installed else f"file://{CHECKOUT_CONFIGS}"
+        search_path.append(provider="sdar_verl", path=folder)
+        if further := _folder.get():  # last, where Hydra's main function has it
+            search_path.append(provider="command-line", path=f"file://{os.path.abspath(further)}")
 
 
 @contextmanager

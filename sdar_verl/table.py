@@ -225,7 +225,7 @@ def stop_on_lost_episodes(failures: Sequence[str | None], asked: int) -> None:
 
     Args:
         failures: of each episode that came back, why it was lost; None where it was not.
-        asked: episodes asked for; the agent loop crashed in those that did not come back.
+        asked: episodes asked for; of the others not even a masked row came back.
 
     Raises:
         RolloutError: more than :data:`LOST_LIMIT` of them are lost.

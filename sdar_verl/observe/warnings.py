@@ -256,7 +256,7 @@ def _lost(metrics: Mapping[str, Any]) -> dict[str, str]:
     return {
         "episodes_lost": (
             f"{failed + crashed:.0f} of {asked:.0f} episodes could not be played, and training goes on with the rest: "
-            f"in {failed:.0f} the environment or the rollout server failed, in {crashed:.0f} the agent loop raised; "
+            f"{failed:.0f} failed (environment, rollout server or agent loop), of {crashed:.0f} nothing came back; "
             "their logs say why. An inference engine that died behind its server fails all its requests: then "
             "start again, trainer.resume_mode=auto goes on from the last checkpoint"
         )

@@ -199,7 +199,7 @@ def arm_metrics(outcomes: Mapping[str, Sequence[Any]]) -> dict[str, float]:
     Returns:
         ``sdar-val/<arm>/...``: ``success``, ``success/<task type>``, ``success_mean_of_types`` (each type weighs the
         same, as Search-QA's data sets do in the paper), ``score`` (graded, 0 to 1), ``turns``, ``invalid_share`` (of
-        the turns), ``failed`` (episodes that crashed or whose environment failed; they count as not solved) and
+        the turns), ``failed`` (episodes that could not be played; they count as not solved) and
         ``episodes``.
     """
     if "arm" not in outcomes:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from sdar_verl import hydra_search_path
 from sdar_verl.cli import main
 from sdar_verl.compose import compose_config
 from sdar_verl.config_folders import ConfigFolders
@@ -101,3 +102,14 @@ def test_a_sweep_starts_its_runs_with_it(folder: Path, capsys: pytest.CaptureFix
     (folder.parent / "plan.yaml").write_text(plan)
     assert main(["sweep", "--plan", "plan.yaml", "--out", "out", "--config-dir", "own", "--dry-run"]) == 0
     assert capsys.readouterr().out.count(f"main_ppo --config-dir {folder} --config-name mine method=") == 6
+
+
+def test_a_checkout_on_pythons_path_has_its_configs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There they are no part of the package, which a copy that pip installed hides from Python."""
+    from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+
+    monkeypatch.setattr(hydra_search_path, "find_spec", lambda name: None)
+    searched = ConfigSearchPathImpl()
+    hydra_search_path.SdarSearchPath().manipulate_search_path(searched)
+    (found,) = searched.get_path()
+    assert (Path(str(found.path).removeprefix("file://")) / "sdar_alfworld.yaml").is_file()
