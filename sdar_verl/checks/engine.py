@@ -222,7 +222,7 @@ def _attention(config: DictConfig) -> Iterator[str]:
     if attention in (None, "flash_attention_2"):
         if config.trainer.device != "cpu" and util.find_spec("flash_attn") is None:
             yield (
-                "flash-attn is not installed, and verl uses it unless told otherwise: pip install "
+                "flash-attn is not installed, and verl uses it unless told otherwise: pip install --no-build-isolation "
                 '"sdar-verl[flash-attn]", or +actor_rollout_ref.model.override_config.attn_implementation=sdpa'
             )
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,7 @@ from sdar_verl.checks.engine import (
     trained_devices,
 )
 from sdar_verl.checks.loss import loss_faults
-from sdar_verl.checks.modes import mode_faults, parts_of_a_step, verl_mode
+from sdar_verl.checks.modes import mode_faults, parts_of_a_step
 from sdar_verl.checks.options import (
     choice_faults,
     dataclass_faults,
@@ -35,6 +34,7 @@ from sdar_verl.checks.options import (
 )
 from sdar_verl.checks.recipe import names_no_context, recipe_faults
 from sdar_verl.checks.resume import resume_faults
+from sdar_verl.checks.servers import server_faults
 from sdar_verl.checks.skill_learning import skill_learning_faults
 from sdar_verl.checks.skills import skill_faults
 from sdar_verl.checks.teacher import teacher_faults
@@ -289,7 +289,7 @@ def _devices(config: DictConfig, sdar: SdarConfig) -> list[str]:
                 fault = f"actor_rollout_ref.{role}.{option}={size} does not divide the {devices} devices ({where})"
                 # The reference's may be the actor's.
                 faults.setdefault((option, size, where), f"{fault}; choose a divisor")
-    return [*faults.values(), *_servers(config), *_passes(config)]
+    return [*faults.values(), *_passes(config)]
 
 
 def _passes(config: DictConfig) -> Iterator[str]:
@@ -298,31 +298,6 @@ def _passes(config: DictConfig) -> Iterator[str]:
         yield (
             "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=False needs "
             "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu, the rows of one pass; set it"
-        )
-
-
-def _servers(config: DictConfig) -> Iterator[str]:
-    """Devices that do not divide among rollout servers: verl asserts it on those that train, and of a rollout's own it
-    makes as many servers as there are whole ones, or none."""
-    node, rollout = config.actor_rollout_ref, config.actor_rollout_ref.rollout
-    sizes = {name: rollout[f"{name}_parallel_size"] for name in ("tensor_model", "data", "pipeline_model")}
-    server, separate = math.prod(sizes.values()), verl_mode(config.trainer.v1.trainer_mode) == "separate_async"
-    named = " * ".join(f"{name}_parallel_size={size}" for name, size in sizes.items() if size > 1)
-    fault, (devices, where) = f"actor_rollout_ref.rollout.{named} does not divide the", trained_devices(config)
-    if devices % server and (node.hybrid_engine or not separate):
-        yield (
-            f"{fault} {devices} devices ({where}), which the rollout shares; choose a divisor"
-            + (", or actor_rollout_ref.hybrid_engine=False" if separate else "")
-        )
-    per_node, nodes = rollout.n_gpus_per_node, rollout.nnodes
-    if not separate or not per_node * nodes:
-        return
-    # A server lies on one node, or on whole ones.
-    small, large = sorted((server, per_node))
-    if large % small or per_node * nodes % server:
-        yield (
-            f"{fault} devices of the rollout, actor_rollout_ref.rollout.n_gpus_per_node={per_node} on each of "
-            f"nnodes={nodes}; choose a divisor of the devices of a node, or whole nodes"
         )
 
 
@@ -354,6 +329,7 @@ _CHECKS: tuple[Any, ...] = (
     writer_faults,
     _batches,
     engine_faults,
+    server_faults,
     chat_template_faults,
     architecture_faults,
     _variant,

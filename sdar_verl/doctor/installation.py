@@ -127,7 +127,8 @@ def _gpu_stack(machine: Machine) -> Iterator[Finding]:
         return
     for package, extra in (("vllm", "vllm"), ("flash-attn", "flash-attn"), ("torch", "vllm")):
         version, pin = machine.versions.get(package), machine.pins.get(package)
-        remedy = f'pip install "sdar-verl[{extra}]"'
+        # flash-attn's build reads the torch that is installed.
+        remedy = f'pip install {"--no-build-isolation " * (extra == "flash-attn")}"sdar-verl[{extra}]"'
         if version is None:
             yield Finding("warn", package, "not installed; the recipes for GPUs use it", remedy)
         elif pin and not SpecifierSet(pin).contains(Version(version).public, prereleases=True):

@@ -34,7 +34,7 @@ from sdar_verl.rollout.rows import RETIRED_COLUMN, SKILL_COLUMNS, TRACED_COLUMN,
 from sdar_verl.rollout.runtime import Runtime, get_runtime
 from sdar_verl.rollout.server_teacher import ServerTeacher
 from sdar_verl.rollout.teacher_prompt import add_teacher_prompt
-from sdar_verl.rollout.uids import seed_part
+from sdar_verl.rollout.uids import seed_part, seeded
 from sdar_verl.skills.retrieval import RetrievalError
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ class SdarAgentLoop(AgentLoopBase):
                 turn = await self._ask(
                     request_id,
                     prompt_ids,
-                    {**sampling_params, **({} if seed is None else {"seed": seed})},
+                    seeded(sampling_params, seed, self.config.actor_rollout_ref.rollout.name),
                     info,
                     episode,
                 )

@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SEED_NAMES = {"sglang": "sampling_seed"}
+"""What a server calls a request's seed where it is not ``seed``."""
 
 _UID = re.compile(r"s(\d{8})p\d{8}(r\d+)?")
 
@@ -49,6 +53,17 @@ def seed_part(uid: object, step: int | None) -> str:
     """
     match = _UID.fullmatch(str(uid))
     return f"{int(match[1])}{match[2] or ''}" if match else str(step)
+
+
+def seeded(params: Mapping[str, Any], seed: int | None, server: str) -> dict[str, Any]:
+    """Sampling parameters of a request with its seed, under the name that the server reads.
+
+    Args:
+        params: without one.
+        seed: None leaves it to the server.
+        server: ``actor_rollout_ref.rollout.name``.
+    """
+    return {**params, **({} if seed is None else {SEED_NAMES.get(server, "seed"): seed})}
 
 
 def request_seed(seed: int | None, *parts: object) -> int | None:

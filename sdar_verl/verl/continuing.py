@@ -13,6 +13,11 @@ from typing import Any
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
+from sdar_verl.rollout.uids import SEED_NAMES
+
+SEEDS = {"seed", *SEED_NAMES.values()}
+"""What servers call a request's seed."""
+
 _asked: ContextVar[int] = ContextVar("sdar_asked_prompt_tokens", default=0)
 """Prompt tokens of the answer that this task waits for."""
 
@@ -25,9 +30,9 @@ class _OneRequest(LLMServerClient):
     ) -> TokenOutput:
         """verl's, with a seed of its own for a request that goes on from earlier tokens."""
         so_far = len(prompt_ids) - _asked.get()
-        seed = sampling_params.get("seed")
-        if so_far > 0 and seed is not None:
-            sampling_params = {**sampling_params, "seed": seed_of_rest(seed, so_far)}
+        if so_far > 0:
+            others = {name: seed_of_rest(sampling_params[name], so_far) for name in SEEDS & {*sampling_params}}
+            sampling_params = {**sampling_params, **others}
         return await super().generate(request_id, prompt_ids=prompt_ids, sampling_params=sampling_params, **kwargs)
 
 

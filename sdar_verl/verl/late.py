@@ -70,5 +70,6 @@ def run_writer(config: DictConfig, sdar: SdarConfig, tokenizer: Any, client: Cal
         answer_tokens=int(config.data.max_response_length),
         temperature=float(config.actor_rollout_ref.rollout.temperature),
         seed=sdar.rollout.seed,
+        server=config.actor_rollout_ref.rollout.name,
         chat_template_kwargs=config.data.get("apply_chat_template_kwargs", None),
     )

@@ -17,10 +17,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+import transfer_queue.interface
+from omegaconf import DictConfig, OmegaConf
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
-from sdar_verl.errors import ProcessDiedError
+from sdar_verl.errors import ConfigError, ProcessDiedError
 
 EVERY_S = 5.0
 """Seconds between two rounds of questions."""
@@ -153,6 +155,22 @@ def queue_processes(storage_units: int) -> dict[str, Any]:
         except ValueError:
             continue  # another storage backend
     return found
+
+
+def check_queue_is_ours(config: DictConfig) -> None:
+    """verl's queue has one fixed name in a Ray cluster: a second run there would take and delete the first one's rows.
+
+    Raises:
+        ConfigError: another run has it.
+    """
+    backend = OmegaConf.select(config, "transfer_queue.backend.storage_backend") or "SimpleStorage"
+    if backend != "SimpleStorage" or len(queue_processes(1)) == 2:  # its storage is named in the namespace of a run
+        return
+    transfer_queue.interface._TQ_CONTROLLER = None  # else verl's last act would be to kill the other run's
+    raise ConfigError(
+        "another run of this Ray cluster has verl's TransferQueue, which is there once in a cluster; wait for its end "
+        "(`ray job list`), or start a cluster for each run"
+    )
 
 
 def watched(buffer: Any, liveness: Liveness) -> Any:

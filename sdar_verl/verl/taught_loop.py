@@ -31,7 +31,7 @@ from sdar_verl.rollout.prompts import PromptTemplateError
 from sdar_verl.rollout.recipe_rows import record_of, said, task_of
 from sdar_verl.rollout.rows import RETIRED_COLUMN, ROW_KEY, TRACED_COLUMN, RowInfo
 from sdar_verl.rollout.server_teacher import ServerTeacher
-from sdar_verl.rollout.uids import request_seed, seed_part
+from sdar_verl.rollout.uids import request_seed, seed_part, seeded
 from sdar_verl.skills.retrieval import RetrievalError
 from sdar_verl.verl import symbols
 from sdar_verl.verl.recipe_prompts import Built, RecipeRuntime
@@ -146,7 +146,8 @@ class TaughtLoop(AgentLoopBase):
         submitted = seed_part(columns.get("uid"), columns.get("global_steps"))
         seed = request_seed(runtime.sdar.rollout.seed, task.task_id, arm_name, submitted, columns.get("session_id"))
         try:
-            output = await loop.run({**sampling_params, **({} if seed is None else {"seed": seed})}, **columns)
+            server = self.config.actor_rollout_ref.rollout.name
+            output = await loop.run(seeded(sampling_params, seed, server), **columns)
         except Exception as error:
             logger.exception("agent loop %s, task %s", name, task.task_id)
             return self._failed(task, arm_name, columns, failure=f"{type(error).__name__} in {name}: {error}")

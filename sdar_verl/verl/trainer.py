@@ -44,7 +44,7 @@ from sdar_verl.step import LocalUpdate
 from sdar_verl.table import StepTable, joined, stop_on_errors, stop_on_lost_episodes
 from sdar_verl.verl import symbols
 from sdar_verl.verl.late import late_contexts, run_writer, step_writing
-from sdar_verl.verl.liveness import Liveness, queue_processes, run_processes, watched
+from sdar_verl.verl.liveness import Liveness, check_queue_is_ours, queue_processes, run_processes, watched
 from sdar_verl.verl.loss import sdar_loss
 from sdar_verl.verl.queue import RowColumns
 from sdar_verl.verl.resume import claim_checkpoints, from_scratch, resumed_folder
@@ -72,6 +72,7 @@ class SdarTraining(LocalUpdate, PPOTrainer):
 
     def __init__(self, config: Any):
         self.sdar = load_config(config.get("sdar"))
+        check_queue_is_ours(config)
         self.cloud = CloudRun(config, self.sdar, self)  # first: it may bring the checkpoint to go on from
         check_run(config, self.sdar)
         claim_checkpoints(config)

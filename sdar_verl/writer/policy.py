@@ -11,7 +11,7 @@ from uuid import uuid4
 from sdar_verl.config.context import WriterConfig
 from sdar_verl.rollout.actions import leaves_thought_open, without_thought
 from sdar_verl.rollout.answers import AnswerReader
-from sdar_verl.rollout.uids import request_seed
+from sdar_verl.rollout.uids import request_seed, seeded
 from sdar_verl.writer.base import Answer
 
 PAUSE_S = 1.0
@@ -32,6 +32,7 @@ class PolicyWriter:
         answer_tokens: ``data.max_response_length``.
         temperature: the rollout's.
         seed: ``sdar.rollout.seed``.
+        server: ``actor_rollout_ref.rollout.name``.
         chat_template_kwargs: ``data.apply_chat_template_kwargs``.
     """
 
@@ -47,6 +48,7 @@ class PolicyWriter:
         answer_tokens: int,
         temperature: float,
         seed: int | None = None,
+        server: str = "transformers",
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.limit = settings.max_prompt_length or prompt_tokens
@@ -57,9 +59,10 @@ class PolicyWriter:
         self._params = {
             "temperature": temperature if settings.temperature is None else settings.temperature,
             "top_p": 1.0,
+            "top_k": -1,
             "max_tokens": settings.max_tokens or answer_tokens,
         }
-        self._seed = seed
+        self._seed, self._server = seed, server
         self._template = dict(chat_template_kwargs or {})
 
     def tokens(self, text: str) -> int:
@@ -83,7 +86,7 @@ class PolicyWriter:
     async def _ask(self, client: Any, text: str, step: int) -> Answer:
         prompt = self._prompt(text)
         seed = request_seed(self._seed, "writer", step, text)
-        params = {**self._params, **({} if seed is None else {"seed": seed})}
+        params = seeded(self._params, seed, self._server)
         for attempt in range(self._retries + 1):
             if attempt:
                 await asyncio.sleep(PAUSE_S * 2 ** (attempt - 1))

@@ -141,7 +141,7 @@ CASES = {
     "not a panel": ({"data.val_files": __file__}, ["data.val_files", "not a task panel"]),
     "no flash-attn": (
         {"trainer.device": "cuda", "actor_rollout_ref.model.override_config.attn_implementation": "flash_attention_2"},
-        ["flash-attn is not installed", 'pip install "sdar-verl[flash-attn]"'],
+        ["flash-attn is not installed", 'pip install --no-build-isolation "sdar-verl[flash-attn]"'],
     ),
     "too few tasks": ({"data.train_batch_size": 17}, ["data.train_batch_size=17", "holds 16 tasks"]),
     "a GPU beside the CPU's rollout": ({"trainer.device": "cuda"}, ["trainer.device=cuda", "VERL_PLATFORM=cpu"]),

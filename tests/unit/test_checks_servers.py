@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import verl  # noqa: F401  loads the plugin, which puts our configs on the search path
 
-from sdar_verl.checks.run import _servers as servers
+from sdar_verl.checks.servers import device_faults as servers
+from sdar_verl.checks.servers import server_faults
+from sdar_verl.config import load_config
 from sdar_verl.errors import ConfigError
 from tests.support.checked_recipe import changed, checked_recipe, run_checks
 
@@ -74,3 +78,31 @@ def test_a_rollout_without_a_server_is_told_by_the_whole_check(recipe):
                 "actor_rollout_ref.rollout.nnodes": 1,
             },
         )
+
+
+NAME, SEED = "actor_rollout_ref.rollout.name", "sdar.rollout.seed"
+DETERMINISTIC = "actor_rollout_ref.rollout.engine_kwargs.sglang.enable_deterministic_inference"
+FULL = "actor_rollout_ref.rollout.full_determinism"
+WHOLE = {"sdar.rollout.rows": "trajectory", "sdar.rollout.turn_length": 16}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({NAME: "sglang", SEED: 3}, f"sdar.rollout.seed=3: SGLang .* only with [+][+]{DETERMINISTIC}=True"),
+        ({NAME: "sglang", SEED: 3, DETERMINISTIC: True}, None),
+        ({NAME: "sglang", SEED: None}, None),
+        (
+            {NAME: "vllm", SEED: None, FULL: True},
+            "full_determinism=True .* copies of each other; set sdar.rollout.seed",
+        ),
+        ({NAME: "vllm", SEED: 3, FULL: True}, None),
+        ({NAME: "trtllm", SEED: 3, **WHOLE}, "sdar.rollout.turn_length=16: .*TensorRT-LLM"),
+        ({NAME: "trtllm", SEED: 3}, None),
+        ({NAME: "sglang", SEED: None, **WHOLE}, None),
+    ],
+)
+def test_requests_that_a_server_does_not_obey(recipe, options, said):
+    config = changed(recipe, **options)
+    told = server_faults(config, load_config(config.sdar))
+    assert len(told) == (said is not None) and all(re.search(said, fault) for fault in told), told

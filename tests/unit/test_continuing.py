@@ -81,6 +81,12 @@ def test_the_rest_of_an_answer_has_random_numbers_of_its_own(ask):
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
+def test_a_server_with_another_name_for_the_seed_gets_other_numbers_too(ask):
+    server = Server([(2, 0), (3, 0)])
+    asyncio.run(ask(server, max_tokens=10, sampling_seed=11))
+    assert [params["sampling_seed"] for _, params in server.asked] == [11, seed_of_rest(11, 2)]
+
+
 def test_a_request_without_a_seed_stays_without(ask):
     server = Server([(2, 0), (3, 0)])
     asyncio.run(ask(server, max_tokens=10))

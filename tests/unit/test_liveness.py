@@ -8,12 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transfer_queue.interface
+from omegaconf import OmegaConf
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
-from sdar_verl.errors import ProcessDiedError
+from sdar_verl.errors import ConfigError, ProcessDiedError
 from sdar_verl.verl import liveness
-from sdar_verl.verl.liveness import Liveness, queue_processes, run_processes, watched
+from sdar_verl.verl.liveness import Liveness, check_queue_is_ours, queue_processes, run_processes, watched
 
 
 class Actor:
@@ -196,6 +198,24 @@ def test_the_queue_is_found_by_its_names(ray):
 
     ray.get_actor = get_actor
     assert queue_processes(2) == {"TransferQueue's controller": 1, "TransferQueue's storage unit 0": 2}
+
+
+def test_a_second_run_of_a_cluster_is_refused_and_leaves_the_firsts_queue_alone(ray, monkeypatch):
+    monkeypatch.setattr("transfer_queue.interface._TQ_CONTROLLER", "the other run's")
+    held = {("TransferQueueController", "transfer_queue")}
+
+    def get_actor(name, namespace=None):
+        if (name, namespace) not in held:
+            raise ValueError(name)
+        return name
+
+    ray.get_actor = get_actor
+    check_queue_is_ours(OmegaConf.create({"transfer_queue": {"backend": {"storage_backend": "MooncakeStore"}}}))
+    with pytest.raises(ConfigError, match="another run of this Ray cluster"):
+        check_queue_is_ours(OmegaConf.create({}))
+    assert transfer_queue.interface._TQ_CONTROLLER is None, "verl's last act kills what stands here"
+    held.add(("TransferQueueStorageUnit#0", None))
+    check_queue_is_ours(OmegaConf.create({}))
 
 
 @pytest.mark.parametrize("kind", [ReplayBuffer, ReplayBufferAsync])

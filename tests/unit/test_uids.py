@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transfer_queue import KVBatchMeta
 
-from sdar_verl.rollout.uids import PromptUids, seed_part
+from sdar_verl.rollout.uids import PromptUids, seed_part, seeded
 from sdar_verl.verl.queue import in_order, row_id
 
 
@@ -38,6 +38,11 @@ def test_a_task_that_a_step_draws_again_gets_other_seeds():
 def test_a_prompt_that_a_resume_submits_again_keeps_its_seed():
     name = PromptUids().name(3, ["a"])[0]
     assert seed_part(name, 9) == "3"
+
+
+def test_a_seed_has_the_name_that_the_server_reads():
+    assert seeded({"top_p": 1.0}, 5, "vllm") == {"top_p": 1.0, "seed": 5}
+    assert seeded({}, 5, "sglang") == {"sampling_seed": 5} and seeded({}, None, "sglang") == {}
 
 
 def test_validation_prompts_are_seeded_with_the_step():
