@@ -255,8 +255,10 @@ class HeadPass:
                 f"the student's vocabulary has {vocabulary} tokens, the {whose}'s {len(weight)}; use a teacher with "
                 "the student's vocabulary, or sdar.loss.objective=sampled without an anchor"
             )
-        hidden = self._column(column)[self._chosen]
-        return lambda rows: chunk_logits(hidden[rows], weight, bias, self._temperature)
+        # Of this object the function must hold nothing: autograd holds it, and its columns autograd's graph, in a ring
+        # through C++ that Python's collector does not see.
+        hidden, temperature = self._column(column)[self._chosen], self._temperature
+        return lambda rows: chunk_logits(hidden[rows], weight, bias, temperature)
 
     def _column(self, name: str) -> torch.Tensor:
         """A column of the response tokens of all rows, one after the other. A row by which verl fills a batch up has
@@ -267,7 +269,7 @@ class HeadPass:
     def _index(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows of the flattened hidden states that predict response tokens, in the order of the responses."""
         rows, width = hidden.shape[0], hidden.shape[-2]
-        if hidden.dim() == 3 and rows == 1 and width == self._total:
+        if hidden.dim() == 3 and rows == 1 and width >= self._total:  # verl's static padding stands behind the rows
             return self._packed
         if hidden.dim() == 3 and rows == len(self._lengths) and width == max(self._lengths):
             return torch.cat(
@@ -278,8 +280,7 @@ class HeadPass:
             )
         raise RuntimeError(
             f"the head was called on {tuple(hidden.shape)} for {len(self._lengths)} rows of {self._total} tokens: "
-            "neither packed nor padded rows. Sequence parallelism and static padding are not supported by a "
-            "teacher's pass and by objectives over distributions"
+            "neither packed nor padded rows. Sequence parallelism is not supported by objectives over distributions"
         )
 
     def _rows(self, values: torch.Tensor) -> torch.Tensor:
@@ -304,7 +305,6 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.mark_dirty(logits, columns)  # the same tensors go on, not views of them
         return logits, columns
 
     @staticmethod

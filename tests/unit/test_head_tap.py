@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -286,6 +288,38 @@ def full_step(engine: Engine, teacher_engine: Engine) -> torch.Tensor:
     value, _ = engine.forward_step(batch, loss_function=loss, forward_only=False)
     value.backward()
     return value.detach()
+
+
+def test_nothing_of_a_micro_batch_outlives_it():
+    """A ring through autograd's C++ would, and the teacher's head and hidden states with it, at every step."""
+    engine, teacher = make_engine(make_model(0)), make_engine(make_model(7))
+    full_step(engine, teacher)
+    head = weakref.ref(engine.heads.teacher[0])
+    engine.heads.teacher = None
+    gc.collect()
+    assert head() is None
+
+
+def test_a_head_whose_output_is_a_view():
+    """One with a bias, or one whose activations verl offloads (enable_activation_offload)."""
+    model, teacher = make_model(0, tied=False), make_model(7, tied=False)
+    model.lm_head = torch.nn.Linear(16, 31, bias=True)
+    with torch.no_grad():
+        _, expected = by_hand(model, "reverse_kl", 0, plain_logits(teacher, TEACHER_PROMPTS, 2))
+    assert full_step(make_engine(model), make_engine(teacher)).item() == pytest.approx(expected.item(), rel=1e-4)
+    got = model.lm_head.bias.grad.clone()
+    model.zero_grad()
+    by_hand(model, "reverse_kl", 0, plain_logits(teacher, TEACHER_PROMPTS, 2).detach())[1].backward()
+    torch.testing.assert_close(got, model.lm_head.bias.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_teachers_pass_over_rows_that_verl_pads_to_one_length():
+    engine = make_engine(make_model(7))
+    batch = make_batch(TEACHER_PROMPTS, 2, True, HeadRequest("log_probs", True))
+    plain = forward(engine, batch)["log_probs"].values()
+    engine.pad_to_length, engine.pad_to_length_bucket = True, 16
+    assert engine._get_packed_pad_size(21) == 11
+    torch.testing.assert_close(forward(engine, batch)["log_probs"].values(), plain)
 
 
 @pytest.mark.parametrize("tied", [True, False])
