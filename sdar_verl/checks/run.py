@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -256,6 +257,16 @@ def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
         )
     if rows is not None and rows % ranks:
         faults.append(f"sdar.update.mini_batch_rows={rows} must be a multiple of the {ranks} ranks")
+    mini_batch = config.actor_rollout_ref.actor.ppo_mini_batch_size * n if rows is None else rows
+    filled, (option, apart) = math.lcm(ranks, mini_batch), sequence_parallel(config.actor_rollout_ref.ref)
+    for _, cards, where in frozen_models(config, sdar):
+        if cards % apart == 0 and filled % (cards // apart):
+            faults.append(
+                f"{where}, with actor_rollout_ref.ref.{option}={apart}: the {cards // apart} ranks do not divide the "
+                f"rows of a step, which verl fills up to a multiple of {filled} (the actor's {ranks} ranks, "
+                f"mini-batches of {mini_batch} rows); choose a divisor of it"
+            )
+            break
     if n < 2 and config.algorithm.adv_estimator == "sdar":
         faults.append(f"actor_rollout_ref.rollout.n={n}: group-relative advantages need at least 2 rollouts per task")
     of_group = [name for name in sdar.context.named if name in context_names() and get_context(name).of_group]
@@ -266,7 +277,7 @@ def _batches(config: DictConfig, sdar: SdarConfig) -> list[str]:
         )
     if not config.actor_rollout_ref.actor.use_dynamic_bsz:
         micro = config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu
-        mini = (rows if rows is not None else config.actor_rollout_ref.actor.ppo_mini_batch_size * n) // ranks
+        mini = mini_batch // ranks
         if micro is not None and mini % micro:
             faults.append(
                 f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={micro} does not divide the {mini} rows of a "

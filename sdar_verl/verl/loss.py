@@ -73,9 +73,11 @@ def sdar_loss(
     )
     log_probs = no_padding_2_padding(model_output["log_probs"], data)
     try:
-        terms = method.terms(
-            log_probs, _columns(data, method), values, entropy=entropy, divergence=divergence, target=target
-        )
+        # verl asks for the loss within its autocast, in which a gate's or an objective's products would be bf16.
+        with torch.autocast(log_probs.device.type, enabled=False):
+            terms = method.terms(
+                log_probs, _columns(data, method), values, entropy=entropy, divergence=divergence, target=target
+            )
     except NonFiniteValues as error:
         raise NonFiniteError(f"{error}{_named(data, error.rows)}") from error
     distillation = agg_loss(

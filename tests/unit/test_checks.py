@@ -304,6 +304,14 @@ CASES = {
         },
         ["ref.fsdp_config.fsdp_size=2 does not divide the 3 devices (sdar.teacher.placement=pool", "per_node=3"],
     ),
+    "a pool that does not divide the rows": (
+        {
+            "sdar.teacher.source": "reference",
+            "sdar.teacher.placement": "pool",
+            "sdar.teacher.pool_gpus_per_node": 6,
+        },
+        ["pool_gpus_per_node=6 on pool_nodes=1", "the 6 ranks do not divide the rows", "a multiple of 128"],
+    ),
     "a reference that cannot split its rows": (
         {
             "sdar.teacher.source": "actor",
@@ -433,9 +441,9 @@ SOUND = {
         "trainer.n_gpus_per_node": 4,
         "sdar.teacher.source": "reference",
         "sdar.teacher.placement": "pool",
-        "sdar.teacher.pool_gpus_per_node": 6,
+        "sdar.teacher.pool_gpus_per_node": 8,
         "actor_rollout_ref.actor.use_kl_loss": False,
-        "actor_rollout_ref.ref.fsdp_config.fsdp_size": 3,
+        "actor_rollout_ref.ref.fsdp_config.fsdp_size": 2,
     },
     "a placebo": {"sdar.context.control": "random_text"},
     "skills against their placebo": {

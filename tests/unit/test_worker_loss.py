@@ -242,6 +242,17 @@ def test_a_measurement_differentiates_one_loss_at_a_time() -> None:
     assert parts["rl"].square().sum().item() == pytest.approx(squares["grad_rl_squared"])
 
 
+def test_the_term_is_not_computed_in_the_engines_half_precision() -> None:
+    step = Step()
+    step.student = step.student.detach().float().requires_grad_()
+    step.old, step.teacher = step.old.float(), step.teacher.float()
+    settings = LossConfig(coef=0.7, objective="k1", objective_options={"discount": 0.99}, gate="none")
+    _, expected = run(step, settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, got = run(step, settings)
+    assert got["sdar/loss"].aggregate() == pytest.approx(expected["sdar/loss"].aggregate(), rel=1e-6)
+
+
 def test_without_the_policy_gradient_its_advantages_do_not_matter_and_the_rest_stays() -> None:
     step = Step()
     kept, metrics = run(step, LossConfig(coef=0.7, policy_gradient=False))
