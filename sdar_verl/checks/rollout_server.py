@@ -85,7 +85,8 @@ def _engine(config: DictConfig, sdar: SdarConfig) -> Iterator[str]:
     if name == "vllm" and isinstance(given, int) and 0 <= given < asked:
         yield (
             f"{_PLACEMENT}: vLLM is asked for sdar.loss.top_k={asked} tokens and gives max_logprobs={given} at most; "
-            f"set ++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs={asked}, or lower sdar.loss.top_k"
+            "lower sdar.loss.top_k, which is cheaper for its one process, or set "
+            f"++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs={asked}"
         )
     if str(rollout.get("logprobs_mode", None)).endswith("_logits"):
         yield (

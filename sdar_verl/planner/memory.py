@@ -100,7 +100,8 @@ def divergence_bytes(layout: Layout, tokens: float) -> float:
     """What a distribution-level objective adds to an update (docs/divergences.md).
 
     The chunk's logits and three tensors made of them, and the gradient of the head's weights while it is summed up, in
-    float32. Over the full vocabulary also a copy of the teacher's head and its hidden states, in bf16.
+    float32, with a chunk's part of it in bf16. Over the full vocabulary also a copy of the teacher's head and its
+    hidden states, in bf16.
     """
     if layout.support is None:
         return 0.0
@@ -108,7 +109,7 @@ def divergence_bytes(layout: Layout, tokens: float) -> float:
     head = float(a.vocabulary * a.hidden)
     total = 16.0 * min(tokens, layout.chunk_tokens) * a.vocabulary
     if layout.objective in DIVERGENCES:  # what an anchored target says of the sampled token has no gradient
-        total += 4.0 * head
+        total += 6.0 * head
     if layout.support == "full":
         total += 2.0 * head + 2.0 * tokens * a.hidden
     return total
