@@ -191,9 +191,16 @@ def local_step(folder: Path) -> int:
 
 
 def fill_every_node(place: str, folder: Path) -> None:
-    """:meth:`Mirror.fill` on the disks of all nodes, this one first: on a shared disk the others find it done."""
-    fill_here(place, folder)
-    on_every_node(fill_here, place, folder)
+    """:meth:`Mirror.fill` on the disks of this node and of those that train: not on a head's without devices.
+
+    Args:
+        place, folder: the mirror's, and the run's, on each node.
+
+    Raises:
+        MirrorError, StoreError: as there, on any of them.
+    """
+    fill_here(place, folder)  # first: on a shared disk the others find it done
+    on_every_node(fill_here, place, folder, training=True)
 
 
 def fill_here(place: str, folder: Path) -> int:

@@ -6,12 +6,14 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import ray
 
 from sdar_verl.checks.resume import TRACKER
-from sdar_verl.cloud.mirror import MANIFEST, Mirror, MirrorError, local_step
+from sdar_verl.cloud.mirror import MANIFEST, Mirror, MirrorError, fill_every_node, local_step
 from sdar_verl.cloud.nodes import first_with
 from sdar_verl.cloud.store import Store, StoreError
 from sdar_verl.report.layout import WRITTEN_FILE
@@ -60,6 +62,55 @@ def put(mirror: Mirror, folder: Path, step: int, **kwargs: str) -> None:
 def lines() -> tuple[list[str], dict]:
     said: list[str] = []
     return said, {"say": said.append}
+
+
+class Nodes:
+    """Folders that stand for the disks of a cluster's nodes: "here", which is this process's own, and others.
+
+    Args:
+        patch: pytest's.
+        root: where the folders are.
+        **cards: node -> its devices, which are called ``GPU`` as in verl's own clusters.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, root: Path, **cards: int):
+        self._root = root
+        nodes = [{"NodeID": node, "Alive": True, "Resources": {"GPU": n} if n else {}} for node, n in cards.items()]
+        patch.setattr(ray, "is_initialized", lambda: True)
+        patch.setattr(ray, "nodes", lambda: nodes)
+        patch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+        patch.setattr(ray, "remote", lambda **_: lambda function: SimpleNamespace(options=self._options(function)))
+        patch.setattr(ray, "get", lambda results: results)
+        patch.setattr("ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy", lambda node, soft: node)
+        self.use(patch, "cuda")
+
+    @staticmethod
+    def use(patch: pytest.MonkeyPatch, device: str) -> None:
+        patch.setattr("verl.utils.device.get_device_name", lambda: device)
+        patch.setattr("verl.utils.device.get_resource_name", lambda: "GPU")
+
+    def __getitem__(self, node: str) -> Path:
+        return self._root / node
+
+    def _options(self, function):
+        def there(node, argument):
+            inside = isinstance(argument, Path) and argument.is_relative_to(self["here"])
+            return self[node] / argument.relative_to(self["here"]) if inside else argument
+
+        return lambda scheduling_strategy: SimpleNamespace(
+            remote=lambda *given: function(*(there(scheduling_strategy, one) for one in given))
+        )
+
+
+@pytest.mark.parametrize(("device", "filled"), [("cuda", ["cards", "here"]), ("cpu", ["cards", "head", "here"])])
+def test_nodes_that_train_are_filled_and_this_one(tmp_path, monkeypatch, device, filled):
+    place = f"file://{tmp_path / 'mirror'}"
+    put(Mirror(place), tmp_path / "run", 2)
+    nodes = Nodes(monkeypatch, tmp_path / "nodes", here=0, cards=8, head=0)
+    nodes.use(monkeypatch, device)
+    fill_every_node(place, nodes["here"])
+    assert sorted(path.name for path in (tmp_path / "nodes").iterdir()) == filled
+    assert all(local_step(nodes[node]) == 2 for node in filled)
 
 
 def test_an_empty_folder_is_filled_with_all_that_a_run_needs(place, tmp_path):
