@@ -15,7 +15,7 @@ from typing import Any
 
 from sdar_verl.atomic import write_text_atomically
 from sdar_verl.checks.resume import TRACKER
-from sdar_verl.cloud.nodes import first_with, on_every_node
+from sdar_verl.cloud.nodes import on_every_node, with_newest
 from sdar_verl.cloud.store import DamagedError, Store
 from sdar_verl.errors import SdarError
 from sdar_verl.report import layout
@@ -66,13 +66,15 @@ class Mirror:
     def upload(self, folder: Path, step: int) -> dict[str, dict[str, Any]]:
         """Copy a checkpoint's files, each node those on its own disk; returns name -> size and hash.
 
+        Of several copies the newest counts: ranks that change places leave the shards of an attempt before behind.
+
         Raises:
             StoreError, OSError: it did not work.
         """
         self.store.delete(_manifest(step))  # of another attempt at this step, whose files are about to change
         name = f"global_step_{step}"
         holders = on_every_node(_list_files, folder / name)
-        jobs = [(folder, self.store.place, name, own) for own in first_with(holders)]
+        jobs = [(folder, self.store.place, name, own) for own in with_newest(holders)]
         parts = on_every_node(_upload_files, each=jobs)
         return {file: facts for part in parts for file, facts in part.items()}
 
@@ -224,9 +226,10 @@ def _size(files: Mapping[str, Mapping[str, Any]]) -> int:
     return sum(int(facts["size"]) for facts in files.values())
 
 
-def _list_files(folder: Path) -> dict[str, int]:
-    """Name -> bytes of all files below ``folder`` on this node."""
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+def _list_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name -> when it was last written (ns) and bytes, of all files below ``folder`` on this node."""
+    found = {path.relative_to(folder).as_posix(): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in found.items()}
 
 
 def _upload_files(folder: Path, place: str, below: str, names: list[str]) -> dict[str, dict[str, Any]]:

@@ -33,15 +33,18 @@ def on_every_node(
     return [function(*here)]
 
 
-def first_with(holders: Sequence[Mapping[str, int]]) -> list[list[str]]:
-    """Per node, the names that no node before it has: on a shared disk all fall to the first."""
-    seen: set[str] = set()
-    given = []
-    for names in holders:
-        own = [name for name in names if name not in seen]
-        seen.update(own)
-        given.append(own)
-    return given
+def with_newest(holders: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Per node, the names whose newest copy it has; of equally new ones, as on a shared disk, the first is taken.
+
+    Args:
+        holders: per node, name -> when it was written; the nodes' clocks are compared.
+    """
+    newest: dict[str, int] = {}
+    for node, names in enumerate(holders):
+        for name, written in names.items():
+            if name not in newest or written > holders[newest[name]][name]:
+                newest[name] = node
+    return [[name for name in names if newest[name] == node] for node, names in enumerate(holders)]
 
 
 def _nodes(training: bool) -> list[str]:

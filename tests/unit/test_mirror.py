@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -14,7 +15,7 @@ import ray
 
 from sdar_verl.checks.resume import TRACKER
 from sdar_verl.cloud.mirror import MANIFEST, Mirror, MirrorError, fill_every_node, local_step
-from sdar_verl.cloud.nodes import first_with
+from sdar_verl.cloud.nodes import with_newest
 from sdar_verl.cloud.store import Store, StoreError
 from sdar_verl.report.layout import WRITTEN_FILE
 from tests.support.s3 import BUCKET, s3_server
@@ -62,6 +63,19 @@ def put(mirror: Mirror, folder: Path, step: int, **kwargs: str) -> None:
 def lines() -> tuple[list[str], dict]:
     said: list[str] = []
     return said, {"say": said.append}
+
+
+def shard(rank: int) -> str:
+    return f"actor/model_world_size_2_rank_{rank}.pt"
+
+
+def write_shard(folder: Path, step: int, rank: int, text: str) -> None:
+    """A rank's shard, last written at a time that ``text``, the name of an attempt, stands for."""
+    path = folder / f"global_step_{step}" / shard(rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    at = {"first": 1_000, "second": 2_000}[text]
+    os.utime(path, (at, at))
 
 
 class Nodes:
@@ -242,8 +256,22 @@ def test_a_disk_that_is_too_small_is_told_before_it_is_full(place, tmp_path):
 
 
 def test_files_on_a_shared_disk_are_sent_once():
-    assert first_with([{"a": 1, "b": 1}, {"a": 1, "b": 1}]) == [["a", "b"], []]
-    assert first_with([{"a": 1}, {"b": 1, "a": 1}]) == [["a"], ["b"]]
+    assert with_newest([{"a": 1, "b": 1}, {"a": 1, "b": 1}]) == [["a", "b"], []]
+    assert with_newest([{"a": 1}, {"b": 1, "a": 1}]) == [["a"], ["b"]]
+
+
+def test_the_newest_copy_of_a_shard_is_sent(tmp_path, monkeypatch):
+    """An attempt saved step 2 on two nodes, and another again, with its ranks on swapped nodes."""
+    nodes = Nodes(monkeypatch, tmp_path / "nodes", here=1, other=1)
+    for attempt, at in (("first", {0: "here", 1: "other"}), ("second", {1: "here", 0: "other"})):
+        for rank, node in at.items():
+            write_shard(nodes[node], 2, rank, attempt)
+    mirror = Mirror(f"file://{tmp_path / 'mirror'}")
+    files = mirror.upload(nodes["here"], 2)
+    assert {name: mirror.store.read(f"global_step_2/{name}") for name in files} == {
+        shard(0): b"second",
+        shard(1): b"second",
+    }
 
 
 def test_a_bucket_may_have_options_and_any_path(s3, tmp_path):
