@@ -74,7 +74,7 @@ def write_shard(folder: Path, step: int, rank: int, text: str) -> None:
     path = folder / f"global_step_{step}" / shard(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-    at = {"first": 1_000, "second": 2_000}[text]
+    at = {"first": 1_000, "again": 2_000, "cut": 3_000}[text]
     os.utime(path, (at, at))
 
 
@@ -125,6 +125,52 @@ def test_nodes_that_train_are_filled_and_this_one(tmp_path, monkeypatch, device,
     fill_every_node(place, nodes["here"])
     assert sorted(path.name for path in (tmp_path / "nodes").iterdir()) == filled
     assert all(local_step(nodes[node]) == 2 for node in filled)
+
+
+def put_from_two(nodes: Nodes, place: str) -> Mirror:
+    """Step 2 of two ranks, each on a node; the trainer's task was here."""
+    checkpoint(nodes["here"], 2)
+    for rank, node in enumerate(("here", "other")):
+        write_shard(nodes[node], 2, rank, "first")
+    mirror = Mirror(place)
+    mirror.seal(2, mirror.upload(nodes["here"], 2), "0001-aaaaaa")
+    mirror.sync(nodes["here"])
+    return mirror
+
+
+def test_shards_that_a_node_lacks_come_where_the_tracker_names_their_step_too(tmp_path, monkeypatch, capsys):
+    nodes, place = Nodes(monkeypatch, tmp_path / "nodes", here=1, other=1), f"file://{tmp_path / 'mirror'}"
+    put_from_two(nodes, place)
+    (nodes["here"] / "record/metrics.jsonl").write_text("ahead")
+    shutil.rmtree(nodes["other"])  # another machine takes its place, and the ranks change theirs
+    capsys.readouterr()
+    fill_every_node(place, nodes["here"])
+    for node in ("here", "other"):
+        assert [(nodes[node] / "global_step_2" / shard(rank)).read_text() for rank in (0, 1)] == ["first", "first"]
+        assert local_step(nodes[node]) == 2
+    assert (nodes["here"] / "record/metrics.jsonl").read_text() == "ahead"
+    here, _ = capsys.readouterr().out.splitlines()
+    assert here.endswith("in 1 files")
+    fill_every_node(place, nodes["here"])
+    assert capsys.readouterr().out == "", "nothing is missing any more"
+
+
+def test_shards_that_lie_on_a_node_without_a_tracker_are_not_fetched_again(tmp_path, monkeypatch):
+    nodes, place = Nodes(monkeypatch, tmp_path / "nodes", here=1, other=1), f"file://{tmp_path / 'mirror'}"
+    mirror = put_from_two(nodes, place)
+    mirror.store.delete(f"global_step_2/{shard(1)}")
+    said, say = lines()
+    assert Mirror(place, **say).fill(nodes["other"]) == 2 and local_step(nodes["other"]) == 2
+    assert said[-1].endswith("in 3 files"), "of four"
+
+
+@pytest.mark.parametrize("left", ["first", "cut"])
+def test_a_shard_of_an_attempt_before_or_cut_off_is_fetched_again(place, tmp_path, left):
+    write_shard(tmp_path / "run", 2, 0, "again")
+    put(Mirror(place), tmp_path / "run", 2)
+    write_shard(tmp_path / "node", 2, 0, left)
+    assert Mirror(place).fill(tmp_path / "node") == 2
+    assert (tmp_path / "node/global_step_2" / shard(0)).read_text() == "again"
 
 
 def test_an_empty_folder_is_filled_with_all_that_a_run_needs(place, tmp_path):
@@ -181,6 +227,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(place, tmp_path, damage):
     assert Mirror(place, **say).fill(tmp_path / "new") == 2
     assert "passed over" in said[0] and ("global_step_4" in said[0])
     assert not (tmp_path / "escaped").exists() and local_step(tmp_path / "new") == 2
+    assert Mirror(place).fill(tmp_path / "new") == 0 and local_step(tmp_path / "new") == 2, "nor does the next start"
 
 
 def test_a_folder_that_is_ahead_is_left_alone_and_one_that_is_behind_is_not(place, tmp_path):
@@ -263,14 +310,14 @@ def test_files_on_a_shared_disk_are_sent_once():
 def test_the_newest_copy_of_a_shard_is_sent(tmp_path, monkeypatch):
     """An attempt saved step 2 on two nodes, and another again, with its ranks on swapped nodes."""
     nodes = Nodes(monkeypatch, tmp_path / "nodes", here=1, other=1)
-    for attempt, at in (("first", {0: "here", 1: "other"}), ("second", {1: "here", 0: "other"})):
+    for attempt, at in (("first", {0: "here", 1: "other"}), ("again", {1: "here", 0: "other"})):
         for rank, node in at.items():
             write_shard(nodes[node], 2, rank, attempt)
     mirror = Mirror(f"file://{tmp_path / 'mirror'}")
     files = mirror.upload(nodes["here"], 2)
     assert {name: mirror.store.read(f"global_step_2/{name}") for name in files} == {
-        shard(0): b"second",
-        shard(1): b"second",
+        shard(0): b"again",
+        shard(1): b"again",
     }
 
 
