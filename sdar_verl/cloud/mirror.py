@@ -15,7 +15,7 @@ from typing import Any
 
 from sdar_verl.atomic import write_text_atomically
 from sdar_verl.checks.resume import TRACKER
-from sdar_verl.cloud.nodes import first_with, on_every_node
+from sdar_verl.cloud.nodes import on_every_node, with_newest
 from sdar_verl.cloud.store import DamagedError, Store
 from sdar_verl.errors import SdarError
 from sdar_verl.report import layout
@@ -64,7 +64,9 @@ class Mirror:
     # ---------------------------------------------------------------- up
 
     def upload(self, folder: Path, step: int) -> dict[str, dict[str, Any]]:
-        """Copy a checkpoint's files, each node those on its own disk; returns name -> size and hash.
+        """Copy a checkpoint's files, each node those on its own disk; returns name -> size, hash and when written.
+
+        Of several copies the newest counts: ranks that change places leave the shards of an attempt before behind.
 
         Raises:
             StoreError, OSError: it did not work.
@@ -72,7 +74,7 @@ class Mirror:
         self.store.delete(_manifest(step))  # of another attempt at this step, whose files are about to change
         name = f"global_step_{step}"
         holders = on_every_node(_list_files, folder / name)
-        jobs = [(folder, self.store.place, name, own) for own in first_with(holders)]
+        jobs = [(folder, self.store.place, name, own) for own in with_newest(holders)]
         parts = on_every_node(_upload_files, each=jobs)
         return {file: facts for part in parts for file, facts in part.items()}
 
@@ -112,10 +114,14 @@ class Mirror:
     # ---------------------------------------------------------------- down
 
     def fill(self, folder: Path) -> int:
-        """Bring the newest whole checkpoint into ``folder``, with the record, when it is newer than what is there.
+        """Bring what ``folder`` lacks of the newest whole checkpoint, with the record, when what is there is not newer.
+
+        verl's tracker in the folder tells what is there, but not that all shards are: it is on the trainer's node
+        alone, and ranks change places when a node is replaced. A file is there when its size is right and it is not
+        older than what was uploaded; one that is older is of another attempt at the step.
 
         Returns:
-            Its step; 0 when the folder has it, or a newer one, already, or when the mirror holds none.
+            Its step; 0 when the folder has all of it, or a newer one, already, or when the mirror holds none.
 
         Raises:
             MirrorError: it does not fit on the disk, or there are checkpoints and none of them can be used.
@@ -123,23 +129,26 @@ class Mirror:
         """
         have, damaged = local_step(folder), []
         for step, whole in reversed(self.steps().items()):
-            if step <= have:
+            if step < have or (step == have and not whole):
                 break
             name = f"{self.store.place}/global_step_{step}"
             if not whole:
                 self._say(f"{name} has no {MANIFEST}, its upload never ended: passed over")
                 continue
             try:
-                files = self._files(step)
+                files = _lacking(folder / f"global_step_{step}", self._files(step))
+                if step == have and not files:
+                    break
                 self._check_room(folder, step, files)
                 self._download(folder, step, files)
             except DamagedError as error:
                 self._say(f"{name}: {error}: passed over")
                 damaged.append(step)
                 continue
-            for note in (*_NOTES, *self._stored()):
-                self.store.download(_inside(note), folder / note)
-            write_text_atomically(folder / TRACKER, str(step))  # last: only now verl sees the checkpoint
+            if step > have:  # else the record here is the run's own, and may be ahead
+                for note in (*_NOTES, *self._stored()):
+                    self.store.download(_inside(note), folder / note)
+                write_text_atomically(folder / TRACKER, str(step))  # last: only now verl sees the checkpoint
             self._say(
                 f"global_step_{step} came from {self.store.place}, {_size(files) / 1e6:.1f} MB in {len(files)} files"
             )
@@ -155,7 +164,10 @@ class Mirror:
         manifest = self.store.read_json(_manifest(step)) or {}
         files = manifest.get("files")
         sound = isinstance(files, dict) and all(
-            isinstance(facts, dict) and isinstance(facts.get("size"), int) and isinstance(facts.get("sha256"), str)
+            isinstance(facts, dict)
+            and isinstance(facts.get("size"), int)
+            and isinstance(facts.get("sha256"), str)
+            and isinstance(facts.get("written", 0), int)
             for facts in files.values()
         )
         if manifest.get("schema") != _SCHEMA or not isinstance(files, dict) or not sound:
@@ -167,16 +179,19 @@ class Mirror:
         free, need = shutil.disk_usage(folder).free, _size(files)
         if free < need:
             raise MirrorError(
-                f"global_step_{step} of {self.store.place} has {need / 1e9:.1f} GB, and trainer.default_local_dir="
-                f"{folder} has room for {free / 1e9:.1f}: put the folder on a larger disk"
+                f"{need / 1e9:.1f} GB of global_step_{step} are to come from {self.store.place}, and trainer."
+                f"default_local_dir={folder} has room for {free / 1e9:.1f}: put the folder on a larger disk"
             )
 
     def _download(self, folder: Path, step: int, files: Mapping[str, Mapping[str, Any]]) -> None:
         def one(name: str) -> None:
-            found = self.store.download(f"global_step_{step}/{name}", folder / f"global_step_{step}" / name)
-            if found != files[name]:
-                what = "is not there" if found is None else "is not what was uploaded (size or hash differ)"
-                raise DamagedError(f"{name} {what}")
+            path = folder / f"global_step_{step}" / name
+            found = self.store.download(f"global_step_{step}/{name}", path)
+            if found is None:
+                raise DamagedError(f"{name} is not there")
+            if not found.items() <= files[name].items():
+                path.unlink()  # its size may be right: the next start would take it
+                raise DamagedError(f"{name} is not what was uploaded (size or hash differ)")
 
         with ThreadPoolExecutor(_STREAMS) as pool:
             list(pool.map(one, files))
@@ -191,9 +206,16 @@ def local_step(folder: Path) -> int:
 
 
 def fill_every_node(place: str, folder: Path) -> None:
-    """:meth:`Mirror.fill` on the disks of all nodes, this one first: on a shared disk the others find it done."""
-    fill_here(place, folder)
-    on_every_node(fill_here, place, folder)
+    """:meth:`Mirror.fill` on the disks of this node and of those that train: not on a head's without devices.
+
+    Args:
+        place, folder: the mirror's, and the run's, on each node.
+
+    Raises:
+        MirrorError, StoreError: as there, on any of them.
+    """
+    fill_here(place, folder)  # first: on a shared disk the others find it done
+    on_every_node(fill_here, place, folder, training=True)
 
 
 def fill_here(place: str, folder: Path) -> int:
@@ -217,13 +239,29 @@ def _size(files: Mapping[str, Mapping[str, Any]]) -> int:
     return sum(int(facts["size"]) for facts in files.values())
 
 
-def _list_files(folder: Path) -> dict[str, int]:
-    """Name -> bytes of all files below ``folder`` on this node."""
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+def _lacking(folder: Path, files: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of a manifest's ``files`` that are not in ``folder``, or are of another size, or older."""
+    here = _list_files(folder)
+
+    def lacks(name: str) -> bool:
+        written, size = here.get(name, (0, -1))
+        return size != files[name]["size"] or written < files[name].get("written", 0)  # unknown in older manifests
+
+    return {name: facts for name, facts in files.items() if lacks(name)}
+
+
+def _list_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name -> when it was last written (ns) and bytes, of all files below ``folder`` on this node."""
+    found = {path.relative_to(folder).as_posix(): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in found.items()}
 
 
 def _upload_files(folder: Path, place: str, below: str, names: list[str]) -> dict[str, dict[str, Any]]:
     store = Store(place)
+
+    def one(name: str) -> dict[str, Any]:
+        path = folder / below / name
+        return {"written": path.stat().st_mtime_ns, **store.upload(path, f"{below}/{name}")}
+
     with ThreadPoolExecutor(_STREAMS) as pool:
-        facts = list(pool.map(lambda name: store.upload(folder / below / name, f"{below}/{name}"), names))
-    return dict(zip(names, facts, strict=True))
+        return dict(zip(names, pool.map(one, names), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Sequence
@@ -102,8 +103,10 @@ def enough_nodes(nodes: Sequence[Node], config: DictConfig) -> Finding:
 
 
 def room(nodes: Sequence[Node], size: float | None, folder: Path) -> Finding:
-    """Two checkpoints on each node's disk."""
-    least = min(nodes, key=lambda node: node.free)
+    """Two checkpoints on each disk that holds some: of the nodes with cards and of this one; without cards, of all."""
+    cards = any(node.cards for node in nodes)
+    holding = [node for node in nodes if node.cards or not cards or node.name == platform.node()]
+    least = min(holding, key=lambda node: node.free)
     text = f"{folder} has {least.free / 1e9:.0f} GB free on {least.name}"
     if size is None:
         return Finding("warn", "disk", f"{text}; the planner does not know this model's checkpoint", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def test_nodes_without_a_card_are_for_trying():
 def test_the_fullest_disk_counts(size, level):
     found = room([replace(NODE, free=10**12), NODE], size, Path("/scratch"))
     assert found.level == level and "500 GB free on one" in found.text
+
+
+@pytest.mark.parametrize(
+    ("small", "cards", "level"), [("head", 8, "ok"), (platform.node(), 8, "fail"), ("head", 0, "fail")]
+)
+def test_a_disk_that_no_checkpoint_comes_to_does_not_count(small, cards, level):
+    nodes = [replace(NODE, cards=cards), replace(NODE, name=small, cards=0, free=10**10)]
+    assert room(nodes, 91e9, Path("/scratch")).level == level
 
 
 @pytest.mark.parametrize(("shm", "level"), [(64 * 2**20, "fail"), (8 * 2**30, "warn"), (32 * 2**30, "ok")])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import ray
 
 from sdar_verl.checks.resume import TRACKER
-from sdar_verl.cloud.mirror import MANIFEST, Mirror, MirrorError, local_step
-from sdar_verl.cloud.nodes import first_with
+from sdar_verl.cloud.mirror import MANIFEST, Mirror, MirrorError, fill_every_node, local_step
+from sdar_verl.cloud.nodes import with_newest
 from sdar_verl.cloud.store import Store, StoreError
 from sdar_verl.report.layout import WRITTEN_FILE
 from tests.support.s3 import BUCKET, s3_server
@@ -60,6 +63,114 @@ def put(mirror: Mirror, folder: Path, step: int, **kwargs: str) -> None:
 def lines() -> tuple[list[str], dict]:
     said: list[str] = []
     return said, {"say": said.append}
+
+
+def shard(rank: int) -> str:
+    return f"actor/model_world_size_2_rank_{rank}.pt"
+
+
+def write_shard(folder: Path, step: int, rank: int, text: str) -> None:
+    """A rank's shard, last written at a time that ``text``, the name of an attempt, stands for."""
+    path = folder / f"global_step_{step}" / shard(rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    at = {"first": 1_000, "again": 2_000, "cut": 3_000}[text]
+    os.utime(path, (at, at))
+
+
+class Nodes:
+    """Folders that stand for the disks of a cluster's nodes: "here", which is this process's own, and others.
+
+    Args:
+        patch: pytest's.
+        root: where the folders are.
+        **cards: node -> its devices, which are called ``GPU`` as in verl's own clusters.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, root: Path, **cards: int):
+        self._root = root
+        nodes = [{"NodeID": node, "Alive": True, "Resources": {"GPU": n} if n else {}} for node, n in cards.items()]
+        patch.setattr(ray, "is_initialized", lambda: True)
+        patch.setattr(ray, "nodes", lambda: nodes)
+        patch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+        patch.setattr(ray, "remote", lambda **_: lambda function: SimpleNamespace(options=self._options(function)))
+        patch.setattr(ray, "get", lambda results: results)
+        patch.setattr("ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy", lambda node, soft: node)
+        self.use(patch, "cuda")
+
+    @staticmethod
+    def use(patch: pytest.MonkeyPatch, device: str) -> None:
+        patch.setattr("verl.utils.device.get_device_name", lambda: device)
+        patch.setattr("verl.utils.device.get_resource_name", lambda: "GPU")
+
+    def __getitem__(self, node: str) -> Path:
+        return self._root / node
+
+    def _options(self, function):
+        def there(node, argument):
+            inside = isinstance(argument, Path) and argument.is_relative_to(self["here"])
+            return self[node] / argument.relative_to(self["here"]) if inside else argument
+
+        return lambda scheduling_strategy: SimpleNamespace(
+            remote=lambda *given: function(*(there(scheduling_strategy, one) for one in given))
+        )
+
+
+@pytest.mark.parametrize(("device", "filled"), [("cuda", ["cards", "here"]), ("cpu", ["cards", "head", "here"])])
+def test_nodes_that_train_are_filled_and_this_one(tmp_path, monkeypatch, device, filled):
+    place = f"file://{tmp_path / 'mirror'}"
+    put(Mirror(place), tmp_path / "run", 2)
+    nodes = Nodes(monkeypatch, tmp_path / "nodes", here=0, cards=8, head=0)
+    nodes.use(monkeypatch, device)
+    fill_every_node(place, nodes["here"])
+    assert sorted(path.name for path in (tmp_path / "nodes").iterdir()) == filled
+    assert all(local_step(nodes[node]) == 2 for node in filled)
+
+
+def put_from_two(nodes: Nodes, place: str) -> Mirror:
+    """Step 2 of two ranks, each on a node; the trainer's task was here."""
+    checkpoint(nodes["here"], 2)
+    for rank, node in enumerate(("here", "other")):
+        write_shard(nodes[node], 2, rank, "first")
+    mirror = Mirror(place)
+    mirror.seal(2, mirror.upload(nodes["here"], 2), "0001-aaaaaa")
+    mirror.sync(nodes["here"])
+    return mirror
+
+
+def test_shards_that_a_node_lacks_come_where_the_tracker_names_their_step_too(tmp_path, monkeypatch, capsys):
+    nodes, place = Nodes(monkeypatch, tmp_path / "nodes", here=1, other=1), f"file://{tmp_path / 'mirror'}"
+    put_from_two(nodes, place)
+    (nodes["here"] / "record/metrics.jsonl").write_text("ahead")
+    shutil.rmtree(nodes["other"])  # another machine takes its place, and the ranks change theirs
+    capsys.readouterr()
+    fill_every_node(place, nodes["here"])
+    for node in ("here", "other"):
+        assert [(nodes[node] / "global_step_2" / shard(rank)).read_text() for rank in (0, 1)] == ["first", "first"]
+        assert local_step(nodes[node]) == 2
+    assert (nodes["here"] / "record/metrics.jsonl").read_text() == "ahead"
+    here, _ = capsys.readouterr().out.splitlines()
+    assert here.endswith("in 1 files")
+    fill_every_node(place, nodes["here"])
+    assert capsys.readouterr().out == "", "nothing is missing any more"
+
+
+def test_shards_that_lie_on_a_node_without_a_tracker_are_not_fetched_again(tmp_path, monkeypatch):
+    nodes, place = Nodes(monkeypatch, tmp_path / "nodes", here=1, other=1), f"file://{tmp_path / 'mirror'}"
+    mirror = put_from_two(nodes, place)
+    mirror.store.delete(f"global_step_2/{shard(1)}")
+    said, say = lines()
+    assert Mirror(place, **say).fill(nodes["other"]) == 2 and local_step(nodes["other"]) == 2
+    assert said[-1].endswith("in 3 files"), "of four"
+
+
+@pytest.mark.parametrize("left", ["first", "cut"])
+def test_a_shard_of_an_attempt_before_or_cut_off_is_fetched_again(place, tmp_path, left):
+    write_shard(tmp_path / "run", 2, 0, "again")
+    put(Mirror(place), tmp_path / "run", 2)
+    write_shard(tmp_path / "node", 2, 0, left)
+    assert Mirror(place).fill(tmp_path / "node") == 2
+    assert (tmp_path / "node/global_step_2" / shard(0)).read_text() == "again"
 
 
 def test_an_empty_folder_is_filled_with_all_that_a_run_needs(place, tmp_path):
@@ -116,6 +227,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(place, tmp_path, damage):
     assert Mirror(place, **say).fill(tmp_path / "new") == 2
     assert "passed over" in said[0] and ("global_step_4" in said[0])
     assert not (tmp_path / "escaped").exists() and local_step(tmp_path / "new") == 2
+    assert Mirror(place).fill(tmp_path / "new") == 0 and local_step(tmp_path / "new") == 2, "nor does the next start"
 
 
 def test_a_folder_that_is_ahead_is_left_alone_and_one_that_is_behind_is_not(place, tmp_path):
@@ -191,8 +303,22 @@ def test_a_disk_that_is_too_small_is_told_before_it_is_full(place, tmp_path):
 
 
 def test_files_on_a_shared_disk_are_sent_once():
-    assert first_with([{"a": 1, "b": 1}, {"a": 1, "b": 1}]) == [["a", "b"], []]
-    assert first_with([{"a": 1}, {"b": 1, "a": 1}]) == [["a"], ["b"]]
+    assert with_newest([{"a": 1, "b": 1}, {"a": 1, "b": 1}]) == [["a", "b"], []]
+    assert with_newest([{"a": 1}, {"b": 1, "a": 1}]) == [["a"], ["b"]]
+
+
+def test_the_newest_copy_of_a_shard_is_sent(tmp_path, monkeypatch):
+    """An attempt saved step 2 on two nodes, and another again, with its ranks on swapped nodes."""
+    nodes = Nodes(monkeypatch, tmp_path / "nodes", here=1, other=1)
+    for attempt, at in (("first", {0: "here", 1: "other"}), ("again", {1: "here", 0: "other"})):
+        for rank, node in at.items():
+            write_shard(nodes[node], 2, rank, attempt)
+    mirror = Mirror(f"file://{tmp_path / 'mirror'}")
+    files = mirror.upload(nodes["here"], 2)
+    assert {name: mirror.store.read(f"global_step_2/{name}") for name in files} == {
+        shard(0): b"again",
+        shard(1): b"again",
+    }
 
 
 def test_a_bucket_may_have_options_and_any_path(s3, tmp_path):
