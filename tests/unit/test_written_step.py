@@ -178,7 +178,7 @@ def test_the_policy_is_asked_as_a_user_and_seeded_by_step_and_prompt(tokenizer):
     assert len({*seeds, later}) == 3 and again == seeds[0]
     free = Client(tokenizer, lambda text: "go")
     policy(tokenizer, free, seed=None, temperature=0.0, max_tokens=3).write(["go"], step=1)
-    assert free.asked[0][1] == {"temperature": 0.0, "top_p": 1.0, "max_tokens": 3}
+    assert free.asked[0][1] == {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "max_tokens": 3}
     assert answers[0].tokens == writer.tokens("go to fridge 1") + 5
 
 
