@@ -26,7 +26,7 @@ class SdarSearchPath(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Hydra's hook."""
-        # Of a checkout on Python's path, where they lie at the root, before an installed package.
+        # A checkout on Python's path hides the installed package, and has the configs at its root.
         installed = find_spec("sdar_verl.hydra_configs") is not None
         folder = "pkg://sdar_verl.hydra_configs" if installed else f"file://{CHECKOUT_CONFIGS}"
         search_path.append(provider="sdar_verl", path=folder)

@@ -57,7 +57,6 @@ def _learn(arguments: argparse.Namespace) -> int:
     from sdar_verl.report.read import read_run
     from sdar_verl.skills import learn
     from sdar_verl.skills.bank import SkillBank
-    from sdar_verl.skills.formats import is_skill_name
     from sdar_verl.skills.loading import bank_settings, load_as_recorded
 
     check_above_zero(arguments, "episodes", "max_words", "max_tokens")
@@ -65,12 +64,6 @@ def _learn(arguments: argparse.Namespace) -> int:
     settings = run.run.get("settings", {})
     bank = load_as_recorded(arguments.bank, bank_settings(settings))
     _check_out(arguments.out, bank)
-    unwritable = next((skill.name for skill in bank if not is_skill_name(skill.name)), None)
-    if unwritable is not None:
-        raise ConfigError(
-            f"--bank {arguments.bank}: {unwritable} cannot be the name of a skill's folder (at most 64 lower-case "
-            "letters, digits and single hyphens); rename it in the bank"
-        )
     seen = learn.evidence(run, arguments.episodes, arguments.task_type)
     try:
         writing = _writing(arguments, _below(settings, "data.apply_chat_template_kwargs."))
@@ -124,7 +117,14 @@ def _check_out(out: Path, bank: SkillBank) -> None:
     """ConfigError unless a candidate can be written there without touching anything else."""
     from sdar_verl.errors import ConfigError
     from sdar_verl.report.layout import WRITTEN_FILE
+    from sdar_verl.skills.formats import is_skill_name
 
+    unwritable = next((skill.name for skill in bank if not is_skill_name(skill.name)), None)
+    if unwritable is not None:
+        raise ConfigError(
+            f"--bank {bank.origin or bank.name}: {unwritable} cannot be the name of a skill's folder (at most 64 "
+            "lower-case letters, digits and single hyphens); rename it in the bank"
+        )
     if bank.origin is not None and bank.origin.is_dir() and is_inside(out, bank.origin):
         raise ConfigError(f"--out {out} lies in the bank {bank.origin}, which stays as it is; name another folder")
     held = sorted(entry.name for entry in out.iterdir() if entry.name != WRITTEN_FILE) if out.exists() else []

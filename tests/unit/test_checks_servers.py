@@ -1,4 +1,4 @@
-"""Devices that do not divide among rollout servers, before Ray starts."""
+"""Devices that do not divide among rollout servers, and requests that these do not obey, before Ray starts."""
 
 from __future__ import annotations
 
