@@ -10,7 +10,7 @@ import torch
 from sdar_verl.fields import SUPPORT_IDS, SUPPORT_LOG_PROBS, TEACHER_HIDDEN
 from sdar_verl.requests import HeadRequest
 from tests.support.architectures import ARCHITECTURES, random_model
-from tests.unit.test_head_tap import (
+from tests.support.small_engine import (
     PROMPTS,
     TEACHER_PROMPTS,
     by_hand,

@@ -16,7 +16,7 @@ from sdar_verl.fields import ANCHOR_LOG_PROBS, SUPPORT_IDS, TEACHER_MASK
 from sdar_verl.requests import SCORING_PASS, HeadRequest, ScoringPass
 from sdar_verl.table import nested
 from sdar_verl.verl.worker import SdarTrainingWorker
-from tests.unit.test_head_tap import make_engine, make_model
+from tests.support.small_engine import make_engine, make_model
 
 K = 3
 
